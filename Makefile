@@ -1,0 +1,35 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce test bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+reproduce: $(READY) ## From a clone to data/report/index.html; a second time it does only what has changed
+	@$(BIN)/python -m flows.reproduce
+
+test: $(READY) ## Lint, contracts, types and tests
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy dsd flows
+	$(BIN)/pytest
+
+bench: $(READY) ## Measure speed on this machine
+	@$(BIN)/python -m benchmarks
+
+clean: ## Remove what tools leave behind; the environment and the data stay
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# The marker is written last: an environment that has it is complete.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+	  || { echo "$(PYTHON) is not Python 3.11 to 3.13; name one that is: make $(MAKECMDGOALS) PYTHON=..." >&2; exit 1; }
+	@echo "Installing into $(VENV) (some minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

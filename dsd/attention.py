@@ -1,0 +1,173 @@
+"""Cross-attention of a U-Net: inject the prompt, pool the maps, weight the heads — in one processor.
+
+Shapes: B batch, H heads, N image tokens, M text tokens, D width of a head, L cross-attention layers, P poolings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from dsd.params import EvidenceParams
+
+
+def logsumexp_pooling(attn_BHNM: Tensor, scale: float, normalise: bool) -> tuple[Tensor, Tensor]:
+    """Eq. 3 over the image tokens, and eq. 7 in closed form: S [B, H, M] and the attribution Σ_i A ∂S/∂A [B, H, M].
+
+    ∂S_j/∂A_ij = softmax_i(λ A_ij), so the attribution of a token is the softmax-weighted mean of its own column. A lies
+    in [0, 1] and λ ≤ 60 (params), so that exp(λA) cannot overflow float32 and needs no shift by the maximum.
+    """
+    exp_BHNM = (attn_BHNM * scale).exp()
+    sum_BHM = exp_BHNM.sum(-2)
+    attribution_BHM = (attn_BHNM * exp_BHNM).sum(-2) / sum_BHM
+    if normalise:  # the mean instead of the sum: layers of different N become comparable
+        sum_BHM = sum_BHM / attn_BHNM.shape[-2]
+    return sum_BHM.log() / scale, attribution_BHM
+
+
+def maximum_pooling(attn_BHNM: Tensor) -> Tensor:
+    """The limit λ → ∞ of eq. 3: [B, H, M]."""
+    return attn_BHNM.amax(-2)
+
+
+def cosine_pooling(query_BHND: Tensor, key_BHMD: Tensor) -> Tensor:
+    """Cosine between each text token's key and the image tokens' queries, averaged over the image: [B, H, M].
+
+    The paper compares "the shared dimensions" of the image and text features; W^q and W^k already map both to the same
+    dimensions, so nothing has to be cut off.
+    """
+    query = torch.nn.functional.normalize(query_BHND, dim=-1).mean(-2, keepdim=True)
+    key = torch.nn.functional.normalize(key_BHMD, dim=-1)
+    return (query @ key.transpose(-1, -2)).squeeze(-2)
+
+
+def over_tokens(values_BHM: Tensor, tokens_BM: Tensor) -> Tensor:
+    """Eq. 4: the mean over the text tokens that count: [B, H]."""
+    weights = tokens_BM / tokens_BM.sum(-1, keepdim=True)
+    return (values_BHM * weights[:, None, :]).sum(-1)
+
+
+class Prompt(Protocol):
+    """What the processor needs of an attention prompt (dsd.prompts.AttentionPrompt)."""
+
+    def __call__(self, layer: int, text_BMD: Tensor, latents_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """What p_k(x) and p_v(x) add to the keys and values of a layer, each [B, M, inner]."""
+        ...
+
+
+@dataclass
+class Recording:
+    """What one pass with capture leaves behind, a list entry per layer in the order of the U-Net's forward pass."""
+
+    poolings: tuple[str, ...]
+    scale: float
+    normalise: bool
+    tokens_BM: Tensor
+    pooled: list[Tensor] = field(default_factory=list)  # [P, B, H] each
+    attribution: list[Tensor] = field(default_factory=list)  # [B, H] each
+    maps: list[Tensor] | None = None  # [B, H, N, M] each, kept only for heat maps
+
+    @classmethod
+    def of(cls, params: EvidenceParams, tokens_BM: Tensor, keep_maps: bool = False) -> Recording:
+        return cls(params.poolings, params.scale, params.normalise, tokens_BM, maps=[] if keep_maps else None)
+
+    def add(self, attn_BHNM: Tensor, query_BHND: Tensor, key_BHMD: Tensor) -> None:
+        attn_BHNM = attn_BHNM.float()
+        soft, attribution = logsumexp_pooling(attn_BHNM, self.scale, self.normalise)
+        pooled: dict[str, Callable[[], Tensor]] = {
+            "logsumexp": lambda: soft,
+            "maximum": lambda: maximum_pooling(attn_BHNM),
+            "cosine": lambda: cosine_pooling(query_BHND.float(), key_BHMD.float()),
+        }
+        self.pooled.append(torch.stack([over_tokens(pooled[name](), self.tokens_BM) for name in self.poolings]))
+        self.attribution.append(over_tokens(attribution, self.tokens_BM))
+        if self.maps is not None:
+            self.maps.append(attn_BHNM)
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """Pooled attention [B, P, L, H] and attribution [B, L, H]; a layer with fewer heads is padded with NaN."""
+        heads = max(layer.shape[-1] for layer in self.attribution)
+
+        def pad(x: Tensor) -> Tensor:
+            return torch.nn.functional.pad(x, (0, heads - x.shape[-1]), value=float("nan"))
+
+        pooled = torch.stack([pad(layer) for layer in self.pooled])  # [L, P, B, H]
+        return pooled.permute(2, 1, 0, 3), torch.stack([pad(layer) for layer in self.attribution], 1)
+
+
+@dataclass
+class AttentionState:
+    """Shared by all processors of one U-Net; set for the length of one pass."""
+
+    recording: Recording | None = None
+    prompt: Prompt | None = None
+    latents_BC: Tensor | None = None
+
+
+class CrossAttentionProcessor:
+    """Replaces the processor of one cross-attention layer.
+
+    Without capture or prompt it calls the fused kernel, exactly as diffusers does.
+    """
+
+    def __init__(self, layer: int, state: AttentionState) -> None:
+        self.layer, self.state = layer, state
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        if self.state.prompt is not None:
+            assert self.state.latents_BC is not None
+            add_key, add_value = self.state.prompt(self.layer, encoder_hidden_states, self.state.latents_BC)
+            key, value = key + add_key, value + add_value
+        query_BHND, key_BHMD, value_BHMD = (
+            x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (attn.to_q(hidden_states), key, value)
+        )
+        if self.state.recording is None:
+            mixed = torch.nn.functional.scaled_dot_product_attention(query_BHND, key_BHMD, value_BHMD, scale=attn.scale)
+        else:
+            attn_BHNM = ((query_BHND * attn.scale) @ key_BHMD.transpose(-1, -2)).softmax(-1)
+            self.state.recording.add(attn_BHNM, query_BHND, key_BHMD)
+            mixed = attn_BHNM @ value_BHMD
+        out = attn.to_out[0](mixed.transpose(1, 2).flatten(-2))
+        return attn.to_out[1](out)
+
+
+def cross_attention_layers(unet: UNet2DConditionModel) -> list[tuple[str, Attention]]:
+    """The cross-attention layers, by name, in the order in which a forward pass visits them (down, mid, up)."""
+    order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+    found = [(name, module) for name, module in unet.named_modules() if name.endswith("attn2") and isinstance(module, Attention)]
+    return sorted(found, key=lambda item: order[item[0].split(".")[0]])  # stable: within a block, by index
+
+
+def install(unet: UNet2DConditionModel) -> AttentionState:
+    """Puts the processor into every cross-attention layer of the U-Net; the state returned drives all of them."""
+    state = AttentionState()
+    for number, (_, module) in enumerate(cross_attention_layers(unet)):
+        module.set_processor(CrossAttentionProcessor(number, state))
+    return state
+
+
+@contextmanager
+def during(
+    state: AttentionState, recording: Recording | None = None, prompt: Prompt | None = None, latents_BC: Tensor | None = None
+) -> Iterator[None]:
+    """Capture and prompt for the passes within the block, and for none after it."""
+    state.recording, state.prompt, state.latents_BC = recording, prompt, latents_BC
+    try:
+        yield
+    finally:
+        state.recording, state.prompt, state.latents_BC = None, None, None

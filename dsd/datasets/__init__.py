@@ -1,0 +1,27 @@
+"""The benchmarks, one file each, and the table of them by `kind`."""
+
+from __future__ import annotations
+
+from dsd.datasets import scenes_cls, scenes_com, scenes_ref, scenes_vqa
+from dsd.datasets.raw import Benchmark, RawExample
+from dsd.errors import DataError, unknown
+
+__all__ = ["DATASETS", "Benchmark", "RawExample", "benchmark"]
+
+DATASETS: dict[str, Benchmark] = {
+    "scenes-com": scenes_com.BENCHMARK,
+    "scenes-ref": scenes_ref.BENCHMARK,
+    "scenes-vqa": scenes_vqa.BENCHMARK,
+    "scenes-cls": scenes_cls.BENCHMARK,
+}
+
+
+def benchmark(kind: str) -> Benchmark:
+    """The benchmark of a kind.
+
+    Raises:
+        DataError: no such kind; says which there are.
+    """
+    if kind not in DATASETS:
+        raise DataError(unknown("kind of dataset", kind, DATASETS))
+    return DATASETS[kind]

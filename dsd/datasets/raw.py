@@ -1,0 +1,81 @@
+"""What every benchmark hands over: its examples as downloaded, with pictures still named by file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from dsd.errors import DataError
+from dsd.fewshot import Split
+from dsd.params import DatasetParams
+from dsd.store import write_atomic
+
+ANNOTATIONS = "annotations.jsonl"
+IMAGES = "images"
+
+
+@dataclass(frozen=True, slots=True)
+class RawExample:
+    """A matching problem before its pictures are read.
+
+    `images` are file names in the dataset's images folder, `answer` the true (image index, text index) pairs.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    id: str
+    split: Split
+    images: tuple[str, ...]
+    texts: tuple[str, ...]
+    answer: tuple[tuple[int, int], ...]
+    category: str
+
+
+class Download(Protocol):
+    def __call__(self, row: DatasetParams, *, seed: int, folder: Path, workers: int) -> None:
+        """Leaves pictures and annotations in `folder`, the annotations last: where they are, all is."""
+
+
+class Examples(Protocol):
+    def __call__(self, folder: Path, row: DatasetParams, *, seed: int) -> Iterator[RawExample]:
+        """The examples of all splits, from what `download` left in `folder` for the same row and seed."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A kind of dataset. `metrics` is a key of `dsd.metrics.METRICS`."""
+
+    download: Download
+    examples: Examples
+    metrics: str
+    citation: str
+
+
+def write_annotations(folder: Path, examples: Iterable[RawExample]) -> None:
+    """Writes one line of JSON an example, atomically; the same examples give the same bytes."""
+    lines = [json.dumps(asdict(example), sort_keys=True, ensure_ascii=False) + "\n" for example in examples]
+    write_atomic(folder / ANNOTATIONS, "".join(lines).encode())
+
+
+def read_annotations(folder: Path) -> Iterator[RawExample]:
+    """The examples that `write_annotations` wrote, in file order.
+
+    Raises:
+        DataError: no annotations there, or a line that is no example; names the file, the line and the key.
+    """
+    path, adapter = folder / ANNOTATIONS, TypeAdapter(RawExample)
+    if not path.exists():
+        raise DataError(f"{path}: no such file; download the dataset first")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield adapter.validate_json(line)
+            except ValidationError as error:
+                first = error.errors()[0]
+                key = ".".join(str(part) for part in first["loc"])
+                raise DataError(f"{path}:{number}: {key + ': ' if key else ''}{first['msg']}") from None

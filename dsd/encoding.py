@@ -1,0 +1,122 @@
+"""Every image through the VAE once, every text through the text encoder once.
+
+Shapes: C latent channels, r latent side, M text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from dsd.backbones import Clip, StableDiffusion, device_of, load_clip, load_diffusion
+from dsd.images import resize, to_array
+from dsd.matching import MatchingExample, read_examples
+from dsd.params import ContrastiveMethod, Params
+from dsd.preparation import Pictures
+from dsd.progress import progress
+from dsd.store import Store, digest
+
+SPLITS = ("train", "validation", "test")
+UNCONDITIONAL = ""  # the text of the unconditional pass
+Arrays = dict[str, np.ndarray]
+
+
+class Encodings:
+    """Named arrays with one row an item, computed once and kept in shards of a store.
+
+    An absent or damaged shard is computed when it is first asked for, so a reader never fails on a cache; a few shards
+    at a time are held in memory, whatever the number of items.
+    """
+
+    def __init__(
+        self, store: Store, kind: str, source: str, items: Sequence[str], compute: Callable[[list[str]], Arrays], shard: int = 256
+    ) -> None:
+        self.kind, self._store, self._compute = kind, store, compute
+        self._shards = [list(items[i : i + shard]) for i in range(0, len(items), shard)]
+        self.keys = [f"{kind}-{digest(source, shard_items)}" for shard_items in self._shards]
+        self._place = {item: (n, row) for n, shard_items in enumerate(self._shards) for row, item in enumerate(shard_items)}
+        self._read = lru_cache(maxsize=8)(self._load)
+
+    def _load(self, number: int) -> Arrays:
+        key = self.keys[number]
+        arrays = self._store.read(key) if key in self._store else None
+        if arrays is None:
+            arrays = self._compute(self._shards[number])
+            self._store.write(key, arrays)
+        return arrays
+
+    def fill(self) -> None:
+        for number in progress(range(len(self._shards)), desc=f"encode {self.kind}", unit="shard"):
+            self._load(number)
+
+    def __call__(self, items: Sequence[str]) -> Arrays:
+        """The rows of the items, stacked in their order."""
+        rows = [(self._read(number), row) for number, row in (self._place[item] for item in items)]
+        return {name: np.stack([arrays[name][row] for arrays, row in rows]) for name in rows[0][0]}
+
+    def column(self, name: str) -> np.ndarray:
+        """One array of all items."""
+        return np.concatenate([self._load(number)[name] for number in range(len(self._shards))])
+
+
+def all_texts(examples: Sequence[MatchingExample]) -> list[str]:
+    """The unconditional text and every text of the examples, in order of first appearance: neighbours share shards."""
+    return list(dict.fromkeys([UNCONDITIONAL, *(text for example in examples for text in example.texts)]))
+
+
+def read_all(prepared: Path) -> list[MatchingExample]:
+    return [example for split in SPLITS for example in read_examples(prepared / "examples.parquet", split)]
+
+
+def diffusion_encodings(
+    backbone: StableDiffusion, pictures: Pictures, texts: Sequence[str], resolution: int, store: Store
+) -> tuple[Encodings, Encodings]:
+    """Latents [C, r, r] by image id; hidden states [M, D], content mask [M] and truncation by text."""
+
+    def latents(ids: list[str]) -> Arrays:
+        batch = np.stack([to_array(resize(pictures[i], parity=None, resolution=resolution)) for i in ids])
+        return {"latents": backbone.encode_images(batch).cpu().numpy()}
+
+    def hidden(batch: list[str]) -> Arrays:
+        out = backbone.encode_texts(batch)
+        return {"hidden": out.hidden.cpu().numpy(), "content": out.content.numpy(), "truncated": out.truncated.numpy()}
+
+    images = Encodings(store, "latents", digest(backbone.digest, resolution), pictures.ids, latents)
+    return images, Encodings(store, "texts", backbone.digest, texts, hidden)
+
+
+def contrastive_encodings(
+    clip: Clip, pictures: Pictures, texts: Sequence[str], store: Store
+) -> tuple[Encodings, Encodings]:
+    """Unit vectors [D] by image id and by text, in CLIP's joint space."""
+
+    def images(ids: list[str]) -> Arrays:
+        return {"vector": clip.encode_images(np.stack([to_array(pictures[i]) for i in ids])).cpu().numpy()}
+
+    def words(batch: list[str]) -> Arrays:
+        return {"vector": clip.encode_texts(batch).cpu().numpy()}
+
+    return Encodings(store, "clip-images", clip.digest, pictures.ids, images), Encodings(store, "clip-texts", clip.digest, texts, words)
+
+
+def clip_backbones(params: Params) -> list[str]:
+    """The CLIP rows that some method names."""
+    return sorted({m.backbone for m in params.methods.values() if isinstance(m, ContrastiveMethod)})
+
+
+def encode(name: str, params: Params, prepared: Path, target: Path) -> dict[str, int | float]:
+    """Fills the cache of dataset `name` for every backbone that a method names; returns what was encoded."""
+    store, device = Store(target), device_of(params.runtime.device)
+    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
+    backbone = load_diffusion(params.backbones[params.backbone], device)
+    tables = [*diffusion_encodings(backbone, pictures, texts, params.images.resolution, store)]
+    for row in clip_backbones(params):
+        tables += contrastive_encodings(load_clip(params.backbones[row], device), pictures, texts, store)
+    for table in tables:
+        table.fill()
+    store.prune({key for table in tables for key in table.keys})
+    truncated = sum(int(table.column("truncated").sum()) for table in tables if table.kind == "texts")
+    return {"images": len(pictures.ids), "texts": len(texts), "truncated": truncated, "corrupt": store.corrupt}

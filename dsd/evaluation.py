@@ -1,0 +1,140 @@
+"""Evidence to scores to metrics with intervals. No model is run here.
+
+Shapes: I images, T texts of an example; E pairs, K draws, P poolings, L layers, H heads.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dsd.backbones import StableDiffusion, device_of, load_clip, load_diffusion
+from dsd.datasets import benchmark
+from dsd.encoding import UNCONDITIONAL, all_texts, contrastive_encodings, read_all
+from dsd.engine import Evidence, read_evidence
+from dsd.matching import MatchingExample, Pair, pairs, read_examples
+from dsd.metrics import METRICS, rank
+from dsd.params import ContrastiveMethod, CrossAttentionMethod, DenoisingMethod, Params
+from dsd.preparation import Pictures
+from dsd.scorers import contrastive, cross_attention, denoising
+from dsd.statistics import Interval, clustered_mean
+from dsd.store import Store, write_atomic
+
+Scores = dict[Pair, float]
+Results = dict[str, dict[str, Interval]]  # method → metric → interval
+
+
+def attention_scores(evidence: Evidence, method: CrossAttentionMethod, poolings: Sequence[str]) -> Scores:
+    """DSD: the chosen pooling reduced over heads and layers, averaged over the draws of the method's levels."""
+    chosen = [k for k, draw in enumerate(evidence.draws) if draw.level in method.levels]
+    pooled = evidence.attention[:, chosen, poolings.index(method.pooling)]
+    scores = cross_attention.reduce(pooled, evidence.attribution[:, chosen], layers=method.layers, heads=method.heads)
+    return dict(zip(evidence.pairs, scores.mean(-1).tolist(), strict=True))
+
+
+def denoising_scores(evidence: Evidence, method: DenoisingMethod) -> Scores:
+    """The Diffusion Classifier, normalised by the unconditional error where images are compared."""
+    chosen = [k for k, draw in enumerate(evidence.draws) if draw.level in method.levels]
+    error = evidence.error[:, chosen]
+    row = {pair: n for n, pair in enumerate(evidence.pairs)}
+    nothing = np.zeros(len(chosen), error.dtype)
+    alone = np.stack(
+        [error[row[p]] if (p := Pair(pair.image, UNCONDITIONAL)) in row else nothing for pair in evidence.pairs]
+    )
+    return dict(zip(evidence.pairs, denoising.reduce(error, alone).tolist(), strict=True))
+
+
+def clip_scores(params: Params, method: ContrastiveMethod, prepared: Path, cached: Path, asked: Sequence[Pair]) -> Scores:
+    """CLIP: cosines of the cached vectors."""
+    clip = load_clip(params.backbones[method.backbone], device_of(params.runtime.device))
+    images, texts = contrastive_encodings(
+        clip, Pictures(prepared / "images.parquet"), all_texts(read_all(prepared)), Store(cached)
+    )
+    vectors = images([pair.image for pair in asked])["vector"], texts([pair.text for pair in asked])["vector"]
+    return dict(zip(asked, contrastive.reduce(*vectors).tolist(), strict=True))
+
+
+def table(example: MatchingExample, scores: Scores) -> np.ndarray:
+    """The example's scores [I, T]."""
+    return np.array([[scores[Pair(image, text)] for text in example.texts] for image in example.images])
+
+
+def summarise(
+    kind: str, examples: Sequence[MatchingExample], ranks: np.ndarray, *, resamples: int, confidence: float, seed: int
+) -> dict[str, Interval]:
+    """The metrics of a dataset kind with clustered bootstrap intervals."""
+    clusters = [example.cluster for example in examples]
+    found = METRICS[benchmark(kind).metrics](ranks, [example.category for example in examples])
+    options = dict(resamples=resamples, confidence=confidence, seed=seed)
+    return {metric: clustered_mean(hits, clusters, groups, **options) for metric, (hits, groups) in found.items()}  # type: ignore[arg-type]
+
+
+def method_scores(
+    params: Params, backbone: StableDiffusion, prepared: Path, cached: Path, trained: Path, scored: Path
+) -> Iterable[tuple[str, Scores]]:
+    """(method, scores of every test pair), method by method; evidence that two methods share is read once."""
+    examples = read_examples(prepared / "examples.parquet", "test")
+    found: dict[str, Evidence] = {}
+    for name, method in params.methods.items():
+        if isinstance(method, ContrastiveMethod):
+            yield name, clip_scores(params, method, prepared, cached, pairs(examples))
+            continue
+        if method.prompt not in found:
+            found = {method.prompt: read_evidence(params, backbone, method.prompt, trained, scored, examples)}
+        if isinstance(method, CrossAttentionMethod):
+            yield name, attention_scores(found[method.prompt], method, params.evidence.poolings)
+        else:
+            yield name, denoising_scores(found[method.prompt], method)
+
+
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "category": pa.string(),
+        "method": pa.string(),
+        "scores": pa.list_(pa.float64()),  # row-major [I, T]
+        "rank": pa.int32(),  # of the right pair among the example's candidates, 1 is right
+    }
+)
+
+
+def evaluate(name: str, params: Params, prepared: Path, cached: Path, trained: Path, scored: Path, target: Path) -> Results:
+    """Metrics of every method on the test split of dataset `name`; writes `scores/<name>.parquet` under target."""
+    backbone = load_diffusion(params.backbones[params.backbone], device_of("cpu"))
+    examples = read_examples(prepared / "examples.parquet", "test")
+    settings = dict(params.evaluate.model_dump(), seed=params.seed)
+    results: Results = {}
+    rows = []
+    for method, scores in method_scores(params, backbone, prepared, cached, trained, scored):
+        tables = [table(example, scores) for example in examples]
+        ranks = np.array([rank(t, example.answer) for t, example in zip(tables, examples, strict=True)])
+        results[method] = summarise(params.datasets[name].kind, examples, ranks, **settings)
+        rows += [
+            dict(id=e.id, category=e.category, method=method, scores=t.ravel().tolist(), rank=int(r))
+            for e, t, r in zip(examples, tables, ranks, strict=True)
+        ]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink)
+    write_atomic(target / "scores" / f"{name}.parquet", sink.getvalue().to_pybytes())
+    return {method: results[method] for method in params.methods}
+
+
+def write_metrics(results: dict[str, Results], target: Path) -> None:
+    """`metrics.json` (dataset → method → metric → value, low, high, n) and the same as rows in `metrics.csv`."""
+    nested = {d: {m: {k: v.as_dict() for k, v in row.items()} for m, row in rows.items()} for d, rows in results.items()}
+    write_atomic(target / "metrics.json", (json.dumps(nested, indent=2) + "\n").encode())
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["dataset", "method", "metric", "value", "low", "high", "n"])
+    for dataset, rows in nested.items():
+        for method, row in rows.items():
+            for metric, v in row.items():
+                writer.writerow([dataset, method, metric, v["value"], v["low"], v["high"], v["n"]])
+    write_atomic(target / "metrics.csv", text.getvalue().encode())

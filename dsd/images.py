@@ -1,0 +1,179 @@
+"""From a file, bytes, picture or array to the pixels that the models see.
+
+Shapes: B batch, H height, W width, 3 channels red, green, blue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dsd.errors import ImageError
+
+log = logging.getLogger(__name__)
+
+ImageSource = str | Path | bytes | Image.Image | np.ndarray
+
+# What the benchmarks come in. Pillow's other readers stay closed: some of them start other programs (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+
+def load_image(source: ImageSource, *, max_pixels: int) -> Image.Image:
+    """Read an image as RGB, upright (EXIF orientation applied), on white where it is transparent.
+
+    Args:
+        source: a file's path, a file's bytes, a Pillow image, or an array [H, W, 3] or [H, W] of uint8 or of
+            floats in 0..1.
+        max_pixels: the most pixels that are decoded. The size in the header is checked first, so that a
+            decompression bomb costs nothing.
+
+    Returns:
+        A new RGB image; a Pillow image passed in is left as it was.
+
+    Raises:
+        ImageError: one line with the image's name and the reason: missing, truncated, of no known format, too
+            large, empty, or with values whose range is unknown.
+    """
+    name = _name(source)
+    try:
+        if isinstance(source, np.ndarray):
+            return Image.fromarray(_array_to_uint8(source, max_pixels)).convert("RGB")
+        if isinstance(source, Image.Image):
+            return _decode(source, max_pixels)
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=FORMATS) as image:
+            return _decode(image, max_pixels)
+    except UnidentifiedImageError:
+        raise ImageError(f"{name}: not an image (formats read: {', '.join(FORMATS)})") from None
+    # Broken bytes lead Pillow's decoders to raise almost anything: OSError, SyntaxError, struct.error
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ImageError(f"{name}: {' '.join(reason.split())}") from error
+
+
+def resize(image: Image.Image, *, parity: int | None, resolution: int) -> Image.Image:
+    """Squash an RGB image to a square of `resolution` pixels a side, by way of a square of `parity`.
+
+    With parity 224 the diffusion model sees no more than CLIP does; None goes to the resolution directly.
+    Both are settings of the first paper (He et al. 2023, "Discriminative Diffusion Models as Few-shot Vision
+    and Language Learners"); it names no filter, ours is bicubic, antialiased where it shrinks.
+    """
+    sizes = (resolution,) if parity is None else (parity, resolution)
+    if min(sizes) < 1:
+        raise ValueError(f"parity and resolution must be at least one pixel, not {parity} and {resolution}")
+    for size in sizes:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return image
+
+
+def to_array(image: Image.Image) -> NDArray[np.uint8]:
+    """[H, W, 3] uint8, a copy, of an RGB image."""
+    if image.mode != "RGB":
+        raise ValueError(f"an RGB image is needed, not {image.mode}: read it with load_image")
+    return np.array(image, dtype=np.uint8)
+
+
+def to_model(images_BHW3: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """[B, H, W, 3] uint8 → [B, 3, H, W] float32 in -1..1, what the VAE encodes."""
+    if images_BHW3.dtype != np.uint8 or images_BHW3.ndim != 4 or images_BHW3.shape[-1] != 3:
+        raise ValueError(f"images must be [B, H, W, 3] uint8, not {images_BHW3.shape} {images_BHW3.dtype}")
+    return np.ascontiguousarray(images_BHW3.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(127.5) - 1
+
+
+def image_id(image: NDArray[np.uint8] | bytes) -> str:
+    """An image's identity: 16 hexadecimal digits of the SHA-256 of its shape and pixels, or of its bytes.
+
+    A picture that comes up again, under whatever name, has the same identity and is encoded once.
+    """
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()[:16]
+    if image.dtype != np.uint8:
+        raise ValueError(f"pixels must be uint8, not {image.dtype}")
+    return hashlib.sha256(str(image.shape).encode() + image.tobytes()).hexdigest()[:16]
+
+
+class Quarantine:
+    """The images that could not be read, with the reason, so that one bad file does not end the run."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, str]] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, name: str, reason: str) -> None:
+        log.warning("quarantined %s: %s", name, reason)
+        self.rows.append((name, reason))
+
+    def write(self, path: Path) -> None:
+        """Write the rows as JSON, sorted: the order in which threads met them does not show."""
+        rows = [{"name": name, "reason": reason} for name, reason in sorted(self.rows)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _name(source: ImageSource) -> str:
+    if isinstance(source, (str, Path)):
+        return str(source)
+    if isinstance(source, bytes):
+        return f"image of {len(source)} bytes"
+    if isinstance(source, np.ndarray):
+        return f"array {source.dtype} {list(source.shape)}"
+    return str(getattr(source, "filename", "")) or f"image of mode {source.mode}"
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ValueError(f"{width} x {height} pixels: nothing to see")
+    if width * height > max_pixels:
+        raise ValueError(f"{width} x {height} pixels, more than max_pixels = {max_pixels}")
+
+
+def _decode(image: Image.Image, max_pixels: int) -> Image.Image:
+    _check_size(image.size, max_pixels)  # only the header has been read so far
+    image.load()  # verify() would let a truncated file pass
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        return Image.fromarray(_array_to_uint8(np.asarray(image), max_pixels)).convert("RGB")
+    if image.mode.startswith("I"):
+        return Image.fromarray(_sixteen_bits_to_uint8(image)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")  # always a copy
+
+
+def _sixteen_bits_to_uint8(image: Image.Image) -> NDArray[np.uint8]:
+    """[H, W] of a greyscale image of 16 bits; Pillow's own conversion clips at 255 instead of scaling."""
+    grey_HW = np.asarray(image).astype(np.int64)
+    if grey_HW.min() < 0 or grey_HW.max() > 65535:
+        raise ValueError(f"grey values {grey_HW.min()}..{grey_HW.max()} are not those of 16 bits")
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        grey_HW[grey_HW == transparent] = 65535
+    return np.rint(grey_HW / 257).astype(np.uint8)
+
+
+def _array_to_uint8(array: NDArray[Any], max_pixels: int) -> NDArray[np.uint8]:
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] != 3):
+        raise ValueError("an image array must be [H, W, 3] or [H, W]")
+    _check_size((array.shape[1], array.shape[0]), max_pixels)
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array, dtype=np.uint8)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError("an image array must be uint8, or float in 0..1")
+    if not np.all((array >= 0) & (array <= 1)):
+        raise ValueError("a float image array must lie in 0..1")
+    return np.rint(array.astype(np.float64) * 255).astype(np.uint8)

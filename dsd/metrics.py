@@ -1,0 +1,132 @@
+"""From scores to hits: what each benchmark counts as right. Arithmetic on numpy alone.
+
+Shapes: I images, T texts of one example, n examples. Scores are higher for a better match, everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Answer = tuple[tuple[int, int], ...]  # the true (image index, text index) pairs of an example
+Hits = tuple[NDArray[np.float64], list[NDArray[np.bool_]]]  # hits [n], group masks [n] for clustered_mean
+Ranks = NDArray[np.int64]
+
+SLOTS = ("subject", "object", "predicate")
+
+
+def rank(scores: ArrayLike, answer: Answer) -> int:
+    """1-based rank of the true pair among the candidates of an I x 1 or 1 x T example.
+
+    Ties count against us: a candidate with the same score stands above the true pair, so a scorer that cannot
+    tell the candidates apart is never right by the order in which they are listed.
+
+    Args:
+        scores: [I, T] with I = 1 or T = 1.
+        answer: the one true pair.
+
+    Raises:
+        ValueError: a NaN score, another shape, or an answer that is not one pair within it.
+    """
+    scores_IT = _checked(scores, answer)
+    if 1 not in scores_IT.shape or len(answer) != 1:
+        raise ValueError(
+            f"a rank needs I x 1 or 1 x T scores and one pair, not {scores_IT.shape} and {answer}"
+        )
+    return int(np.count_nonzero(scores_IT >= scores_IT[answer[0]]))
+
+
+def winoground(scores: ArrayLike, answer: Answer) -> dict[str, bool]:
+    """Text, image and group score of one 2 x 2 example (Thrush et al. 2022, "Winoground", eq. 1-3).
+
+    `text`: for each image its own text scores higher than the other text; `image`: for each text its own
+    image scores higher than the other image; `group`: both. A tie is a miss.
+
+    Args:
+        scores: [2, 2] images by texts.
+        answer: the two true pairs, each image and each text in one of them.
+
+    Raises:
+        ValueError: a NaN score, another shape, or an answer that does not pair each image with its own text.
+    """
+    scores_IT = _checked(scores, answer)
+    if scores_IT.shape != (2, 2) or sorted(answer) not in ([(0, 0), (1, 1)], [(0, 1), (1, 0)]):
+        raise ValueError(f"Winoground needs 2 x 2 scores and two pairs, not {scores_IT.shape} and {answer}")
+    text = all(scores_IT[i, t] > scores_IT[i, 1 - t] for i, t in answer)
+    image = all(scores_IT[i, t] > scores_IT[1 - i, t] for i, t in answer)
+    return {"text": bool(text), "image": bool(image), "group": bool(text and image)}
+
+
+def slots(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
+    """ComVG: accuracy by the slot that was changed, over all rows (micro) and over the three slots (macro).
+
+    The first paper's own average is neither of the two, so both are given.
+    """
+    hits_n = _top(ranks, 1)
+    for category in sorted(set(categories)):
+        if category not in SLOTS:
+            raise ValueError(f"category {category!r} is not a slot (choices: {', '.join(SLOTS)})")
+    masks = [_where(_equal(categories, slot), slot) for slot in SLOTS]
+    by_slot: dict[str, Hits] = {slot: (hits_n, [mask]) for slot, mask in zip(SLOTS, masks, strict=True)}
+    return by_slot | {"micro": (hits_n, _all(hits_n)), "macro": (hits_n, masks)}
+
+
+def recall(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
+    """RefCOCOg and classification: the true candidate is the first, or among the first five."""
+    return {f"top{k}": (_top(ranks, k), _all(ranks)) for k in (1, 5)}
+
+
+def answers(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
+    """VQAv2: accuracy on binary (yes or no) questions, on all others, and over all."""
+    hits_n = _top(ranks, 1)
+    binary = _equal(categories, "binary")
+    return {
+        "binary": (hits_n, [_where(binary, "binary")]),
+        "other": (hits_n, [_where(~binary, "other")]),
+        "all": (hits_n, _all(hits_n)),
+    }
+
+
+# What a dataset counts: ranks [n] and categories [n] of its examples → hits and groups by metric name.
+# Winoground's 2 x 2 examples have no rank: their hits come from `winoground` directly.
+METRICS: dict[str, Callable[[Ranks, Sequence[str]], dict[str, Hits]]] = {
+    "slots": slots,
+    "recall": recall,
+    "answers": answers,
+}
+
+
+def _checked(scores: ArrayLike, answer: Answer) -> NDArray[np.float64]:
+    scores_IT = np.asarray(scores, dtype=np.float64)
+    if scores_IT.ndim != 2:
+        raise ValueError(f"scores must be [I, T], not of shape {scores_IT.shape}")
+    if np.isnan(scores_IT).any():
+        raise ValueError("a score is NaN")
+    images, texts = scores_IT.shape
+    if not all(0 <= i < images and 0 <= t < texts for i, t in answer):
+        raise ValueError(f"answer {answer} lies outside {images} images by {texts} texts")
+    return scores_IT
+
+
+def _top(ranks: Ranks, k: int) -> NDArray[np.float64]:
+    ranks_n = np.asarray(ranks)
+    if np.any(ranks_n < 1):
+        raise ValueError(f"ranks are counted from 1, found {ranks_n.min()}")
+    return (ranks_n <= k).astype(np.float64)
+
+
+def _equal(categories: Sequence[str], category: str) -> NDArray[np.bool_]:
+    return np.array([found == category for found in categories], dtype=bool)
+
+
+def _where(mask_n: NDArray[np.bool_], category: str) -> NDArray[np.bool_]:
+    """The mask itself, if anything is in it: an empty category has no accuracy, not an accuracy of 0."""
+    if not mask_n.any():
+        raise ValueError(f"no examples of category {category!r}")
+    return mask_n
+
+
+def _all(values_n: NDArray[np.float64] | Ranks) -> list[NDArray[np.bool_]]:
+    return [_where(np.ones(len(values_n), dtype=bool), "all")]

@@ -1,0 +1,76 @@
+"""Negatives by mutation of one slot of a triplet, as ComVG makes them (first paper, section 5.1).
+
+A triplet is any (subject, predicate, object); its nouns are strings in real annotations and `Noun` in the
+drawn world.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Literal, TypeVar
+
+from dsd.errors import DataError
+from dsd.scenes.world import COLOURS, SHAPES, Noun
+
+Slot = Literal["subject", "predicate", "object"]
+SLOTS: tuple[Slot, ...] = ("subject", "predicate", "object")  # in the order of a triplet
+
+# How often a noun of the drawn world changes its colour only, its shape only, or both.
+HARD: dict[tuple[str, ...], float] = {("colour",): 0.4, ("shape",): 0.4, ("colour", "shape"): 0.2}
+ATTEMPTS = 1000
+
+N = TypeVar("N")
+T = TypeVar("T")
+
+
+def mutate(
+    triplet: tuple[N, str, N],
+    slot: Slot,
+    *,
+    nouns: Callable[[N, Random], N],
+    predicates: Sequence[str],
+    rng: Random,
+) -> tuple[N, str, N]:
+    """The triplet with another value in one slot, the other two as they were.
+
+    Args:
+        nouns: proposes another noun for the one given; proposals that equal either noun of the triplet are
+            refused.
+        predicates: what a mutated predicate is chosen from, evenly; the triplet's own is left out.
+
+    Raises:
+        DataError: there is no other value to choose.
+    """
+    subject, predicate, obj = triplet
+    if slot == "predicate":
+        others = [other for other in predicates if other != predicate]
+        if not others:
+            raise DataError(f"no predicate other than {predicate!r} to mutate {triplet} to")
+        return subject, rng.choice(others), obj
+    original = subject if slot == "subject" else obj
+    for _ in range(ATTEMPTS):
+        noun = nouns(original, rng)
+        if noun not in (subject, obj):
+            return (noun, predicate, obj) if slot == "subject" else (subject, predicate, noun)
+    raise DataError(f"no noun other than {subject} and {obj} to mutate the {slot} of {triplet} to")
+
+
+def hard_noun(noun: Noun, rng: Random) -> Noun:
+    """Another noun of the drawn world, with the colour, the shape or (less often) both changed."""
+    changed = rng.choices(list(HARD), weights=list(HARD.values()))[0]
+    colour = rng.choice([colour for colour in COLOURS if colour != noun.colour])
+    shape = rng.choice([shape for shape in SHAPES if shape != noun.shape])
+    return Noun(colour if "colour" in changed else noun.colour, shape if "shape" in changed else noun.shape)
+
+
+def valid_negative(
+    original: T, mutated: T, *, true_of_positive: Callable[[T], bool], true_of_negative: Callable[[T], bool]
+) -> bool:
+    """Whether two images with a triplet each tell the two triplets apart.
+
+    The original is true of the positive image and false of the negative one, the mutated triplet the other
+    way round. For annotated images the tests are membership in the set of an image's triplets.
+    """
+    positive = true_of_positive(original) and not true_of_positive(mutated)
+    return positive and true_of_negative(mutated) and not true_of_negative(original)

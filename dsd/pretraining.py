@@ -1,0 +1,287 @@
+"""Pretrains the embedded checkpoints: AutoencoderKL, U-Net with text encoder (a latent diffusion model), and CLIP.
+
+The component classes, their files and the training objectives are those of the real models; only the sizes and the
+world are small. Every batch is a function of (seed, step), so an interrupted run resumes to the same weights.
+
+Shapes: B batch, C latent channels, R picture side in pixels, r latent side, M text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from dsd.backbones import device_of
+from dsd.params import FitParams, Params, PretrainParams
+from dsd.scenes.captions import vocabulary
+from dsd.scenes.corpus import Corpus, build
+
+Loss = Callable[[torch.Generator], dict[str, Tensor]]
+Row = dict[str, float | str]
+EVERY = 500  # steps between checkpoints
+
+
+def tokenizer(words: list[str], max_tokens: int) -> CLIPTokenizer:
+    """A CLIPTokenizer whose byte-pair merges make each word of the world one token; other texts fall to pieces of it."""
+    bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator([*words * 50], trainer)
+    state = json.loads(bpe.to_str())["model"]
+    vocab = dict(state["vocab"])
+    for extra in [*(character + "</w>" for character in sorted(alphabet)), "<|startoftext|>", "<|endoftext|>"]:
+        vocab.setdefault(extra, len(vocab))
+    merges = [tuple(merge) for merge in state["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
+
+
+def tokenize(tokens: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Token ids [len(texts), M], padded to the model's maximum as Stable Diffusion does."""
+    batch = tokens(texts, padding="max_length", max_length=tokens.model_max_length, truncation=True, return_tensors="pt")
+    return batch.input_ids
+
+
+def fit(name: str, module: nn.Module, loss: Loss, settings: FitParams, root: Path, seed: int) -> Iterator[dict[str, float]]:
+    """AdamW with warm-up and cosine decay; leaves the exponential moving average of the weights in `module`.
+
+    Yields one row of the curve every 50 steps. State goes to `<root>/<name>.pt` and the curve to `<root>/<name>.csv`.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99))
+    average = torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema))
+    start, rows = 0, []
+    path = root / f"{name}.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=True, map_location=parameters[0].device)
+        module.load_state_dict(state["module"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, rows = state["step"], state["rows"]
+    module.train()
+    sums: dict[str, Tensor | float] = {}
+    for step in range(start, settings.steps):
+        warm = min(1.0, (step + 1) / settings.warmup)
+        rate = settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        terms = loss(torch.Generator(parameters[0].device).manual_seed(seed * 1_000_003 + step))
+        optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        average.update_parameters(module)
+        for key, value in terms.items():
+            sums[key] = sums.get(key, 0.0) + value.detach() / 50
+        if (step + 1) % 50 == 0:
+            rows.append({"step": step + 1, **{key: float(value) for key, value in sums.items()}})
+            sums = {}
+            yield rows[-1]
+        if (step + 1) % EVERY == 0 or step + 1 == settings.steps:
+            state = dict(module=module.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict())
+            torch.save({**state, "step": step + 1, "rows": rows}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+            with (root / f"{name}.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+    module.load_state_dict(average.module.state_dict())
+    module.eval()
+
+
+def _draw(generator: torch.Generator, size: int, batch: int) -> Tensor:
+    return torch.randint(size, (batch,), generator=generator, device=generator.device)
+
+
+def _pixels(pictures_BRR3: Tensor) -> Tensor:
+    """uint8 [B, R, R, 3] to float [B, 3, R, R] in −1…1, as dsd.images.to_model does for arrays."""
+    return pictures_BRR3.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def build_autoencoder(params: PretrainParams) -> AutoencoderKL:
+    channels = params.autoencoder_channels
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=params.latent_channels,
+        norm_num_groups=8,
+        sample_size=params.resolution,
+    )
+
+
+def autoencoder_loss(vae: AutoencoderKL, pictures_2NRR3: Tensor, batch: int) -> Loss:
+    """Reconstruction (L1 + squared error) and a small Kullback-Leibler term, as in latent diffusion.
+
+    Half of the pictures come through the parity resizing, so that the model knows both kinds.
+    """
+
+    def loss(generator: torch.Generator) -> dict[str, Tensor]:
+        kind, index = _draw(generator, 2, batch), _draw(generator, pictures_2NRR3.shape[1], batch)
+        pictures = _pixels(pictures_2NRR3[kind, index])
+        posterior = vae.encode(pictures).latent_dist
+        rebuilt = vae.decode(posterior.sample(generator)).sample
+        l1, squared = F.l1_loss(rebuilt, pictures), F.mse_loss(rebuilt, pictures)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return {"loss": l1 + squared + 1e-4 * kl, "l1": l1.detach(), "kl": kl.detach()}
+
+    return loss
+
+
+@torch.inference_mode()
+def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Latent means [N, C, r, r] of uint8 pictures [N, R, R, 3], not yet scaled."""
+    return torch.cat([vae.encode(_pixels(chunk)).latent_dist.mean for chunk in pictures.split(64)])
+
+
+def build_text_encoder(params: PretrainParams, vocabulary: int, eos: int) -> CLIPTextModel:
+    width = params.text_width
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=params.text_layers,
+            num_attention_heads=4, max_position_embeddings=params.max_tokens, projection_dim=width,
+            bos_token_id=eos - 1, eos_token_id=eos, pad_token_id=eos,
+        )
+    )  # fmt: skip
+
+
+def build_unet(params: PretrainParams) -> UNet2DConditionModel:
+    """Cross-attention at every level, several heads each, as in Stable Diffusion."""
+    channels = params.unet_channels
+    return UNet2DConditionModel(
+        sample_size=params.resolution // 8,
+        in_channels=params.latent_channels,
+        out_channels=params.latent_channels,
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
+        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=params.unet_layers_per_block,
+        cross_attention_dim=params.text_width,
+        attention_head_dim=params.unet_heads,  # diffusers reads this as the number of heads
+        norm_num_groups=16,
+    )
+
+
+def noise_schedule() -> DDPMScheduler:
+    """Stable Diffusion's: 1,000 steps, scaled linear, predicting the noise."""
+    return DDPMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        prediction_type="epsilon", clip_sample=False, steps_offset=1,
+    )  # fmt: skip
+
+
+def diffusion_loss(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, latents: Tensor, ids: Tensor, empty: Tensor, batch: int
+) -> Loss:
+    """‖ε − ε_θ(z_t, t, y)‖² with latents [2, N, C, r, r] (direct, parity), ids [N, K, M]; 10 % of the texts are empty."""
+    schedule = noise_schedule()
+
+    def loss(generator: torch.Generator) -> dict[str, Tensor]:
+        kind, index = _draw(generator, 2, batch), _draw(generator, latents.shape[1], batch)
+        text = ids[index, _draw(generator, ids.shape[1], batch)]
+        text = torch.where(_draw(generator, 10, batch)[:, None] == 0, empty, text)
+        clean = latents[kind, index]
+        noise = torch.randn(clean.shape, generator=generator, device=clean.device)
+        timesteps = _draw(generator, 1000, batch)
+        noised = schedule.add_noise(clean, noise, timesteps)
+        hidden = text_encoder(text).last_hidden_state
+        return {"loss": F.mse_loss(unet(noised, timesteps, hidden).sample, noise)}
+
+    return loss
+
+
+def build_clip(params: PretrainParams, vocabulary: int, eos: int) -> CLIPModel:
+    width = params.clip_width
+    shared = dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=4, num_hidden_layers=params.clip_layers)
+    text = dict(shared, vocab_size=vocabulary, max_position_embeddings=params.max_tokens, bos_token_id=eos - 1,
+                eos_token_id=eos, pad_token_id=eos)  # fmt: skip
+    vision = dict(shared, image_size=params.parity, patch_size=params.clip_patch)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
+
+
+def clip_loss(clip: CLIPModel, pictures_NPP3: Tensor, ids: Tensor, batch: int) -> Loss:
+    """The symmetric contrastive loss of CLIP over a batch of pictures [B, 3, P, P] and one caption of each."""
+
+    def loss(generator: torch.Generator) -> dict[str, Tensor]:
+        index = _draw(generator, len(pictures_NPP3), batch)
+        text = ids[index, _draw(generator, ids.shape[1], batch)]
+        output = clip(input_ids=text, pixel_values=_pixels(pictures_NPP3[index]), return_loss=True)
+        return {"loss": output.loss}
+
+    return loss
+
+
+def _on(device: torch.device, *arrays: np.ndarray) -> Tensor:
+    return torch.stack([torch.from_numpy(np.asarray(array)) for array in arrays]).to(device)
+
+
+def train_diffusion(params: PretrainParams, corpus: Corpus, work: Path, target: Path, device: torch.device) -> Iterator[Row]:
+    """AutoencoderKL, then the U-Net with its text encoder on the latents; writes the folder that diffusers reads."""
+    torch.manual_seed(params.seed)
+    pictures = _on(device, corpus.direct, corpus.parity)
+    vae = build_autoencoder(params).to(device)
+    loss = autoencoder_loss(vae, pictures, params.autoencoder.batch)
+    for row in fit("autoencoder", vae, loss, params.autoencoder, work, params.seed):
+        yield {"part": "autoencoder", **row}
+    latents = torch.stack([encode(vae, kind) for kind in pictures]).clone()
+    del pictures
+    scaling = float(1 / latents.std())
+    vae.register_to_config(scaling_factor=scaling)
+    tokens = tokenizer(vocabulary(), params.max_tokens)
+    torch.manual_seed(params.seed)
+    unet = build_unet(params).to(device)
+    text_encoder = build_text_encoder(params, len(tokens), tokens.eos_token_id).to(device)
+    ids = torch.stack([tokenize(tokens, texts) for texts in corpus.captions]).to(device)
+    empty = tokenize(tokens, [""]).to(device)
+    loss = diffusion_loss(unet, text_encoder, latents * scaling, ids, empty, params.diffusion.batch)
+    both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    for row in fit("diffusion", both, loss, params.diffusion, work, params.seed):
+        yield {"part": "diffusion", **row}
+    pipeline = StableDiffusionPipeline(
+        vae.half(), text_encoder.half(), tokens, unet.half(), noise_schedule(), None, None, requires_safety_checker=False
+    )
+    pipeline.to("cpu").save_pretrained(target)
+
+
+def train_clip(params: PretrainParams, corpus: Corpus, work: Path, target: Path, device: torch.device) -> Iterator[Row]:
+    """CLIP on the same pictures and captions; writes the folder that transformers reads, its tokenizer in tokenizer/."""
+    tokens = tokenizer(vocabulary(), params.max_tokens)
+    torch.manual_seed(params.seed)
+    clip = build_clip(params, len(tokens), tokens.eos_token_id).to(device)
+    ids = torch.stack([tokenize(tokens, texts) for texts in corpus.captions]).to(device)
+    loss = clip_loss(clip, _on(device, corpus.small)[0], ids, params.clip.batch)
+    for row in fit("clip", clip, loss, params.clip, work, params.seed):
+        yield {"part": "clip", **row}
+    clip.half().cpu().save_pretrained(target)
+    tokens.save_pretrained(target / "tokenizer")
+
+
+def pretrain(params: Params, work: Path, target: Path) -> Iterator[Row]:
+    """Makes `embedded` and `embedded-clip` under target; yields rows of the curves. Resumes from `work`.
+
+    Two cores need about two hours, most of them for the U-Net.
+    """
+    settings, device = params.pretrain, device_of(params.runtime.device)
+    corpus = build(
+        work / "corpus", seed=settings.seed, size=settings.size, captions=settings.captions, parity=settings.parity,
+        resolution=settings.resolution, workers=params.runtime.workers,
+    )  # fmt: skip
+    yield from train_diffusion(settings, corpus, work, target / "embedded", device)
+    yield from train_clip(settings, corpus, work, target / "embedded-clip", device)
+    write_cards(params, work, target)

@@ -1,0 +1,81 @@
+"""The attention prompt: low-rank additions to W^k and W^v of every cross-attention layer (eq. 5).
+
+p(x) = p + π with π = m_θ(x). A full matrix per image is out of reach at the size of Stable Diffusion, so
+p_layer(x) = U diag(1 + m_θ(x)) V with V [rank, D] and U [inner, rank]; m_θ is a linear map of the image's pooled latent.
+Without an image condition p = U V.
+
+Shapes: B batch, M text tokens, D text width, L layers, R rank, C pooled latent (mean and standard deviation by channel).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dsd.errors import CheckpointError
+from dsd.store import write_atomic
+
+
+def pooled_latent(latents_BCrr: Tensor) -> Tensor:
+    """[B, C, r, r] to [B, 2C]: mean and standard deviation of every channel."""
+    return torch.cat([latents_BCrr.mean((-2, -1)), latents_BCrr.std((-2, -1))], -1)
+
+
+class AttentionPrompt(nn.Module):
+    """U starts at zero, so that step 0 is the zero-shot score."""
+
+    def __init__(self, text_width: int, inner: list[int], latent_channels: int, rank: int, conditional: bool, seed: int) -> None:
+        super().__init__()
+        self.conditional = conditional
+        generator = torch.Generator().manual_seed(seed)
+        # Keys and values of a layer share one stacked matrix: index 0 is k, index 1 is v.
+        self.down = nn.Parameter(torch.randn(len(inner), 2, rank, text_width, generator=generator) * text_width**-0.5)
+        self.up = nn.ParameterList([nn.Parameter(torch.zeros(2, width, rank)) for width in inner])
+        if conditional:
+            self.map = nn.Parameter(torch.zeros(len(inner), 2, rank, 2 * latent_channels))
+            nn.init.normal_(self.map, std=0.1 * (2 * latent_channels) ** -0.5, generator=generator)
+
+    def forward(self, layer: int, text_BMD: Tensor, latents_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """What is added to keys and values of the layer: [B, M, inner] each."""
+        added = []
+        for side in range(2):
+            core_BMR = text_BMD @ self.down[layer, side].T
+            if self.conditional:
+                core_BMR = core_BMR * (1 + latents_BC @ self.map[layer, side].T)[:, None, :]
+            added.append(core_BMR @ self.up[layer][side].T)
+        return added[0], added[1]
+
+    def save(self, path: Path, backbone: str) -> None:
+        """Writes the prompt with the digest of the backbone it belongs to; safetensors, atomically."""
+        shape = dict(
+            text_width=self.down.shape[-1],
+            inner=[u.shape[1] for u in self.up],
+            latent_channels=self.map.shape[-1] // 2 if self.conditional else 0,
+            rank=self.down.shape[2],
+            conditional=self.conditional,
+        )
+        metadata = {"dsd": json.dumps({"backbone": backbone, **shape})}
+        write_atomic(path, save({k: v.contiguous() for k, v in self.state_dict().items()}, metadata))
+
+    @classmethod
+    def load(cls, path: Path, backbone: str) -> AttentionPrompt:
+        """Raises CheckpointError where the file is not a prompt or belongs to another backbone."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = json.loads((file.metadata() or {})["dsd"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: no such prompt; train one with the stage `train`") from None
+        except (SafetensorError, KeyError, json.JSONDecodeError):
+            raise CheckpointError(f"{path}: not an attention prompt in safetensors") from None
+        owner = metadata.pop("backbone")
+        if owner != backbone:
+            raise CheckpointError(f"{path}: belongs to backbone {owner}, not to {backbone}")
+        prompt = cls(**metadata, seed=0)
+        prompt.load_state_dict(tensors)
+        return prompt.eval().requires_grad_(False)

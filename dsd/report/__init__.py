@@ -1,0 +1,146 @@
+"""The report: one HTML page that opens offline, every number of it computed from the data folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from dsd.params import Params
+from dsd.progress import progress
+from dsd.report import figures, findings, tables
+from dsd.report.gallery import MAPPED, BackboneHeatMaps, Gallery, HeatMaps, gallery
+from dsd.report.inputs import Dataset, read_datasets, read_timings
+from dsd.store import write_atomic
+
+__all__ = ["build"]
+
+
+def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = None) -> Path:
+    """Writes `target/index.html` from the folder `data` and returns its path.
+
+    Args:
+        heatmaps: where words look in pictures; None opens the backbone of the params with the trained prompts.
+
+    Raises:
+        DataError: what an earlier stage must have left is missing, broken, or of other params; one line.
+        CheckpointError: the backbone or a prompt does not load; one line.
+    """
+    datasets, timings = read_datasets(params, data), read_timings(data)
+    heat = heatmaps or BackboneHeatMaps(params, data / "train")
+    method = params.training.method
+    compared = _compared(datasets, params)
+    shown = [d for d in datasets if method in d.results]
+    page = _environment().get_template("report.html.j2").render(
+        params=params,
+        method=method,
+        twin=tables.twin(params),
+        run=_run(params, heat, timings),
+        lead=findings.lead(datasets, compared, params),
+        headlines=findings.headlines(datasets, compared, params),
+        answers=_answers(datasets, compared, params),
+        results=[tables.results(d) for d in datasets],
+        legend=_legend(datasets, params),
+        comparisons=_comparisons(compared, params),
+        tests=sum(map(len, compared.values())),
+        figures=_figures(datasets, params),
+        galleries=[gallery(d, params, data / "prepare" / d.name, heat) for d in progress(shown, desc="gallery")],
+        mapped=MAPPED,
+        lost=tables.inputs_lost(datasets),
+        quarantine=[(d.name, row["name"], row["reason"]) for d in datasets for row in d.quarantine],
+        timings=tables.timings(timings, list(params.datasets)) if timings else None,
+        throughput=tables.throughput(datasets),
+        methods=tables.methods(params),
+        datasets=tables.datasets(datasets),
+        settings=tables.settings(params),
+        confidence=f"{100 * params.evaluate.confidence:g} %",
+    )
+    write_atomic(target / "index.html", page.encode())
+    return target / "index.html"
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("dsd.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _compared(datasets: Sequence[Dataset], params: Params) -> dict[str, list[tables.Comparison]]:
+    """The trained method against each opponent, over all datasets on which both were evaluated."""
+    found: dict[str, list[tables.Comparison]] = {}
+    for dataset in datasets:
+        for opponent in tables.opponents(params, dataset):
+            found.setdefault(opponent, []).extend(tables.compare(dataset, params.training.method, opponent, params))
+    return found
+
+
+def _run(params: Params, heat: HeatMaps, timings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What was run, as terms and values."""
+    row, images = params.backbones[params.backbone], params.images
+    parity = f"parity: {images.parity} → {images.resolution} pixels" if images.parity else f"direct: {images.resolution} pixels"
+    devices = dict.fromkeys(timings[stage]["device"] for stage in ("train", "score") if stage in timings)
+    finished = max((str(stage["finished"]) for name, stage in timings.items() if name != "pretrain"), default="")
+    return [
+        ("checkpoint", f"{params.backbone} ({row.source}{'@' + row.revision if row.revision else ''}, {row.dtype})"),
+        ("digest", heat.digest),
+        ("images", parity),
+        ("noise levels", f"{', '.join(map(str, params.noise.levels))}; draws at each: {params.noise.draws_per_level}"),
+        ("λ of eq. 3", f"{params.evidence.scale:g}"),
+        ("finished", finished.replace("T", " ").replace("+00:00", " UTC") or tables.UNKNOWN),
+        ("device", "; ".join(devices) or tables.UNKNOWN),
+    ]
+
+
+def _answers(
+    datasets: Sequence[Dataset], compared: findings.Compared, params: Params
+) -> list[tuple[str, list[str]]]:
+    """The reader's questions, with the sentences that answer them."""
+    method, before = params.training.method, tables.twin(params)
+    tallies = {opponent: findings.tally(method, opponent, rows) for opponent, rows in compared.items()}
+    others = [tally for opponent, tally in tallies.items() if opponent != before]
+    answers = [
+        ("Does it tell right from wrong untrained?", findings.above_chance(datasets, params)),
+        ("Does few-shot prompting help?", [tallies[before]] if before in tallies else []),
+        ("How does it compare?", others),
+    ]
+    return [(question, sentences) for question, sentences in answers if sentences]
+
+
+def _comparisons(compared: findings.Compared, params: Params) -> list[tuple[tables.Table, str, list[str]]]:
+    """A table for each opponent, its tally, and for the zero-shot twin which intervals overlap."""
+    method, before = params.training.method, tables.twin(params)
+    return [
+        (
+            tables.comparisons(method, opponent, rows),
+            findings.tally(method, opponent, rows),
+            findings.overlaps(rows) if opponent == before else [],
+        )
+        for opponent, rows in compared.items()
+    ]
+
+
+def _series(params: Params) -> dict[str, int]:
+    return {method: number for number, method in enumerate(params.methods)}
+
+
+def _legend(datasets: Sequence[Dataset], params: Params) -> list[tuple[str, str, int]]:
+    """(method, symbol, number of its colour) as the figures show them."""
+    shown = {method for dataset in datasets for method in dataset.methods}
+    return [(m, figures.SYMBOLS[n % 8], n % 8) for m, n in _series(params).items() if m in shown]
+
+
+def _figures(datasets: Sequence[Dataset], params: Params) -> dict[str, list[figures.Drawing]]:
+    method, before, series = params.training.method, tables.twin(params), _series(params)
+    pairs = [d for d in datasets if d.candidates.max() == 2 and {method, before} <= set(d.results)]
+    return {
+        "accuracy": [figures.accuracy(d, series) for d in datasets],
+        "ranks": [figures.ranks(d, series) for d in datasets if d.candidates.max() > 2],
+        "margins": [figures.margins(d, [m for m in d.methods if m in (before, method)], series) for d in pairs],
+        "curves": [figures.curves(d, method, series) for d in datasets if d.curve],
+    }

@@ -1,0 +1,22 @@
+"""Discriminative Stable Diffusion: pooled cross-attention, averaged over heads and layers.
+
+Shapes: L layers, H heads; any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+
+def reduce(pooled: Any, attribution: Any, *, layers: int | Literal["all"], heads: Literal["weighted", "mean"]) -> Any:
+    """Pooled attention [..., L, H] and attribution [..., L, H] (eq. 7) to scores [...].
+
+    `weighted`: a head counts in proportion to its attribution ΣAttr_h(A) within its layer. The paper gives Attr per
+    element and not how heads are then combined; in proportion to their sums is our reading. `layers`: all, or the last
+    n in the order of the forward pass.
+    """
+    if layers != "all":
+        pooled, attribution = pooled[..., -layers:, :], attribution[..., -layers:, :]
+    if heads == "mean":
+        return pooled.mean(-1).mean(-1)
+    return ((pooled * attribution).sum(-1) / attribution.sum(-1)).mean(-1)

@@ -1,0 +1,220 @@
+"""Intervals and paired tests over examples that come in clusters.
+
+Examples that share a sentence or an image are not independent: a cluster (all examples of one sentence or
+image) is drawn or flipped as a whole, so repeating an example inside its cluster adds no certainty.
+
+Shapes: n examples, C clusters, G groups, R resamples.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
+Groups = Sequence[NDArray[np.bool_]]
+Clusters = Sequence[str] | NDArray[np.str_]
+
+# Resampled values held at once (R by C per array): bounds the memory whatever the number of examples.
+BATCH_VALUES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its confidence interval; n is the number of examples counted."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def as_dict(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean paired difference with its confidence interval and two-sided p-value; n counts examples."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+    def as_dict(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+def clustered_mean(
+    hits: ArrayLike,
+    clusters: Clusters,
+    groups: Groups,
+    *,
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> Interval:
+    """The mean over groups of the mean of `hits` within each group, with a clustered bootstrap interval.
+
+    One group of all examples is the plain (micro) mean; one group a category is the macro mean.
+
+    Args:
+        hits: [n] in 0..1, one per example.
+        clusters: [n] the sentence or image that an example hangs on.
+        groups: G masks [n]; each has at least one example; examples in no group are not counted.
+        resamples: bootstrap resamples R.
+        confidence: level of the interval, in 0..1 exclusive.
+        seed: of the resampling; the same seed gives the same interval.
+
+    The interval is the percentile bootstrap over whole clusters (Field and Welsh 2007, "Bootstrapping
+    clustered data"). It has no width where all clusters are alike, above all where every hit is 1 or every
+    hit is 0: there the interval is Wilson's with n = number of clusters (`_alike`).
+
+    Raises:
+        ValueError: shapes that differ, hits outside 0..1, or an empty group.
+    """
+    hits_n = _unit(hits, "hits")
+    sums_CG, counts_CG, n = _by_cluster(hits_n, clusters, groups)
+    value = _macro(sums_CG.sum(axis=0), counts_CG.sum(axis=0))
+    low, high = _bootstrap(sums_CG, counts_CG, resamples, confidence, seed) or _alike(
+        value, len(sums_CG), confidence, lowest=0.0, highest=1.0
+    )
+    return Interval(value, low, high, n)
+
+
+def paired_difference(
+    a: ArrayLike,
+    b: ArrayLike,
+    clusters: Clusters,
+    groups: Groups | None = None,
+    *,
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> Difference:
+    """The mean of a - b over the same examples, with a clustered bootstrap interval and a sign-flip p-value.
+
+    Args:
+        a, b: [n] in 0..1, hits of two methods on the same examples in the same order.
+        clusters: [n] as in `clustered_mean`.
+        groups: as in `clustered_mean`; None is one group of all examples.
+        resamples, confidence, seed: as in `clustered_mean`; `resamples` also counts the sign flips.
+
+    The p-value is two-sided, of a permutation test: under the null hypothesis the two methods can be swapped
+    within any cluster, which flips the sign of that cluster's share of the difference. All 2^C flips are
+    tried where they are at most `resamples`; else a sample of them, and p is at least 2 / (resamples + 1).
+
+    Raises:
+        ValueError: as `clustered_mean`.
+    """
+    d_n = _unit(a, "a") - _unit(b, "b")
+    masks = [np.ones(len(d_n), dtype=bool)] if groups is None else groups
+    sums_CG, counts_CG, n = _by_cluster(d_n, clusters, masks)
+    value = _macro(sums_CG.sum(axis=0), counts_CG.sum(axis=0))
+    low, high = _bootstrap(sums_CG, counts_CG, resamples, confidence, seed) or _alike(
+        value, len(sums_CG), confidence, lowest=-1.0, highest=1.0
+    )
+    # A cluster's share of the value. The counts stay as they are under a flip, so the shares simply add up.
+    shares_C = (sums_CG / counts_CG.sum(axis=0)).mean(axis=1)
+    return Difference(value, low, high, _sign_flip_p(shares_C, resamples, seed), n)
+
+
+def _unit(values: ArrayLike, name: str) -> Floats:
+    """[n] as float64, checked to be within 0..1 (a NaN is not)."""
+    array_n = np.asarray(values, dtype=np.float64)
+    if array_n.ndim != 1 or not np.all((array_n >= 0) & (array_n <= 1)):
+        raise ValueError(f"{name} must be one number in 0..1 per example")
+    return array_n
+
+
+def _by_cluster(values_n: Floats, clusters: Clusters, groups: Groups) -> tuple[Floats, Floats, int]:
+    """Sums [C, G] and counts [C, G] of the values per cluster and group; the number of examples counted."""
+    masks_nG = np.array(groups, dtype=bool).T
+    if not len(groups) or masks_nG.shape != (len(values_n), len(groups)) or len(clusters) != len(values_n):
+        raise ValueError(f"{len(values_n)} values need as many clusters and at least one group mask as long")
+    empty = np.flatnonzero(~masks_nG.any(axis=0))
+    if empty.size:
+        raise ValueError(f"group {empty[0]} of {len(groups)} has no examples")
+    counted_n = masks_nG.any(axis=1)
+    names, index_n = np.unique(np.asarray(clusters, dtype=str)[counted_n], return_inverse=True)
+    shape = (len(names), len(groups))
+    sums_CG, counts_CG = np.zeros(shape), np.zeros(shape)
+    np.add.at(sums_CG, index_n, values_n[counted_n, None] * masks_nG[counted_n])
+    np.add.at(counts_CG, index_n, masks_nG[counted_n])
+    return sums_CG, counts_CG, int(counted_n.sum())
+
+
+def _macro(sums_G: Floats, counts_G: Floats) -> float:
+    return float(np.mean(sums_G / counts_G))
+
+
+def _bootstrap(
+    sums_CG: Floats, counts_CG: Floats, resamples: int, confidence: float, seed: int
+) -> tuple[float, float] | None:
+    """Percentile interval over resampled clusters, or None where the bootstrap says nothing (`_alike`)."""
+    C, G = sums_CG.shape
+    if C == 1:
+        return None
+
+    def macro(*samples: Floats, axis: int = -1) -> Any:
+        totals = [sample.sum(axis=axis) for sample in samples]
+        with np.errstate(invalid="ignore"):
+            return np.mean([totals[g] / totals[G + g] for g in range(G)], axis=0)
+
+    with warnings.catch_warnings():
+        # A resample without any cluster of some group has no macro mean: 0/0, left out of the quantiles.
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        result = stats.bootstrap(
+            (*sums_CG.T, *counts_CG.T),
+            macro,
+            paired=True,
+            vectorized=True,
+            n_resamples=resamples,
+            batch=max(1, BATCH_VALUES // C),
+            method="percentile",
+            confidence_level=confidence,
+            rng=np.random.default_rng(seed),
+        )
+    values_R = result.bootstrap_distribution
+    values_R = values_R[~np.isnan(values_R)]
+    if not values_R.size or np.ptp(values_R) < 1e-12:  # rounding alone sets equal resamples that far apart
+        return None
+    low, high = np.quantile(values_R, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _alike(
+    value: float, clusters: int, confidence: float, *, lowest: float, highest: float
+) -> tuple[float, float]:
+    """Interval where every cluster gives the same value, so that resampling them shows no spread.
+
+    Wilson's upper limit for 0 of C bounds the share of clusters that would differ from all those seen; these
+    could lie anywhere in lowest..highest. For hits that are all 1 or all 0 this is exactly Wilson's interval
+    for C of C or 0 of C.
+    """
+    share = stats.binomtest(0, clusters).proportion_ci(confidence, method="wilson").high
+    return float((1 - share) * value + share * lowest), float((1 - share) * value + share * highest)
+
+
+def _sign_flip_p(shares_C: Floats, resamples: int, seed: int) -> float:
+    """Two-sided p-value of the sum of the shares under independent sign flips, one per cluster."""
+    flippable = shares_C[shares_C != 0]  # flipping a zero changes nothing
+    if flippable.size < 2:  # one cluster: both flips are as extreme as what was seen
+        return 1.0
+    result = stats.permutation_test(
+        (flippable,),
+        lambda sample, axis: sample.sum(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=resamples,
+        batch=max(1, BATCH_VALUES // len(flippable)),
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)

@@ -1,0 +1,263 @@
+"""Files named by what they hold: written whole or not at all, checked when read, resumable.
+
+A shard is one safetensors file of named arrays under a key; the key is a digest of everything that the arrays
+were computed from, so a shard is never stale: another input has another key. Its manifest is removed before
+the file is replaced and written after it, so a manifest's existence means that the shard is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from safetensors import safe_open
+from safetensors.numpy import load, save
+
+from dsd.errors import DsdError
+
+log = logging.getLogger(__name__)
+
+# What numpy can give back: it has no bfloat16, which float32 holds exactly.
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+DTYPES = ("bool", *INTEGERS, "float16", "float32", "float64")
+KEY = re.compile(r"[A-Za-z0-9._-]+")
+ATTEMPTS = 10
+_BACKOFF = random.SystemRandom()  # neither moves the seeded generators nor repeats itself in forked workers
+
+
+def digest(*parts: object) -> str:
+    """The first 32 hexadecimal digits of the SHA-256 of the parts as canonical JSON.
+
+    Dictionaries are sorted, floats are written by repr, tuples equal lists, dataclasses and pydantic models
+    count as their fields. 1, 1.0 and True differ.
+
+    Raises:
+        TypeError: a path (it says where, not what: use `file_digest`) or anything else that JSON cannot hold.
+    """
+    text = json.dumps(_plain(parts), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _plain(part: Any) -> Any:
+    if isinstance(part, PurePath):
+        raise TypeError(f"{part} is a place, not a content: digest its file_digest instead")
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        return _plain({field.name: getattr(part, field.name) for field in dataclasses.fields(part)})
+    if hasattr(part, "model_dump"):
+        return _plain(part.model_dump())
+    if isinstance(part, Mapping):
+        if not all(isinstance(name, str) for name in part):
+            raise TypeError(f"a digest needs dictionaries with string keys, not {list(part)}")
+        return {name: _plain(value) for name, value in part.items()}
+    if isinstance(part, (list, tuple)):
+        return [_plain(value) for value in part]
+    return part.item() if isinstance(part, np.generic) else part
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's content, 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(path: Path) -> str:
+    """The digest of the relative names and contents of all files below a folder.
+
+    Raises:
+        DsdError: no such folder.
+    """
+    if not path.is_dir():
+        raise DsdError(f"{path}: no such folder")
+    return digest(
+        {file.relative_to(path).as_posix(): file_digest(file) for file in path.rglob("*") if file.is_file()}
+    )
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that its name holds the old content or all of the new, whatever happens in between.
+
+    Raises:
+        DsdError: the disk is full; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise DsdError(
+            f"{path.parent}: disk full, {path.name} needs {len(data)} bytes, {free} are free"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Store:
+    """A folder of shards; any number of processes may read and write it at once.
+
+    `corrupt` counts the shards that this object found damaged.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self.corrupt = 0
+
+    def write(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Write the shard of a key, replacing one that is there.
+
+        Raises:
+            ValueError: a key that is no plain name, or an array of a dtype that would not come back.
+            DsdError: the disk is full, or the shard does not read back as written.
+        """
+        file, manifest = self._file(key), self._manifest(key)
+        for name, array in arrays.items():
+            if array.dtype.name not in DTYPES:
+                raise ValueError(f"{key}: array {name!r} is {array.dtype}, not one of {', '.join(DTYPES)}")
+        # save() copies memory as it lies: an array that is not in C order would come back shuffled.
+        data = save({name: np.asarray(arrays[name], order="C") for name in sorted(arrays)})
+        shapes = {
+            name: {"dtype": array.dtype.name, "shape": list(array.shape)} for name, array in arrays.items()
+        }
+        sha256 = hashlib.sha256(data).hexdigest()
+        content = json.dumps(
+            {"sha256": sha256, "size": len(data), "arrays": shapes}, sort_keys=True, indent=1
+        ).encode()
+        for attempt in range(ATTEMPTS):
+            start = time.monotonic()
+            manifest.unlink(missing_ok=True)
+            write_atomic(file, data)
+            write_atomic(manifest, content)
+            # Another writer of this key may have come in between. Whoever changes something last also looks
+            # last, so when all writers are done the file and the manifest are of one piece.
+            if self._load(key, _bytes(manifest)) is not None:
+                return
+            time.sleep(_BACKOFF.uniform(0, (time.monotonic() - start) * 2**attempt))
+        raise DsdError(f"{file}: does not read back as written, tried {ATTEMPTS} times")
+
+    def read(self, key: str) -> dict[str, NDArray[Any]] | None:
+        """All arrays of a shard, checked against its manifest; None where it is absent.
+
+        A damaged shard is logged, counted, renamed to `<key>.corrupt` and answered as absent, so that the
+        caller computes it again.
+        """
+        manifest = self._manifest(key)
+        content = _bytes(manifest)
+        if content is None:
+            return None
+        arrays = self._load(key, content)
+        # A manifest that has changed meanwhile is a writer at work, not damage.
+        if arrays is None and _bytes(manifest) == content:
+            log.warning("%s does not match its manifest: set aside, to be computed again", self._file(key))
+            self.corrupt += 1
+            manifest.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self._file(key), self.root / f"{key}.corrupt")
+        return arrays
+
+    def rows(self, key: str, name: str, indices: ArrayLike) -> NDArray[Any]:
+        """The rows [len(indices), ...] of one array, in the order asked for, without reading the others.
+
+        Only the file's size is checked: `read` is what checks the content.
+
+        Raises:
+            KeyError: no such shard, or no such array in it.
+            IndexError: an index outside the array's first dimension.
+        """
+        if key not in self:
+            raise KeyError(f"{self.root}: no shard {key!r}")
+        index_n = np.asarray(indices, dtype=np.int64)
+        with safe_open(self._file(key), framework="numpy") as shard:
+            if name not in shard.keys():  # noqa: SIM118 (the handle is no mapping)
+                raise KeyError(f"{self._file(key)}: no array {name!r} (choices: {', '.join(shard.keys())})")
+            rows = shard.get_slice(name)
+            count = rows.get_shape()[0]
+            if np.any((index_n < 0) | (index_n >= count)):
+                raise IndexError(
+                    f"{self._file(key)}: rows of {name!r} are 0..{count - 1}, asked for {index_n}"
+                )
+            if not index_n.size:  # safetensors refuses to slice an array without rows
+                empty: NDArray[Any] = rows[0:0] if count else shard.get_tensor(name)
+                return empty
+            runs = np.split(index_n, np.flatnonzero(np.diff(index_n) != 1) + 1)
+            parts: list[NDArray[Any]] = [rows[int(run[0]) : int(run[-1]) + 1] for run in runs]
+            return np.concatenate(parts)
+
+    def __contains__(self, key: object) -> bool:
+        """Whether the shard is complete: its manifest is there, and a file of the right size."""
+        if not isinstance(key, str):
+            return False
+        try:
+            size = json.loads(self._manifest(key).read_bytes())["size"]
+            return bool(self._file(key).stat().st_size == size)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return False
+
+    def keys(self) -> list[str]:
+        """The keys of all complete shards, sorted."""
+        return sorted(key for key in (path.stem for path in self.root.glob("*.json")) if key in self)
+
+    def prune(self, keep: set[str]) -> int:
+        """Remove every shard that is not in `keep`, and what killed writers and damaged shards left behind.
+
+        Not while another process writes. Returns the number of shards removed.
+        """
+        removed = 0
+        for file in self.root.glob("*.safetensors"):
+            complete = file.stem in self
+            if file.stem not in keep or not complete:
+                self._manifest(file.stem).unlink(missing_ok=True)
+                file.unlink()
+                removed += complete
+        for pattern in (".*.tmp", "*.corrupt"):
+            for file in self.root.glob(pattern):
+                file.unlink()
+        return removed
+
+    def _load(self, key: str, manifest: bytes | None) -> dict[str, NDArray[Any]] | None:
+        """The arrays of a shard; None unless its file is there and is the one that the manifest describes."""
+        data = _bytes(self._file(key))
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a manifest that is itself damaged
+            if data and manifest and hashlib.sha256(data).hexdigest() == json.loads(manifest)["sha256"]:
+                return load(data)
+        return None
+
+    def _file(self, key: str) -> Path:
+        return self.root / f"{_checked(key)}.safetensors"
+
+    def _manifest(self, key: str) -> Path:
+        return self.root / f"{_checked(key)}.json"
+
+
+def _checked(key: str) -> str:
+    if not KEY.fullmatch(key):
+        raise ValueError(f"key {key!r} may hold letters, digits, '.', '_' and '-' only")
+    return key
+
+
+def _bytes(path: Path) -> bytes | None:
+    """A file's content, None where there is no such file (asking first would race with other processes)."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,25 @@
+"""The orchestration: one flow a DVC stage, and what runs over all of them.
+
+Importing it puts the settings of prefect, dvc and mlflow into the environment, which is where they look while they are
+imported themselves; what a user has set stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+SETTINGS = {
+    "PREFECT_HOME": str(Path(".prefect").resolve()),
+    "PREFECT_LOGGING_LEVEL": "WARNING",
+    # A server that a stage starts for itself takes 12 s on an idle machine; the default limit is 20 s.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+}
+
+for _name, _value in SETTINGS.items():
+    os.environ.setdefault(_name, _value)

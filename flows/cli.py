@@ -1,0 +1,133 @@
+"""The command `dsd`: what one person at a terminal wants of the project."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsd.errors import DsdError
+
+if TYPE_CHECKING:
+    from dsd.matcher import Heatmap
+
+app = typer.Typer(
+    help="Text-to-image diffusion models as image-text matchers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A user's mistake, or a warning to a user, is one line; a defect keeps its traceback."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        yield
+    except DsdError as error:
+        sys.exit(f"dsd: {error}")
+
+
+@app.command()
+def reproduce() -> None:
+    """Bring everything up to date with params.yaml, the code and the data, and say where the report is."""
+    from flows import reproduce as reproduction
+
+    reproduction.main()
+
+
+# \b keeps the lines of the paragraph that follows it as they are.
+@app.command()
+def match(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures to score.", show_default=False)],
+    texts: Annotated[list[str], typer.Option("--text", help="A text; may be given again.", show_default=False)],
+    checkpoint: Annotated[
+        str, typer.Option(help="A checkpoint in the diffusers layout: a folder or a hub id.")
+    ] = "models/embedded",
+    prompt: Annotated[
+        Path | None, typer.Option(help="A trained attention prompt, such as data/train/scenes-com/prompt.safetensors.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="cross-attention or denoising.")] = "cross-attention",
+    heatmap: Annotated[
+        Path | None, typer.Option(help="Draw here where each word of the best match looks in its picture.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score pictures against texts: which text fits a picture best, or which picture a single text?
+
+    Higher is better; scores are comparable within one command only.
+
+    \b
+    Examples:
+      dsd match photo.png --text "a red circle" --text "a blue square"
+      dsd match one.png two.png --text "a red circle" --json
+      dsd match photo.png --text "a red circle" --heatmap where.png
+    """
+    with one_line_errors():
+        from dsd.matcher import Matcher
+
+        matcher = Matcher.from_pretrained(checkpoint, prompt=prompt, method=method)
+        scores = matcher.score(images, texts).tolist()
+        best = best_matches(scores)
+        if heatmap is not None:
+            i, t = max(best, key=lambda place: scores[place[0]][place[1]])
+            draw(matcher.heatmap(images[i], texts[t]), heatmap)
+    found = [
+        {"image": str(image), "text": text, "score": scores[i][t], "best": (i, t) in best}
+        for i, image in enumerate(images)
+        for t, text in enumerate(texts)
+    ]
+    if as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        show(found)
+
+
+def best_matches(scores: list[list[float]]) -> list[tuple[int, int]]:
+    """The best text of each picture, or the best picture of a single text, as (picture, text) places."""
+    if len(scores[0]) == 1:
+        return [(max(range(len(scores)), key=lambda i: scores[i][0]), 0)]
+    return [(i, max(range(len(row)), key=row.__getitem__)) for i, row in enumerate(scores)]
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("image", "text"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for row in found:
+        table.add_row(row["image"], row["text"], f"{row['score']:.5f}", "best" if row["best"] else "")
+    Console(highlight=False, markup=False).print(table)
+
+
+def draw(heatmap: Heatmap, path: Path) -> None:
+    """The picture, and over it where each word looks, side by side as one image file.
+
+    Raises:
+        DsdError: the path is none that an image can be written to.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.2 * (len(heatmap.words) + 1), 2.5), layout="constrained")
+    axes = figure.subplots(1, len(heatmap.words) + 1)
+    for place in axes:
+        place.imshow(heatmap.picture)
+        place.axis("off")
+    for place, word, map_RR in zip(axes[1:], heatmap.words, heatmap.maps, strict=True):
+        place.imshow(map_RR, cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+        place.set_title(word)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise DsdError(f"--heatmap {path}: {error}") from None

@@ -1,0 +1,32 @@
+"""Stage download: the raw pictures and annotations of every dataset, as its publisher gives them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsd.errors import DsdError
+from dsd.params import Params
+from flows.stage import DATA, Details, each, main, stage, unit
+
+
+def outside(task: Any, run: Any, state: Any) -> bool:
+    """Whether a failure may be the outside world's: what a user got wrong stays wrong however often it is tried."""
+    return not isinstance(state.result(raise_on_failure=False), DsdError)
+
+
+@stage
+def download(params: Params) -> dict[str, Details]:
+    from dsd.datasets import benchmark
+
+    def dataset(name: str) -> Details:
+        row = params.datasets[name]
+        folder = DATA / "download" / name
+        benchmark(row.kind).download(row, seed=params.seed, folder=folder, workers=params.runtime.workers)
+        return {}
+
+    work = unit(dataset, retries=3, retry_delay_seconds=[2, 10, 60], retry_condition_fn=outside)
+    return each(work, params.datasets)
+
+
+if __name__ == "__main__":
+    main(download)

@@ -1,0 +1,22 @@
+"""Stage score: one U-Net pass per (pair, draw), kept as evidence."""
+
+from __future__ import annotations
+
+from dsd.params import Params
+from flows.stage import DATA, Details, each, main, prune, stage, unit
+
+
+@stage
+def score(params: Params) -> dict[str, Details]:
+    from dsd import engine
+
+    def dataset(name: str) -> Details:
+        stages = ("prepare", "cache", "train", "score")
+        return engine.score(name, params, *(DATA / stage / name for stage in stages))
+
+    prune(DATA / "score", params.datasets)
+    return each(unit(dataset), params.datasets)
+
+
+if __name__ == "__main__":
+    main(score)

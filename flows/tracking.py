@@ -1,0 +1,240 @@
+"""MLflow: every result once, whether it was computed or came out of DVC's cache. The only importer of mlflow.
+
+An entry is found by its tag `dsd.key`, a digest of what it shows, so publishing is an upsert. Runs that one publication
+was killed in are removed by the next; one lock lets processes publish at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow.parquet as pq
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+
+from dsd.params import Params
+from dsd.store import digest, file_digest
+
+EXPERIMENT = "dsd"
+ARTIFACTS = Path("mlartifacts")
+FLUSH_SECONDS = 1.0
+BATCH = 1000  # metrics that MLflow takes in one call
+Intervals = Mapping[str, Mapping[str, float]]  # of one method on one dataset, by metric: value, low, high, n
+
+
+def uri() -> str:
+    """MLFLOW_TRACKING_URI, or the database of this workspace."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    ARTIFACTS.mkdir(exist_ok=True)
+    with FileLock(ARTIFACTS / ".lock"):
+        yield
+
+
+class _Runs:
+    """The runs of this project's experiment."""
+
+    def __init__(self) -> None:
+        # Processes that open a fresh database together all try to create its tables, and all but one crash.
+        with _locked():
+            self.client = MlflowClient(tracking_uri=uri())
+            self.experiment = self._experiment()
+
+    def _experiment(self) -> str:
+        found = self.client.get_experiment_by_name(EXPERIMENT)
+        if found is not None:
+            return str(found.experiment_id)
+        # A server that the user named knows where its artifacts go.
+        own = "MLFLOW_TRACKING_URI" not in os.environ
+        location = ARTIFACTS.resolve().as_uri() if own else None
+        return str(self.client.create_experiment(EXPERIMENT, artifact_location=location))
+
+    def find(self, kind: str, key: str) -> list[Run]:
+        """The runs of a kind and key, the newest first."""
+        where = f"tags.`dsd.kind` = '{kind}' and tags.`dsd.key` = '{key}'"
+        return list(self.client.search_runs([self.experiment], where, order_by=["attributes.start_time DESC"]))
+
+    def finished(self, kind: str, key: str) -> Run | None:
+        """The finished run of a kind and key, if there is one; what a killed publication left of it is removed."""
+        done = None
+        for run in self.find(kind, key):
+            if run.info.status == "FINISHED":
+                done = run
+            else:
+                self.client.delete_run(run.info.run_id)
+        return done
+
+    def start(self, name: str, kind: str, key: str, tags: Mapping[str, str]) -> str:
+        """A new run; returns its id."""
+        tags = {"dsd.kind": kind, "dsd.key": key, **tags}
+        return str(self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id)
+
+
+def publish(params: Params, data: Path) -> int:
+    """Enters every result, training curve and report of `data` that MLflow does not have yet; returns how many."""
+    runs = _Runs()
+    metrics = json.loads((data / "evaluate" / "metrics.json").read_text())
+    with _locked():
+        new = [
+            _publish_result(runs, params, data, dataset, method, intervals)
+            for dataset, methods in metrics.items()
+            for method, intervals in methods.items()
+        ]
+        new += [_publish_curve(runs, params, data / "train" / dataset) for dataset in metrics]
+        new += [_publish_report(runs, data)]
+    return sum(new)
+
+
+def _publish_result(
+    runs: _Runs, params: Params, data: Path, dataset: str, method: str, intervals: Intervals
+) -> bool:
+    row = params.methods[method]
+    backbone = params.backbones[row.backbone]
+    scores = pq.read_table(data / "evaluate" / "scores" / f"{dataset}.parquet", filters=[("method", "=", method)])
+    key = digest(dataset, method, intervals, row, backbone, scores.to_pylist())
+    if runs.finished("result", key):
+        return False
+    tags = {"dsd.dataset": dataset, "dsd.method": method}
+    tags |= {"dsd.backbone.source": backbone.source, "dsd.backbone.revision": backbone.revision or "local"}
+    run = runs.start(f"{method} on {dataset}", "result", key, tags)
+    now = int(time.time() * 1000)
+    values = [
+        Metric(name if part == "value" else f"{name}_{part}", value, now, 0)
+        for name, interval in intervals.items()
+        for part, value in interval.items()
+    ]
+    settings = [Param(name, str(value)) for name, value in {"dataset": dataset, **row.model_dump()}.items()]
+    runs.client.log_batch(run, metrics=values, params=settings)
+    runs.client.log_figure(run, bars(f"{method} on {dataset}", intervals), "metrics.png")
+    runs.client.set_terminated(run)
+    return True
+
+
+def bars(title: str, intervals: Intervals) -> Any:
+    """A matplotlib figure of one method's metrics on one dataset, with their intervals."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.5 + 0.9 * len(intervals), 3), layout="constrained")
+    axes = figure.subplots()
+    rows = list(intervals.values())
+    values = [row["value"] for row in rows]
+    errors = [[row["value"] - row["low"] for row in rows], [row["high"] - row["value"] for row in rows]]
+    axes.bar(list(intervals), values, yerr=errors, capsize=4, color="#4c72b0")
+    axes.set(ylim=(0, 1), title=title)
+    return figure
+
+
+def _publish_curve(runs: _Runs, params: Params, trained: Path) -> bool:
+    """Replays the curve of a training: nothing is new in it unless it came out of DVC's cache."""
+    summary = trained / "summary.json"
+    if not summary.exists():
+        return False
+    key = json.loads(summary.read_text())["key"]
+    with (trained / "curve.csv").open(newline="") as file, Live(trained.name, key, params, runs) as live:
+        for row in csv.DictReader(file):
+            live.log({name: float(value) for name, value in row.items()})
+    return live.new
+
+
+def _publish_report(runs: _Runs, data: Path) -> bool:
+    """One run for a set of results: a page that shows the same results in another way replaces the page in it."""
+    page = data / "report" / "index.html"
+    if not page.exists():
+        return False
+    key, content = digest(file_digest(data / "evaluate" / "metrics.json")), file_digest(page)
+    found = runs.finished("report", key)
+    if found is not None and found.data.tags.get("dsd.page") == content:
+        return False
+    run = found.info.run_id if found is not None else runs.start("report", "report", key, {})
+    runs.client.log_artifact(run, str(page))
+    runs.client.set_tag(run, "dsd.page", content)
+    runs.client.set_terminated(run)
+    return found is None
+
+
+class Live:
+    """The curve of one training, while it goes on.
+
+    `key` is the digest of what the training starts from. A training that was killed goes on in its own run, and a row
+    that the run has already is not entered again. Rows that differ from those of the run (the same start, but another
+    code) begin a new run.
+    """
+
+    def __init__(self, dataset: str, key: str, params: Params, runs: _Runs | None = None) -> None:
+        self._runs = runs or _Runs()
+        self._dataset, self._key = dataset, key
+        self._params = {"dataset": dataset, "seed": params.seed} | {
+            f"{section}.{name}": value
+            for section in ("prompt", "training")
+            for name, value in getattr(params, section).model_dump().items()
+        }
+        self.new = False
+        self._rows: list[Mapping[str, float]] = []
+        self._pending: list[Mapping[str, float]] = []
+        self._flushed = time.monotonic()
+
+    def __enter__(self) -> Self:
+        found = self._runs.find("training", self._key)
+        self._known: dict[int, float] = {}
+        if not found:
+            self._start()
+            return self
+        self._run = found[0].info.run_id
+        self._status = found[0].info.status
+        history = self._runs.client.get_metric_history(self._run, "loss")
+        self._known = {metric.step: metric.value for metric in history}
+        return self
+
+    def _start(self) -> None:
+        self._run = self._runs.start(f"train {self._dataset}", "training", self._key, {"dsd.dataset": self._dataset})
+        settings = [Param(name, str(value)) for name, value in self._params.items()]
+        self._runs.client.log_batch(self._run, params=settings)
+        self._known, self._status, self.new = {}, "RUNNING", True
+        self._pending = list(self._rows)
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Enters a row of the curve, soon: rows go in batches, at most one a second."""
+        self._rows.append(row)
+        known = self._known.get(int(row["step"]))
+        if known is None:
+            self._pending.append(row)
+        elif known != row["loss"]:
+            self._start()
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._flush()
+
+    def _flush(self) -> None:
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric(name, value, now, int(row["step"]))
+            for row in self._pending
+            for name, value in row.items()
+            if name != "step"
+        ]
+        if metrics and self._status != "RUNNING":
+            self._runs.client.update_run(self._run, "RUNNING")
+            self._status = "RUNNING"
+        for start in range(0, len(metrics), BATCH):
+            self._runs.client.log_batch(self._run, metrics=metrics[start : start + BATCH])
+        self._pending, self._flushed = [], time.monotonic()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._flush()
+        status = "FINISHED" if kind is None else "FAILED"
+        if self._status != status:
+            self._runs.client.set_terminated(self._run, status)

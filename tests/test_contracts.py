@@ -1,0 +1,199 @@
+"""What holds the parts together: dvc.yaml says what the code depends on, and imports go where they may."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import grimp
+import pytest
+import yaml
+
+from dsd.params import Params, load
+
+ROOT = Path(__file__).parent.parent
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+ORDER = ["pretrain", "download", "prepare", "cache", "train", "score", "evaluate", "report"]
+LAZY = {"dsd", "flows"}  # packages that import nothing of the project until they are asked for a name
+SECTIONS = set(Params.model_fields)
+
+
+@cache
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph("dsd", "flows", exclude_type_checking_imports=True)
+
+
+def upstream(module: str) -> set[str]:
+    return {module} | graph().find_upstream_modules(module)
+
+
+def closure(stage: str) -> set[str]:
+    """Every module of the project that runs with a stage, imports inside functions included.
+
+    Importing a module also runs its parent packages. What is imported by a computed name is not seen.
+    """
+    found = upstream(f"flows.{stage}")
+    while missing := {m.rpartition(".")[0] for m in found} - found - {""} - LAZY:
+        found |= set().union(*map(upstream, missing))
+    return found | LAZY
+
+
+def file_of(module: str) -> str:
+    path = Path(*module.split("."))
+    return (path / "__init__.py" if (ROOT / path).is_dir() else path.with_suffix(".py")).as_posix()
+
+
+def covers(dependency: str, path: str) -> bool:
+    return path == dependency or path.startswith(f"{dependency}/")
+
+
+def code(stage: str) -> list[str]:
+    return [dep for dep in STAGES[stage]["deps"] if dep.split("/")[0] in ("dsd", "flows")]
+
+
+def source_files(dependency: str) -> set[str]:
+    path = ROOT / dependency
+    files = path.rglob("*.py") if path.is_dir() else [path]
+    return {file.relative_to(ROOT).as_posix() for file in files}
+
+
+def test_the_stages_are_in_order() -> None:
+    assert list(STAGES) == ORDER
+    assert all(STAGES[stage]["cmd"] == f"python -m flows.{stage}" for stage in ORDER)
+
+
+@pytest.mark.parametrize("stage", ORDER)
+def test_dependencies_cover_the_code(stage: str) -> None:
+    files = {file_of(module) for module in closure(stage)}
+    missing = {file for file in files if not any(covers(dep, file) for dep in code(stage))}
+    assert not missing, f"dvc.yaml: {stage} lacks the deps {sorted(missing)}"
+    superfluous = {dep for dep in code(stage) if not source_files(dep) <= files}
+    assert not superfluous, f"dvc.yaml: {stage} does not import all of {sorted(superfluous)}"
+
+
+@pytest.mark.parametrize("stage", ORDER)
+def test_dependencies_cover_the_files_beside_the_code(stage: str) -> None:
+    """Templates and the like, which no import shows: a package that has some is listed as a folder."""
+    packages = {ROOT / Path(file_of(module)).parent for module in closure(stage)}
+    beside = {
+        file.relative_to(ROOT).as_posix()
+        for package in packages
+        for file in package.iterdir()
+        if file.is_file() and file.suffix not in (".py", ".pyc", ".typed")
+    }
+    assert not {file for file in beside if not any(covers(dep, file) for dep in code(stage))}
+
+
+@pytest.mark.parametrize("stage", ORDER)
+def test_dependencies_cover_the_data(stage: str) -> None:
+    """The folders data/<stage> that a flow names are its deps and outs."""
+    text = (ROOT / "flows" / f"{stage}.py").read_text()
+    constants = {node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)}
+    named = {other for other in ORDER if other in constants} - {stage}
+    listed = {dep.split("/")[1] for dep in STAGES[stage]["deps"] if dep.startswith("data/")} - {"timings"}
+    assert named <= listed
+
+
+def test_a_timing_makes_nothing_stale_but_the_report() -> None:
+    for stage in ORDER:
+        timings = [dep for dep in STAGES[stage]["deps"] if dep.startswith("data/timings")]
+        assert bool(timings) == (stage == "report")
+        assert any(f"data/timings/{stage}.json" in out for out in STAGES[stage]["outs"])
+
+
+class Reads:
+    """The sections of params that a stage can read, found in its source.
+
+    It follows every name that is mentioned from the stage's function on (functions, classes, tables of them), and
+    counts `.section` on whatever is called `params` or annotated `Params`. So a section is counted that only a branch
+    reads, and one is missed that is read under another name or through a computed one (getattr, model_dump). Those are
+    caught later: `flows.stage.params` hands a stage nothing but what dvc.yaml lists.
+    """
+
+    def __init__(self) -> None:
+        self._nodes: dict[tuple[str, str], ast.AST] = {}
+        self._aliases: dict[tuple[str, str], str] = {}
+        for module in graph().modules:
+            self._index(module, ast.parse((ROOT / file_of(module)).read_text()))
+
+    def _index(self, module: str, tree: ast.Module) -> None:
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                self._nodes[module, node.name] = node
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            for target in targets:
+                if isinstance(target, ast.Name):
+                    self._nodes[module, target.id] = node
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                for name in node.names:
+                    self._aliases[module, name.asname or name.name] = f"{node.module}.{name.name}"
+            if isinstance(node, ast.Import):
+                for name in node.names:
+                    self._aliases[module, name.asname or name.name] = name.name
+
+    def _find(self, module: str, name: str) -> tuple[str, str] | None:
+        """Where a name that a module mentions is defined."""
+        while (module, name) not in self._nodes:
+            if (module, name) not in self._aliases:
+                return None
+            module, _, name = self._aliases[module, name].rpartition(".")
+        return module, name
+
+    def _mentions(self, module: str, node: ast.AST) -> set[tuple[str, str]]:
+        found = set()
+        for part in ast.walk(node):
+            if isinstance(part, ast.Name):
+                found.add(self._find(module, part.id))
+            if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
+                found.add(self._find(self._aliases.get((module, part.value.id), ""), part.attr))
+        return {place for place in found if place is not None}
+
+    def of(self, stage: str) -> set[str]:
+        waiting, seen, sections = [(f"flows.{stage}", stage)], set(), set()
+        while waiting:
+            place = waiting.pop()
+            if place not in seen:
+                seen.add(place)
+                waiting += self._mentions(place[0], self._nodes[place])
+                sections |= self._sections(self._nodes[place])
+        return sections
+
+    @staticmethod
+    def _sections(node: ast.AST) -> set[str]:
+        arguments = [part for part in ast.walk(node) if isinstance(part, ast.arg) and part.annotation]
+        names = {a.arg for a in arguments if ast.unparse(a.annotation or a) == "Params"} | {"params"}
+        return {
+            part.attr
+            for part in ast.walk(node)
+            if isinstance(part, ast.Attribute) and part.attr in SECTIONS
+            if (isinstance(part.value, ast.Name) and part.value.id in names)
+            or (isinstance(part.value, ast.Attribute) and part.value.attr in names)
+        }
+
+
+@pytest.mark.parametrize("stage", ORDER)
+def test_params_are_those_that_the_stage_reads(stage: str) -> None:
+    read = Reads().of(stage) - {"runtime"}
+    assert set(STAGES[stage].get("params", ())) == read
+
+
+def test_the_shipped_params_load() -> None:
+    load(ROOT / "params.yaml")
+
+
+def test_import_contracts() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", ["import dsd", "import dsd.params, dsd.preparation", "import flows.cli"])
+def test_imports_that_must_be_cheap(command: str) -> None:
+    check = f"{command}; import sys; print(*{{'torch', 'prefect', 'mlflow', 'dvc'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

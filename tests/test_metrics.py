@@ -1,0 +1,147 @@
+"""Ranks and hits on matrices written by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsd.metrics import METRICS, Answer, rank, winoground
+
+scores_1T = st.lists(st.integers(-50, 50), min_size=2, max_size=12)
+
+
+@pytest.mark.parametrize(
+    ("scores", "answer", "expected"),
+    [
+        ([[2.0], [1.0]], ((0, 0),), 1),  # ComVG: two images, one text
+        ([[1.0], [2.0]], ((0, 0),), 2),
+        ([[0.1, 0.9, 0.5]], ((0, 2),), 2),  # one image, three texts
+        ([[0.1, 0.9, 0.5]], ((0, 0),), 3),
+        ([[0.5, 0.5]], ((0, 0),), 2),  # a tie counts against us
+        ([[0.0, 0.0, 0.0]], ((0, 1),), 3),
+        ([[-np.inf, 1.0, -np.inf]], ((0, 1),), 1),  # candidates that a schedule gave up
+    ],
+)
+def test_rank(scores: list[list[float]], answer: Answer, expected: int) -> None:
+    assert rank(np.array(scores), answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("scores", "answer", "message"),
+    [
+        ([[np.nan, 1.0]], ((0, 1),), "NaN"),
+        ([[1.0, 2.0], [3.0, 4.0]], ((0, 0),), "I x 1 or 1 x T"),
+        ([[1.0, 2.0]], ((0, 0), (0, 1)), "one pair"),
+        ([[1.0, 2.0]], ((0, 2),), "outside"),
+        ([[1.0, 2.0]], ((0, -1),), "outside"),
+        ([1.0, 2.0], ((0, 0),), r"\[I, T\]"),
+    ],
+)
+def test_rank_names_the_mistake(scores: list[list[float]], answer: Answer, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rank(np.array(scores), answer)
+
+
+@given(scores_1T, st.data())
+def test_a_monotone_transformation_changes_no_rank(scores: list[int], data: st.DataObject) -> None:
+    k = data.draw(st.integers(0, len(scores) - 1))
+    values = np.array([scores], dtype=float)
+    assert (
+        rank(values, ((0, k),))
+        == rank(np.arctan(values / 7) * 3 - 1, ((0, k),))
+        == rank(values**3, ((0, k),))
+    )
+    assert rank(values, ((0, k),)) == rank(values.T, ((k, 0),))
+
+
+@given(scores_1T, st.data())
+def test_the_order_of_the_candidates_does_not_matter(scores: list[int], data: st.DataObject) -> None:
+    order = data.draw(st.permutations(range(len(scores))))
+    values = np.array([scores], dtype=float)
+    for k in range(len(scores)):
+        assert rank(values, ((0, k),)) == rank(values[:, order], ((0, order.index(k)),))
+
+
+@given(scores_1T)
+def test_ranks_of_distinct_scores_are_a_permutation(scores: list[int]) -> None:
+    values = np.array([sorted(set(scores))], dtype=float)
+    ranks = [rank(values, ((0, k),)) for k in range(values.shape[1])]
+    assert ranks == list(range(values.shape[1], 0, -1))
+
+
+@pytest.mark.parametrize(
+    ("scores", "text", "image", "group"),
+    [
+        ([[2, 1], [1, 2]], True, True, True),
+        ([[1, 0], [5, 6]], True, False, False),  # the second image wins both texts
+        ([[1, 5], [0, 6]], False, True, False),  # the second text wins both images
+        ([[1, 2], [2, 1]], False, False, False),
+        ([[1, 1], [1, 1]], False, False, False),  # a tie is a miss
+        ([[2, 2], [1, 3]], False, True, False),
+    ],
+)
+def test_winoground(scores: list[list[float]], text: bool, image: bool, group: bool) -> None:
+    expected = {"text": text, "image": image, "group": group}
+    assert winoground(np.array(scores), ((0, 0), (1, 1))) == expected
+    assert winoground(np.array(scores)[::-1], ((0, 1), (1, 0))) == expected  # images in the other order
+
+
+@pytest.mark.parametrize(
+    ("scores", "answer"),
+    [
+        ([[1, 2, 3], [4, 5, 6]], ((0, 0), (1, 1))),
+        ([[1, 2], [3, 4]], ((0, 0),)),
+        ([[1, 2], [3, 4]], ((0, 0), (1, 0))),
+        ([[1, 2], [3, np.nan]], ((0, 0), (1, 1))),
+    ],
+)
+def test_winoground_names_the_mistake(scores: list[list[float]], answer: Answer) -> None:
+    with pytest.raises(ValueError):
+        winoground(np.array(scores), answer)
+
+
+def values(name: str, ranks: list[int], categories: list[str]) -> dict[str, float]:
+    found = METRICS[name](np.array(ranks), categories)
+    return {
+        metric: float(np.mean([hits[mask].mean() for mask in groups]))
+        for metric, (hits, groups) in found.items()
+    }
+
+
+def test_slots_by_hand() -> None:
+    categories = ["subject", "subject", "subject", "subject", "object", "object", "predicate"]
+    assert values("slots", [1, 1, 1, 2, 2, 1, 2], categories) == pytest.approx(
+        {"subject": 3 / 4, "object": 1 / 2, "predicate": 0, "micro": 4 / 7, "macro": 5 / 12}
+    )
+
+
+def test_recall_by_hand() -> None:
+    assert values("recall", [1, 2, 5, 6], [""] * 4) == {"top1": 0.25, "top5": 0.75}
+
+
+def test_answers_by_hand() -> None:
+    assert values("answers", [1, 2, 1, 1], ["binary", "binary", "number", "colour"]) == {
+        "binary": 0.5,
+        "other": 1.0,
+        "all": 0.75,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "categories", "message"),
+    [
+        ("slots", [1, 1], ["subject", "object"], "no examples of category 'predicate'"),
+        ("slots", [1], ["verb"], "'verb' is not a slot"),
+        ("answers", [1], ["binary"], "no examples of category 'other'"),
+        ("answers", [1], ["number"], "no examples of category 'binary'"),
+        ("recall", [], [], "no examples"),
+        ("recall", [0], [""], "counted from 1"),
+    ],
+)
+def test_empty_groups_are_named_and_not_left_out(
+    name: str, ranks: list[int], categories: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        METRICS[name](np.array(ranks), categories)

@@ -1,0 +1,333 @@
+"""The report on a small data folder that is made up here, with heat maps that cost nothing."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from dsd.errors import DataError
+from dsd.evaluation import SCHEMA, summarise, write_metrics
+from dsd.matcher import Heatmap
+from dsd.matching import MatchingExample, write_examples
+from dsd.metrics import SLOTS, rank
+from dsd.params import Params, load
+from dsd.report import build
+from dsd.report.figures import smooth
+from dsd.report.gallery import choose, overlay
+from dsd.report.inputs import read_datasets
+from dsd.report.tables import Comparison, chance, compare, duration, points
+from dsd.statistics import Difference, Interval
+
+ROOT = Path(__file__).parent.parent
+HOSTILE = """<script>alert("1")</script> & 'more'"""
+NAMES = ("scenes-com", "scenes-ref", "scenes-vqa")
+SKILL = {"dsd-zero-shot": 0.2, "dsd": 1.5, "denoising": 1.0, "clip-zero-shot": 0.6}  # of the true candidate's score
+VOID = {"meta", "img", "br"}
+
+
+def examples_of(name: str) -> list[MatchingExample]:
+    if name == "scenes-com":
+        return [
+            MatchingExample(f"com/{n}/{slot}", (f"c{n}", f"c{n}{slot}"), (f"red circle {n} {HOSTILE}",), ((n % 2, 0),), slot)
+            for n in range(12)
+            for slot in SLOTS
+        ]
+    width = 10 if name == "scenes-ref" else 13
+    category = {"scenes-ref": ("above", "below"), "scenes-vqa": ("binary", "colour")}[name]
+    return [
+        MatchingExample(f"{name}/{n}", (f"{name}{n}",), tuple(f"text {t}" for t in range(width)), ((0, n % width),), category[n % 2])
+        for n in range(24)
+    ]
+
+
+def png(rng: np.random.Generator) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((48, 48)).save(data, "PNG")
+    return data.getvalue()
+
+
+def write(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def write_dataset(name: str, params: Params, data: Path) -> dict[str, dict[str, Interval]]:
+    """Everything that the stages before leave of a dataset; returns its metrics."""
+    examples, rng = examples_of(name), np.random.default_rng(len(name))
+    prepared = data / "prepare" / name
+    write_examples(prepared / "examples.parquet", [("test", e) for e in examples] + [("train", examples[0])])
+    images = [{"id": i, "png": png(rng)} for i in dict.fromkeys(i for e in examples for i in e.images)]
+    pq.write_table(pa.Table.from_pylist(images), prepared / "images.parquet")
+    write(prepared / "summary.json", {"examples": len(examples), "quarantined": 1})
+    write(prepared / "quarantine.json", [{"name": f"{HOSTILE}.png", "reason": "truncated"}])
+    write(data / "cache" / name / "summary.json", {"images": len(images), "texts": 7, "truncated": 3, "corrupt": 0})
+    write(data / "score" / name / "summary.json", {"pairs": 5, "rows": 40, "computed": 20, "corrupt": 0, "seconds": 4.0})
+    rows, results = [], {}
+    for method in params.methods:
+        skill, ranks = SKILL[method], []
+        for e in examples:
+            scores = rng.normal(size=(len(e.images), len(e.texts)))
+            scores[e.answer[0]] += 2 * skill
+            ranks.append(rank(scores, e.answer))
+            rows.append(dict(id=e.id, category=e.category, method=method, scores=scores.ravel().tolist(), rank=ranks[-1]))
+        settings = dict(params.evaluate.model_dump(), seed=params.seed)
+        results[method] = summarise(params.datasets[name].kind, examples, np.array(ranks), **settings)
+    path = data / "evaluate" / "scores" / f"{name}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+    curve = [f"{step},{2 / step:.6f},{min(1, step / 40):.6f}" for step in range(1, 61)]
+    (data / "train" / name).mkdir(parents=True)
+    (data / "train" / name / "curve.csv").write_text("\n".join(["step,loss,accuracy", *curve, ""]))
+    return results
+
+
+class FakeHeatMaps:
+    digest = "0123456789abcdef"
+
+    def __call__(self, dataset: str, image: Image.Image, text: str) -> Heatmap:
+        words, ramp = text.split(), np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+        return Heatmap(words, np.stack([np.roll(ramp, 5 * n) for n in range(len(words))]), np.array(image.resize((64, 64))))
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    shipped = load(ROOT / "params.yaml")
+    assert set(SKILL) <= set(shipped.methods) and set(NAMES) <= set(shipped.datasets)
+    return shipped.model_copy(
+        update={
+            "methods": {name: shipped.methods[name] for name in SKILL},
+            "datasets": {name: shipped.datasets[name] for name in NAMES},
+            "evaluate": shipped.evaluate.model_copy(update={"resamples": 200}),
+            "report": shipped.report.model_copy(update={"gallery": 3}),
+        }
+    )
+
+
+@pytest.fixture
+def data(params: Params, tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    write_metrics({name: write_dataset(name, params, folder) for name in params.datasets}, folder / "evaluate")
+    for number, stage in enumerate(("prepare", "score")):
+        details = {name: {"seconds": 30.0} for name in params.datasets}
+        record = {"stage": stage, "seconds": 90.0, "finished": f"2026-11-2{number}T10:00:00+00:00", "device": "a processor"}
+        write(folder / "timings" / f"{stage}.json", {**record, "details": details})
+    return folder
+
+
+@pytest.fixture
+def page(params: Params, data: Path) -> str:
+    return build(params, data, data / "report", FakeHeatMaps()).read_text(encoding="utf-8")
+
+
+@dataclass
+class Parsed(HTMLParser):
+    """The page's attributes, its ids, its tables as rows of texts by caption, and whether its elements nest."""
+
+    page: str
+    attributes: list[tuple[str, str, str]] = field(default_factory=list)
+    tables: dict[str, list[list[str]]] = field(default_factory=dict)
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._open: list[str] = []
+        self.feed(self.page)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag == "caption":
+            self._caption, self._rows = "", []
+        if tag == "tr":
+            self._rows.append([])
+        if tag in ("th", "td"):
+            self._rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+        if tag == "table":
+            self.tables[self._caption] = [[" ".join(cell.split()) for cell in row] for row in self._rows]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if "caption" in self._open:
+            self._caption += data
+        if "th" in self._open or "td" in self._open:
+            self._rows[-1][-1] += data
+
+
+def test_the_page_is_one_well_formed_file(page: str) -> None:
+    parsed = Parsed(page)
+    ids = [value for _, name, value in parsed.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) > 0
+    for tag, name, value in parsed.attributes:
+        if name in ("src", "href", "xlink:href", "srcset"):
+            assert value.startswith("data:image/") if tag == "img" else value.removeprefix("#") in ids
+        assert not name.startswith("on")
+    assert {"script", "link", "iframe", "object"}.isdisjoint(tag for tag, _, _ in parsed.attributes)
+    assert all(target.removeprefix("#") in ids for target in re.findall(r"url\(([^)]*)\)", page))
+    assert "http" not in page and "@import" not in page and "<script" not in page
+    assert all(dict_of(parsed, number) for number, (tag, *_) in enumerate(parsed.attributes) if tag == "img")
+
+
+def dict_of(parsed: Parsed, number: int) -> bool:
+    """Whether the image that the attribute belongs to has an alternative text (its attributes stand together)."""
+    return any(name == "alt" and value for _, name, value in parsed.attributes[max(0, number - 4) : number + 5])
+
+
+def test_every_metric_is_in_the_tables(page: str, params: Params, data: Path) -> None:
+    tables = Parsed(page).tables
+    for dataset, methods in json.loads((data / "evaluate" / "metrics.json").read_text()).items():
+        head, *rows = tables[f"{dataset}: share of right answers"]
+        for method, metrics in methods.items():
+            row = next(row for row in rows if row[0] == method)
+            for column, (metric, v) in enumerate(metrics.items(), start=1):
+                assert head[column] == f"{metric}n = {v['n']}"
+                assert row[column] == f"{100 * v['value']:.1f} % [{100 * v['low']:.1f}, {100 * v['high']:.1f}]"
+
+
+def test_chance_is_that_of_the_candidates(params: Params, data: Path) -> None:
+    found = {d.name: chance(d) for d in read_datasets(params, data)}
+    assert found["scenes-com"] == pytest.approx(dict.fromkeys((*SLOTS, "micro", "macro"), 1 / 2))
+    assert found["scenes-ref"] == pytest.approx({"top1": 1 / 10, "top5": 5 / 10})
+    assert found["scenes-vqa"] == pytest.approx(dict.fromkeys(("binary", "other", "all"), 1 / 13))
+
+
+def test_what_comes_from_outside_is_escaped(page: str) -> None:
+    assert "&lt;script&gt;alert(" in page
+    assert "<script" not in page
+
+
+def test_the_same_input_gives_the_same_bytes(page: str, params: Params, data: Path) -> None:
+    assert build(params, data, data / "again", FakeHeatMaps()).read_bytes() == page.encode()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.01, 0.2, "higher"), (-0.2, -0.01, "lower"), (-0.01, 0.3, "no difference shown"), (0.0, 0.3, "no difference shown")],
+)
+def test_words_follow_the_interval(low: float, high: float, verdict: str) -> None:
+    assert Comparison("d", "m", Difference((low + high) / 2, low, high, 0.5, 10), False).verdict == verdict
+
+
+def test_comparisons_are_paired_and_told(page: str, params: Params, data: Path) -> None:
+    dataset = read_datasets(params, data)[0]
+    found = {c.metric: c for c in compare(dataset, "dsd", "dsd-zero-shot", params)}
+    rows = [row for row in Parsed(page).tables["dsd − dsd-zero-shot"] if row[0] == dataset.name]
+    assert [row[1] for row in rows] == list(dataset.metrics) == list(found)
+    for _, metric, difference, _, _, verdict, overlap in rows:
+        c = found[metric]
+        own, other = (dataset.results[method][metric] for method in ("dsd", "dsd-zero-shot"))
+        assert c.difference.value == pytest.approx(own.value - other.value)
+        assert difference == f"{points(c.difference.value)} [{points(c.difference.low)}, {points(c.difference.high)}]"
+        assert verdict == c.verdict
+        assert overlap == ("apart" if own.low > other.high or other.low > own.high else "overlap")
+
+
+def test_gallery_is_drawn_by_the_seed(params: Params, data: Path) -> None:
+    dataset = read_datasets(params, data)[0]
+    right, wrong = choose(dataset, "dsd-zero-shot", 4, seed=0)
+    assert (right, wrong) == choose(dataset, "dsd-zero-shot", 4, seed=0) != choose(dataset, "dsd-zero-shot", 4, seed=1)
+    assert len(right) == len(wrong) == 4
+    assert {int(r) for r in dataset.ranks["dsd-zero-shot"][right]} == {1}
+    assert 1 not in dataset.ranks["dsd-zero-shot"][wrong]
+
+
+def test_counts_and_times_are_told(page: str) -> None:
+    tables, text = Parsed(page).tables, Parsed(page).text
+    assert tables["What did not come through whole"][1] == ["scenes-com", "48", "1", "7", "3", "0", "0"]
+    assert tables["Evidence: passes through the U-Net"][1] == ["scenes-com", "5", "40", "20", "4.0 s", "5"]
+    assert tables["Time by stage"][-1][:2] == ["total", "3 min 00 s"]
+    assert "0123456789abcdef" in text and "2026-11-21 10:00:00 UTC" in text and "48 → 64 pixels" in text
+
+
+def test_pictures_can_be_decoded(page: str) -> None:
+    pictures = [base64.b64decode(data) for data in re.findall(r"data:image/jpeg;base64,([^\"]*)", page)]
+    assert pictures
+    for picture in pictures[:5]:
+        Image.open(io.BytesIO(picture)).load()
+
+
+def test_absent_methods_and_timings_are_no_error(params: Params, data: Path) -> None:
+    path = data / "evaluate" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    write(path, {name: {"denoising": rows["denoising"]} for name, rows in metrics.items()})
+    for timing in (data / "timings").iterdir():
+        timing.unlink()
+    text = Parsed(build(params, data, data / "report", FakeHeatMaps()).read_text()).text
+    assert "No stage has recorded its time" in text and "dsd was not evaluated" in text and "not recorded" in text
+
+
+def broken(data: Path) -> Iterator[tuple[Path, str]]:
+    yield data / "evaluate" / "metrics.json", "{"
+    yield data / "evaluate" / "metrics.json", '{"scenes-com": {}}'
+    yield data / "evaluate" / "metrics.json", json.dumps({name: {"dds": {}} for name in NAMES})
+    yield data / "evaluate" / "metrics.json", json.dumps({name: {"dsd": {"top1": 0.5}} for name in NAMES})
+    yield data / "train" / "scenes-com" / "curve.csv", "step,loss\n1,2\n"
+    yield data / "prepare" / "scenes-ref" / "summary.json", ""
+
+
+def test_what_is_broken_or_missing_is_one_line(params: Params, data: Path) -> None:
+    for path, content in broken(data):
+        sound = path.read_bytes()
+        path.write_text(content)
+        with pytest.raises(DataError, match=f"^{re.escape(str(path))}: .*run the stage") as error:
+            build(params, data, data / "report", FakeHeatMaps())
+        assert "\n" not in str(error.value)
+        path.write_bytes(sound)
+    for path in (data / "evaluate" / "scores" / "scenes-com.parquet", data / "prepare" / "scenes-vqa" / "examples.parquet"):
+        sound = path.read_bytes()
+        path.unlink()
+        with pytest.raises(DataError, match=f"^{re.escape(str(path))}: no such file"):
+            build(params, data, data / "report", FakeHeatMaps())
+        path.write_bytes(sound)
+
+
+def test_scores_of_other_examples_are_refused(params: Params, data: Path) -> None:
+    path = data / "evaluate" / "scores" / "scenes-com.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
+    with pytest.raises(DataError, match="not the scores of the test examples"):
+        build(params, data, data / "report", FakeHeatMaps())
+
+
+def test_smoothing_keeps_a_constant_and_averages_neighbours() -> None:
+    assert smooth([2.0] * 9, 5) == pytest.approx([2.0] * 9)
+    assert smooth([0.0, 3.0, 6.0], 3) == pytest.approx([1.5, 3.0, 4.5])
+
+
+def test_an_overlay_is_bright_where_the_map_is() -> None:
+    heat = np.zeros((8, 8), np.float32)
+    heat[:, 4:] = 1
+    lit = np.array(overlay(np.full((8, 8, 3), 180, np.uint8), heat)).astype(int)
+    assert lit[:, 4:].min() > lit[:, :4].max()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (59.9, "59.9 s"), (60, "1 min 00 s"), (3725, "1 h 02 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("difference", "text"), [(0.1234, "+12.3"), (-0.02, "−2.0"), (-0.0001, "0.0"), (0.0, "0.0")])
+def test_points(difference: float, text: str) -> None:
+    assert points(difference) == text
