@@ -171,7 +171,7 @@ def _decode(folder: Path, max_pixels: int, side: int, file: str) -> Picture | Im
 def _in_threads(
     decode: Callable[[str], Picture | ImageError], files: Sequence[str], workers: int
 ) -> Iterator[tuple[str, Picture | ImageError]]:
-    """(file, what it decodes to), in order. Pillow decodes outside the interpreter's lock: threads are enough."""
+    """(file, what it decodes to), in order. Pillow decodes outside the interpreter's lock: threads do."""
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(files), AHEAD):
             some = files[start : start + AHEAD]

@@ -29,7 +29,7 @@ from dsd.scenes.corpus import Corpus, build
 
 Loss = Callable[[torch.Generator], dict[str, Tensor]]
 Row = dict[str, float | str]
-EVERY = 500  # steps between checkpoints
+EVERY = 100  # steps between checkpoints
 
 
 def tokenizer(words: list[str], max_tokens: int) -> CLIPTokenizer:

@@ -1,7 +1,7 @@
 """The orchestration: one flow a DVC stage, and what runs over all of them.
 
-Importing it puts the settings of prefect, dvc and mlflow into the environment, which is where they look while they are
-imported themselves; what a user has set stays as it is.
+Importing it puts the settings of prefect, dvc and mlflow into the environment, where each of them looks while it is
+imported itself; what a user has set stays as it is.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+DATA = Path("data")
 SETTINGS = {
     "PREFECT_HOME": str(Path(".prefect").resolve()),
     "PREFECT_LOGGING_LEVEL": "WARNING",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from dsd.errors import DsdError
 from dsd.params import Params
-from flows.stage import DATA, Details, each, main, stage, unit
+from flows import DATA
+from flows.stage import Details, each, main, stage, unit
 
 
 def outside(task: Any, run: Any, state: Any) -> bool:
-    """Whether a failure may be the outside world's: what a user got wrong stays wrong however often it is tried."""
-    return not isinstance(state.result(raise_on_failure=False), DsdError)
+    """Whether a failure may be the outside world's, and trying again may help; a user's mistake stays one."""
+    error = state.result(raise_on_failure=False)
+    print(f"download: {run.name}: {error}", file=sys.stderr)
+    return not isinstance(error, DsdError)
 
 
 @stage

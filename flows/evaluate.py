@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dsd.params import Params
-from flows.stage import DATA, Details, each, main, stage, unit
+from flows import DATA
+from flows.stage import Details, each, main, stage, unit
 
 
 @stage

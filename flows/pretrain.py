@@ -1,11 +1,12 @@
-"""Stage pretrain (frozen): the embedded checkpoints, from nothing but drawn scenes; about an hour on two cores."""
+"""Stage pretrain (frozen): the embedded checkpoints, from nothing but drawn scenes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from dsd.params import Params
-from flows.stage import DATA, Details, each, main, stage, unit
+from flows import DATA
+from flows.stage import Details, each, main, stage, unit
 
 
 @stage
@@ -13,10 +14,8 @@ def pretrain(params: Params) -> dict[str, Details]:
     from dsd import pretraining
 
     def models(name: str) -> Details:
-        row = Details()
-        for row in pretraining.pretrain(params, DATA / "pretrain", Path(name)):
-            pass
-        return dict(row)
+        *_, last = pretraining.pretrain(params, DATA / "pretrain", Path(name))
+        return dict(last)
 
     return each(unit(models), ["models"])
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
-import logging
 import os
 import signal
 import socket
@@ -14,16 +11,141 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dvc.exceptions import DvcException, ReproductionError
+import dvc.logger
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.stage.exceptions import StageCmdFailedError
 
 from dsd.errors import DsdError
 from dsd.params import load
+from flows import DATA
+from flows.process import die_with_parent
 
-DATA = Path("data")
-REPORT = DATA / "report" / "index.html"
 STARTUP_SECONDS = 120
+
+
+def main() -> None:
+    """Runs the reproduction as a command; a stage that fails says why itself, and its exit status is passed on."""
+    # dvc.yaml says `python`, which is to be the one that runs here.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        print(reproduce())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except DsdError as error:
+        sys.exit(f"reproduce: {error}")
+    except DvcException as error:
+        cause = error.__cause__
+        told = isinstance(cause, StageCmdFailedError)
+        sys.exit(1 if told else f"reproduce: {error}{f': {cause}' if cause else ''}")
+
+
+def reproduce() -> str:
+    """Brings the workspace up to date; returns what to tell the user.
+
+    Raises:
+        DsdError: params.yaml is not what it should be, or the Prefect server does not start.
+        DvcException: a stage failed, or DVC cannot work here.
+    """
+    started = datetime.now(UTC).replace(microsecond=0)
+    clock = time.monotonic()
+    params = load()
+    with Repo() as repo:
+        stale = bool(repo.status())
+        if stale:
+            run(repo)
+    from flows.tracking import publish
+
+    publish(params, DATA)
+    report = f"report: {DATA / 'report' / 'index.html'}"
+    if not stale:
+        return f"everything is up to date\n{report}"
+    total = time.monotonic() - clock
+    return f"orchestration: {total - worked(started):.0f} s of {total:.0f} s\n{report}"
+
+
+def run(repo: Repo) -> None:
+    """`dvc repro` as one Prefect flow, whose server the stages share."""
+    dvc.logger.setup()
+    with server():
+        from prefect import flow
+
+        @flow(name="reproduce", persist_result=False)
+        def dag() -> None:
+            repo.reproduce()
+
+        dag()
+
+
+def worked(since: datetime) -> float:
+    """The seconds of work of the stages that finished since then."""
+    records = [json.loads(path.read_text()) for path in (DATA / "timings").glob("*.json")]
+    return float(sum(r["seconds"] for r in records if datetime.fromisoformat(r["finished"]) >= since))
+
+
+@contextmanager
+def server() -> Iterator[None]:
+    """A Prefect server on a free port of this machine, unless the user has named one: PREFECT_API_URL says where.
+
+    Raises:
+        DsdError: it does not answer.
+    """
+    if "PREFECT_API_URL" in os.environ:
+        yield
+        return
+    log = Path(os.environ["PREFECT_HOME"]) / "server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    port = str(free_port())
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    address = f"http://127.0.0.1:{port}"
+    # In a session of its own it does not get the Ctrl-C that is meant for the stage, and can record how that ends.
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, start_new_session=True, preexec_fn=die_with_parent
+        )
+    try:
+        os.environ["PREFECT_API_URL"] = f"{address}/api"
+        import flows.stage  # noqa: F401  (it imports prefect, which takes a while, as the server does)
+
+        wait(process, f"{address}/api/health", log)
+        print(f"Prefect shows the run at {address}", flush=True)
+        yield
+    finally:
+        os.environ.pop("PREFECT_API_URL", None)
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Returns when the server answers.
+
+    Raises:
+        DsdError: it has ended, or does not answer in time.
+    """
+    deadline = time.monotonic() + STARTUP_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise DsdError(f"the Prefect server does not answer; {log} says why")
+
+
+if __name__ == "__main__":
+    main()

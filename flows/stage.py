@@ -1,10 +1,11 @@
-"""What the stages share: the params that each may read, its units of work, their timings, and how it fails."""
+"""What the stages share: the params each may read, its units of work, their timings, and how it fails."""
 
 from __future__ import annotations
 
 import errno
 import functools
 import json
+import logging
 import os
 import platform
 import shutil
@@ -22,11 +23,15 @@ from prefect.cache_policies import NO_CACHE
 from dsd.errors import DsdError
 from dsd.params import Params, load
 from dsd.store import write_atomic
+from flows import DATA
+from flows.process import die_with_parent
 
-DATA = Path("data")
-TIMINGS = DATA / "timings"
 Details = dict[str, Any]
 Stage = Flow[[], None]
+
+# What went wrong is in Prefect's record of the run; the terminal gets it once, from `main`.
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).propagate = False
 
 
 def declared(name: str) -> set[str]:
@@ -37,7 +42,7 @@ def declared(name: str) -> set[str]:
 def params(name: str) -> Params:
     """The params of a stage: the sections that dvc.yaml lists for it, and `runtime`, which changes no result.
 
-    Reading any other section is an AttributeError, so a section that was forgotten in dvc.yaml cannot make an output
+    Reading any other section is an AttributeError, so one that was forgotten in dvc.yaml cannot leave an output
     stale unnoticed.
 
     Raises:
@@ -57,21 +62,21 @@ def unit(function: Callable[[str], Mapping[str, Any]], **options: Any) -> Task[[
     def timed(name: str) -> Details:
         start = time.perf_counter()
         result = function(name)
-        return {"seconds": round(time.perf_counter() - start, 3), **result}
+        return {**result, "seconds": round(time.perf_counter() - start, 3)}
 
     return task(timed, task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False, **options)
 
 
 def each(work: Callable[[str], Details], names: Iterable[str]) -> dict[str, Details]:
-    """The results of the work on every name, one after the other: each of them fills the machine by itself."""
+    """The results of the work on every name, one after the other: each by itself fills the machine."""
     return {name: work(name) for name in names}
 
 
 def stage(body: Callable[[Params], Mapping[str, Details]]) -> Stage:
     """The flow of the stage that the function is named after.
 
-    The function gets the stage's params and returns the details of its units; they go into data/timings/<stage>.json,
-    which no stage but the report depends on.
+    The function gets the stage's params and returns the details of its units; they go into
+    data/timings/<stage>.json, which no stage but the report depends on.
     """
     name = body.__name__
 
@@ -85,13 +90,15 @@ def stage(body: Callable[[Params], Mapping[str, Details]]) -> Stage:
             "device": device(),
             "details": details,
         }
-        write_atomic(TIMINGS / f"{name}.json", json.dumps(record, indent=2).encode())
+        write_atomic(DATA / "timings" / f"{name}.json", json.dumps(record, indent=2).encode())
 
     return run
 
 
 def main(run: Stage) -> None:
     """Runs a stage as a command: a user's mistake ends it with one line and exit status 1."""
+    if "DVC_STAGE" in os.environ:  # a stage that outlived a killed DVC would get in the way of the next
+        die_with_parent()
     try:
         run()
     except KeyboardInterrupt:
@@ -104,20 +111,21 @@ def main(run: Stage) -> None:
 
 
 def mistake(error: BaseException | None) -> str | None:
-    """The line that tells a user what to mend, from an exception or from what caused it; None where it is a defect."""
+    """What a user has to mend, from an exception or from what caused it; None where it is a defect of ours."""
     while error is not None:
         if isinstance(error, DsdError):
             return str(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"{error.filename or Path.cwd()}: disk full, {shutil.disk_usage(Path.cwd()).free} bytes are free"
+            return f"{error.filename or Path.cwd()}: disk full, {shutil.disk_usage('.').free} bytes are free"
         error = error.__cause__
     return None
 
 
 def prune(folder: Path, names: Iterable[str]) -> None:
-    """Removes the folders of datasets that are gone from params.yaml: DVC keeps what a persistent output held."""
+    """Removes the folders of datasets that params.yaml has no more: DVC keeps what a persistent output held."""
+    keep = set(names)
     for path in folder.glob("*"):
-        if path.is_dir() and path.name not in names:
+        if path.is_dir() and path.name not in keep:
             shutil.rmtree(path)
 
 

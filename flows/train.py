@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dsd.params import Params
-from flows.stage import DATA, Details, each, main, prune, stage, unit
+from flows import DATA
+from flows.stage import Details, each, main, prune, stage, unit
 
 
 @stage
@@ -15,7 +16,8 @@ def train(params: Params) -> dict[str, Details]:
     _, backbone = locate(params.backbones[params.backbone])
 
     def dataset(name: str) -> Details:
-        prepared, row = DATA / "prepare" / name, Details()
+        prepared = DATA / "prepare" / name
+        row: dict[str, float] = {}
         with Live(name, training.training_key(name, params, prepared, backbone), params) as live:
             for row in training.train(name, params, prepared, DATA / "cache" / name, DATA / "train" / name):
                 live.log(row)

@@ -108,9 +108,9 @@ class Reads:
     """The sections of params that a stage can read, found in its source.
 
     It follows every name that is mentioned from the stage's function on (functions, classes, tables of them), and
-    counts `.section` on whatever is called `params` or annotated `Params`. So a section is counted that only a branch
-    reads, and one is missed that is read under another name or through a computed one (getattr, model_dump). Those are
-    caught later: `flows.stage.params` hands a stage nothing but what dvc.yaml lists.
+    counts `.section` on whatever is called `params` or annotated `Params`. So a section counts even if only a branch
+    reads it, and one is missed that is read under another name or a computed one (getattr, model_dump). Those are
+    caught when the stage runs: `flows.stage.params` hands it nothing but what dvc.yaml lists.
     """
 
     def __init__(self) -> None:
@@ -138,9 +138,10 @@ class Reads:
     def _find(self, module: str, name: str) -> tuple[str, str] | None:
         """Where a name that a module mentions is defined."""
         while (module, name) not in self._nodes:
-            if (module, name) not in self._aliases:
+            target = self._aliases.get((module, name))
+            if target is None or target in graph().modules:
                 return None
-            module, _, name = self._aliases[module, name].rpartition(".")
+            module, _, name = target.rpartition(".")
         return module, name
 
     def _mentions(self, module: str, node: ast.AST) -> set[tuple[str, str]]:
@@ -164,8 +165,12 @@ class Reads:
 
     @staticmethod
     def _sections(node: ast.AST) -> set[str]:
-        arguments = [part for part in ast.walk(node) if isinstance(part, ast.arg) and part.annotation]
-        names = {a.arg for a in arguments if ast.unparse(a.annotation or a) == "Params"} | {"params"}
+        types = {
+            part.arg: ast.unparse(part.annotation)
+            for part in ast.walk(node)
+            if isinstance(part, ast.arg) and part.annotation is not None
+        }
+        names = {name for name, kind in ({"params": "Params"} | types).items() if kind == "Params"}
         return {
             part.attr
             for part in ast.walk(node)

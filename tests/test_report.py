@@ -71,7 +71,8 @@ def write_dataset(name: str, params: Params, data: Path) -> dict[str, dict[str, 
     write_examples(prepared / "examples.parquet", [("test", e) for e in examples] + [("train", examples[0])])
     images = [{"id": i, "png": png(rng)} for i in dict.fromkeys(i for e in examples for i in e.images)]
     pq.write_table(pa.Table.from_pylist(images), prepared / "images.parquet")
-    write(prepared / "summary.json", {"examples": len(examples), "quarantined": 1})
+    summary = {"train": 1, "validation": 0, "test": len(examples), "images": len(images), "repeated": 0}
+    write(prepared / "summary.json", summary | {"quarantined": 1, "dropped": 2, "shared": 0})
     write(prepared / "quarantine.json", [{"name": f"{HOSTILE}.png", "reason": "truncated"}])
     write(data / "cache" / name / "summary.json", {"images": len(images), "texts": 7, "truncated": 3, "corrupt": 0})
     write(data / "score" / name / "summary.json", {"pairs": 5, "rows": 40, "computed": 20, "corrupt": 0, "seconds": 4.0})
@@ -254,7 +255,7 @@ def test_gallery_is_drawn_by_the_seed(params: Params, data: Path) -> None:
 
 def test_counts_and_times_are_told(page: str) -> None:
     tables, text = Parsed(page).tables, Parsed(page).text
-    assert tables["What did not come through whole"][1] == ["scenes-com", "48", "1", "7", "3", "0", "0"]
+    assert tables["What did not come through whole"][1] == ["scenes-com", "48", "1", "2", "0", "7", "3", "0", "0"]
     assert tables["Evidence: passes through the U-Net"][1] == ["scenes-com", "5", "40", "20", "4.0 s", "5"]
     assert tables["Time by stage"][-1][:2] == ["total", "3 min 00 s"]
     assert "0123456789abcdef" in text and "2026-11-21 10:00:00 UTC" in text and "48 → 64 pixels" in text

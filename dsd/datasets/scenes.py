@@ -107,8 +107,8 @@ def _items(row: DatasetParams, dataset: str, seed: int, examples: int) -> list[t
     wanted, groups = few_shot + validation + row.test, row.size // examples
     if wanted > groups * examples:
         raise ParamsError(
-            f"datasets.{dataset}: few_shot, validation and test ask for {few_shot} + {validation} + {row.test} "
-            f"examples, size allows {groups * examples}"
+            f"datasets.{dataset}.size: {groups * examples} examples are fewer than the {few_shot} few-shot, "
+            f"{validation} validation and {row.test} test ones asked for"
         )
     names = [f"{row.kind}/{seed}/{index}" for index in range(groups)]
     splits = split(

@@ -40,7 +40,7 @@ def compose(name: str, index: int, split: Split, row: DatasetParams) -> Item:
 
 
 def _candidates(rng: Random, count: int) -> list[Triplet]:
-    """`count` cells, in random order, of the smallest grid that has as many; no noun is both subject and object."""
+    """`count` cells, in random order, of the smallest such grid; no noun is both subject and object."""
     sides = [1, 1, 1]
     while prod(sides) < count:
         sides[rng.choice([i for i in range(3) if sides[i] == min(sides)])] += 1
@@ -65,7 +65,7 @@ def _similar(rng: Random, count: int, taken: set[Noun]) -> list[Noun]:
 
 
 def _scene(rng: Random, seed: str, candidates: list[Triplet], true: Triplet) -> Scene | None:
-    """Three or four things of which `true` holds and no other candidate even arguably; None where none is found."""
+    """Three or four things of which `true` holds and no other candidate even arguably, or None."""
     nouns = {noun for triplet in candidates for noun in (triplet.subject, triplet.object)}
     for _ in range(ATTEMPTS):
         scene = sample_scene(rng, seed, true, distractors=rng.choice((1, 2)), exclude=nouns)

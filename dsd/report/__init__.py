@@ -48,7 +48,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         figures=_figures(datasets, params),
         galleries=[gallery(d, params, data / "prepare" / d.name, heat) for d in progress(shown, desc="gallery")],
         mapped=MAPPED,
-        lost=tables.inputs_lost(datasets),
+        lost=tables.lost(datasets),
         quarantine=[(d.name, row["name"], row["reason"]) for d in datasets for row in d.quarantine],
         timings=tables.timings(timings, list(params.datasets)) if timings else None,
         throughput=tables.throughput(datasets),

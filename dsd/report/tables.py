@@ -167,29 +167,27 @@ def comparisons(a: str, b: str, found: Sequence[Comparison]) -> Table:
     return Table(f"{a} − {b}", head, rows)
 
 
-def inputs_lost(datasets: Sequence[Dataset]) -> Table:
-    """How many pictures, texts and files were not taken as they came."""
+LOST = {  # column → the stage and the key of its summary
+    "pictures\nstored": ("prepare", "images"),
+    "pictures\nquarantined": ("prepare", "quarantined"),
+    "examples\ndropped for it": ("prepare", "dropped"),
+    "examples that\nshared a picture": ("prepare", "shared"),
+    "texts\nencoded": ("cache", "texts"),
+    "texts\ntruncated": ("cache", "truncated"),
+    "damaged files\ncache": ("cache", "corrupt"),
+    "damaged files\nscore": ("score", "corrupt"),
+}
+
+
+def lost(datasets: Sequence[Dataset]) -> Table:
+    """How many pictures, examples, texts and files did not come through whole."""
 
     def cell(dataset: Dataset, stage: str, key: str) -> Cell:
         value = dataset.summaries.get(stage, {}).get(key)
         return Cell(UNKNOWN if value is None else count(value))
 
-    rows = [
-        Row(
-            d.name,
-            [
-                cell(d, "cache", "images"),
-                Cell(count(len(d.quarantine))),
-                cell(d, "cache", "texts"),
-                cell(d, "cache", "truncated"),
-                cell(d, "cache", "corrupt"),
-                cell(d, "score", "corrupt"),
-            ],
-        )
-        for d in datasets
-    ]
-    head = ["dataset", "pictures\nencoded", "pictures\nquarantined", "texts\nencoded", "texts\ntruncated"]
-    return Table("What did not come through whole", [*head, "damaged files\ncache", "damaged files\nscore"], rows)
+    rows = [Row(d.name, [cell(d, stage, key) for stage, key in LOST.values()]) for d in datasets]
+    return Table("What did not come through whole", ["dataset", *LOST], rows)
 
 
 def timings(stages: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Table:

@@ -1,0 +1,97 @@
+"""Splits: whole groups, in an order that only the seed and a group's own name decide."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsd.errors import DataError
+from dsd.fewshot import SPLITS, split
+
+GROUPS = st.dictionaries(st.text(max_size=6), st.integers(1, 4), min_size=1, max_size=40)
+SEEDS = st.integers(0, 2**32)
+
+
+def rows_of(groups: dict[str, int]) -> list[str]:
+    return [group for group, count in groups.items() for _ in range(count)]
+
+
+def sizes(rows: list[str], found: dict[str, str]) -> Counter[str]:
+    return Counter(found[group] for group in rows if group in found)
+
+
+@given(GROUPS, SEEDS, st.data())
+def test_splits_are_filled_in_whole_groups(groups: dict[str, int], seed: int, data: st.DataObject) -> None:
+    rows, largest = rows_of(groups), max(groups.values())
+    # Each split can run over by less than its last group.
+    room = max(0, len(rows) - 3 * (largest - 1))
+    few_shot = data.draw(st.integers(0, room))
+    validation = data.draw(st.integers(0, room - few_shot))
+    test = data.draw(st.integers(0, room - few_shot - validation))
+    found = split(rows, few_shot=few_shot, validation=validation, test=test, seed=seed)
+    assert set(found) <= set(groups)
+    assert set(found.values()) <= set(SPLITS)
+    for name, wanted in zip(SPLITS, (few_shot, validation, test), strict=True):
+        filled = sizes(rows, found)[name]
+        assert wanted <= filled < wanted + largest
+        assert filled > 0 or wanted == 0
+
+
+@given(GROUPS, SEEDS, st.randoms(use_true_random=False))
+def test_the_order_of_rows_is_of_no_account(groups: dict[str, int], seed: int, random) -> None:
+    rows = rows_of(groups)
+    shuffled = random.sample(rows, len(rows))
+    wanted = dict(few_shot=len(rows) // 4, validation=0, test=len(rows) // 4, seed=seed)
+    try:
+        expected = split(rows, **wanted)
+    except DataError:
+        with pytest.raises(DataError):
+            split(shuffled, **wanted)
+    else:
+        assert split(shuffled, **wanted) == expected
+
+
+@given(GROUPS, SEEDS, st.text(min_size=7, max_size=9))
+def test_a_further_group_moves_no_other_group_past_another(groups: dict[str, int], seed: int, new: str) -> None:
+    """What was in train before is in train after, but for the one that the new group takes the place of."""
+    singles = list(groups)
+    half = len(singles) // 2
+    before = split(singles, few_shot=half, validation=0, test=0, seed=seed)
+    after = split([*singles, new], few_shot=half, validation=0, test=0, seed=seed)
+    assert len(set(before) - set(after)) <= 1
+    assert len(set(after) - set(before) - {new}) == 0
+
+
+@given(GROUPS, SEEDS)
+def test_a_larger_test_split_leaves_the_others_alone(groups: dict[str, int], seed: int) -> None:
+    singles = list(groups)
+    third = len(singles) // 3
+    small = split(singles, few_shot=third, validation=third, test=0, seed=seed)
+    large = split(singles, few_shot=third, validation=third, test=len(singles) - 2 * third, seed=seed)
+    assert small.items() <= large.items()
+    assert set(large) == set(singles)
+
+
+def test_seeds_differ_and_the_split_is_even() -> None:
+    groups = [f"scenes/{index}" for index in range(2000)]
+    trains = []
+    for seed in range(3):
+        found = split(groups, few_shot=1000, validation=0, test=1000, seed=seed)
+        train = {group for group, name in found.items() if name == "train"}
+        assert 400 < sum(int(group.split("/")[1]) < 1000 for group in train) < 600
+        trains.append(train)
+    assert all(400 < len(a & b) < 600 for a, b in [(trains[0], trains[1]), (trains[1], trains[2])])
+
+
+def test_known_split() -> None:
+    """The published splits: another hash or another separator would move every example."""
+    found = split(["a", "b", "b", "c", "d", "e"], few_shot=1, validation=1, test=2, seed=0)
+    assert found == {}
+
+
+def test_too_few_rows() -> None:
+    with pytest.raises(DataError, match=r"^3 rows are too few for 2 \+ 1 \+ 1"):
+        split(["a", "b", "c"], few_shot=2, validation=1, test=1, seed=0)
