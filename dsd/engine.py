@@ -19,6 +19,7 @@ from dsd.attention import Recording, during
 from dsd.backbones import StableDiffusion, device_of, load_diffusion
 from dsd.draws import Draw, draws
 from dsd.encoding import UNCONDITIONAL, Arrays, Encodings, all_texts, diffusion_encodings, read_all
+from dsd.errors import DataError
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
 from dsd.params import ContrastiveMethod, EvidenceParams, Params
 from dsd.preparation import Pictures
@@ -161,13 +162,13 @@ def shards_of(
 def read_evidence(
     params: Params, backbone: StableDiffusion, variant: str, trained: Path, scored: Path, examples: Sequence[MatchingExample]
 ) -> Evidence:
-    """The stored evidence of the examples; raises KeyError where the stage `score` has not run with these params."""
+    """The stored evidence of the examples; raises DataError where the stage `score` has not run with these params."""
     store, shards = Store(scored), shards_of(params, backbone, variant, trained, examples)
     parts = []
     for shard in shards:
         arrays = store.read(shard.key)
         if arrays is None:
-            raise KeyError(f"{scored}: no evidence {shard.key}; run the stage `score` again")
+            raise DataError(f"{scored}: no evidence {shard.key}; run the stage `score` again")
         parts.append(arrays)
     seen = draws(params.noise, params.seed)
     stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dsd.backbones import device_of
+from dsd.cards import write_cards
 from dsd.params import FitParams, Params, PretrainParams
 from dsd.scenes.captions import vocabulary
 from dsd.scenes.corpus import Corpus, build
@@ -63,7 +64,7 @@ def fit(name: str, module: nn.Module, loss: Loss, settings: FitParams, root: Pat
     Yields one row of the curve every 50 steps. State goes to `<root>/<name>.pt` and the curve to `<root>/<name>.csv`.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99), fused=True)
     average = torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema))
     start, rows = 0, []
     path = root / f"{name}.pt"
@@ -285,3 +286,4 @@ def pretrain(params: Params, work: Path, target: Path) -> Iterator[Row]:
     yield from train_diffusion(settings, corpus, work, target / "embedded", device)
     yield from train_clip(settings, corpus, work, target / "embedded-clip", device)
     write_cards(params, work, target)
+

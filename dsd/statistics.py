@@ -114,7 +114,10 @@ def paired_difference(
     Raises:
         ValueError: as `clustered_mean`.
     """
-    d_n = _unit(a, "a") - _unit(b, "b")
+    a_n, b_n = _unit(a, "a"), _unit(b, "b")
+    if a_n.shape != b_n.shape:
+        raise ValueError(f"a and b must be of the same examples, not of {len(a_n)} and {len(b_n)}")
+    d_n = a_n - b_n
     masks = [np.ones(len(d_n), dtype=bool)] if groups is None else groups
     sums_CG, counts_CG, n = _by_cluster(d_n, clusters, masks)
     value = _macro(sums_CG.sum(axis=0), counts_CG.sum(axis=0))

@@ -1,6 +1,6 @@
 """The orchestration: one flow a DVC stage, and what runs over all of them.
 
-Importing it puts the settings of prefect, dvc and mlflow into the environment, where each of them looks while it is
+Importing it puts the settings of prefect, dvc and mlflow into the environment, where each looks while it is
 imported itself; what a user has set stays as it is.
 """
 

@@ -46,13 +46,13 @@ def reproduce() -> None:
 # \b keeps the lines of the paragraph that follows it as they are.
 @app.command()
 def match(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures to score.", show_default=False)],
-    texts: Annotated[list[str], typer.Option("--text", help="A text; may be given again.", show_default=False)],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures to score.")],
+    texts: Annotated[list[str], typer.Option("--text", help="A text; may be given again.")],
     checkpoint: Annotated[
         str, typer.Option(help="A checkpoint in the diffusers layout: a folder or a hub id.")
     ] = "models/embedded",
     prompt: Annotated[
-        Path | None, typer.Option(help="A trained attention prompt, such as data/train/scenes-com/prompt.safetensors.")
+        Path | None, typer.Option(help="A trained prompt, such as data/train/scenes-com/prompt.safetensors.")
     ] = None,
     method: Annotated[str, typer.Option(help="cross-attention or denoising.")] = "cross-attention",
     heatmap: Annotated[

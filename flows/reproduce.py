@@ -29,7 +29,7 @@ STARTUP_SECONDS = 120
 
 
 def main() -> None:
-    """Runs the reproduction as a command; a stage that fails says why itself, and its exit status is passed on."""
+    """Runs the reproduction as a command; a stage that fails has said why itself."""
     # dvc.yaml says `python`, which is to be the one that runs here.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -90,7 +90,7 @@ def worked(since: datetime) -> float:
 
 @contextmanager
 def server() -> Iterator[None]:
-    """A Prefect server on a free port of this machine, unless the user has named one: PREFECT_API_URL says where.
+    """A Prefect server on a free port of this machine, unless the user has named one in PREFECT_API_URL.
 
     Raises:
         DsdError: it does not answer.
@@ -103,7 +103,7 @@ def server() -> Iterator[None]:
     port = str(free_port())
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
     address = f"http://127.0.0.1:{port}"
-    # In a session of its own it does not get the Ctrl-C that is meant for the stage, and can record how that ends.
+    # In a session of its own it is spared the Ctrl-C that is meant for the stage, and records how that ends.
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, start_new_session=True, preexec_fn=die_with_parent

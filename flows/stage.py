@@ -42,8 +42,8 @@ def declared(name: str) -> set[str]:
 def params(name: str) -> Params:
     """The params of a stage: the sections that dvc.yaml lists for it, and `runtime`, which changes no result.
 
-    Reading any other section is an AttributeError, so one that was forgotten in dvc.yaml cannot leave an output
-    stale unnoticed.
+    Reading any other section is an AttributeError, so one that was forgotten in dvc.yaml cannot leave an
+    output stale unnoticed.
 
     Raises:
         DsdError: params.yaml is not what it should be.
@@ -111,7 +111,7 @@ def main(run: Stage) -> None:
 
 
 def mistake(error: BaseException | None) -> str | None:
-    """What a user has to mend, from an exception or from what caused it; None where it is a defect of ours."""
+    """What a user has to mend, from an exception or its cause; None where it is a defect of ours."""
     while error is not None:
         if isinstance(error, DsdError):
             return str(error)
@@ -122,7 +122,7 @@ def mistake(error: BaseException | None) -> str | None:
 
 
 def prune(folder: Path, names: Iterable[str]) -> None:
-    """Removes the folders of datasets that params.yaml has no more: DVC keeps what a persistent output held."""
+    """Removes the folders of datasets that params.yaml has no more: DVC keeps all of a persistent output."""
     keep = set(names)
     for path in folder.glob("*"):
         if path.is_dir() and path.name not in keep:

@@ -1,7 +1,7 @@
 """MLflow: every result once, whether it was computed or came out of DVC's cache. The only importer of mlflow.
 
-An entry is found by its tag `dsd.key`, a digest of what it shows, so publishing is an upsert. Runs that one publication
-was killed in are removed by the next; one lock lets processes publish at once.
+An entry is found by its tag `dsd.key`, a digest of what it shows, so publishing is an upsert. A run in which
+a publication was killed is removed by the next; a lock lets several processes publish at once.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from typing import Any, Self
 import pyarrow.parquet as pq
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
-from mlflow.exceptions import MlflowException
+from mlflow.entities import Metric, Param, Run
 
-from dsd.params import Params
-from dsd.store import digest, file_digest
+from dsd.params import ContrastiveMethod, Params
+from dsd.store import digest, file_digest, folder_digest
 
 EXPERIMENT = "dsd"
 ARTIFACTS = Path("mlartifacts")
@@ -65,10 +64,11 @@ class _Runs:
     def find(self, kind: str, key: str) -> list[Run]:
         """The runs of a kind and key, the newest first."""
         where = f"tags.`dsd.kind` = '{kind}' and tags.`dsd.key` = '{key}'"
-        return list(self.client.search_runs([self.experiment], where, order_by=["attributes.start_time DESC"]))
+        newest = ["attributes.start_time DESC"]
+        return list(self.client.search_runs([self.experiment], where, order_by=newest))
 
     def finished(self, kind: str, key: str) -> Run | None:
-        """The finished run of a kind and key, if there is one; what a killed publication left of it is removed."""
+        """The finished run of a kind and key, if there is one; what a killed publication left is removed."""
         done = None
         for run in self.find(kind, key):
             if run.info.status == "FINISHED":
@@ -84,7 +84,7 @@ class _Runs:
 
 
 def publish(params: Params, data: Path) -> int:
-    """Enters every result, training curve and report of `data` that MLflow does not have yet; returns how many."""
+    """Enters every result, curve and report of `data` that MLflow does not have yet; returns how many."""
     runs = _Runs()
     metrics = json.loads((data / "evaluate" / "metrics.json").read_text())
     with _locked():
@@ -102,13 +102,19 @@ def _publish_result(
     runs: _Runs, params: Params, data: Path, dataset: str, method: str, intervals: Intervals
 ) -> bool:
     row = params.methods[method]
-    backbone = params.backbones[row.backbone]
-    scores = pq.read_table(data / "evaluate" / "scores" / f"{dataset}.parquet", filters=[("method", "=", method)])
-    key = digest(dataset, method, intervals, row, backbone, scores.to_pylist())
+    backbone = params.backbones[row.backbone if isinstance(row, ContrastiveMethod) else params.backbone]
+    table = data / "evaluate" / "scores" / f"{dataset}.parquet"
+    scores = pq.read_table(table, filters=[("method", "=", method)]).to_pylist()
+    key = digest(dataset, method, intervals, row, backbone, scores)
     if runs.finished("result", key):
         return False
-    tags = {"dsd.dataset": dataset, "dsd.method": method}
-    tags |= {"dsd.backbone.source": backbone.source, "dsd.backbone.revision": backbone.revision or "local"}
+    local = Path(backbone.source)
+    tags = {
+        "dsd.dataset": dataset,
+        "dsd.method": method,
+        "dsd.backbone": backbone.source,
+        "dsd.backbone.digest": folder_digest(local) if local.is_dir() else str(backbone.revision),
+    }
     run = runs.start(f"{method} on {dataset}", "result", key, tags)
     now = int(time.time() * 1000)
     values = [
@@ -150,7 +156,7 @@ def _publish_curve(runs: _Runs, params: Params, trained: Path) -> bool:
 
 
 def _publish_report(runs: _Runs, data: Path) -> bool:
-    """One run for a set of results: a page that shows the same results in another way replaces the page in it."""
+    """One run for a set of results: a page that shows the same results in another way replaces the first."""
     page = data / "report" / "index.html"
     if not page.exists():
         return False
@@ -168,19 +174,18 @@ def _publish_report(runs: _Runs, data: Path) -> bool:
 class Live:
     """The curve of one training, while it goes on.
 
-    `key` is the digest of what the training starts from. A training that was killed goes on in its own run, and a row
-    that the run has already is not entered again. Rows that differ from those of the run (the same start, but another
-    code) begin a new run.
+    `key` is the digest of what the training starts from. A training that was killed goes on in its own run,
+    and a row that the run has already is not entered again. Rows that differ from the run's (from the same
+    start, but by other code) begin a new run.
     """
 
     def __init__(self, dataset: str, key: str, params: Params, runs: _Runs | None = None) -> None:
         self._runs = runs or _Runs()
         self._dataset, self._key = dataset, key
-        self._params = {"dataset": dataset, "seed": params.seed} | {
-            f"{section}.{name}": value
-            for section in ("prompt", "training")
-            for name, value in getattr(params, section).model_dump().items()
-        }
+        settings = {"dataset": dataset, "seed": params.seed}
+        settings |= {f"prompt.{name}": value for name, value in params.prompt.model_dump().items()}
+        settings |= {f"training.{name}": value for name, value in params.training.model_dump().items()}
+        self._params = [Param(name, str(value)) for name, value in settings.items()]
         self.new = False
         self._rows: list[Mapping[str, float]] = []
         self._pending: list[Mapping[str, float]] = []
@@ -199,9 +204,9 @@ class Live:
         return self
 
     def _start(self) -> None:
-        self._run = self._runs.start(f"train {self._dataset}", "training", self._key, {"dsd.dataset": self._dataset})
-        settings = [Param(name, str(value)) for name, value in self._params.items()]
-        self._runs.client.log_batch(self._run, params=settings)
+        tags = {"dsd.dataset": self._dataset}
+        self._run = self._runs.start(f"train {self._dataset}", "training", self._key, tags)
+        self._runs.client.log_batch(self._run, params=self._params)
         self._known, self._status, self.new = {}, "RUNNING", True
         self._pending = list(self._rows)
 

@@ -107,10 +107,10 @@ def test_a_timing_makes_nothing_stale_but_the_report() -> None:
 class Reads:
     """The sections of params that a stage can read, found in its source.
 
-    It follows every name that is mentioned from the stage's function on (functions, classes, tables of them), and
-    counts `.section` on whatever is called `params` or annotated `Params`. So a section counts even if only a branch
-    reads it, and one is missed that is read under another name or a computed one (getattr, model_dump). Those are
-    caught when the stage runs: `flows.stage.params` hands it nothing but what dvc.yaml lists.
+    It follows every name that is mentioned from the stage's function on (functions, classes, tables of them),
+    and counts `.section` on whatever is called `params` or annotated `Params`. So a section counts even if
+    only a branch reads it, and one is missed that is read under another name or a computed one (getattr).
+    Those are caught when the stage runs: `flows.stage.params` hands it nothing but what dvc.yaml lists.
     """
 
     def __init__(self) -> None:

@@ -7,23 +7,22 @@ from functools import partial
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dsd.errors import DataError
-from dsd.mutation import HARD, SLOTS, hard_noun, mutate, valid_negative
+from dsd.mutation import HARD, SLOTS, Slot, hard_noun, mutate, valid_negative
 from dsd.scenes.captions import NUMBERS
 from dsd.scenes.world import COLOURS, PREDICATES, SHAPES, Noun, Triplet, holds, random_triplet, sample_scene
 
 NOUNS = st.builds(Noun, st.sampled_from(COLOURS), st.sampled_from(SHAPES))
 
 
-@given(NOUNS, NOUNS, st.sampled_from(list(PREDICATES)), st.sampled_from(SLOTS), st.randoms(use_true_random=False))
-def test_exactly_one_slot_changes(a: Noun, b: Noun, predicate: str, slot, rng: Random) -> None:
-    if a == b:
-        return
+@given(NOUNS, NOUNS, st.sampled_from(list(PREDICATES)), st.sampled_from(SLOTS), st.integers(0))
+def test_exactly_one_slot_changes(a: Noun, b: Noun, predicate: str, slot: Slot, seed: int) -> None:
+    assume(a != b)
     original = Triplet(a, predicate, b)
-    mutated = Triplet(*mutate(original, slot, nouns=hard_noun, predicates=list(PREDICATES), rng=rng))
+    mutated = Triplet(*mutate(original, slot, nouns=hard_noun, predicates=list(PREDICATES), rng=Random(seed)))
     assert [name for name in SLOTS if getattr(mutated, name) != getattr(original, name)] == [slot]
     assert mutated.subject != mutated.object
     assert mutated.predicate in PREDICATES
@@ -32,7 +31,13 @@ def test_exactly_one_slot_changes(a: Noun, b: Noun, predicate: str, slot, rng: R
 def test_real_annotations_are_strings() -> None:
     words = ["dog", "cat", "man"]
     triplet = ("dog", "chases", "cat")
-    pick = partial(mutate, triplet, nouns=lambda noun, rng: rng.choice(words), predicates=["chases", "sees"], rng=Random(0))
+    pick = partial(
+        mutate,
+        triplet,
+        nouns=lambda noun, rng: rng.choice(words),
+        predicates=["chases", "sees"],
+        rng=Random(0),
+    )
     assert pick("subject") == ("man", "chases", "cat")
     assert pick("object") == ("dog", "chases", "man")
     assert pick("predicate") == ("dog", "sees", "cat")
@@ -40,7 +45,13 @@ def test_real_annotations_are_strings() -> None:
 
 def test_nothing_to_mutate_to() -> None:
     triplet = ("dog", "chases", "cat")
-    pick = partial(mutate, triplet, nouns=lambda noun, rng: rng.choice(["dog", "cat"]), predicates=["chases"], rng=Random(0))
+    pick = partial(
+        mutate,
+        triplet,
+        nouns=lambda noun, rng: rng.choice(["dog", "cat"]),
+        predicates=["chases"],
+        rng=Random(0),
+    )
     with pytest.raises(DataError, match="no predicate other than 'chases'"):
         pick("predicate")
     with pytest.raises(DataError, match="no noun other than dog and cat to mutate the object"):
@@ -52,7 +63,9 @@ def test_hard_nouns_mostly_share_a_colour_or_a_shape() -> None:
     found: Counter[tuple[str, ...]] = Counter()
     for _ in range(count):
         noun = hard_noun(original, rng)
-        found[tuple(name for name in ("colour", "shape") if getattr(noun, name) != getattr(original, name))] += 1
+        found[
+            tuple(name for name in ("colour", "shape") if getattr(noun, name) != getattr(original, name))
+        ] += 1
     assert set(found) == set(HARD)
     for changed, weight in HARD.items():
         assert found[changed] / count == pytest.approx(weight, abs=0.03)
@@ -78,10 +91,17 @@ def test_valid_negative_on_scenes() -> None:
     rng, valid = Random(0), 0
     for number in range(60):
         original = random_triplet(rng)
-        mutated = Triplet(*mutate(original, SLOTS[number % 3], nouns=hard_noun, predicates=list(PREDICATES), rng=rng))
-        positive, negative = (sample_scene(rng, "", triplet, rng.randrange(len(NUMBERS) - 1)) for triplet in (original, mutated))
+        mutated = Triplet(
+            *mutate(original, SLOTS[number % 3], nouns=hard_noun, predicates=list(PREDICATES), rng=rng)
+        )
+        positive, negative = (
+            sample_scene(rng, "", triplet, rng.randrange(len(NUMBERS) - 1)) for triplet in (original, mutated)
+        )
         found = valid_negative(
-            original, mutated, true_of_positive=partial(holds, positive), true_of_negative=partial(holds, negative)
+            original,
+            mutated,
+            true_of_positive=partial(holds, positive),
+            true_of_negative=partial(holds, negative),
         )
         assert found == (not holds(positive, mutated) and not holds(negative, original))
         valid += found

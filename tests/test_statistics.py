@@ -150,9 +150,12 @@ def test_a_thousand_examples_and_two_thousand_resamples_are_fast() -> None:
     rng = np.random.default_rng(4)
     hits, n = (rng.random(1000) < 0.6).astype(float), 1000
     groups = [np.arange(n) % 3 == g for g in range(3)]
-    start = time.process_time()
-    clustered_mean(hits, singletons(n), groups, resamples=2000, **OPTIONS)
-    assert time.process_time() - start < 2  # measured: 0.2 s; the rest is for a busy machine
+    seconds = []
+    for _ in range(3):
+        start = time.process_time()
+        clustered_mean(hits, singletons(n), groups, resamples=2000, **OPTIONS)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 1  # 0.07 on a machine that does nothing else
 
 
 @pytest.mark.parametrize(
@@ -215,6 +218,11 @@ def test_equal_methods_differ_by_nothing_with_an_honest_interval() -> None:
     difference = paired_difference([1, 0] * 30, [1, 0] * 30, singletons(60), resamples=100, **OPTIONS)
     assert difference.value == 0 and difference.p == 1
     assert -0.1 < difference.low < 0 < difference.high < 0.1
+
+
+def test_differences_are_of_the_same_examples() -> None:
+    with pytest.raises(ValueError, match="of 2 and 1"):
+        paired_difference([1, 0], [1], ["a", "b"], resamples=10, **OPTIONS)
 
 
 def test_p_is_uniform_where_there_is_no_difference() -> None:

@@ -12,8 +12,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from dsd.errors import CheckpointError
 from dsd.params import BackboneParams
-from dsd.store import folder_digest
+from dsd.store import digest, file_digest
 
+# What a checkpoint is made of; its card, curve and sample pictures are not part of its identity.
+SUFFIXES = (".safetensors", ".json", ".txt", ".model")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,14 +30,16 @@ def locate(row: BackboneParams) -> tuple[Path, str]:
     """The checkpoint's folder and its digest: of the files where it is local, of id and revision on the hub."""
     local = Path(row.source)
     if local.is_dir():
-        return local, folder_digest(local)
+        files = (file for file in sorted(local.rglob("*")) if file.suffix in SUFFIXES)
+        return local, digest({file.relative_to(local).as_posix(): file_digest(file) for file in files})
     if local.is_absolute() or row.source.startswith(".") or row.source.count("/") != 1:
         raise CheckpointError(f"{row.source}: no such checkpoint folder")
     if local.parts[0] == "models":
         raise CheckpointError(f"{row.source}: no such checkpoint folder; the stage `pretrain` makes the embedded ones")
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model"]
-        return Path(snapshot_download(row.source, revision=row.revision, allow_patterns=patterns)), f"{row.source}@{row.revision}"
+        patterns = [f"*{suffix}" for suffix in SUFFIXES]
+        folder = Path(snapshot_download(row.source, revision=row.revision, allow_patterns=patterns))
+        return folder, f"{row.source}@{row.revision}"
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"{row.source}: neither a folder nor reachable on the hub ({reason})") from None

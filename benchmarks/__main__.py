@@ -1,0 +1,139 @@
+"""`make bench`: measures speed and memory on this machine and writes benchmarks/results.json.
+
+Ratios are taken side by side in one run, so that a noisy machine moves both sides.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from benchmarks import plain
+from benchmarks.setting import PREPARED, engine_over, requests
+from dsd.attention import Recording, during
+from dsd.draws import draws
+from dsd.errors import DataError
+from dsd.matching import read_examples
+from dsd.params import load
+from dsd.preparation import Pictures
+from dsd.store import write_atomic
+
+RESULTS = Path("benchmarks/results.json")
+Result = dict[str, float | str | bool]
+
+
+def at_most(value: float, unit: str, target: float) -> Result:
+    return {"value": round(value, 3), "unit": unit, "target": target, "ok": value <= target}
+
+
+def at_least(value: float, unit: str, target: float) -> Result:
+    return {"value": round(value, 3), "unit": unit, "target": target, "ok": value >= target}
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def engine_vs_plain_loop() -> Result:
+    """Examples per second of the engine, its encoding included, over those of the plain loop; scores equal to 1e-5."""
+    params = load()
+    examples = read_examples(PREPARED / "examples.parquet", "test")
+    few, seen = examples[:6], draws(params.noise, params.seed)
+    with TemporaryDirectory() as folder:
+        engine = engine_over(params, Path(folder))
+        pictures = Pictures(PREPARED / "images.parquet")
+        loop = lambda some: plain.score(engine.backbone, params.evidence, pictures, params.images.resolution, some, seen)  # noqa: E731
+        loop(few[:1])  # warm
+        found: dict[object, float] = {}
+        slow = seconds(lambda: found.update(loop(few))) / len(few)
+        many = examples[:120]
+        fast = seconds(lambda: engine.compute(requests(params, many, len(seen)))) / len(many)
+        asked = requests(params, few, len(seen))
+        scores = engine.compute(asked)["attention"][:, 0].mean((-2, -1))
+    np.testing.assert_allclose(scores, [found[row] for row in asked], atol=1e-5)
+    return at_least(slow / fast, "times", 8)
+
+
+def capture_overhead() -> Result:
+    """Seconds of a U-Net pass with capture and pooling over those of the bare pass with fused attention."""
+    params = load()
+    with TemporaryDirectory() as folder:
+        backbone = engine_over(params, Path(folder)).backbone
+    batch, side = params.runtime.batch_size, backbone.unet.config.sample_size
+    latents = torch.randn(batch, backbone.unet.config.in_channels, side, side)
+    text = backbone.encode_texts(["a red circle left of a blue star"])
+    hidden, content = text.hidden.repeat(batch, 1, 1), text.content.repeat(batch, 1)
+    timesteps = torch.full((batch,), 300)
+
+    def bare() -> None:
+        backbone.predict_noise(latents, timesteps, hidden)
+
+    def captured() -> None:
+        recording = Recording.of(params.evidence, content)
+        with during(backbone.attention, recording):
+            backbone.predict_noise(latents, timesteps, hidden)
+        recording.stacked()
+
+    with torch.inference_mode():
+        bare(), captured()
+        ratios = []
+        for _ in range(15):
+            first, second, third = seconds(bare), seconds(captured), seconds(bare)
+            ratios.append(2 * second / (first + third))
+    return at_most(statistics.median(ratios), "times", 1.10)
+
+
+def score_memory_growth() -> Result:
+    """Peak memory of scoring ten times the examples over that of scoring them once."""
+
+    def peak(count: int) -> float:
+        command = [sys.executable, "-m", "benchmarks.memory", str(count)]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    return at_most(peak(1000) / peak(100), "times", 1.1)
+
+
+def reproduction() -> dict[str, Result]:
+    """The seconds of the last whole reproduction of this workspace, and of one more with nothing changed."""
+    path = Path("data/reproduction.json")
+    if not path.exists():
+        raise DataError(f"{path}: no whole reproduction was recorded; run `make reproduce` in a fresh clone first")
+    record = json.loads(path.read_text())
+    again = seconds(lambda: subprocess.run([sys.executable, "-m", "flows.reproduce"], check=True, capture_output=True))
+    return {
+        "reproduce_minutes": at_most(record["seconds"] / 60, "min", 10),
+        "orchestration_seconds": at_most(record["orchestration"], "s", 60),
+        "noop_seconds": at_most(again, "s", 10),
+    }
+
+
+def main() -> None:
+    if not PREPARED.exists():
+        sys.exit(f"bench: {PREPARED}: no such folder; run `make reproduce` first")
+    results: dict[str, Result] = {}
+    for measure in (engine_vs_plain_loop, capture_overhead, score_memory_growth):
+        results[measure.__name__] = measure()
+        sys.stdout.write(f"{measure.__name__}: {results[measure.__name__]}\n")
+    try:
+        results |= reproduction()
+    except DataError as error:
+        sys.exit(f"bench: {error}")
+    finally:
+        write_atomic(RESULTS, (json.dumps(results, indent=2) + "\n").encode())
+    for name, result in results.items():
+        sys.stdout.write(f"{name:28} {result['value']:>9} {result['unit']:6} target {result['target']:>6} {'ok' if result['ok'] else 'MISSED'}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""`python -m benchmarks.memory N`: the peak memory in MiB of scoring N examples of scenes-com."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.setting import PREPARED, engine_over, requests
+from dsd.engine import plan
+from dsd.matching import read_examples
+from dsd.params import load
+from dsd.store import Store
+
+
+def main() -> None:
+    params = load()
+    examples = read_examples(PREPARED / "examples.parquet", "test")[: int(sys.argv[1])]
+    engine = engine_over(params, Path("data/cache/scenes-com"))
+    with TemporaryDirectory() as folder:
+        engine.fill(plan(requests(params, examples, levels=1), "memory", 128), Store(Path(folder)), "memory")
+    sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.1f}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The loop that public implementations run: one pair at a time, everything encoded again for it.
+
+It stands here as the oracle and the yardstick of the engine: same draws, same scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dsd.attention import Recording, during
+from dsd.backbones import StableDiffusion
+from dsd.draws import Draw
+from dsd.images import resize, to_array
+from dsd.matching import MatchingExample, Pair
+from dsd.params import EvidenceParams
+from dsd.preparation import Pictures
+
+
+@torch.inference_mode()
+def score(
+    backbone: StableDiffusion, evidence: EvidenceParams, pictures: Pictures, resolution: int,
+    examples: Sequence[MatchingExample], draws: Sequence[Draw],
+) -> dict[tuple[Pair, Draw], float]:  # fmt: skip
+    """The pooled attention, averaged over layers and heads, of every (pair, draw) of the examples."""
+    found = {}
+    for example in examples:
+        for image in example.images:
+            for text in example.texts:
+                for draw in draws:
+                    picture = to_array(resize(pictures[image], parity=None, resolution=resolution))
+                    latents = backbone.encode_images(np.asarray(picture)[None])
+                    words = backbone.encode_texts(["", text])
+                    timestep = torch.tensor([draw.timestep(backbone.schedule_length)])
+                    noised = backbone.add_noise(latents, draw.noise(tuple(latents.shape[1:]))[None], timestep)
+                    # Both halves of classifier-free guidance run, as in a generation pipeline.
+                    content = words.content.clone()
+                    content[0, 0] = True
+                    recording = Recording.of(evidence, content)
+                    with during(backbone.attention, recording):
+                        backbone.predict_noise(noised.repeat(2, 1, 1, 1), timestep.repeat(2), words.hidden)
+                    found[Pair(image, text), draw] = float(recording.stacked()[0][1, 0].mean())
+    return found

@@ -1,0 +1,158 @@
+"""The processor against slow oracles: SDPA, loops, and autograd."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsd import attention
+from dsd.attention import Recording, during, logsumexp_pooling, over_tokens
+from dsd.backbones import StableDiffusion, load_diffusion
+from dsd.params import Params
+from dsd.prompts import AttentionPrompt, pooled_latent
+from dsd.scorers import cross_attention
+
+
+@pytest.fixture(scope="module")
+def backbone(params: Params) -> StableDiffusion:
+    return load_diffusion(params.backbones["embedded"], torch.device("cpu"))
+
+
+def inputs(backbone: StableDiffusion, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch, 4, 4, 4, generator=generator)
+    text = backbone.encode_texts([f"a red circle left of a {c} star" for c in ("blue", "green", "pink")[:batch]])
+    return latents, torch.full((batch,), 300), text.hidden, text.content
+
+
+def attention_map(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+
+
+def test_pooling_is_equation_3_by_loops() -> None:
+    attn, scale = attention_map((2, 3, 5, 4)), 20.0
+    pooled, _ = logsumexp_pooling(attn, scale, normalise=False)
+    for b in range(2):
+        for h in range(3):
+            for j in range(4):
+                expected = math.log(sum(math.exp(scale * attn[b, h, i, j].item()) for i in range(5))) / scale
+                assert pooled[b, h, j].item() == pytest.approx(expected, abs=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.5, 60), st.integers(1, 40), st.integers(0, 100))
+def test_pooling_lies_between_mean_and_maximum_and_tends_to_it(scale: float, tokens: int, seed: int) -> None:
+    attn = attention_map((1, 2, tokens, 6), seed)
+    pooled, _ = logsumexp_pooling(attn, scale, normalise=True)
+    assert (pooled <= attn.amax(-2) + 1e-5).all()
+    assert (pooled >= attn.mean(-2) - 1e-5).all()
+    literal, _ = logsumexp_pooling(attn, scale, normalise=False)
+    assert torch.allclose(literal - pooled, torch.tensor(math.log(tokens) / scale), atol=1e-5)
+
+
+def test_attribution_is_equation_7_by_autograd() -> None:
+    attn = attention_map((2, 3, 5, 4)).requires_grad_()
+    mask = torch.tensor([[True, True, False, True], [True, False, False, True]])
+    pooled, closed = logsumexp_pooling(attn, 20.0, normalise=False)
+    score = over_tokens(pooled, mask)  # f of every head, [B, H]
+    (gradient,) = torch.autograd.grad(score.sum(), attn)
+    by_autograd = (attn * gradient).sum((-2, -1))
+    assert torch.allclose(over_tokens(closed, mask), by_autograd, atol=1e-6)
+
+
+def test_capture_changes_no_prediction(backbone: StableDiffusion, params: Params) -> None:
+    latents, timesteps, hidden, content = inputs(backbone, 3)
+    with torch.inference_mode():
+        bare = backbone.predict_noise(latents, timesteps, hidden)
+        with during(backbone.attention, Recording.of(params.evidence, content)):
+            captured = backbone.predict_noise(latents, timesteps, hidden)
+    assert torch.allclose(bare, captured, atol=1e-5)
+
+
+def test_recorded_maps_are_softmax_of_query_and_key(backbone: StableDiffusion, params: Params) -> None:
+    """One layer's map, from its own inputs, by diffusers' own attention scores."""
+    latents, timesteps, hidden, content = inputs(backbone, 2)
+    _, layer = attention.cross_attention_layers(backbone.unet)[0]
+    seen: list[torch.Tensor] = []
+    hook = layer.to_q.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    recording = Recording.of(params.evidence, content, keep_maps=True)
+    with torch.inference_mode(), during(backbone.attention, recording):
+        backbone.predict_noise(latents, timesteps, hidden)
+    hook.remove()
+    query, key = (layer.head_to_batch_dim(x) for x in (layer.to_q(seen[0]), layer.to_k(hidden)))
+    expected = layer.get_attention_scores(query, key).unflatten(0, (2, -1))
+    assert recording.maps is not None
+    assert torch.allclose(recording.maps[0], expected, atol=1e-6)
+
+
+def test_evidence_names_every_layer_and_head(backbone: StableDiffusion, params: Params) -> None:
+    latents, timesteps, hidden, content = inputs(backbone, 2)
+    recording = Recording.of(params.evidence, content)
+    with torch.inference_mode(), during(backbone.attention, recording):
+        backbone.predict_noise(latents, timesteps, hidden)
+    pooled, attribution = recording.stacked()
+    assert pooled.shape == (2, len(params.evidence.poolings), len(backbone.layers), 2)
+    assert attribution.shape == (2, len(backbone.layers), 2)
+    assert backbone.layers[0].startswith("down_blocks.0") and backbone.layers[-1].startswith("up_blocks.1")
+    assert torch.isfinite(pooled).all()
+    cosine = pooled[:, params.evidence.poolings.index("cosine")]
+    assert (cosine.abs() <= 1).all()
+
+
+def test_padding_tokens_do_not_count(backbone: StableDiffusion, params: Params) -> None:
+    text = backbone.encode_texts(["a red circle"])
+    assert text.content[0].tolist() == [False, True, True, True] + [False] * 20
+
+
+def test_zero_prompt_is_the_zero_shot_score(backbone: StableDiffusion, params: Params) -> None:
+    latents, timesteps, hidden, content = inputs(backbone, 2)
+    prompt = AttentionPrompt(32, backbone.layer_widths, 4, rank=2, conditional=True, seed=0)
+    found = []
+    for learned in (None, prompt):
+        recording = Recording.of(params.evidence, content)
+        with torch.no_grad(), during(backbone.attention, recording, learned, pooled_latent(latents)):
+            backbone.predict_noise(latents, timesteps, hidden)
+        found.append(recording.stacked()[0])
+    assert torch.equal(*found)
+
+
+def test_prompt_adds_to_the_matrices(backbone: StableDiffusion) -> None:
+    """Eq. 5 literally: (W + p(x)) r_y equals W r_y + what the prompt adds."""
+    prompt = AttentionPrompt(32, backbone.layer_widths, 4, rank=2, conditional=True, seed=0)
+    for up in prompt.up:
+        torch.nn.init.normal_(up)
+    latents, _, hidden, _ = inputs(backbone, 1)
+    condition = pooled_latent(latents)
+    _, layer = attention.cross_attention_layers(backbone.unet)[1]
+    added_key, added_value = prompt(1, hidden, condition)
+    for side, (matrix, added) in enumerate([(layer.to_k.weight, added_key), (layer.to_v.weight, added_value)]):
+        core = torch.diag(1 + prompt.map[1, side] @ condition[0])
+        learned = prompt.up[1][side] @ core @ prompt.down[1, side]
+        assert torch.allclose(hidden @ (matrix + learned).T, hidden @ matrix.T + added, atol=1e-5)
+
+
+def test_weighted_heads_by_hand() -> None:
+    pooled = torch.tensor([[[1.0, 3.0], [2.0, 2.0]]])
+    attribution = torch.tensor([[[1.0, 3.0], [1.0, 1.0]]])
+    assert cross_attention.reduce(pooled, attribution, layers="all", heads="weighted").item() == pytest.approx((2.5 + 2) / 2)
+    assert cross_attention.reduce(pooled, attribution, layers="all", heads="mean").item() == pytest.approx(2)
+    assert cross_attention.reduce(pooled, attribution, layers=1, heads="weighted").item() == pytest.approx(2)
+
+
+def test_prompt_of_another_backbone_is_refused(tmp_path: Path) -> None:
+    from dsd.errors import CheckpointError
+
+    prompt = AttentionPrompt(32, [16, 32], 4, rank=2, conditional=False, seed=0)
+    prompt.save(tmp_path / "p.safetensors", "one")
+    loaded = AttentionPrompt.load(tmp_path / "p.safetensors", "one")
+    assert torch.equal(loaded.down, prompt.down)
+    with pytest.raises(CheckpointError, match="belongs to backbone one, not to two"):
+        AttentionPrompt.load(tmp_path / "p.safetensors", "two")
+    (tmp_path / "q.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="not an attention prompt"):
+        AttentionPrompt.load(tmp_path / "q.safetensors", "one")

@@ -1,0 +1,155 @@
+"""The engine: each pair once, the same numbers in any batch and after any interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsd import engine
+from dsd.backbones import load_diffusion
+from dsd.draws import Draw, draws
+from dsd.encoding import UNCONDITIONAL, all_texts, diffusion_encodings, read_all
+from dsd.engine import Engine, plan, read_evidence, score, shards_of, wanted
+from dsd.matching import MatchingExample, Pair, pairs, read_examples
+from dsd.params import NoiseParams, Params
+from dsd.preparation import Pictures
+from dsd.schedules import exhaustive
+from dsd.store import Store
+
+
+@pytest.fixture
+def zero_shot(params: Params) -> Params:
+    methods = {name: method for name, method in params.methods.items() if getattr(method, "prompt", "") != "few-shot"}
+    return params.model_copy(update={"methods": methods})
+
+
+def make(params: Params, prepared: Path, cached: Path, batch_size: int) -> tuple[Engine, list[MatchingExample]]:
+    backbone = load_diffusion(params.backbones["embedded"], torch.device("cpu"))
+    texts = all_texts(read_all(prepared))
+    tables = diffusion_encodings(backbone, Pictures(prepared / "images.parquet"), texts, 32, Store(cached))
+    return Engine(backbone, None, params.evidence, *tables, batch_size), read_examples(prepared / "examples.parquet", "test")
+
+
+def requests(params: Params, examples: list[MatchingExample]) -> list[tuple[Pair, Draw]]:
+    asked, seen = wanted(examples), draws(params.noise, params.seed)
+    return [(asked[p], seen[d]) for p, d in exhaustive(len(asked), len(seen))]
+
+
+def test_scores_do_not_depend_on_batch_size_or_order(params: Params, prepared: Path, cached: Path) -> None:
+    rows = requests(params, make(params, prepared, cached, 1)[1])[:12]
+    alone = make(params, prepared, cached, 1)[0].compute(rows)
+    together = make(params, prepared, cached, 12)[0].compute(rows[::-1])
+    for name, array in alone.items():
+        np.testing.assert_allclose(array, together[name][::-1], atol=1e-5)
+
+
+def test_evidence_equals_the_plain_loop(params: Params, prepared: Path, cached: Path) -> None:
+    """The public implementations' way: each pair alone, image and text encoded again for it."""
+    found, examples = make(params, prepared, cached, 8)
+    pair, draw = requests(params, examples)[3]
+    backbone, pictures = found.backbone, Pictures(prepared / "images.parquet")
+    picture = np.asarray(pictures[pair.image].resize((32, 32), 3))
+    latents, text = backbone.encode_images(picture[None]), backbone.encode_texts([pair.text])
+    timestep, noise = torch.tensor([draw.timestep(1000)]), draw.noise(tuple(latents.shape[1:]))[None]
+    with torch.inference_mode():
+        noised = backbone.schedule.add_noise(latents, noise, timestep)
+        predicted = backbone.unet(noised, timestep, text.hidden).sample
+    arrays = found.compute([(pair, draw)])
+    assert arrays["error"][0] == pytest.approx((noise - predicted).square().mean().item(), abs=1e-5)
+
+
+def test_each_pair_once_and_an_unconditional_pass_where_images_are_compared(prepared: Path) -> None:
+    examples = read_examples(prepared / "examples.parquet", "test")
+    asked = wanted(examples)
+    assert len(asked) == len(set(asked))
+    assert {pair for pair in asked if pair.text != UNCONDITIONAL} == set(pairs(examples))
+    assert {pair.image for pair in asked if pair.text == UNCONDITIONAL} == {image for e in examples for image in e.images}
+    one_image = [MatchingExample("x", ("i",), ("a", "b"), ((0, 0),), "all")]
+    assert wanted(one_image) == [Pair("i", "a"), Pair("i", "b")]
+
+
+@given(st.integers(1, 6), st.integers(1, 4))
+def test_exhaustive_asks_for_everything_once(count: int, width: int) -> None:
+    rows = exhaustive(count, width)
+    assert sorted(map(tuple, rows.tolist())) == [(p, d) for p in range(count) for d in range(width)]
+
+
+def test_a_key_names_its_content() -> None:
+    rows = [(Pair("i", "t"), Draw(0.2, 1)), (Pair("i", "u"), Draw(0.2, 1))]
+    keys = {plan(rows, "source", 1)[0].key, plan(rows, "other", 1)[0].key, plan(rows, "source", 1)[1].key, plan(rows, "source", 2)[0].key}
+    assert len(keys) == 4
+    assert plan(rows, "source", 1)[0].key == plan(rows[:1], "source", 8)[0].key
+
+
+def test_draws_are_paired_and_their_seeds_independent_of_position() -> None:
+    both = draws(NoiseParams(levels=(0.2, 0.6), draws_per_level=2), seed=0)
+    later = draws(NoiseParams(levels=(0.6,), draws_per_level=2), seed=0)
+    assert both[2:] == later
+    assert len({draw.seed for draw in both}) == 4
+    assert torch.equal(both[0].noise((4, 8, 8)), both[0].noise((4, 8, 8)))
+    assert draws(NoiseParams(levels=(0.6,), draws_per_level=2), seed=1) != later
+
+
+def evidence(params: Params, prepared: Path, target: Path) -> dict[str, np.ndarray]:
+    backbone = load_diffusion(params.backbones["embedded"], torch.device("cpu"))
+    examples = read_examples(prepared / "examples.parquet", "test")
+    found = read_evidence(params, backbone, "none", target, target, examples)
+    return {"attention": found.attention, "attribution": found.attribution, "error": found.error}
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(
+    zero_shot: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "whole")
+    compute, left = Engine.compute, [2]
+
+    def stops(self: Engine, rows: object) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return compute(self, rows)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Engine, "compute", stops)
+    with pytest.raises(KeyboardInterrupt):
+        score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "cut")
+    monkeypatch.setattr(Engine, "compute", compute)
+    counts = score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "cut")
+    assert 0 < counts["computed"] < counts["rows"]
+    whole, cut = (evidence(zero_shot, prepared, tmp_path / name) for name in ("whole", "cut"))
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array, cut[name])
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-4] + b"\x00\x01\x02\x03"])
+def test_a_corrupt_shard_is_computed_again(
+    damage: Callable[[bytes], bytes], zero_shot: Params, prepared: Path, cached: Path, tmp_path: Path
+) -> None:
+    score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "s")
+    before = evidence(zero_shot, prepared, tmp_path / "s")
+    shard = sorted((tmp_path / "s").glob("*.safetensors"))[0]
+    shard.write_bytes(damage(shard.read_bytes()))
+    counts = score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "s")
+    assert counts["computed"] > 0
+    after = evidence(zero_shot, prepared, tmp_path / "s")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_shards_of_other_params_are_removed(zero_shot: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
+    score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "s")
+    other = zero_shot.model_copy(update={"evidence": zero_shot.evidence.model_copy(update={"scale": 5.0})})
+    score("scenes-com", other, prepared, cached, tmp_path, tmp_path / "s")
+    backbone = load_diffusion(other.backbones["embedded"], torch.device("cpu"))
+    examples = read_examples(prepared / "examples.parquet", "test")
+    keys = {shard.key for shard in shards_of(other, backbone, "none", tmp_path, examples)}
+    assert set(Store(tmp_path / "s").keys()) == keys
+
+
+def test_missing_evidence_says_what_to_run(zero_shot: Params, prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(engine.DataError, match="run the stage `score`"):
+        evidence(zero_shot, prepared, tmp_path)

@@ -1,0 +1,59 @@
+"""The public API on tiny models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dsd import Matcher
+from dsd.errors import CheckpointError, ImageError, TextError
+
+TEXTS = ["a red circle", "a blue star", "a green ring left of a pink bolt"]
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)) for _ in range(2)]
+
+
+@pytest.mark.parametrize("method", ["cross-attention", "denoising"])
+def test_scores_are_images_by_texts_from_any_source(method: str, models: Path, pictures: list[Image.Image], tmp_path: Path) -> None:
+    matcher = Matcher.from_pretrained(models / "embedded", method=method, levels=(0.3,))
+    scores = matcher.score(pictures, TEXTS)
+    assert scores.shape == (2, 3) and torch.isfinite(scores).all()
+    pictures[0].save(tmp_path / "one.png")
+    for source in (tmp_path / "one.png", str(tmp_path / "one.png"), np.asarray(pictures[0]), pictures[0]):
+        assert torch.allclose(matcher.score(source, TEXTS), scores[:1], atol=1e-5)
+    assert torch.allclose(matcher.score(pictures[1], TEXTS[2]), scores[1:, 2:], atol=1e-5)
+
+
+def test_scores_do_not_depend_on_batch_size(models: Path, pictures: list[Image.Image]) -> None:
+    one, many = (Matcher.from_pretrained(models / "embedded", levels=(0.3,), batch_size=b).score(pictures, TEXTS) for b in (1, 64))
+    assert torch.allclose(one, many, atol=1e-5)
+
+
+def test_a_heatmap_has_one_map_a_word(models: Path, pictures: list[Image.Image]) -> None:
+    found = Matcher.from_pretrained(models / "embedded", levels=(0.3,)).heatmap(pictures[0], "a red circle")
+    assert found.words == ["a", "red", "circle"]
+    assert found.maps.shape == (3, 32, 32) and found.picture.shape == (32, 32, 3)
+    assert found.maps.min() >= 0 and found.maps.max() <= 1
+
+
+def test_mistakes_are_one_line(models: Path, pictures: list[Image.Image], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="did you mean 'denoising'"):
+        Matcher.from_pretrained(models / "embedded", method="denoisin")
+    with pytest.raises(CheckpointError, match="no such prompt"):
+        Matcher.from_pretrained(models / "embedded", prompt=tmp_path / "none.safetensors")
+    matcher = Matcher.from_pretrained(models / "embedded", levels=(0.3,))
+    with pytest.raises(TextError, match="text 2 of 2 is empty"):
+        matcher.score(pictures[0], ["a red circle", "  "])
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        matcher.score(tmp_path / "broken.png", "a red circle")
+    with pytest.warns(UserWarning, match="24 tokens"):
+        matcher.score(pictures[0], "a red circle " * 20)

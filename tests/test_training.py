@@ -1,0 +1,94 @@
+"""Few-shot training: it learns, resumes to the bit, and its choices mean what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from dsd.errors import DataError
+from dsd.matching import MatchingExample
+from dsd.params import Params
+from dsd.training import Trainer, candidates, matching_loss, train
+
+EXAMPLE = MatchingExample("x", ("i",), ("a", "b", "c", "d"), ((0, 2),), "all")
+
+
+def run(params: Params, prepared: Path, cached: Path, target: Path) -> list[dict[str, float]]:
+    return list(train("scenes-com", params, prepared, cached, target))
+
+
+def test_the_right_pair_comes_first_and_no_wrong_one_twice() -> None:
+    for seed in range(20):
+        chosen = candidates(EXAMPLE, 3, Random(seed))
+        assert chosen[0].text == "c"
+        assert len(set(chosen)) == 3
+    assert len(candidates(EXAMPLE, 9, Random(0))) == 4
+
+
+@pytest.mark.parametrize("loss", ["softmax", "binary", "hinge"])
+def test_losses_fall_when_the_right_pair_wins(loss: str, params: Params) -> None:
+    training = params.training.model_copy(update={"loss": loss, "temperature": 1.0, "margin": 0.1})
+    right, wrong = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 2.0, 0.0]])
+    assert matching_loss(right, training) < matching_loss(wrong, training)
+    # A constant added to an example's scores is no evidence.
+    assert torch.allclose(matching_loss(right, training), matching_loss(right + 5, training))
+
+
+def test_softmax_and_hinge_by_hand(params: Params) -> None:
+    scores = torch.tensor([[1.0, 0.5, 0.0]])
+    softmax = params.training.model_copy(update={"loss": "softmax", "temperature": 0.5})
+    expected = -torch.log(torch.exp(torch.tensor(2.0)) / torch.exp(torch.tensor([2.0, 1.0, 0.0])).sum())
+    assert torch.allclose(matching_loss(scores, softmax), expected)
+    hinge = params.training.model_copy(update={"loss": "hinge", "temperature": 0.5, "margin": 0.7})
+    assert matching_loss(scores, hinge).item() == pytest.approx((0.7 + 0.5 - 1.0) / 0.5)
+
+
+def test_training_writes_a_prompt_and_moves_only_it(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
+    curve = run(params, prepared, cached, tmp_path)
+    assert [row["step"] for row in curve] == [1, 2, 3, 4]
+    assert {path.name for path in tmp_path.iterdir()} == {"prompt.safetensors", "curve.csv", "summary.json"}
+    assert run(params, prepared, cached, tmp_path) == curve  # done: read back, not trained again
+
+
+def test_an_interrupted_training_ends_with_the_same_bits(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
+    whole = run(params, prepared, cached, tmp_path / "whole")
+    cut = train("scenes-com", params, prepared, cached, tmp_path / "cut")
+    for _ in range(3):
+        next(cut)
+    cut.close()  # as a kill after step 3 and its checkpoint of step 2
+    assert run(params, prepared, cached, tmp_path / "cut") == whole
+    for name in ("prompt.safetensors", "curve.csv", "summary.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_state_of_other_params_is_not_resumed(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
+    cut = train("scenes-com", params, prepared, cached, tmp_path)
+    for _ in range(3):
+        next(cut)
+    cut.close()
+    other = params.model_copy(update={"seed": 1})
+    assert [row["step"] for row in run(other, prepared, cached, tmp_path)] == [1, 2, 3, 4]
+
+
+def test_it_learns(params: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one fixed batch the loss falls: the gradient reaches the prompt through the frozen U-Net."""
+    fixed: list[object] = []
+    rows = Trainer._rows
+
+    def once(self: Trainer) -> object:
+        fixed.append(fixed[0] if fixed else rows(self))
+        return fixed[0]
+
+    monkeypatch.setattr(Trainer, "_rows", once)
+    longer = params.training.model_copy(update={"steps": 25, "learning_rate": 0.02, "warmup": 1, "checkpoint_every": 100})
+    curve = run(params.model_copy(update={"training": longer}), prepared, cached, tmp_path)
+    assert curve[-1]["loss"] < curve[0]["loss"] - 0.05
+
+
+def test_nothing_to_train_on_is_said(params: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsd.training.read_examples", lambda *_: [])
+    with pytest.raises(DataError, match=r"datasets\.scenes-com\.few_shot"):
+        run(params, prepared, cached, tmp_path)
