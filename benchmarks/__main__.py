@@ -20,9 +20,9 @@ import torch
 from benchmarks import plain
 from benchmarks.setting import PREPARED, engine_over, requests
 from dsd.attention import Recording, during
-from dsd.draws import draws
+from dsd.draws import Draw, draws
 from dsd.errors import DataError
-from dsd.matching import read_examples
+from dsd.matching import MatchingExample, Pair, read_examples
 from dsd.params import load
 from dsd.preparation import Pictures
 from dsd.store import write_atomic
@@ -53,9 +53,12 @@ def engine_vs_plain_loop() -> Result:
     with TemporaryDirectory() as folder:
         engine = engine_over(params, Path(folder))
         pictures = Pictures(PREPARED / "images.parquet")
-        loop = lambda some: plain.score(engine.backbone, params.evidence, pictures, params.images.resolution, some, seen)  # noqa: E731
+
+        def loop(some: list[MatchingExample]) -> dict[tuple[Pair, Draw], float]:
+            return plain.score(engine.backbone, params.evidence, pictures, params.images.resolution, some, seen)
+
         loop(few[:1])  # warm
-        found: dict[object, float] = {}
+        found: dict[tuple[Pair, Draw], float] = {}
         slow = seconds(lambda: found.update(loop(few))) / len(few)
         many = examples[:120]
         fast = seconds(lambda: engine.compute(requests(params, many, len(seen)))) / len(many)
@@ -132,7 +135,8 @@ def main() -> None:
     finally:
         write_atomic(RESULTS, (json.dumps(results, indent=2) + "\n").encode())
     for name, result in results.items():
-        sys.stdout.write(f"{name:28} {result['value']:>9} {result['unit']:6} target {result['target']:>6} {'ok' if result['ok'] else 'MISSED'}\n")
+        verdict = "ok" if result["ok"] else "MISSED"
+        sys.stdout.write(f"{name:28} {result['value']:>9} {result['unit']:6} target {result['target']:>6} {verdict}\n")
 
 
 if __name__ == "__main__":

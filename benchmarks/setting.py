@@ -21,7 +21,9 @@ PREPARED = Path("data/prepare/scenes-com")
 def engine_over(params: Params, cache: Path) -> Engine:
     backbone = load_diffusion(params.backbones[params.backbone], device_of(params.runtime.device))
     texts = all_texts(read_examples(PREPARED / "examples.parquet", "test"))
-    tables = diffusion_encodings(backbone, Pictures(PREPARED / "images.parquet"), texts, params.images.resolution, Store(cache))
+    tables = diffusion_encodings(
+        backbone, Pictures(PREPARED / "images.parquet"), texts, params.images.resolution, Store(cache)
+    )
     return Engine(backbone, None, params.evidence, *tables, params.runtime.batch_size)
 
 

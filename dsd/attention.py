@@ -149,7 +149,11 @@ class CrossAttentionProcessor:
 def cross_attention_layers(unet: UNet2DConditionModel) -> list[tuple[str, Attention]]:
     """The cross-attention layers, by name, in the order in which a forward pass visits them (down, mid, up)."""
     order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-    found = [(name, module) for name, module in unet.named_modules() if name.endswith("attn2") and isinstance(module, Attention)]
+    found = [
+        (name, module)
+        for name, module in unet.named_modules()
+        if name.endswith("attn2") and isinstance(module, Attention)
+    ]
     return sorted(found, key=lambda item: order[item[0].split(".")[0]])  # stable: within a block, by index
 
 
@@ -163,7 +167,10 @@ def install(unet: UNet2DConditionModel) -> AttentionState:
 
 @contextmanager
 def during(
-    state: AttentionState, recording: Recording | None = None, prompt: Prompt | None = None, latents_BC: Tensor | None = None
+    state: AttentionState,
+    recording: Recording | None = None,
+    prompt: Prompt | None = None,
+    latents_BC: Tensor | None = None,
 ) -> Iterator[None]:
     """Capture and prompt for the passes within the block, and for none after it."""
     state.recording, state.prompt, state.latents_BC = recording, prompt, latents_BC

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (the lines of the template are the lines of the card)
 """Model cards of the embedded checkpoints: every number is read from a curve or measured here."""
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ def samples(folder: Path, seed: int) -> tuple[Image.Image, list[str]]:
     captions = [caption(*pretraining_scene(seed + 1, index)) for index in range(12)]
     side = int(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
     generator = torch.Generator().manual_seed(seed)
-    made = pipeline(captions, height=side, width=side, num_inference_steps=30, guidance_scale=4.0, generator=generator).images
+    made = pipeline(
+        captions, height=side, width=side, num_inference_steps=30, guidance_scale=4.0, generator=generator
+    ).images
     grid = Image.new("RGB", (6 * 2 * side, 2 * 2 * side), "white")
     for n, picture in enumerate(made):
         grid.paste(picture.resize((2 * side, 2 * side)), ((n % 6) * 2 * side, (n // 6) * 2 * side))
@@ -127,7 +130,13 @@ def write_cards(params: Params, work: Path, target: Path) -> None:
         for name in trainings:
             text = (work / f"{name}.csv").read_text()
             (target / folder / f"curve-{name}.csv").write_text(text)
-            curves.append((name, getattr(params.pretrain, name), float(list(csv.DictReader(text.splitlines()))[-1]["loss"])))
+            curves.append(
+                (
+                    name,
+                    getattr(params.pretrain, name),
+                    float(list(csv.DictReader(text.splitlines()))[-1]["loss"]),
+                )
+            )
         card = CARD.render(
             title=title, library=library, about=about, pretrain=params.pretrain, curves=curves,
             components=components(target / folder), samples=captions if folder == "embedded" else [],

@@ -32,12 +32,20 @@ class Encodings:
     """
 
     def __init__(
-        self, store: Store, kind: str, source: str, items: Sequence[str], compute: Callable[[list[str]], Arrays], shard: int = 256
+        self,
+        store: Store,
+        kind: str,
+        source: str,
+        items: Sequence[str],
+        compute: Callable[[list[str]], Arrays],
+        shard: int = 256,
     ) -> None:
         self.kind, self._store, self._compute = kind, store, compute
         self._shards = [list(items[i : i + shard]) for i in range(0, len(items), shard)]
         self.keys = [f"{kind}-{digest(source, shard_items)}" for shard_items in self._shards]
-        self._place = {item: (n, row) for n, shard_items in enumerate(self._shards) for row, item in enumerate(shard_items)}
+        self._place = {
+            item: (n, row) for n, shard_items in enumerate(self._shards) for row, item in enumerate(shard_items)
+        }
         self._read = lru_cache(maxsize=8)(self._load)
 
     def _load(self, number: int) -> Arrays:
@@ -82,7 +90,11 @@ def diffusion_encodings(
 
     def hidden(batch: list[str]) -> Arrays:
         out = backbone.encode_texts(batch)
-        return {"hidden": out.hidden.cpu().numpy(), "content": out.content.numpy(), "truncated": out.truncated.numpy()}
+        return {
+            "hidden": out.hidden.cpu().numpy(),
+            "content": out.content.numpy(),
+            "truncated": out.truncated.numpy(),
+        }
 
     images = Encodings(store, "latents", digest(backbone.digest, resolution), pictures.ids, latents)
     return images, Encodings(store, "texts", backbone.digest, texts, hidden)
@@ -99,7 +111,9 @@ def contrastive_encodings(
     def words(batch: list[str]) -> Arrays:
         return {"vector": clip.encode_texts(batch).cpu().numpy()}
 
-    return Encodings(store, "clip-images", clip.digest, pictures.ids, images), Encodings(store, "clip-texts", clip.digest, texts, words)
+    return Encodings(store, "clip-images", clip.digest, pictures.ids, images), Encodings(
+        store, "clip-texts", clip.digest, texts, words
+    )
 
 
 def clip_backbones(params: Params) -> list[str]:
@@ -119,4 +133,9 @@ def encode(name: str, params: Params, prepared: Path, target: Path) -> dict[str,
         table.fill()
     store.prune({key for table in tables for key in table.keys})
     truncated = sum(int(table.column("truncated").sum()) for table in tables if table.kind == "texts")
-    return {"images": len(pictures.ids), "texts": len(texts), "truncated": truncated, "corrupt": store.corrupt}
+    return {
+        "images": len(pictures.ids),
+        "texts": len(texts),
+        "truncated": truncated,
+        "corrupt": store.corrupt,
+    }

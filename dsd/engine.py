@@ -149,7 +149,11 @@ def variants(params: Params) -> list[str]:
 
 
 def shards_of(
-    params: Params, backbone: StableDiffusion, variant: str, trained: Path, examples: Sequence[MatchingExample]
+    params: Params,
+    backbone: StableDiffusion,
+    variant: str,
+    trained: Path,
+    examples: Sequence[MatchingExample],
 ) -> list[Shard]:
     """The shards that hold the evidence of a dataset's examples under a variant of the prompt."""
     prompt = file_digest(trained / "prompt.safetensors") if variant == "few-shot" else None
@@ -160,7 +164,12 @@ def shards_of(
 
 
 def read_evidence(
-    params: Params, backbone: StableDiffusion, variant: str, trained: Path, scored: Path, examples: Sequence[MatchingExample]
+    params: Params,
+    backbone: StableDiffusion,
+    variant: str,
+    trained: Path,
+    scored: Path,
+    examples: Sequence[MatchingExample],
 ) -> Evidence:
     """The stored evidence of the examples; raises DataError where the stage `score` has not run with these params."""
     store, shards = Store(scored), shards_of(params, backbone, variant, trained, examples)
@@ -186,7 +195,9 @@ def score(name: str, params: Params, prepared: Path, cached: Path, trained: Path
     keep: set[str] = set()
     counts: dict[str, Any] = {"pairs": len(pairs(examples)), "rows": 0, "computed": 0}
     for variant in variants(params):
-        prompt = AttentionPrompt.load(trained / "prompt.safetensors", backbone.digest) if variant == "few-shot" else None
+        prompt = (
+            AttentionPrompt.load(trained / "prompt.safetensors", backbone.digest) if variant == "few-shot" else None
+        )
         shards = shards_of(params, backbone, variant, trained, examples)
         engine = Engine(backbone, prompt, params.evidence, *tables, params.runtime.batch_size)
         counts["computed"] += engine.fill(shards, store, f"score {name}, prompt {variant}")

@@ -51,7 +51,9 @@ def denoising_scores(evidence: Evidence, method: DenoisingMethod) -> Scores:
     return dict(zip(evidence.pairs, denoising.reduce(error, alone).tolist(), strict=True))
 
 
-def clip_scores(params: Params, method: ContrastiveMethod, prepared: Path, cached: Path, asked: Sequence[Pair]) -> Scores:
+def clip_scores(
+    params: Params, method: ContrastiveMethod, prepared: Path, cached: Path, asked: Sequence[Pair]
+) -> Scores:
     """CLIP: cosines of the cached vectors."""
     clip = load_clip(params.backbones[method.backbone], device_of(params.runtime.device))
     images, texts = contrastive_encodings(
@@ -67,7 +69,13 @@ def table(example: MatchingExample, scores: Scores) -> np.ndarray:
 
 
 def summarise(
-    kind: str, examples: Sequence[MatchingExample], ranks: np.ndarray, *, resamples: int, confidence: float, seed: int
+    kind: str,
+    examples: Sequence[MatchingExample],
+    ranks: np.ndarray,
+    *,
+    resamples: int,
+    confidence: float,
+    seed: int,
 ) -> dict[str, Interval]:
     """The metrics of a dataset kind with clustered bootstrap intervals."""
     clusters = [example.cluster for example in examples]
@@ -105,7 +113,9 @@ SCHEMA = pa.schema(
 )
 
 
-def evaluate(name: str, params: Params, prepared: Path, cached: Path, trained: Path, scored: Path, target: Path) -> Results:
+def evaluate(
+    name: str, params: Params, prepared: Path, cached: Path, trained: Path, scored: Path, target: Path
+) -> Results:
     """Metrics of every method on the test split of dataset `name`; writes `scores/<name>.parquet` under target."""
     backbone = load_diffusion(params.backbones[params.backbone], device_of("cpu"))
     examples = read_examples(prepared / "examples.parquet", "test")
@@ -128,7 +138,9 @@ def evaluate(name: str, params: Params, prepared: Path, cached: Path, trained: P
 
 def write_metrics(results: dict[str, Results], target: Path) -> None:
     """`metrics.json` (dataset → method → metric → value, low, high, n) and the same as rows in `metrics.csv`."""
-    nested = {d: {m: {k: v.as_dict() for k, v in row.items()} for m, row in rows.items()} for d, rows in results.items()}
+    nested = {
+        d: {m: {k: v.as_dict() for k, v in row.items()} for m, row in rows.items()} for d, rows in results.items()
+    }
     write_atomic(target / "metrics.json", (json.dumps(nested, indent=2) + "\n").encode())
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dsd.errors import ImageError
+from dsd.store import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -117,10 +117,7 @@ class Quarantine:
     def write(self, path: Path) -> None:
         """Write the rows as JSON, sorted: the order in which threads met them does not show."""
         rows = [{"name": name, "reason": reason} for name, reason in sorted(self.rows)]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomic(path, (json.dumps(rows, indent=2) + "\n").encode())
 
 
 def _name(source: ImageSource) -> str:

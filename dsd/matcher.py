@@ -33,11 +33,11 @@ MethodName = Literal["cross-attention", "denoising"]
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Where a text looks in a picture: one map a word, each [R, R] in 0…1 of its own range; `picture` [R, R, 3] uint8."""
+    """Where a text looks in a picture: one map a word, each [R, R] in 0…1 of its own range."""
 
     words: list[str]
     maps: np.ndarray  # [M, R, R] float32
-    picture: np.ndarray
+    picture: np.ndarray  # [R, R, 3] uint8
 
 
 class Matcher:
@@ -60,7 +60,12 @@ class Matcher:
         seed: int,
     ) -> None:
         self.backbone, self.prompt, self.method = backbone, prompt, method
-        self._draws, self._evidence, self._parity, self._batch_size = draws(noise, seed), evidence, parity, batch_size
+        self._draws, self._evidence, self._parity, self._batch_size = (
+            draws(noise, seed),
+            evidence,
+            parity,
+            batch_size,
+        )
 
     @classmethod
     def from_pretrained(
@@ -89,7 +94,9 @@ class Matcher:
             raise CheckpointError(unknown("method", method, METHODS))
         row = BackboneParams(family="stable-diffusion", source=str(path_or_id), revision=revision, dtype=dtype)
         backbone = load_diffusion(row, device_of(device))
-        learned = AttentionPrompt.load(Path(prompt), backbone.digest).to(backbone.device) if prompt is not None else None
+        learned = (
+            AttentionPrompt.load(Path(prompt), backbone.digest).to(backbone.device) if prompt is not None else None
+        )
         noise = NoiseParams(levels=tuple(levels), draws_per_level=draws_per_level)
         evidence = EvidenceParams(poolings=("logsumexp",), scale=scale, normalise=False, tokens="content", shard=1)
         chosen: MethodName = "denoising" if method == "denoising" else "cross-attention"
@@ -101,7 +108,11 @@ class Matcher:
         Raises ImageError for a picture that cannot be read and TextError for an empty text; a text over the model's
         token limit is cut with a warning.
         """
-        images = [images] if isinstance(images, (str, Path, bytes, np.ndarray)) or hasattr(images, "convert") else list(images)  # type: ignore[arg-type]
+        images = (
+            [images]
+            if isinstance(images, (str, Path, bytes, np.ndarray)) or hasattr(images, "convert")
+            else list(images)
+        )  # type: ignore[arg-type]
         texts = [texts] if isinstance(texts, str) else list(texts)
         latents = self._latents(images)
         hidden, content = self._encode(texts)
@@ -109,7 +120,14 @@ class Matcher:
             # The unconditional pass makes images comparable with each other, not only texts.
             nothing = self.backbone.encode_texts([UNCONDITIONAL])
             hidden = torch.cat([hidden, nothing.hidden])
-            content = torch.cat([content, content.new_zeros(1, content.shape[1]).index_fill(1, torch.tensor([0], device=content.device), True)])
+            content = torch.cat(
+                [
+                    content,
+                    content.new_zeros(1, content.shape[1]).index_fill(
+                        1, torch.tensor([0], device=content.device), True
+                    ),
+                ]
+            )
         found = torch.stack([self._column(latents, hidden, content, draw) for draw in self._draws]).mean(0)
         return found[:, -1:] - found[:, :-1] if self.method == "denoising" else found
 
@@ -140,7 +158,9 @@ class Matcher:
         for draw in self._draws:
             recording = Recording.of(self._evidence, content, keep_maps=True)
             timesteps = torch.tensor([draw.timestep(self.backbone.schedule_length)], device=latents.device)
-            noised = self.backbone.add_noise(latents, draw.noise(tuple(latents.shape[1:]))[None].to(latents.device), timesteps)
+            noised = self.backbone.add_noise(
+                latents, draw.noise(tuple(latents.shape[1:]))[None].to(latents.device), timesteps
+            )
             with during(self.backbone.attention, recording, self.prompt, pooled_latent(latents)):
                 self.backbone.predict_noise(noised, timesteps, hidden)
             assert recording.maps is not None
@@ -149,8 +169,14 @@ class Matcher:
                 maps = attn_BHNM[0].mean(0).T[content[0]].reshape(1, -1, side, side)
                 total += torch.nn.functional.interpolate(maps, picture.shape[:2], mode="bicubic")[0].cpu()
         low, high = total.amin((1, 2), keepdim=True), total.amax((1, 2), keepdim=True)
-        pieces = self.backbone.tokenizer.convert_ids_to_tokens(self.backbone.tokenizer(text, truncation=True, max_length=self.backbone.max_tokens).input_ids[1:-1])
-        return Heatmap([piece.removesuffix("</w>") for piece in pieces], ((total - low) / (high - low).clamp(min=1e-9)).numpy(), picture)
+        pieces = self.backbone.tokenizer.convert_ids_to_tokens(
+            self.backbone.tokenizer(text, truncation=True, max_length=self.backbone.max_tokens).input_ids[1:-1]
+        )
+        return Heatmap(
+            [piece.removesuffix("</w>") for piece in pieces],
+            ((total - low) / (high - low).clamp(min=1e-9)).numpy(),
+            picture,
+        )
 
     def _picture(self, image: ImageSource) -> np.ndarray:
         loaded = load_image(image, max_pixels=40_000_000)
@@ -167,5 +193,8 @@ class Matcher:
         out = self.backbone.encode_texts(list(texts))
         for text, cut in zip(texts, out.truncated, strict=True):
             if cut:
-                warnings.warn(f"text is longer than the model's {self.backbone.max_tokens} tokens and was cut: {text[:60]!r}…", stacklevel=3)
+                warnings.warn(
+                    f"text is longer than the model's {self.backbone.max_tokens} tokens and was cut: {text[:60]!r}…",
+                    stacklevel=3,
+                )
         return out.hidden, out.content

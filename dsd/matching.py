@@ -86,7 +86,11 @@ def read_examples(path: Path, split: str) -> list[MatchingExample]:
     rows = pq.read_table(path, filters=[("split", "=", split)]).to_pylist()
     return [
         MatchingExample(
-            r["id"], tuple(r["images"]), tuple(r["texts"]), tuple((i, t) for i, t in r["answer"]), r["category"]
+            r["id"],
+            tuple(r["images"]),
+            tuple(r["texts"]),
+            tuple((i, t) for i, t in r["answer"]),
+            r["category"],
         )
         for r in rows
     ]

@@ -32,9 +32,7 @@ def rank(scores: ArrayLike, answer: Answer) -> int:
     """
     scores_IT = _checked(scores, answer)
     if 1 not in scores_IT.shape or len(answer) != 1:
-        raise ValueError(
-            f"a rank needs I x 1 or 1 x T scores and one pair, not {scores_IT.shape} and {answer}"
-        )
+        raise ValueError(f"a rank needs I x 1 or 1 x T scores and one pair, not {scores_IT.shape} and {answer}")
     return int(np.count_nonzero(scores_IT >= scores_IT[answer[0]]))
 
 

@@ -165,7 +165,11 @@ class Params(_Params):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Params:
-        named = {f"methods.{m}.backbone": row.backbone for m, row in self.methods.items() if isinstance(row, ContrastiveMethod)}
+        named = {
+            f"methods.{m}.backbone": row.backbone
+            for m, row in self.methods.items()
+            if isinstance(row, ContrastiveMethod)
+        }
         for key, name in {"backbone": self.backbone, **named}.items():
             if name not in self.backbones:
                 raise ValueError(f"{key}: {unknown('backbone', name, self.backbones)}")
@@ -175,7 +179,9 @@ class Params(_Params):
             raise ValueError(f"training.method: {self.training.method} has no cross-attention to train a prompt on")
         for name, method in self.methods.items():
             if isinstance(method, _Diffusion) and not set(method.levels) <= set(self.noise.levels):
-                raise ValueError(f"methods.{name}.levels: {list(method.levels)} is not among noise.levels {list(self.noise.levels)}")
+                raise ValueError(
+                    f"methods.{name}.levels: {list(method.levels)} is not among noise.levels {list(self.noise.levels)}"
+                )
             if isinstance(method, CrossAttentionMethod) and method.pooling not in self.evidence.poolings:
                 raise ValueError(f"methods.{name}.pooling: {method.pooling!r} is not among evidence.poolings")
         return self
@@ -193,7 +199,9 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
 def _line(error: dict[str, Any], path: Path) -> str:
     location = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{path}: {unknown('key', location, ['.'.join([*map(str, error['loc'][:-1]), k]) for k in _known_keys(error['loc'])])}"
+        parent = location.rpartition(".")[0]
+        choices = [f"{parent}.{key}" if parent else key for key in _known_keys(error["loc"])]
+        return f"{path}: {unknown('key', location, choices)}"
     found = "" if error["type"] == "missing" or not location else f", found {error['input']!r}"
     return f"{path}: {location + ': ' if location else ''}{error['msg'].removeprefix('Value error, ')}{found}"
 

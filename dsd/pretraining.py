@@ -34,19 +34,29 @@ EVERY = 100  # steps between checkpoints
 
 
 def tokenizer(words: list[str], max_tokens: int) -> CLIPTokenizer:
-    """A CLIPTokenizer whose byte-pair merges make each word of the world one token; other texts fall to pieces of it."""
+    """A CLIPTokenizer to which each word of the world is one token; other words fall to pieces."""
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", continuing_subword_prefix="", end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=2048, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=2048,
+        min_frequency=1,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     bpe.train_from_iterator([*words * 50], trainer)
     state = json.loads(bpe.to_str())["model"]
     vocab = dict(state["vocab"])
-    for extra in [*(character + "</w>" for character in sorted(alphabet)), "<|startoftext|>", "<|endoftext|>"]:
+    for extra in [
+        *(character + "</w>" for character in sorted(alphabet)),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]:
         vocab.setdefault(extra, len(vocab))
     merges = [tuple(merge) for merge in state["merges"]]
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
@@ -54,18 +64,30 @@ def tokenizer(words: list[str], max_tokens: int) -> CLIPTokenizer:
 
 def tokenize(tokens: CLIPTokenizer, texts: list[str]) -> Tensor:
     """Token ids [len(texts), M], padded to the model's maximum as Stable Diffusion does."""
-    batch = tokens(texts, padding="max_length", max_length=tokens.model_max_length, truncation=True, return_tensors="pt")
+    batch = tokens(
+        texts, padding="max_length", max_length=tokens.model_max_length, truncation=True, return_tensors="pt"
+    )
     return batch.input_ids
 
 
-def fit(name: str, module: nn.Module, loss: Loss, settings: FitParams, root: Path, seed: int) -> Iterator[dict[str, float]]:
+def fit(
+    name: str, module: nn.Module, loss: Loss, settings: FitParams, root: Path, seed: int
+) -> Iterator[dict[str, float]]:
     """AdamW with warm-up and cosine decay; leaves the exponential moving average of the weights in `module`.
 
     Yields one row of the curve every 50 steps. State goes to `<root>/<name>.pt` and the curve to `<root>/<name>.csv`.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99), fused=True)
-    average = torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema))
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        betas=(0.9, 0.99),
+        fused=True,
+    )
+    average = torch.optim.swa_utils.AveragedModel(
+        module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
+    )
     start, rows = 0, []
     path = root / f"{name}.pt"
     if path.exists():
@@ -188,9 +210,14 @@ def noise_schedule() -> DDPMScheduler:
 
 
 def diffusion_loss(
-    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, latents: Tensor, ids: Tensor, empty: Tensor, batch: int
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    latents: Tensor,
+    ids: Tensor,
+    empty: Tensor,
+    batch: int,
 ) -> Loss:
-    """‖ε − ε_θ(z_t, t, y)‖² with latents [2, N, C, r, r] (direct, parity), ids [N, K, M]; 10 % of the texts are empty."""
+    """‖ε − ε_θ(z_t, t, y)‖² with latents [2, N, C, r, r] (direct, parity) and ids [N, K, M]; a tenth of the texts is empty."""
     schedule = noise_schedule()
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
@@ -209,7 +236,12 @@ def diffusion_loss(
 
 def build_clip(params: PretrainParams, vocabulary: int, eos: int) -> CLIPModel:
     width = params.clip_width
-    shared = dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=4, num_hidden_layers=params.clip_layers)
+    shared = dict(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=4,
+        num_hidden_layers=params.clip_layers,
+    )
     text = dict(shared, vocab_size=vocabulary, max_position_embeddings=params.max_tokens, bos_token_id=eos - 1,
                 eos_token_id=eos, pad_token_id=eos)  # fmt: skip
     vision = dict(shared, image_size=params.parity, patch_size=params.clip_patch)
@@ -232,7 +264,9 @@ def _on(device: torch.device, *arrays: np.ndarray) -> Tensor:
     return torch.stack([torch.from_numpy(np.asarray(array)) for array in arrays]).to(device)
 
 
-def train_diffusion(params: PretrainParams, corpus: Corpus, work: Path, target: Path, device: torch.device) -> Iterator[Row]:
+def train_diffusion(
+    params: PretrainParams, corpus: Corpus, work: Path, target: Path, device: torch.device
+) -> Iterator[Row]:
     """AutoencoderKL, then the U-Net with its text encoder on the latents; writes the folder that diffusers reads."""
     torch.manual_seed(params.seed)
     pictures = _on(device, corpus.direct, corpus.parity)
@@ -255,13 +289,20 @@ def train_diffusion(params: PretrainParams, corpus: Corpus, work: Path, target: 
     for row in fit("diffusion", both, loss, params.diffusion, work, params.seed):
         yield {"part": "diffusion", **row}
     pipeline = StableDiffusionPipeline(
-        vae.half(), text_encoder.half(), tokens, unet.half(), noise_schedule(), None, None, requires_safety_checker=False
+        vae.half(),
+        text_encoder.half(),
+        tokens,
+        unet.half(),
+        noise_schedule(),
+        None,
+        None,
+        requires_safety_checker=False,
     )
     pipeline.to("cpu").save_pretrained(target)
 
 
 def train_clip(params: PretrainParams, corpus: Corpus, work: Path, target: Path, device: torch.device) -> Iterator[Row]:
-    """CLIP on the same pictures and captions; writes the folder that transformers reads, its tokenizer in tokenizer/."""
+    """CLIP on the same pictures and captions; writes the folder that transformers reads, with tokenizer/ in it."""
     tokens = tokenizer(vocabulary(), params.max_tokens)
     torch.manual_seed(params.seed)
     clip = build_clip(params, len(tokens), tokens.eos_token_id).to(device)
@@ -286,4 +327,3 @@ def pretrain(params: Params, work: Path, target: Path) -> Iterator[Row]:
     yield from train_diffusion(settings, corpus, work, target / "embedded", device)
     yield from train_clip(settings, corpus, work, target / "embedded-clip", device)
     write_cards(params, work, target)
-

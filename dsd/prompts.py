@@ -1,10 +1,10 @@
 """The attention prompt: low-rank additions to W^k and W^v of every cross-attention layer (eq. 5).
 
 p(x) = p + π with π = m_θ(x). A full matrix per image is out of reach at the size of Stable Diffusion, so
-p_layer(x) = U diag(1 + m_θ(x)) V with V [rank, D] and U [inner, rank]; m_θ is a linear map of the image's pooled latent.
+p_layer(x) = U diag(1 + m_θ(x)) V with V [rank, D] and U [inner, rank]; m_θ is a linear map of the pooled latent.
 Without an image condition p = U V.
 
-Shapes: B batch, M text tokens, D text width, L layers, R rank, C pooled latent (mean and standard deviation by channel).
+Shapes: B batch, M text tokens, D text width, L layers, R rank, C pooled latent (mean and deviation by channel).
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def pooled_latent(latents_BCrr: Tensor) -> Tensor:
 class AttentionPrompt(nn.Module):
     """U starts at zero, so that step 0 is the zero-shot score."""
 
-    def __init__(self, text_width: int, inner: list[int], latent_channels: int, rank: int, conditional: bool, seed: int) -> None:
+    def __init__(
+        self, text_width: int, inner: list[int], latent_channels: int, rank: int, conditional: bool, seed: int
+    ) -> None:
         super().__init__()
         self.conditional = conditional
         generator = torch.Generator().manual_seed(seed)

@@ -193,9 +193,7 @@ def _bootstrap(
     return float(low), float(high)
 
 
-def _alike(
-    value: float, clusters: int, confidence: float, *, lowest: float, highest: float
-) -> tuple[float, float]:
+def _alike(value: float, clusters: int, confidence: float, *, lowest: float, highest: float) -> tuple[float, float]:
     """Interval where every cluster gives the same value, so that resampling them shows no spread.
 
     Wilson's upper limit for 0 of C bounds the share of clusters that would differ from all those seen; these

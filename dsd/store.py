@@ -83,9 +83,7 @@ def folder_digest(path: Path) -> str:
     """
     if not path.is_dir():
         raise DsdError(f"{path}: no such folder")
-    return digest(
-        {file.relative_to(path).as_posix(): file_digest(file) for file in path.rglob("*") if file.is_file()}
-    )
+    return digest({file.relative_to(path).as_posix(): file_digest(file) for file in path.rglob("*") if file.is_file()})
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -106,9 +104,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         free = shutil.disk_usage(path.parent).free
-        raise DsdError(
-            f"{path.parent}: disk full, {path.name} needs {len(data)} bytes, {free} are free"
-        ) from error
+        raise DsdError(f"{path.parent}: disk full, {path.name} needs {len(data)} bytes, {free} are free") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -136,13 +132,9 @@ class Store:
                 raise ValueError(f"{key}: array {name!r} is {array.dtype}, not one of {', '.join(DTYPES)}")
         # save() copies memory as it lies: an array that is not in C order would come back shuffled.
         data = save({name: np.asarray(arrays[name], order="C") for name in sorted(arrays)})
-        shapes = {
-            name: {"dtype": array.dtype.name, "shape": list(array.shape)} for name, array in arrays.items()
-        }
+        shapes = {name: {"dtype": array.dtype.name, "shape": list(array.shape)} for name, array in arrays.items()}
         sha256 = hashlib.sha256(data).hexdigest()
-        content = json.dumps(
-            {"sha256": sha256, "size": len(data), "arrays": shapes}, sort_keys=True, indent=1
-        ).encode()
+        content = json.dumps({"sha256": sha256, "size": len(data), "arrays": shapes}, sort_keys=True, indent=1).encode()
         for attempt in range(ATTEMPTS):
             start = time.monotonic()
             manifest.unlink(missing_ok=True)
@@ -193,9 +185,7 @@ class Store:
             rows = shard.get_slice(name)
             count = rows.get_shape()[0]
             if np.any((index_n < 0) | (index_n >= count)):
-                raise IndexError(
-                    f"{self._file(key)}: rows of {name!r} are 0..{count - 1}, asked for {index_n}"
-                )
+                raise IndexError(f"{self._file(key)}: rows of {name!r} are 0..{count - 1}, asked for {index_n}")
             if not index_n.size:  # safetensors refuses to slice an array without rows
                 empty: NDArray[Any] = rows[0:0] if count else shard.get_tensor(name)
                 return empty

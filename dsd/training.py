@@ -59,7 +59,13 @@ class Trainer:
     """The state of one training: prompt, optimiser, step and curve."""
 
     def __init__(
-        self, name: str, params: Params, backbone: StableDiffusion, examples: Sequence[MatchingExample], latents: Encodings, texts: Encodings
+        self,
+        name: str,
+        params: Params,
+        backbone: StableDiffusion,
+        examples: Sequence[MatchingExample],
+        latents: Encodings,
+        texts: Encodings,
     ) -> None:
         method = params.methods[params.training.method]
         assert isinstance(method, CrossAttentionMethod)  # params refuses anything else
@@ -79,7 +85,7 @@ class Trainer:
         self.curve: list[dict[str, float]] = []
 
     def _rows(self) -> tuple[list[list[Pair]], list[Draw]]:
-        """The step's examples as lists of candidates, and one draw for each example: a function of (seed, step) alone."""
+        """The step's examples as lists of candidates, and a draw for each: a function of (seed, step) alone."""
         rng = Random(f"train/{self.name}/{self.params.seed}/{self.step}")
         count = min(self.params.training.examples_per_step, len(self.examples))
         chosen = rng.sample(range(len(self.examples)), count)
@@ -106,7 +112,9 @@ class Trainer:
             noise.repeat_interleave(width, 0),
         )
         # Eq. 7 weights the heads by a gradient, which is itself held fixed while the prompt is updated.
-        flat_scores = cross_attention.reduce(pooled[:, 0], attribution.detach(), layers=self.method.layers, heads=self.method.heads)
+        flat_scores = cross_attention.reduce(
+            pooled[:, 0], attribution.detach(), layers=self.method.layers, heads=self.method.heads
+        )
         return flat_scores.view(len(pairs), width)
 
     def advance(self) -> dict[str, float]:
@@ -129,7 +137,13 @@ class Trainer:
 
     def save(self, path: Path, key: str) -> None:
         buffer = io.BytesIO()
-        state = dict(key=key, step=self.step, curve=self.curve, prompt=self.prompt.state_dict(), optimizer=self.optimizer.state_dict())
+        state = dict(
+            key=key,
+            step=self.step,
+            curve=self.curve,
+            prompt=self.prompt.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+        )
         torch.save(state, buffer)
         write_atomic(path, buffer.getvalue())
 
@@ -146,7 +160,13 @@ class Trainer:
 
 def training_key(name: str, params: Params, prepared: Path, backbone_digest: str) -> str:
     """The digest of everything that the prompt of dataset `name` depends on."""
-    sections = [params.seed, params.images, params.noise, params.evidence.model_copy(update={"shard": 1}), params.prompt]
+    sections = [
+        params.seed,
+        params.images,
+        params.noise,
+        params.evidence.model_copy(update={"shard": 1}),
+        params.prompt,
+    ]
     method = params.methods[params.training.method]
     return digest(name, backbone_digest, file_digest(prepared / "examples.parquet"), params.training, method, *sections)
 
@@ -165,7 +185,11 @@ def train(name: str, params: Params, prepared: Path, cached: Path, target: Path)
     Writes `prompt.safetensors`, `curve.csv` and, last, `summary.json`, whose key says that this very training is done.
     """
     backbone = load_diffusion(params.backbones[params.backbone], device_of(params.runtime.device))
-    key, state, summary = training_key(name, params, prepared, backbone.digest), target / "state.pt", target / "summary.json"
+    key, state, summary = (
+        training_key(name, params, prepared, backbone.digest),
+        target / "state.pt",
+        target / "summary.json",
+    )
     if summary.exists() and json.loads(summary.read_text())["key"] == key:
         with (target / "curve.csv").open(newline="") as file:
             yield from ({k: float(v) for k, v in row.items()} for row in csv.DictReader(file))
@@ -187,6 +211,11 @@ def train(name: str, params: Params, prepared: Path, cached: Path, target: Path)
     write_atomic(target / "curve.csv", curve_csv(trainer.curve))
     size = sum(p.numel() for p in trainer.prompt.parameters())
     tail = trainer.curve[-max(1, len(trainer.curve) // 5) :]
-    done = {"key": key, "examples": len(examples), "parameters": size, "accuracy": float(np.mean([r["accuracy"] for r in tail]))}
+    done = {
+        "key": key,
+        "examples": len(examples),
+        "parameters": size,
+        "accuracy": float(np.mean([r["accuracy"] for r in tail])),
+    }
     write_atomic(summary, json.dumps(done, indent=2).encode())
     state.unlink(missing_ok=True)

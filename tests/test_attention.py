@@ -139,7 +139,9 @@ def test_prompt_adds_to_the_matrices(backbone: StableDiffusion) -> None:
 def test_weighted_heads_by_hand() -> None:
     pooled = torch.tensor([[[1.0, 3.0], [2.0, 2.0]]])
     attribution = torch.tensor([[[1.0, 3.0], [1.0, 1.0]]])
-    assert cross_attention.reduce(pooled, attribution, layers="all", heads="weighted").item() == pytest.approx((2.5 + 2) / 2)
+    assert cross_attention.reduce(pooled, attribution, layers="all", heads="weighted").item() == pytest.approx(
+        (2.5 + 2) / 2
+    )
     assert cross_attention.reduce(pooled, attribution, layers="all", heads="mean").item() == pytest.approx(2)
     assert cross_attention.reduce(pooled, attribution, layers=1, heads="weighted").item() == pytest.approx(2)
 

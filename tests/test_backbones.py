@@ -114,7 +114,9 @@ def test_clip_vectors_are_those_of_the_model(params: Params) -> None:
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     ids = clip.tokenizer(["a red circle", "a blue star"], padding="max_length", return_tensors="pt")
     with torch.inference_mode():
-        logits = clip.model(pixel_values=pixels, input_ids=ids.input_ids, attention_mask=ids.attention_mask).logits_per_image
+        logits = clip.model(
+            pixel_values=pixels, input_ids=ids.input_ids, attention_mask=ids.attention_mask
+        ).logits_per_image
     assert torch.allclose(images @ texts.T * clip.model.logit_scale.exp(), logits, atol=1e-5)
     assert torch.allclose(images.norm(dim=-1), torch.ones(2), atol=1e-6)
 

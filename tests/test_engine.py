@@ -33,7 +33,9 @@ def make(params: Params, prepared: Path, cached: Path, batch_size: int) -> tuple
     backbone = load_diffusion(params.backbones["embedded"], torch.device("cpu"))
     texts = all_texts(read_all(prepared))
     tables = diffusion_encodings(backbone, Pictures(prepared / "images.parquet"), texts, 32, Store(cached))
-    return Engine(backbone, None, params.evidence, *tables, batch_size), read_examples(prepared / "examples.parquet", "test")
+    return Engine(backbone, None, params.evidence, *tables, batch_size), read_examples(
+        prepared / "examples.parquet", "test"
+    )
 
 
 def requests(params: Params, examples: list[MatchingExample]) -> list[tuple[Pair, Draw]]:
@@ -69,7 +71,9 @@ def test_each_pair_once_and_an_unconditional_pass_where_images_are_compared(prep
     asked = wanted(examples)
     assert len(asked) == len(set(asked))
     assert {pair for pair in asked if pair.text != UNCONDITIONAL} == set(pairs(examples))
-    assert {pair.image for pair in asked if pair.text == UNCONDITIONAL} == {image for e in examples for image in e.images}
+    assert {pair.image for pair in asked if pair.text == UNCONDITIONAL} == {
+        image for e in examples for image in e.images
+    }
     one_image = [MatchingExample("x", ("i",), ("a", "b"), ((0, 0),), "all")]
     assert wanted(one_image) == [Pair("i", "a"), Pair("i", "b")]
 
@@ -82,7 +86,12 @@ def test_exhaustive_asks_for_everything_once(count: int, width: int) -> None:
 
 def test_a_key_names_its_content() -> None:
     rows = [(Pair("i", "t"), Draw(0.2, 1)), (Pair("i", "u"), Draw(0.2, 1))]
-    keys = {plan(rows, "source", 1)[0].key, plan(rows, "other", 1)[0].key, plan(rows, "source", 1)[1].key, plan(rows, "source", 2)[0].key}
+    keys = {
+        plan(rows, "source", 1)[0].key,
+        plan(rows, "other", 1)[0].key,
+        plan(rows, "source", 1)[1].key,
+        plan(rows, "source", 2)[0].key,
+    }
     assert len(keys) == 4
     assert plan(rows, "source", 1)[0].key == plan(rows[:1], "source", 8)[0].key
 

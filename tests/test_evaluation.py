@@ -30,7 +30,13 @@ def by_hand() -> Evidence:
 
 def cross_attention(*levels: float) -> CrossAttentionMethod:
     return CrossAttentionMethod(
-        scorer="cross-attention", prompt="none", schedule="exhaustive", levels=levels, pooling="logsumexp", layers="all", heads="mean"
+        scorer="cross-attention",
+        prompt="none",
+        schedule="exhaustive",
+        levels=levels,
+        pooling="logsumexp",
+        layers="all",
+        heads="mean",
     )
 
 
@@ -50,7 +56,9 @@ def test_denoising_is_normalised_by_the_unconditional_error() -> None:
 
 def test_table_is_images_by_texts() -> None:
     example = MatchingExample("x", ("i", "j"), ("a", "b"), ((0, 0), (1, 1)), "c")
-    scores = {Pair(image, text): float(n) for n, (image, text) in enumerate([("i", "a"), ("i", "b"), ("j", "a"), ("j", "b")])}
+    scores = {
+        Pair(image, text): float(n) for n, (image, text) in enumerate([("i", "a"), ("i", "b"), ("j", "a"), ("j", "b")])
+    }
     assert table(example, scores).tolist() == [[0, 1], [2, 3]]
 
 
@@ -71,7 +79,9 @@ def test_the_whole_way(params: Params, prepared: Path, cached: Path, tmp_path: P
     assert len(rows) == 4 * 5
     again = evaluate("scenes-com", params, prepared, cached, trained, scored, tmp_path / "again")
     assert again == results["scenes-com"]
-    assert (tmp_path / "again/scores/scenes-com.parquet").read_bytes() == (tmp_path / "scores/scenes-com.parquet").read_bytes()
+    assert (tmp_path / "again/scores/scenes-com.parquet").read_bytes() == (
+        tmp_path / "scores/scenes-com.parquet"
+    ).read_bytes()
 
 
 def test_metrics_json_keeps_the_fixed_shape(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ from collections import Counter
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsd.errors import DataError
 from dsd.fewshot import SPLITS, split
 
-GROUPS = st.dictionaries(st.text(max_size=6), st.integers(1, 4), min_size=1, max_size=40)
+GROUPS = st.dictionaries(st.text("ab/1", max_size=6), st.integers(1, 4), min_size=1, max_size=40)
 SEEDS = st.integers(0, 2**32)
 
 
@@ -24,6 +24,7 @@ def sizes(rows: list[str], found: dict[str, str]) -> Counter[str]:
     return Counter(found[group] for group in rows if group in found)
 
 
+@settings(deadline=None)
 @given(GROUPS, SEEDS, st.data())
 def test_splits_are_filled_in_whole_groups(groups: dict[str, int], seed: int, data: st.DataObject) -> None:
     rows, largest = rows_of(groups), max(groups.values())
@@ -41,6 +42,7 @@ def test_splits_are_filled_in_whole_groups(groups: dict[str, int], seed: int, da
         assert filled > 0 or wanted == 0
 
 
+@settings(deadline=None)
 @given(GROUPS, SEEDS, st.integers(0))
 def test_the_order_of_rows_is_of_no_account(groups: dict[str, int], seed: int, order: int) -> None:
     rows = rows_of(groups)
@@ -55,10 +57,9 @@ def test_the_order_of_rows_is_of_no_account(groups: dict[str, int], seed: int, o
         assert split(shuffled, **wanted) == expected
 
 
-@given(GROUPS, SEEDS, st.text(min_size=7, max_size=9))
-def test_a_further_group_moves_no_other_group_past_another(
-    groups: dict[str, int], seed: int, new: str
-) -> None:
+@settings(deadline=None)
+@given(GROUPS, SEEDS, st.text("ab/1", min_size=7, max_size=9))
+def test_a_further_group_moves_no_other_group_past_another(groups: dict[str, int], seed: int, new: str) -> None:
     """What was in train before is in train after, but for the one that the new group takes the place of."""
     singles = list(groups)
     half = len(singles) // 2
@@ -68,6 +69,7 @@ def test_a_further_group_moves_no_other_group_past_another(
     assert len(set(after) - set(before) - {new}) == 0
 
 
+@settings(deadline=None)
 @given(GROUPS, SEEDS)
 def test_a_larger_test_split_leaves_the_others_alone(groups: dict[str, int], seed: int) -> None:
     singles = list(groups)
@@ -90,9 +92,9 @@ def test_seeds_differ_and_the_split_is_even() -> None:
 
 
 def test_known_split() -> None:
-    """The published splits: another hash or another separator would move every example."""
+    """Another hash or another separator would move every example, and so every published number."""
     found = split(["a", "b", "b", "c", "d", "e"], few_shot=1, validation=1, test=2, seed=0)
-    assert found == {}
+    assert found == {"c": "train", "b": "validation", "d": "test", "e": "test"}
 
 
 def test_too_few_rows() -> None:

@@ -22,7 +22,9 @@ def pictures() -> list[Image.Image]:
 
 
 @pytest.mark.parametrize("method", ["cross-attention", "denoising"])
-def test_scores_are_images_by_texts_from_any_source(method: str, models: Path, pictures: list[Image.Image], tmp_path: Path) -> None:
+def test_scores_are_images_by_texts_from_any_source(
+    method: str, models: Path, pictures: list[Image.Image], tmp_path: Path
+) -> None:
     matcher = Matcher.from_pretrained(models / "embedded", method=method, levels=(0.3,))
     scores = matcher.score(pictures, TEXTS)
     assert scores.shape == (2, 3) and torch.isfinite(scores).all()
@@ -33,7 +35,10 @@ def test_scores_are_images_by_texts_from_any_source(method: str, models: Path, p
 
 
 def test_scores_do_not_depend_on_batch_size(models: Path, pictures: list[Image.Image]) -> None:
-    one, many = (Matcher.from_pretrained(models / "embedded", levels=(0.3,), batch_size=b).score(pictures, TEXTS) for b in (1, 64))
+    one, many = (
+        Matcher.from_pretrained(models / "embedded", levels=(0.3,), batch_size=b).score(pictures, TEXTS)
+        for b in (1, 64)
+    )
     assert torch.allclose(one, many, atol=1e-5)
 
 

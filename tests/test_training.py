@@ -46,14 +46,18 @@ def test_softmax_and_hinge_by_hand(params: Params) -> None:
     assert matching_loss(scores, hinge).item() == pytest.approx((0.7 + 0.5 - 1.0) / 0.5)
 
 
-def test_training_writes_a_prompt_and_moves_only_it(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
+def test_training_writes_a_prompt_and_moves_only_it(
+    params: Params, prepared: Path, cached: Path, tmp_path: Path
+) -> None:
     curve = run(params, prepared, cached, tmp_path)
     assert [row["step"] for row in curve] == [1, 2, 3, 4]
     assert {path.name for path in tmp_path.iterdir()} == {"prompt.safetensors", "curve.csv", "summary.json"}
     assert run(params, prepared, cached, tmp_path) == curve  # done: read back, not trained again
 
 
-def test_an_interrupted_training_ends_with_the_same_bits(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
+def test_an_interrupted_training_ends_with_the_same_bits(
+    params: Params, prepared: Path, cached: Path, tmp_path: Path
+) -> None:
     whole = run(params, prepared, cached, tmp_path / "whole")
     cut = train("scenes-com", params, prepared, cached, tmp_path / "cut")
     for _ in range(3):
@@ -73,7 +77,9 @@ def test_a_state_of_other_params_is_not_resumed(params: Params, prepared: Path, 
     assert [row["step"] for row in run(other, prepared, cached, tmp_path)] == [1, 2, 3, 4]
 
 
-def test_it_learns(params: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_learns(
+    params: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On one fixed batch the loss falls: the gradient reaches the prompt through the frozen U-Net."""
     fixed: list[object] = []
     rows = Trainer._rows
@@ -83,12 +89,16 @@ def test_it_learns(params: Params, prepared: Path, cached: Path, tmp_path: Path,
         return fixed[0]
 
     monkeypatch.setattr(Trainer, "_rows", once)
-    longer = params.training.model_copy(update={"steps": 25, "learning_rate": 0.02, "warmup": 1, "checkpoint_every": 100})
+    longer = params.training.model_copy(
+        update={"steps": 25, "learning_rate": 0.02, "warmup": 1, "checkpoint_every": 100}
+    )
     curve = run(params.model_copy(update={"training": longer}), prepared, cached, tmp_path)
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.05
 
 
-def test_nothing_to_train_on_is_said(params: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_to_train_on_is_said(
+    params: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dsd.training.read_examples", lambda *_: [])
     with pytest.raises(DataError, match=r"datasets\.scenes-com\.few_shot"):
         run(params, prepared, cached, tmp_path)

@@ -8,7 +8,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from dsd.params import FitParams, Params, PretrainParams, load
-from dsd.pretraining import build_autoencoder, build_clip, build_text_encoder, build_unet, noise_schedule, tokenizer
+from dsd.pretraining import (
+    build_autoencoder,
+    build_clip,
+    build_text_encoder,
+    build_unet,
+    noise_schedule,
+    tokenizer,
+)
 from dsd.scenes.captions import vocabulary
 
 FIT = FitParams(steps=2, batch=2, learning_rate=1e-3, warmup=1, weight_decay=0.0, ema=0.5)

@@ -12,7 +12,16 @@ from dsd.params import BackboneParams
 
 FAMILIES: dict[str, type[StableDiffusion] | type[Clip]] = {"stable-diffusion": StableDiffusion, "clip": Clip}
 
-__all__ = ["FAMILIES", "Clip", "StableDiffusion", "TextEmbeddings", "device_of", "load", "load_clip", "load_diffusion"]
+__all__ = [
+    "FAMILIES",
+    "Clip",
+    "StableDiffusion",
+    "TextEmbeddings",
+    "device_of",
+    "load",
+    "load_clip",
+    "load_diffusion",
+]
 
 
 def load(row: BackboneParams, device: torch.device) -> StableDiffusion | Clip:
@@ -25,7 +34,9 @@ def load(row: BackboneParams, device: torch.device) -> StableDiffusion | Clip:
 def load_diffusion(row: BackboneParams, device: torch.device) -> StableDiffusion:
     backbone = load(row, device)
     if not isinstance(backbone, StableDiffusion):
-        raise CheckpointError(f"{row.source}: family {row.family} has no cross-attention; this method needs a diffusion model")
+        raise CheckpointError(
+            f"{row.source}: family {row.family} has no cross-attention; this method needs a diffusion model"
+        )
     return backbone
 
 

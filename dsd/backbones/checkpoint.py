@@ -68,7 +68,9 @@ def component(kind: Any, folder: Path, subfolder: str, dtype: torch.dtype) -> An
     try:
         model, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     except Exception as error:  # each library has its own family of errors; all mean that this folder does not load
-        raise CheckpointError(f"{place}: does not load as {kind.__name__}: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(
+            f"{place}: does not load as {kind.__name__}: {' '.join(str(error).split())[:200]}"
+        ) from None
     wrong = [*info.get("mismatched_keys", ()), *info.get("missing_keys", ())]
     if wrong:
         raise CheckpointError(f"{place}: {len(wrong)} tensors missing or misshapen, the first {wrong[0]}")

@@ -35,7 +35,9 @@ class Clip:
     def encode_images(self, pictures: np.ndarray) -> Tensor:
         """uint8 [B, R, R, 3] to unit vectors [B, D]; a picture of another size is resized to the model's."""
         if pictures.shape[1] != self.resolution:
-            pictures = np.stack([to_array(resize(Image.fromarray(p), parity=None, resolution=self.resolution)) for p in pictures])
+            pictures = np.stack(
+                [to_array(resize(Image.fromarray(p), parity=None, resolution=self.resolution)) for p in pictures]
+            )
         pixels = torch.from_numpy(to_model(pictures)).to(self.device, self.dtype)
         output = self.model.get_image_features(pixel_values=pixels)
         return torch.nn.functional.normalize(output.pooler_output.float(), dim=-1)
@@ -43,6 +45,8 @@ class Clip:
     @torch.inference_mode()
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Unit vectors [B, D]."""
-        batch = self.tokenizer(texts, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt")
+        batch = self.tokenizer(
+            texts, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+        )
         output = self.model.get_text_features(**{k: v.to(self.device) for k, v in batch.items()})
         return torch.nn.functional.normalize(output.pooler_output.float(), dim=-1)

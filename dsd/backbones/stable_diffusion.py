@@ -43,7 +43,9 @@ class StableDiffusion:
             self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
             self.schedule = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{folder}: tokenizer or scheduler does not load: {' '.join(str(error).split())[:160]}") from None
+            raise CheckpointError(
+                f"{folder}: tokenizer or scheduler does not load: {' '.join(str(error).split())[:160]}"
+            ) from None
         self._check_shapes(str(folder))
         self.attention: AttentionState = install(self.unet)
         alphas = self.schedule.alphas_cumprod.to(device)
@@ -52,10 +54,13 @@ class StableDiffusion:
     def _check_shapes(self, folder: str) -> None:
         unet, width = self.unet.config, self.text_encoder.config.hidden_size
         if unet.cross_attention_dim != width:
-            raise CheckpointError(f"{folder}: unet expects texts of width {unet.cross_attention_dim}, text_encoder gives {width}")
+            raise CheckpointError(
+                f"{folder}: unet expects texts of width {unet.cross_attention_dim}, text_encoder gives {width}"
+            )
         if unet.in_channels != self.vae.config.latent_channels:
             raise CheckpointError(
-                f"{folder}: unet expects {unet.in_channels} latent channels, vae gives {self.vae.config.latent_channels}"
+                f"{folder}: unet expects {unet.in_channels} latent channels, "
+                f"vae gives {self.vae.config.latent_channels}"
             )
 
     @property
@@ -98,7 +103,7 @@ class StableDiffusion:
         batch = self.tokenizer(texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
         lengths = torch.tensor([len(ids) for ids in self.tokenizer(texts).input_ids])
         hidden = self.text_encoder(batch.input_ids.to(self.device)).last_hidden_state.float()
-        # Content: between begin and end. A truncated text has no end within the limit but the one put in its last place.
+        # Content: between begin and end. A truncated text has its end put in the last place.
         position = torch.arange(limit)
         content = (position > 0) & (position < lengths.clamp(max=limit)[:, None] - 1)
         return TextEmbeddings(hidden, content, lengths > limit)
@@ -116,4 +121,6 @@ class StableDiffusion:
         if self.schedule.config.prediction_type == "v_prediction":
             shape = (-1, 1, 1, 1)
             return self._signal[timesteps].view(shape) * output + self._noise[timesteps].view(shape) * noised
-        raise CheckpointError(f"scheduler: prediction_type {self.schedule.config.prediction_type!r} is neither epsilon nor v_prediction")
+        raise CheckpointError(
+            f"scheduler: prediction_type {self.schedule.config.prediction_type!r} is neither epsilon nor v_prediction"
+        )

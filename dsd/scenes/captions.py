@@ -5,7 +5,19 @@ from __future__ import annotations
 from random import Random
 from typing import NamedTuple
 
-from dsd.scenes.world import COLOURS, SHAPES, Noun, Scene, Triplet, facts, holds, random_noun, random_triplet, sample_scene, sample_single
+from dsd.scenes.world import (
+    COLOURS,
+    SHAPES,
+    Noun,
+    Scene,
+    Triplet,
+    facts,
+    holds,
+    random_noun,
+    random_triplet,
+    sample_scene,
+    sample_single,
+)
 
 NUMBERS = ("one", "two", "three", "four")
 
@@ -53,15 +65,19 @@ def _only(scene: Scene, attribute: str) -> list[Noun]:
 
 
 def open_question(scene: Scene, rng: Random) -> Question | None:
-    """A question with a colour, a shape or a number for an answer; None where the scene allows none of the kind drawn."""
+    """A question whose answer is a colour, a shape or a number; None where the scene allows none of the kind drawn."""
     kind = rng.choice(("colour", "shape", "number"))
     if kind == "number":
         return Question("how many things are there ?", NUMBERS[len(scene.things) - 1], kind)
     if kind == "colour":
         nouns = _only(scene, "shape")
-        return Question(f"what colour is the {(noun := rng.choice(nouns)).shape} ?", noun.colour, kind) if nouns else None
+        return (
+            Question(f"what colour is the {(noun := rng.choice(nouns)).shape} ?", noun.colour, kind) if nouns else None
+        )
     nouns = _only(scene, "colour")
-    return Question(f"what shape is the {(noun := rng.choice(nouns)).colour} thing ?", noun.shape, kind) if nouns else None
+    return (
+        Question(f"what shape is the {(noun := rng.choice(nouns)).colour} thing ?", noun.shape, kind) if nouns else None
+    )
 
 
 def binary_question(scene: Scene, rng: Random, answer: str) -> Question:
@@ -87,7 +103,9 @@ def caption(scene: Scene, rng: Random) -> str:
     if true and roll < 0.75:
         return referring(rng.choice(true), rng.choice(REFERRING))
     if roll < 0.85:
-        question = open_question(scene, rng) if rng.random() < 0.6 else binary_question(scene, rng, rng.choice(("yes", "no")))
+        question = (
+            open_question(scene, rng) if rng.random() < 0.6 else binary_question(scene, rng, rng.choice(("yes", "no")))
+        )
         if question is not None:
             return question.text
     nouns = [a(thing.noun) for thing in scene.things]

@@ -45,7 +45,10 @@ def _draw(index: int, seed: int, captions: int, parity: int, resolution: int) ->
 
 def build(root: Path, *, seed: int, size: int, captions: int, parity: int, resolution: int, workers: int) -> Corpus:
     """Draws the corpus into `root`, or reads it where its marker says that this very corpus is there."""
-    marker, recipe = root / "corpus.json", dict(seed=seed, size=size, captions=captions, parity=parity, resolution=resolution)
+    marker, recipe = (
+        root / "corpus.json",
+        dict(seed=seed, size=size, captions=captions, parity=parity, resolution=resolution),
+    )
     if not (marker.exists() and json.loads(marker.read_text())["recipe"] == recipe):
         root.mkdir(parents=True, exist_ok=True)
         sides = {"direct": resolution, "parity": resolution, "small": parity}

@@ -40,7 +40,10 @@ def _regular(points: int, inner: float | None = None) -> list[Point]:
 def _heart() -> list[Point]:
     angles = [2 * math.pi * i / 60 for i in range(60)]
     curve = [
-        (16 * math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)))
+        (
+            16 * math.sin(a) ** 3,
+            -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)),
+        )
         for a in angles
     ]
     return [(x / 17.5, (y + 2) / 17.5) for x, y in curve]
@@ -48,7 +51,9 @@ def _heart() -> list[Point]:
 
 def _flower() -> list[Point]:
     angles = [2 * math.pi * i / 120 for i in range(120)]
-    return [((0.72 + 0.28 * math.cos(5 * a)) * math.cos(a), (0.72 + 0.28 * math.cos(5 * a)) * math.sin(a)) for a in angles]
+    return [
+        ((0.72 + 0.28 * math.cos(5 * a)) * math.cos(a), (0.72 + 0.28 * math.cos(5 * a)) * math.sin(a)) for a in angles
+    ]
 
 
 @lru_cache(maxsize=1)
@@ -61,13 +66,42 @@ def outlines() -> dict[str, list[Point]]:
         "triangle": _regular(3),
         "star": _regular(5, inner=0.42),
         "heart": _heart(),
-        "cross": [(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w)],
+        "cross": [
+            (-w, -1),
+            (w, -1),
+            (w, -w),
+            (1, -w),
+            (1, w),
+            (w, w),
+            (w, 1),
+            (-w, 1),
+            (-w, w),
+            (-1, w),
+            (-1, -w),
+            (-w, -w),
+        ],
         "ring": _arc(0.96, 0, 360) + _arc(0.52, 360, 0),
         "crescent": _arc(0.96, 50, 310) + _arc(0.77, 287, 73, centre=(0.38, 0.0)),
         "diamond": [(0, -1), (0.58, 0), (0, 1), (-0.58, 0)],
-        "arrow": [(-0.95, -0.28), (0.05, -0.28), (0.05, -0.75), (0.98, 0), (0.05, 0.75), (0.05, 0.28), (-0.95, 0.28)],
+        "arrow": [
+            (-0.95, -0.28),
+            (0.05, -0.28),
+            (0.05, -0.75),
+            (0.98, 0),
+            (0.05, 0.75),
+            (0.05, 0.28),
+            (-0.95, 0.28),
+        ],
         "flower": _flower(),
-        "bolt": [(0.2, -1), (-0.62, 0.15), (-0.08, 0.15), (-0.25, 1), (0.62, -0.25), (0.08, -0.25), (0.5, -1)],
+        "bolt": [
+            (0.2, -1),
+            (-0.62, 0.15),
+            (-0.08, 0.15),
+            (-0.25, 1),
+            (0.62, -0.25),
+            (0.08, -0.25),
+            (0.5, -1),
+        ],
     }
 
 

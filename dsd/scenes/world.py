@@ -138,7 +138,12 @@ def _offset(rng: Random, predicate: str, sizes: tuple[float, float]) -> tuple[fl
         return distance * math.cos(angle), distance * math.sin(angle)
     along = rng.uniform(1.0, 1.5) * max(reach, 0.21)
     across = rng.uniform(-0.35, 0.35) * along
-    directions = {"left of": (-along, across), "right of": (along, across), "above": (across, -along), "below": (across, along)}
+    directions = {
+        "left of": (-along, across),
+        "right of": (along, across),
+        "above": (across, -along),
+        "below": (across, along),
+    }
     return directions[predicate if predicate in directions else rng.choice(list(directions))]
 
 
@@ -186,7 +191,13 @@ def sample_single(rng: Random, seed: str, noun: Noun | None = None) -> Scene:
     """A scene with one thing, as in classification."""
     while True:
         size = rng.uniform(0.13, 0.34)
-        thing = Thing(noun or random_noun(rng), rng.uniform(0.12, 0.88), rng.uniform(0.12, 0.88), size, rng.uniform(-25, 25))
+        thing = Thing(
+            noun or random_noun(rng),
+            rng.uniform(0.12, 0.88),
+            rng.uniform(0.12, 0.88),
+            size,
+            rng.uniform(-25, 25),
+        )
         if _fits(thing):
             return Scene((thing,), rng.choice(BACKGROUNDS), seed)
 
