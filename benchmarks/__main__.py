@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from benchmarks import plain
-from benchmarks.setting import PREPARED, engine_over, requests
+from benchmarks.setting import PREPARED, engine_over
 from dsd.attention import Recording, during
 from dsd.draws import Draw, draws
 from dsd.errors import DataError
+from dsd.evidence import UNCONDITIONAL, Request, requests
 from dsd.matching import MatchingExample, Pair, read_examples
 from dsd.params import load
 from dsd.preparation import Pictures
@@ -57,12 +58,16 @@ def engine_vs_plain_loop() -> Result:
         def loop(some: list[MatchingExample]) -> dict[tuple[Pair, Draw], float]:
             return plain.score(engine.backbone, params.evidence, pictures, params.images.resolution, some, seen)
 
+        def asked_of(some: list[MatchingExample]) -> list[Request]:
+            rows = requests(some, params.noise, params.seed)
+            return [row for row in rows if row[0].text != UNCONDITIONAL]  # the plain loop scores attention alone
+
         loop(few[:1])  # warm
         found: dict[tuple[Pair, Draw], float] = {}
         slow = seconds(lambda: found.update(loop(few))) / len(few)
         many = examples[:120]
-        fast = seconds(lambda: engine.compute(requests(params, many, len(seen)))) / len(many)
-        asked = requests(params, few, len(seen))
+        fast = seconds(lambda: engine.compute(asked_of(many))) / len(many)
+        asked = asked_of(few)
         scores = engine.compute(asked)["attention"][:, 0].mean((-2, -1))
     np.testing.assert_allclose(scores, [found[row] for row in asked], atol=1e-5)
     return at_least(slow / fast, "times", 8)

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.setting import PREPARED, engine_over, requests
-from dsd.engine import plan
+from benchmarks.setting import PREPARED, engine_over
+from dsd.evidence import plan, requests
 from dsd.matching import read_examples
 from dsd.params import load
 from dsd.store import Store
@@ -16,10 +16,11 @@ from dsd.store import Store
 
 def main() -> None:
     params = load()
+    noise = params.noise.model_copy(update={"levels": params.noise.levels[:1]})
     examples = read_examples(PREPARED / "examples.parquet", "test")[: int(sys.argv[1])]
     engine = engine_over(params, Path("data/cache/scenes-com"))
     with TemporaryDirectory() as folder:
-        engine.fill(plan(requests(params, examples, levels=1), "memory", 128), Store(Path(folder)), "memory")
+        engine.fill(plan(requests(examples, noise, params.seed), "memory", 128), Store(Path(folder)), "memory")
     sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.1f}\n")
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from dsd.backbones import device_of, load_diffusion
-from dsd.draws import Draw, draws
 from dsd.encoding import all_texts, diffusion_encodings
 from dsd.engine import Engine
-from dsd.matching import MatchingExample, Pair, pairs, read_examples
+from dsd.matching import read_examples
 from dsd.params import Params
 from dsd.preparation import Pictures
-from dsd.schedules import exhaustive
 from dsd.store import Store
 
 PREPARED = Path("data/prepare/scenes-com")
@@ -25,8 +22,3 @@ def engine_over(params: Params, cache: Path) -> Engine:
         backbone, Pictures(PREPARED / "images.parquet"), texts, params.images.resolution, Store(cache)
     )
     return Engine(backbone, None, params.evidence, *tables, params.runtime.batch_size)
-
-
-def requests(params: Params, examples: Sequence[MatchingExample], levels: int) -> list[tuple[Pair, Draw]]:
-    asked, seen = pairs(examples), draws(params.noise, params.seed)[:levels]
-    return [(asked[p], seen[d]) for p, d in exhaustive(len(asked), len(seen))]

@@ -6,12 +6,12 @@ same noise: differences between candidates are paired, and no score depends on b
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from dsd.params import NoiseParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Draw(NamedTuple):
@@ -23,6 +23,8 @@ class Draw(NamedTuple):
 
     def noise(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal noise of one latent, on the CPU so that every device sees the same."""
+        import torch  # here, so that whoever only counts draws need not load it
+
         return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dsd.backbones import Clip, StableDiffusion, device_of, load_clip, load_diffusion
+from dsd.evidence import UNCONDITIONAL
 from dsd.images import resize, to_array
 from dsd.matching import MatchingExample, read_examples
 from dsd.params import ContrastiveMethod, Params
@@ -20,7 +21,6 @@ from dsd.progress import progress
 from dsd.store import Store, digest
 
 SPLITS = ("train", "validation", "test")
-UNCONDITIONAL = ""  # the text of the unconditional pass
 Arrays = dict[str, np.ndarray]
 
 

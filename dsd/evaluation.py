@@ -8,24 +8,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dsd.backbones import StableDiffusion, device_of, load_clip, load_diffusion
 from dsd.datasets import benchmark
-from dsd.encoding import UNCONDITIONAL, all_texts, contrastive_encodings, read_all
-from dsd.engine import Evidence, read_evidence
+from dsd.evidence import UNCONDITIONAL, Evidence, read_evidence, read_shards
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
 from dsd.metrics import METRICS, rank
 from dsd.params import ContrastiveMethod, CrossAttentionMethod, DenoisingMethod, Params
-from dsd.preparation import Pictures
-from dsd.scorers import contrastive, cross_attention, denoising
+from dsd.scorers import cross_attention, denoising
 from dsd.statistics import Interval, clustered_mean
-from dsd.store import Store, write_atomic
+from dsd.store import write_atomic
 
 Scores = dict[Pair, float]
 Results = dict[str, dict[str, Interval]]  # method → metric → interval
@@ -51,16 +49,9 @@ def denoising_scores(evidence: Evidence, method: DenoisingMethod) -> Scores:
     return dict(zip(evidence.pairs, denoising.reduce(error, alone).tolist(), strict=True))
 
 
-def clip_scores(
-    params: Params, method: ContrastiveMethod, prepared: Path, cached: Path, asked: Sequence[Pair]
-) -> Scores:
-    """CLIP: cosines of the cached vectors."""
-    clip = load_clip(params.backbones[method.backbone], device_of(params.runtime.device))
-    images, texts = contrastive_encodings(
-        clip, Pictures(prepared / "images.parquet"), all_texts(read_all(prepared)), Store(cached)
-    )
-    vectors = images([pair.image for pair in asked])["vector"], texts([pair.text for pair in asked])["vector"]
-    return dict(zip(asked, contrastive.reduce(*vectors).tolist(), strict=True))
+def clip_scores(scored: Path, method: ContrastiveMethod, asked: Sequence[Pair]) -> Scores:
+    """CLIP: the stored cosines."""
+    return dict(zip(asked, read_shards(scored, method.backbone)["cosine"].tolist(), strict=True))
 
 
 def table(example: MatchingExample, scores: Scores) -> np.ndarray:
@@ -84,22 +75,16 @@ def summarise(
     return {metric: clustered_mean(hits, clusters, groups, **options) for metric, (hits, groups) in found.items()}  # type: ignore[arg-type]
 
 
-def method_scores(
-    params: Params, backbone: StableDiffusion, prepared: Path, cached: Path, trained: Path, scored: Path
-) -> Iterable[tuple[str, Scores]]:
-    """(method, scores of every test pair), method by method; evidence that two methods share is read once."""
-    examples = read_examples(prepared / "examples.parquet", "test")
-    found: dict[str, Evidence] = {}
+def method_scores(params: Params, examples: Sequence[MatchingExample], scored: Path) -> Iterator[tuple[str, Scores]]:
+    """(method, scores of every pair of the examples), method by method; evidence in use by several is read once."""
+    read = lru_cache(maxsize=2)(lambda prompt: read_evidence(scored, prompt, examples, params.noise, params.seed))
     for name, method in params.methods.items():
         if isinstance(method, ContrastiveMethod):
-            yield name, clip_scores(params, method, prepared, cached, pairs(examples))
-            continue
-        if method.prompt not in found:
-            found = {method.prompt: read_evidence(params, backbone, method.prompt, trained, scored, examples)}
-        if isinstance(method, CrossAttentionMethod):
-            yield name, attention_scores(found[method.prompt], method, params.evidence.poolings)
+            yield name, clip_scores(scored, method, pairs(examples))
+        elif isinstance(method, CrossAttentionMethod):
+            yield name, attention_scores(read(method.prompt), method, params.evidence.poolings)
         else:
-            yield name, denoising_scores(found[method.prompt], method)
+            yield name, denoising_scores(read(method.prompt), method)
 
 
 SCHEMA = pa.schema(
@@ -113,16 +98,13 @@ SCHEMA = pa.schema(
 )
 
 
-def evaluate(
-    name: str, params: Params, prepared: Path, cached: Path, trained: Path, scored: Path, target: Path
-) -> Results:
+def evaluate(name: str, params: Params, prepared: Path, scored: Path, target: Path) -> Results:
     """Metrics of every method on the test split of dataset `name`; writes `scores/<name>.parquet` under target."""
-    backbone = load_diffusion(params.backbones[params.backbone], device_of("cpu"))
     examples = read_examples(prepared / "examples.parquet", "test")
     settings = dict(params.evaluate.model_dump(), seed=params.seed)
     results: Results = {}
     rows = []
-    for method, scores in method_scores(params, backbone, prepared, cached, trained, scored):
+    for method, scores in method_scores(params, examples, scored):
         tables = [table(example, scores) for example in examples]
         ranks = np.array([rank(t, example.answer) for t, example in zip(tables, examples, strict=True)])
         results[method] = summarise(params.datasets[name].kind, examples, ranks, **settings)

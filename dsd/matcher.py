@@ -18,9 +18,9 @@ from torch import Tensor
 from dsd.attention import Recording, during
 from dsd.backbones import StableDiffusion, device_of, load_diffusion
 from dsd.draws import Draw, draws
-from dsd.encoding import UNCONDITIONAL
 from dsd.engine import observe
 from dsd.errors import CheckpointError, TextError, unknown
+from dsd.evidence import UNCONDITIONAL
 from dsd.images import ImageSource, load_image, resize, to_array
 from dsd.params import BackboneParams, EvidenceParams, NoiseParams
 from dsd.progress import progress

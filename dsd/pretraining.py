@@ -217,7 +217,7 @@ def diffusion_loss(
     empty: Tensor,
     batch: int,
 ) -> Loss:
-    """‖ε − ε_θ(z_t, t, y)‖² with latents [2, N, C, r, r] (direct, parity) and ids [N, K, M]; a tenth of the texts is empty."""
+    """‖ε − ε_θ(z_t, t, y)‖² over latents [2, N, C, r, r] (direct, parity), ids [N, K, M]; a tenth has no text."""
     schedule = noise_schedule()
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:

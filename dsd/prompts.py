@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from dsd.errors import CheckpointError
 from dsd.store import write_atomic
 
+PROMPT = "prompt.safetensors"  # the file that the stage `train` leaves in a dataset's folder
+
 
 def pooled_latent(latents_BCrr: Tensor) -> Tensor:
     """[B, C, r, r] to [B, 2C]: mean and standard deviation of every channel."""

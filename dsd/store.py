@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 DTYPES = ("bool", *INTEGERS, "float16", "float32", "float64")
 KEY = re.compile(r"[A-Za-z0-9._-]+")
-ATTEMPTS = 10
+ATTEMPTS = 20
 _BACKOFF = random.SystemRandom()  # neither moves the seeded generators nor repeats itself in forked workers
 
 
@@ -144,7 +144,7 @@ class Store:
             # last, so when all writers are done the file and the manifest are of one piece.
             if self._load(key, _bytes(manifest)) is not None:
                 return
-            time.sleep(_BACKOFF.uniform(0, (time.monotonic() - start) * 2**attempt))
+            time.sleep(_BACKOFF.uniform(0, (time.monotonic() - start) * (attempt + 1)))
         raise DsdError(f"{file}: does not read back as written, tried {ATTEMPTS} times")
 
     def read(self, key: str) -> dict[str, NDArray[Any]] | None:

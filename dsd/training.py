@@ -26,7 +26,7 @@ from dsd.errors import DataError
 from dsd.matching import MatchingExample, Pair, read_examples
 from dsd.params import CrossAttentionMethod, Params, TrainingParams
 from dsd.preparation import Pictures
-from dsd.prompts import AttentionPrompt
+from dsd.prompts import PROMPT, AttentionPrompt
 from dsd.scorers import cross_attention
 from dsd.store import Store, digest, file_digest, write_atomic
 
@@ -207,7 +207,7 @@ def train(name: str, params: Params, prepared: Path, cached: Path, target: Path)
         yield trainer.advance()
         if trainer.step % params.training.checkpoint_every == 0:
             trainer.save(state, key)
-    trainer.prompt.save(target / "prompt.safetensors", backbone.digest)
+    trainer.prompt.save(target / PROMPT, backbone.digest)
     write_atomic(target / "curve.csv", curve_csv(trainer.curve))
     size = sum(p.numel() for p in trainer.prompt.parameters())
     tail = trainer.curve[-max(1, len(trainer.curve) // 5) :]

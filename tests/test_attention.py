@@ -27,7 +27,7 @@ def inputs(backbone: StableDiffusion, batch: int) -> tuple[torch.Tensor, torch.T
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(batch, 4, 4, 4, generator=generator)
     text = backbone.encode_texts([f"a red circle left of a {c} star" for c in ("blue", "green", "pink")[:batch]])
-    return latents, torch.full((batch,), 300), text.hidden, text.content
+    return latents, torch.full((batch,), 300), text.hidden.clone(), text.content
 
 
 def attention_map(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:

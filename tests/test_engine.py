@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsd import engine
 from dsd.backbones import load_diffusion
 from dsd.draws import Draw, draws
-from dsd.encoding import UNCONDITIONAL, all_texts, diffusion_encodings, read_all
-from dsd.engine import Engine, plan, read_evidence, score, shards_of, wanted
+from dsd.encoding import all_texts, diffusion_encodings, read_all
+from dsd.engine import Engine, score
+from dsd.errors import DataError
+from dsd.evidence import INDEX, UNCONDITIONAL, plan, read_evidence, requests, wanted
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
 from dsd.params import NoiseParams, Params
 from dsd.preparation import Pictures
@@ -38,13 +40,8 @@ def make(params: Params, prepared: Path, cached: Path, batch_size: int) -> tuple
     )
 
 
-def requests(params: Params, examples: list[MatchingExample]) -> list[tuple[Pair, Draw]]:
-    asked, seen = wanted(examples), draws(params.noise, params.seed)
-    return [(asked[p], seen[d]) for p, d in exhaustive(len(asked), len(seen))]
-
-
 def test_scores_do_not_depend_on_batch_size_or_order(params: Params, prepared: Path, cached: Path) -> None:
-    rows = requests(params, make(params, prepared, cached, 1)[1])[:12]
+    rows = requests(make(params, prepared, cached, 1)[1], params.noise, params.seed)[:12]
     alone = make(params, prepared, cached, 1)[0].compute(rows)
     together = make(params, prepared, cached, 12)[0].compute(rows[::-1])
     for name, array in alone.items():
@@ -54,7 +51,7 @@ def test_scores_do_not_depend_on_batch_size_or_order(params: Params, prepared: P
 def test_evidence_equals_the_plain_loop(params: Params, prepared: Path, cached: Path) -> None:
     """The public implementations' way: each pair alone, image and text encoded again for it."""
     found, examples = make(params, prepared, cached, 8)
-    pair, draw = requests(params, examples)[3]
+    pair, draw = requests(examples, params.noise, params.seed)[3]
     backbone, pictures = found.backbone, Pictures(prepared / "images.parquet")
     picture = np.asarray(pictures[pair.image].resize((32, 32), 3))
     latents, text = backbone.encode_images(picture[None]), backbone.encode_texts([pair.text])
@@ -106,9 +103,8 @@ def test_draws_are_paired_and_their_seeds_independent_of_position() -> None:
 
 
 def evidence(params: Params, prepared: Path, target: Path) -> dict[str, np.ndarray]:
-    backbone = load_diffusion(params.backbones["embedded"], torch.device("cpu"))
     examples = read_examples(prepared / "examples.parquet", "test")
-    found = read_evidence(params, backbone, "none", target, target, examples)
+    found = read_evidence(target, "none", examples, params.noise, params.seed)
     return {"attention": found.attention, "attribution": found.attribution, "error": found.error}
 
 
@@ -153,12 +149,10 @@ def test_shards_of_other_params_are_removed(zero_shot: Params, prepared: Path, c
     score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "s")
     other = zero_shot.model_copy(update={"evidence": zero_shot.evidence.model_copy(update={"scale": 5.0})})
     score("scenes-com", other, prepared, cached, tmp_path, tmp_path / "s")
-    backbone = load_diffusion(other.backbones["embedded"], torch.device("cpu"))
-    examples = read_examples(prepared / "examples.parquet", "test")
-    keys = {shard.key for shard in shards_of(other, backbone, "none", tmp_path, examples)}
-    assert set(Store(tmp_path / "s").keys()) == keys
+    named = json.loads((tmp_path / "s" / INDEX).read_text())
+    assert set(Store(tmp_path / "s").keys()) == {key for keys in named.values() for key in keys}
 
 
 def test_missing_evidence_says_what_to_run(zero_shot: Params, prepared: Path, tmp_path: Path) -> None:
-    with pytest.raises(engine.DataError, match="run the stage `score`"):
+    with pytest.raises(DataError, match="run the stage `score`"):
         evidence(zero_shot, prepared, tmp_path)

@@ -24,7 +24,7 @@ def sizes(rows: list[str], found: dict[str, str]) -> Counter[str]:
     return Counter(found[group] for group in rows if group in found)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(GROUPS, SEEDS, st.data())
 def test_splits_are_filled_in_whole_groups(groups: dict[str, int], seed: int, data: st.DataObject) -> None:
     rows, largest = rows_of(groups), max(groups.values())
@@ -42,7 +42,7 @@ def test_splits_are_filled_in_whole_groups(groups: dict[str, int], seed: int, da
         assert filled > 0 or wanted == 0
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(GROUPS, SEEDS, st.integers(0))
 def test_the_order_of_rows_is_of_no_account(groups: dict[str, int], seed: int, order: int) -> None:
     rows = rows_of(groups)
@@ -57,7 +57,7 @@ def test_the_order_of_rows_is_of_no_account(groups: dict[str, int], seed: int, o
         assert split(shuffled, **wanted) == expected
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(GROUPS, SEEDS, st.text("ab/1", min_size=7, max_size=9))
 def test_a_further_group_moves_no_other_group_past_another(groups: dict[str, int], seed: int, new: str) -> None:
     """What was in train before is in train after, but for the one that the new group takes the place of."""
@@ -69,7 +69,7 @@ def test_a_further_group_moves_no_other_group_past_another(groups: dict[str, int
     assert len(set(after) - set(before) - {new}) == 0
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(GROUPS, SEEDS)
 def test_a_larger_test_split_leaves_the_others_alone(groups: dict[str, int], seed: int) -> None:
     singles = list(groups)

@@ -215,11 +215,7 @@ def test_to_array_needs_rgb() -> None:
 
 def test_image_id_is_of_the_pixels(picture: Image.Image, tmp_path: Path) -> None:
     array_HW3 = np.array(picture)
-    assert (
-        image_id(array_HW3)
-        == image_id(pixels(encoded(picture, "PNG")))
-        == image_id(pixels(encoded(picture, "BMP")))
-    )
+    assert image_id(array_HW3) == image_id(pixels(encoded(picture, "PNG"))) == image_id(pixels(encoded(picture, "BMP")))
     assert image_id(array_HW3[:, ::-1][:, ::-1]) == image_id(array_HW3)  # memory layout does not matter
     assert len(image_id(array_HW3)) == 16
     flat = np.zeros((2, 6, 3), np.uint8)

@@ -8,18 +8,20 @@ nor the set of candidates gives the answer away.
 
 from __future__ import annotations
 
+from itertools import permutations
 from random import Random
 
 from dsd.datasets.raw import RawExample
 from dsd.datasets.scenes import Item, arguable, embedded, picture
 from dsd.fewshot import Split
+from dsd.mutation import hard_noun
 from dsd.params import DatasetParams
-from dsd.scenes.captions import NUMBERS, Question, answered, binary_question, open_question, referring
-from dsd.scenes.world import COLOURS, PREDICATES, SHAPES, Scene, Triplet, random_triplet, sample_scene
+from dsd.scenes.captions import NUMBERS, Question, a, answered, open_question, referring
+from dsd.scenes.world import COLOURS, SHAPES, Scene, Triplet, holds, random_triplet, sample_scene
 
 COUNTS = NUMBERS[1:]  # things in a scene: two to four
 OPEN = {"colour": COLOURS, "shape": SHAPES, "number": COUNTS}
-RELATION = "is the {s} {p} the {o} ?"  # as `binary_question` asks it
+RELATION = "is the {s} {p} the {o} ?"
 CHOICES = 4  # colours, and shapes, among the candidates
 
 
@@ -36,26 +38,20 @@ def compose(name: str, index: int, split: Split, row: DatasetParams) -> Item:
 
 
 def _binary(rng: Random, seed: str) -> tuple[Scene, Question]:
-    """Half relations, each predicate as often as another, half presence; of each, as many yes as no."""
+    """Half relations, half presence; the scene is sampled before the answer matters, so it alone tells nothing."""
     answer = rng.choice(("yes", "no"))
-    predicate = rng.choice(list(PREDICATES)) if rng.random() < 0.5 else None
-    while True:
-        triplet = random_triplet(rng)
-        # A relation that is asked for is somewhere in the scene, so that it being there is no answer yet.
-        scene = _sample(rng, seed, triplet if predicate is None else triplet._replace(predicate=predicate))
-        question = binary_question(scene, rng, answer)
-        asked = _relation(scene, question)
-        if predicate != (asked and asked.predicate):
-            continue
-        if answer == "yes" or asked is None or not arguable(scene, asked):
-            return scene, question
-
-
-def _relation(scene: Scene, question: Question) -> Triplet | None:
-    """The triplet that the question asks about, None where it asks whether a thing is there."""
+    triplet = random_triplet(rng)
+    scene = _sample(rng, seed, triplet)
     nouns = [thing.noun for thing in scene.things]
-    triplets = (Triplet(a, predicate, b) for a in nouns for predicate in PREDICATES for b in nouns)
-    return next((triplet for triplet in triplets if referring(triplet, RELATION) == question.question), None)
+    if rng.random() < 0.5:
+        # Some pair is in this relation whatever the answer: which pair is the question.
+        pairs = [Triplet(subject, triplet.predicate, obj) for subject, obj in permutations(nouns, 2)]
+        yes, no = [t for t in pairs if holds(scene, t)], [t for t in pairs if not arguable(scene, t)]
+        return scene, Question(referring(rng.choice(yes if answer == "yes" else no), RELATION), answer, "binary")
+    noun = rng.choice(nouns)
+    while answer == "no" and noun in nouns:
+        noun = hard_noun(noun, rng)
+    return scene, Question(f"is there {a(noun)} ?", answer, "binary")
 
 
 def _open(rng: Random, seed: str) -> tuple[Scene, Question]:

@@ -1,0 +1,263 @@
+"""The stages as flows: what they hand to the method, what they leave behind, and how they fail."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+import yaml
+from dvc.repo import Repo
+from prefect.testing.utilities import prefect_test_harness
+
+from dsd import encoding, engine, evaluation, pretraining, report, training
+from dsd.datasets import DATASETS
+from dsd.errors import DataError
+from dsd.params import Params
+from flows import reproduce
+from flows import stage as stages
+from flows.download import outside
+from flows.stage import declared, each, main, params, prune, stage, unit
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def one_dataset(workspace: Path) -> Path:
+    """The workspace with a single dataset, and two stages of its own beside those of the project."""
+    settings = yaml.safe_load(Path("params.yaml").read_text())
+    settings["datasets"] = {"scenes-com": settings["datasets"]["scenes-com"]}
+    Path("params.yaml").write_text(yaml.safe_dump(settings))
+    pipeline = yaml.safe_load(Path("dvc.yaml").read_text())
+    pipeline["stages"] |= {"work": {"params": ["seed", "datasets"]}, "fail": {"params": ["seed"]}}
+    Path("dvc.yaml").write_text(yaml.safe_dump(pipeline))
+    return workspace
+
+
+def test_a_stage_sees_the_params_that_dvc_knows_of(one_dataset: Path) -> None:
+    granted = params("work")
+    assert (granted.seed, list(granted.datasets)) == (0, ["scenes-com"])
+    assert granted.runtime.workers  # changes no result, so it is nobody's dependency
+    with pytest.raises(AttributeError, match="training"):
+        _ = granted.training
+
+
+def test_every_section_is_declared_somewhere(workspace: Path) -> None:
+    names = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    assert set().union(*map(declared, names)) | {"runtime"} == set(Params.model_fields)
+
+
+@stage
+def work(params: Params) -> dict[str, dict[str, Any]]:
+    return each(unit(lambda name: {"seed": params.seed}), params.datasets)
+
+
+def test_a_stage_leaves_its_timing(one_dataset: Path, prefect_server: None) -> None:
+    work()
+    record = json.loads(Path("data/timings/work.json").read_text())
+    assert record["stage"] == "work"
+    assert record["details"]["scenes-com"]["seed"] == 0
+    assert record["seconds"] == record["details"]["scenes-com"]["seconds"] >= 0
+    assert record["finished"].endswith("+00:00")
+    assert "cores" in record["device"]
+
+
+def failing(error: Exception) -> Callable[[], None]:
+    def body(name: str) -> dict[str, Any]:
+        raise error
+
+    def fail(params: Params) -> dict[str, dict[str, Any]]:
+        return each(unit(body), ["one"])
+
+    return lambda: main(stage(fail))
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (DataError("annotations.jsonl: no such file"), "fail: annotations.jsonl: no such file"),
+        (OSError(errno.ENOSPC, "No space left on device", "shard"), "fail: shard: disk full, "),
+    ],
+)
+def test_a_mistake_in_a_unit_is_one_line(
+    one_dataset: Path, prefect_server: None, capfd: pytest.CaptureFixture[str], error: Exception, line: str
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        failing(error)()
+    assert str(exit.value.code).startswith(line)
+    assert "\n" not in str(exit.value.code)
+    assert "Traceback" not in capfd.readouterr().err
+    assert not Path("data/timings/fail.json").exists()
+
+
+def test_a_defect_keeps_its_traceback(one_dataset: Path, prefect_server: None) -> None:
+    with pytest.raises(ZeroDivisionError):
+        failing(ZeroDivisionError())()
+
+
+def test_a_mistake_is_found_behind_what_it_caused() -> None:
+    wrapped = RuntimeError("the task failed")
+    wrapped.__cause__ = DataError("examples.parquet: no such file")
+    assert stages.mistake(wrapped) == "examples.parquet: no such file"
+    assert stages.mistake(RuntimeError()) is None
+
+
+def test_only_the_outside_world_is_tried_again(one_dataset: Path, prefect_server: None) -> None:
+    tries: dict[str, int] = {}
+
+    def flaky(name: str) -> dict[str, Any]:
+        tries[name] = tries.get(name, 0) + 1
+        if name == "mistake":
+            raise DataError("no such dataset")
+        if tries[name] < 2:
+            raise ConnectionError("reset by peer")
+        return {}
+
+    @stage
+    def work(params: Params) -> dict[str, dict[str, Any]]:
+        task = unit(flaky, retries=2, retry_delay_seconds=0, retry_condition_fn=outside)
+        return each(task, ["reset", "mistake"])
+
+    with pytest.raises(DataError):
+        work()
+    assert tries == {"reset": 2, "mistake": 1}
+
+
+def test_a_dataset_that_is_gone_is_removed(tmp_path: Path) -> None:
+    for name in ("kept", "gone"):
+        (tmp_path / name).mkdir()
+    prune(tmp_path, ["kept", "new"])
+    prune(tmp_path / "absent", ["kept"])
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_the_stages_call_the_method(
+    one_dataset: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with its params, its folders and nothing else, in the order of dvc.yaml."""
+    from flows import cache, download, evaluate, prepare, pretrain, score, tracking, train
+    from flows import report as reporting
+
+    called: list[tuple[Any, ...]] = []
+
+    def note(result: Any) -> Callable[..., Any]:
+        def stub(*arguments: Any, **options: Any) -> Any:
+            given = [*arguments, *options.values()]
+            called.append(tuple(str(a) for a in given if isinstance(a, str | Path)))
+            return result
+
+        return stub
+
+    monkeypatch.setitem(DATASETS, "scenes-com", replace(DATASETS["scenes-com"], download=note(None)))
+    monkeypatch.setattr("dsd.preparation.prepare", note({"test": 1}))
+    monkeypatch.setattr(encoding, "encode", note({"images": 1}))
+    monkeypatch.setattr("dsd.backbones.checkpoint.locate", lambda row: (Path("models/embedded"), "digest"))
+    monkeypatch.setattr(training, "training_key", lambda *_: "key")
+    monkeypatch.setattr(training, "train", note(iter([{"step": 1, "loss": 0.5, "accuracy": 1.0}])))
+    monkeypatch.setattr(engine, "score", note({"computed": 1}))
+    monkeypatch.setattr(evaluation, "evaluate", note({"dsd": {}}))
+    monkeypatch.setattr(evaluation, "write_metrics", note(None))
+    monkeypatch.setattr(report, "build", note(Path("data/report/index.html")))
+    monkeypatch.setattr(tracking, "publish", note(0))
+    monkeypatch.setattr(pretraining, "pretrain", note(iter([{"step": 1}, {"step": 2, "loss": 0.1}])))
+
+    modules = (pretrain, download, prepare, cache, train, score, evaluate, reporting)
+    flows = [getattr(module, module.__name__.rpartition(".")[2]) for module in modules]
+    for flow in flows:
+        flow()
+
+    name = "scenes-com"
+    folders = {s: f"data/{s}/{name}" for s in ("download", "prepare", "cache", "train", "score")}
+    assert called == [
+        ("data/pretrain", "models"),
+        (folders["download"],),
+        (name, folders["download"], folders["prepare"]),
+        (name, folders["prepare"], folders["cache"]),
+        (name, folders["prepare"], folders["cache"], folders["train"]),
+        (name, *(folders[s] for s in ("prepare", "cache", "train", "score"))),
+        (name, *(folders[s] for s in ("prepare", "cache", "train", "score")), "data/evaluate"),
+        ("data/evaluate",),
+        ("data", "data/report"),
+        ("data",),
+    ]
+    timings = {path.stem: json.loads(path.read_text()) for path in Path("data/timings").iterdir()}
+    assert set(timings) == {flow.name for flow in flows}
+    assert timings["train"]["details"][name]["loss"] == 0.5
+    assert timings["pretrain"]["details"]["models"]["loss"] == 0.1
+
+
+@pytest.fixture
+def small_dag(one_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """A DVC project of one stage that writes the report; no server is started. Returns what was published."""
+    command = "python -c \"import pathlib; pathlib.Path('data/report/index.html').write_text('page')\""
+    dag = {"stages": {"report": {"cmd": command, "params": ["seed"], "outs": ["data/report"]}}}
+    Path("dvc.yaml").write_text(yaml.safe_dump(dag))
+    Path("data").mkdir()
+    Repo.init(no_scm=True).close()
+    published: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(reproduce, "server", nullcontext)
+    monkeypatch.setattr("flows.tracking.publish", lambda *arguments: published.append(arguments))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    return published
+
+
+def test_reproducing_twice_runs_the_stages_once(
+    small_dag: list[Any], prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = reproduce.reproduce().splitlines()
+    assert first[0].startswith("orchestration: ")
+    assert first[1] == "report: data/report/index.html"
+    assert Path("data/report/index.html").read_text() == "page"
+    monkeypatch.setattr(reproduce, "run", pytest.fail)
+    assert reproduce.reproduce().splitlines() == ["everything is up to date", first[1]]
+    assert len(small_dag) == 2  # what DVC had in its cache gets published as well
+
+
+def test_the_line_of_a_failed_stage_is_the_last(
+    small_dag: list[Any], prefect_server: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("dvc.yaml").write_text(Path("dvc.yaml").read_text().replace("cmd: ", "cmd: echo 'what to mend' >&2; exit 1; "))
+    with pytest.raises(SystemExit) as exit:
+        reproduce.main()
+    assert exit.value.code == 1
+    assert capfd.readouterr().err.splitlines()[-1] == "what to mend"
+    assert not small_dag
+
+
+def test_params_that_are_wrong_are_one_line(small_dag: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("resamples:", "resample:"))
+    with pytest.raises(SystemExit) as exit:
+        reproduce.main()
+    assert str(exit.value.code).startswith("reproduce: params.yaml: ")
+
+
+def test_orchestration_is_what_is_not_work(workspace: Path) -> None:
+    Path("data/timings").mkdir(parents=True)
+    for name, finished in (("train", "2030-01-01T00:00:00+00:00"), ("prepare", "2020-01-01T00:00:00+00:00")):
+        record = {"stage": name, "seconds": 5.0, "finished": finished}
+        Path(f"data/timings/{name}.json").write_text(json.dumps(record))
+    assert reproduce.worked(datetime(2029, 1, 1, tzinfo=UTC)) == 5.0
+
+
+@pytest.mark.slow
+def test_the_server_is_there_and_goes_away(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with reproduce.server():
+        url = f"{os.environ['PREFECT_API_URL']}/health"
+        with urlopen(url) as answer:
+            assert answer.status == 200
+    assert "PREFECT_API_URL" not in os.environ
+    with pytest.raises(OSError):
+        urlopen(url, timeout=1)
