@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test bench clean
+.PHONY: help reproduce test bench readme clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ test: $(READY) ## Lint, contracts, types and tests
 bench: $(READY) ## Measure speed on this machine
 	@$(BIN)/python -m benchmarks
 
+readme: $(READY) ## Put the results of data/evaluate/metrics.json into README.md
+	@$(BIN)/python -m dsd.report.readme
+
 clean: ## Remove what tools leave behind; the environment and the data stay
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
@@ -31,5 +34,5 @@ $(READY): pyproject.toml constraints.txt
 	  || { echo "$(PYTHON) is not Python 3.11 to 3.13; name one that is: make $(MAKECMDGOALS) PYTHON=..." >&2; exit 1; }
 	@echo "Installing into $(VENV) (some minutes, once)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -51,14 +51,17 @@ class Pictures:
         self.path = path
         try:
             self._file = pq.ParquetFile(path)
-            groups = [
-                self._file.read_row_group(group, columns=["id"])["id"].to_pylist()
-                for group in range(self._file.num_row_groups)
-            ]
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; prepare the dataset first") from None
-        except (pa.ArrowException, KeyError) as error:
+        except pa.ArrowException as error:
             raise DataError(f"{path}: not prepared pictures ({error}); prepare the dataset again") from None
+        if self._file.schema_arrow != SCHEMA:
+            found = ", ".join(self._file.schema_arrow.names)
+            raise DataError(f"{path}: not prepared pictures (columns {found}); prepare the dataset again")
+        groups = [
+            self._file.read_row_group(group, columns=["id"])["id"].to_pylist()
+            for group in range(self._file.num_row_groups)
+        ]
         self._place = {id: (group, row) for group, ids in enumerate(groups) for row, id in enumerate(ids)}
         self._group = lru_cache(maxsize=8)(self._read)
 

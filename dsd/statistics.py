@@ -22,7 +22,7 @@ Groups = Sequence[NDArray[np.bool_]]
 Clusters = Sequence[str] | NDArray[np.str_]
 
 # Resampled values held at once (R by C per array): bounds the memory whatever the number of examples.
-BATCH_VALUES = 1_000_000
+BATCH_VALUES = 200_000
 
 
 @dataclass(frozen=True)

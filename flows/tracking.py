@@ -21,8 +21,8 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run
 
-from dsd.params import ContrastiveMethod, Params
-from dsd.store import digest, file_digest, folder_digest
+from dsd.params import BackboneParams, ContrastiveMethod, Params
+from dsd.store import digest, file_digest
 
 EXPERIMENT = "dsd"
 ARTIFACTS = Path("mlartifacts")
@@ -108,13 +108,8 @@ def _publish_result(
     key = digest(dataset, method, intervals, row, backbone, scores)
     if runs.finished("result", key):
         return False
-    local = Path(backbone.source)
-    tags = {
-        "dsd.dataset": dataset,
-        "dsd.method": method,
-        "dsd.backbone": backbone.source,
-        "dsd.backbone.digest": folder_digest(local) if local.is_dir() else str(backbone.revision),
-    }
+    tags = {"dsd.dataset": dataset, "dsd.method": method, "dsd.backbone": backbone.source}
+    tags["dsd.backbone.digest"] = _identity(backbone)
     run = runs.start(f"{method} on {dataset}", "result", key, tags)
     now = int(time.time() * 1000)
     values = [
@@ -127,6 +122,15 @@ def _publish_result(
     runs.client.log_figure(run, bars(f"{method} on {dataset}", intervals), "metrics.png")
     runs.client.set_terminated(run)
     return True
+
+
+def _identity(backbone: BackboneParams) -> str:
+    """The digest of a local checkpoint, the revision of one on the hub."""
+    if not Path(backbone.source).is_dir():
+        return str(backbone.revision)
+    from dsd.backbones.checkpoint import locate  # it loads torch, which only a new entry is worth
+
+    return locate(backbone)[1]
 
 
 def bars(title: str, intervals: Intervals) -> Any:

@@ -137,7 +137,7 @@ def test_a_corrupt_shard_is_computed_again(
 ) -> None:
     score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "s")
     before = evidence(zero_shot, prepared, tmp_path / "s")
-    shard = sorted((tmp_path / "s").glob("*.safetensors"))[0]
+    shard = sorted((tmp_path / "s").glob("evidence-*.safetensors"))[0]
     shard.write_bytes(damage(shard.read_bytes()))
     counts = score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "s")
     assert counts["computed"] > 0

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers.utils import logging as transformers_logging
 
 from dsd.errors import CheckpointError
 from dsd.params import BackboneParams
 from dsd.store import digest, file_digest
+
+transformers_logging.disable_progress_bar()  # a bar for each component would drown those of the stages
 
 # What a checkpoint is made of; its card, curve and sample pictures are not part of its identity.
 SUFFIXES = (".safetensors", ".json", ".txt", ".model")

@@ -47,6 +47,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         tests=sum(map(len, compared.values())),
         figures=_figures(datasets, params),
         galleries=[gallery(d, params, data / "prepare" / d.name, heat) for d in progress(shown, desc="gallery")],
+        smoothed=figures.window(params.training.steps),
         mapped=MAPPED,
         lost=tables.lost(datasets),
         quarantine=[(d.name, row["name"], row["reason"]) for d in datasets for row in d.quarantine],
@@ -140,7 +141,7 @@ def _figures(datasets: Sequence[Dataset], params: Params) -> dict[str, list[figu
     pairs = [d for d in datasets if d.candidates.max() == 2 and {method, before} <= set(d.results)]
     return {
         "accuracy": [figures.accuracy(d, series) for d in datasets],
-        "ranks": [figures.ranks(d, series) for d in datasets if d.candidates.max() > 2],
         "margins": [figures.margins(d, [m for m in d.methods if m in (before, method)], series) for d in pairs],
+        "ranks": [figures.ranks(d, series) for d in datasets if d.candidates.max() > 2],
         "curves": [figures.curves(d, method, series) for d in datasets if d.curve],
     }

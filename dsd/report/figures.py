@@ -159,7 +159,7 @@ def ranks(dataset: Dataset, series: Series) -> Drawing:
     ax.set(xlabel="k", ylabel="right one among the first k, %", ylim=(0, 103))
     ax.grid()
     alt = f"Share of examples of {dataset.name} whose right candidate is among the first k, for every method."
-    return Drawing(to_svg(figure, f"ranks-{slug(dataset.name)}", alt), dataset.name)
+    return Drawing(to_svg(figure, f"ranks-{slug(dataset.name)}", alt), f"{dataset.name}: ranks")
 
 
 def margins(dataset: Dataset, methods: Sequence[str], series: Series) -> Drawing:
@@ -178,7 +178,8 @@ def margins(dataset: Dataset, methods: Sequence[str], series: Series) -> Drawing
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.grid(axis="y")
     medians = names([f"{method} {float(np.median(values)):.2g}" for method, values in found.items()])
-    return Drawing(to_svg(figure, f"margins-{slug(dataset.name)}", f"Margins on {dataset.name}; medians: {medians}."), dataset.name)
+    alt = f"Margins on {dataset.name}; medians: {medians}."
+    return Drawing(to_svg(figure, f"margins-{slug(dataset.name)}", alt), f"{dataset.name}: margins")
 
 
 def margin(dataset: Dataset, method: str) -> NDArray[np.float64]:

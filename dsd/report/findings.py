@@ -48,37 +48,44 @@ def headlines(datasets: Sequence[Dataset], compared: Compared, params: Params) -
     return found
 
 
-def leader(dataset: Dataset, params: Params) -> tuple[str, str]:
-    """Who is best by the headline metric, with the number; and the runners-up over whom no lead is shown."""
-    values = {method: row[dataset.headline] for method, row in dataset.results.items()}
-    best, *others = sorted(values, key=lambda method: -values[method].value)
-    level = [
-        other
-        for other in others
-        if next(c for c in compare(dataset, best, other, params) if c.metric == dataset.headline).verdict != "higher"
-    ]
-    return best, names([f"{method} ({percent(values[method].value)} %)" for method in (best, *level)])
+def leaders(dataset: Dataset, params: Params) -> list[str]:
+    """The best method by the headline metric, then those over whom its lead is not shown."""
+    values = {method: row[dataset.headline].value for method, row in dataset.results.items()}
+    best, *others = sorted(values, key=lambda method: -values[method])
+
+    def verdict(other: str) -> str:
+        return next(c for c in compare(dataset, best, other, params) if c.metric == dataset.headline).verdict
+
+    return [best, *(other for other in others if verdict(other) != "higher")]
+
+
+def said(comparisons: Sequence[Comparison]) -> str:
+    """ "higher on 9, lower on 1 and not shown to differ on 2"."""
+    counts = Counter(c.verdict.replace("no difference shown", "not shown to differ") for c in comparisons)
+    return names([f"{word} on {counts[word]}" for word in ("higher", "lower", "not shown to differ") if counts[word]])
 
 
 def lead(datasets: Sequence[Dataset], compared: Compared, params: Params) -> str:
-    """The one-sentence summary: which method leads where, and on how many datasets prompting helps."""
-    clauses: dict[str, list[str]] = {}
-    for dataset in datasets:
-        best, shown = leader(dataset, params)
-        alone = shown.startswith(best) and " and " not in shown
-        value = percent(dataset.results[best][dataset.headline].value)
-        if alone:
-            clauses.setdefault(f"{best} leads on", []).append(f"{dataset.name} ({value} %)")
-        else:
-            clauses.setdefault("with no difference shown between the best,", []).append(f"{shown} lead on {dataset.name}")
-    said = [f"{start} {names(places)}" for start, places in clauses.items()]
-    before = twin(params)
-    if before in compared:
+    """The one-sentence summary: on how many datasets prompting helps, and which method leads where."""
+    clauses = []
+    if (before := twin(params)) in compared:
         heads = {(d.name, d.headline) for d in datasets}
-        verdicts = Counter(c.verdict for c in compared[before] if (c.dataset, c.metric) in heads)
-        parts = [f"{word} on {verdicts[word]}" for word in ("higher", "lower") if verdicts[word]]
-        said.append(f"few-shot {params.training.method} is {names(parts) or 'not shown to differ on any'} of {len(datasets)} datasets against {before}")
-    return "; ".join(said)[:1].upper() + "; ".join(said)[1:] + "."
+        rows = [c for c in compared[before] if (c.dataset, c.metric) in heads]
+        pair = f"{params.training.method} against {before}"
+        clauses.append(f"with few-shot prompting ({pair}) accuracy is {said(rows)} of {len(rows)} datasets")
+    alone: dict[str, list[str]] = {}
+    shared = []
+    for dataset in datasets:
+        methods = leaders(dataset, params)
+        shown = [f"{percent(dataset.results[method][dataset.headline].value)} %" for method in methods]
+        if len(methods) == 1:
+            alone.setdefault(methods[0], []).append(f"{dataset.name} ({shown[0]})")
+        else:
+            pairs = [f"{method} ({value})" for method, value in zip(methods, shown, strict=True)]
+            shared.append(f"on {dataset.name} no difference is shown between {names(pairs)}")
+    clauses += [f"{method} leads on {names(places)}" for method, places in alone.items()] + shared
+    text = "; ".join(clauses)
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def above_chance(datasets: Sequence[Dataset], params: Params) -> list[str]:
@@ -102,12 +109,8 @@ def above_chance(datasets: Sequence[Dataset], params: Params) -> list[str]:
 
 def tally(a: str, b: str, found: Sequence[Comparison]) -> str:
     """On how many metrics a is higher, lower or not shown to differ, and whether the intervals themselves overlap."""
-    verdicts = Counter(c.verdict for c in found)
-    parts = [f"{word} on {verdicts[word]}" for word in ("higher", "lower") if verdicts[word]]
-    if verdicts["no difference shown"]:
-        parts.append(f"not shown to differ on {verdicts['no difference shown']}")
-    apart = [f"{c.dataset} {c.metric}" for c in found if not c.overlap]
-    return f"{a} against {b}: {names(parts)} of {len(found)} metrics; the two methods' own intervals are apart on {len(apart)}."
+    apart = sum(not c.overlap for c in found)
+    return f"{a} against {b}: {said(found)} of {len(found)} metrics; the two methods’ own intervals are apart on {apart}."
 
 
 def overlaps(found: Sequence[Comparison]) -> list[str]:
@@ -117,8 +120,8 @@ def overlaps(found: Sequence[Comparison]) -> list[str]:
         rows = [c for c in found if c.dataset == dataset]
         apart = [c.metric for c in rows if not c.overlap]
         overlapping = [c.metric for c in rows if c.overlap]
-        said = [f"{word} on {names(metrics)}" for word, metrics in (("apart", apart), ("overlapping", overlapping)) if metrics]
-        sentences.append(f"{dataset}: {', '.join(said)}.")
+        parts = [f"{word} on {names(metrics)}" for word, metrics in (("apart", apart), ("overlapping", overlapping)) if metrics]
+        sentences.append(f"{dataset}: {', '.join(parts)}.")
     return sentences
 
 

@@ -9,6 +9,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import floor, log10
 from pathlib import Path
 from random import Random
 from typing import Protocol
@@ -163,6 +164,12 @@ def gallery(dataset: Dataset, params: Params, prepared: Path, heat: HeatMaps) ->
     return Gallery(dataset.name, cards(right), cards(wrong), (int(right_n.sum()), int((~right_n).sum())))
 
 
+def decimals(scores: Sequence[float]) -> int:
+    """So many that two digits of the scores' spread show."""
+    spread = max(scores) - min(scores)
+    return min(8, max(1, 1 - floor(log10(spread)))) if spread else 4
+
+
 def _card(
     dataset: Dataset, example: MatchingExample, scores_IT: NDArray[np.float64], pictures: Pictures, heat: HeatMaps | None
 ) -> Card:
@@ -171,12 +178,12 @@ def _card(
     order = sorted(places, key=lambda place: (-scores_IT[place], place in example.answer))
     several = len(example.images) > 1
     listed = [place for n, place in enumerate(order) if n < SHOWN or place in example.answer]
-    candidates = []
+    candidates, digits = [], decimals([float(scores_IT[place]) for place in listed])
     for place in sorted(listed) if several else listed:
         true, image = place in example.answer, pictures[example.images[place[0]]]
         looked = heat is not None and (several or true or place == order[0])
         words = _words(heat(dataset.name, image, example.texts[place[1]])) if heat is not None and looked else []
-        rank, score = order.index(place) + 1, f"{scores_IT[place]:.4g}"
+        rank, score = order.index(place) + 1, f"{scores_IT[place]:.{digits}f}"
         picture = uri(image, PICTURE) if several else ""
         candidates.append(Candidate(example.texts[place[1]], picture, score, rank, true, words))
     text = example.texts[0] if len(example.texts) == 1 else None
