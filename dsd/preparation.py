@@ -138,7 +138,8 @@ def prepare(name: str, params: Params, source: Path, target: Path) -> dict[str, 
         if not counts[split] and any(example.split == split for example in raw):
             raise DataError(f"{source}: no example is left for {split}, {len(quarantine)} files quarantined")
     write_examples(target / "examples.parquet", apart)
-    summary = {split: counts[split] for split in SPLITS} | {
+    summary: dict[str, int] = {
+        **{str(split): counts[split] for split in SPLITS},
         "images": len(set(ids.values())),
         "repeated": len(ids) - len(set(ids.values())),
         "quarantined": len(quarantine),

@@ -14,7 +14,7 @@ def evaluate(params: Params) -> dict[str, Details]:
     results = {}
 
     def dataset(name: str) -> Details:
-        sources = (DATA / stage / name for stage in ("prepare", "cache", "train", "score"))
+        sources = (DATA / "prepare" / name, DATA / "score" / name)
         results[name] = evaluation.evaluate(name, params, *sources, DATA / "evaluate")
         return {}
 

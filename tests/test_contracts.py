@@ -91,6 +91,13 @@ def test_dependencies_cover_the_data(stage: str) -> None:
     assert named <= listed
 
 
+@pytest.mark.parametrize("stage", ORDER)
+def test_whoever_opens_a_backbone_depends_on_its_files(stage: str) -> None:
+    local = {row.source for row in load(ROOT / "params.yaml").backbones.values() if (ROOT / row.source).is_dir()}
+    opens = "backbones" in STAGES[stage]["params"] and stage != "pretrain"
+    assert {dep for dep in STAGES[stage]["deps"] if dep.startswith("models/")} == (local if opens else set())
+
+
 def test_a_timing_makes_nothing_stale_but_the_report() -> None:
     for stage in ORDER:
         timings = [dep for dep in STAGES[stage]["deps"] if dep.startswith("data/timings")]

@@ -187,7 +187,7 @@ def test_the_stages_call_the_method(
         (name, folders["prepare"], folders["cache"]),
         (name, folders["prepare"], folders["cache"], folders["train"]),
         (name, *(folders[s] for s in ("prepare", "cache", "train", "score"))),
-        (name, *(folders[s] for s in ("prepare", "cache", "train", "score")), "data/evaluate"),
+        (name, folders["prepare"], folders["score"], "data/evaluate"),
         ("data/evaluate",),
         ("data", "data/report"),
         ("data",),

@@ -30,8 +30,10 @@ def compose(name: str, index: int, split: Split, row: DatasetParams) -> Item:
     """A sentence: four pictures and three examples."""
     rng = Random(name)
     original = _triplet(rng)
-    change = partial(mutate, original, nouns=hard_noun, predicates=rivals(original.predicate), rng=rng)
-    mutated = {slot: Triplet(*change(slot)) for slot in SLOTS}
+    others = rivals(original.predicate)
+    mutated: dict[str, Triplet] = {
+        slot: Triplet(*mutate(original, slot, nouns=hard_noun, predicates=others, rng=rng)) for slot in SLOTS
+    }
     text = sentence(original, rng.choice(TEMPLATES))
 
     # (missing, shown) of a negative image; the other way round in an image with both nouns of the sentence.
