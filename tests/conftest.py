@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dsd.params import Params
+
 ROOT = Path(__file__).parent.parent
 # Before anything imports prefect: no test reads or writes what the user's own runs have left.
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="prefect-")
@@ -29,3 +31,43 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _clean_prefect_home() -> Iterator[None]:
     yield
     shutil.rmtree(os.environ["PREFECT_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny checkpoints `embedded` and `embedded-clip`."""
+    from tests.tiny import save_checkpoints  # it loads torch, which most tests do without
+
+    folder = tmp_path_factory.mktemp("models")
+    save_checkpoints(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def params(models: Path) -> Params:
+    from tests.tiny import small
+
+    return small(models)
+
+
+@pytest.fixture(scope="session")
+def prepared(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small scenes-com, prepared."""
+    from dsd.datasets import benchmark
+    from dsd.preparation import prepare
+
+    raw, folder = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("prepared")
+    row = params.datasets["scenes-com"]
+    benchmark(row.kind).download(row, seed=params.seed, folder=raw, workers=1)
+    prepare("scenes-com", params, raw, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cached(params: Params, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its latents and text embeddings."""
+    from dsd.encoding import encode
+
+    folder = tmp_path_factory.mktemp("cached")
+    encode("scenes-com", params, prepared, folder)
+    return folder

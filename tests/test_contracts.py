@@ -98,6 +98,12 @@ def test_whoever_opens_a_backbone_depends_on_its_files(stage: str) -> None:
     assert {dep for dep in STAGES[stage]["deps"] if dep.startswith("models/")} == (local if opens else set())
 
 
+def test_every_curve_is_a_plot() -> None:
+    plots = {name: plot for row in yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"] for name, plot in row.items()}
+    curves = {f"data/train/{name}/curve.csv" for name in load(ROOT / "params.yaml").datasets}
+    assert set(plots["loss"]["y"]) == set(plots["accuracy"]["y"]) == curves
+
+
 def test_a_timing_makes_nothing_stale_but_the_report() -> None:
     for stage in ORDER:
         timings = [dep for dep in STAGES[stage]["deps"] if dep.startswith("data/timings")]

@@ -1,5 +1,5 @@
-"""The embedded benchmarks: what counts as true is true, what counts as false is clearly false, and nothing but looking
-at the picture with the text tells the two apart."""
+"""The embedded benchmarks: what counts as true is true, what counts as false is clearly false, and nothing but
+looking at the picture with the text tells the two apart."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_com_positives_are_true_and_negatives_clearly_false() -> None:
 
 
 def test_com_mutated_nouns_are_hard() -> None:
-    """Where subject or object is mutated, a noun of the negative image mostly shares its colour or shape with it."""
+    """Where subject or object is mutated, a noun of the negative image mostly shares a word with it."""
     near = []
     for item in items("scenes-com"):
         original = parse(item.examples[0].texts[0])
@@ -172,7 +172,7 @@ def test_com_the_true_image_is_first_or_second_at_random() -> None:
 
 
 def words_found(text: str, scene: Scene) -> int:
-    """How many of the four colour and shape words of a sentence are in the scene, each looked for on its own."""
+    """How many of the four colour and shape words of a sentence are in the scene, each on its own."""
     triplet = parse(text)
     seen = {word for thing in scene.things for word in thing.noun}
     return sum(word in seen for noun in (triplet.subject, triplet.object) for word in noun)
@@ -192,7 +192,7 @@ def test_com_is_not_solved_by_a_bag_of_words() -> None:
 
 
 def looks(scene: Scene) -> list[float]:
-    """What can be seen of a scene without reading: how many things, how large, where, how varied, the background."""
+    """What can be seen of a scene without reading: number, sizes, places, variety, background."""
     sizes = sorted(thing.size for thing in scene.things)
     nouns = [thing.noun for thing in scene.things]
     xs, ys = [thing.x for thing in scene.things], [thing.y for thing in scene.things]
@@ -204,7 +204,7 @@ def looks(scene: Scene) -> list[float]:
 
 
 def accuracy_without_reading(slot: str | None) -> float:
-    """Of a linear classifier on `looks`, fitted to one half of the sentences, choosing an image in the other half."""
+    """Of a linear classifier on `looks`, fitted to one half of the sentences and tested on the other."""
     differences, sentences = [], []
     for example, scenes in asked("scenes-com"):
         if slot in (None, example.category):
@@ -266,7 +266,7 @@ def test_ref_candidates_share_a_template_and_differ_by_mutation() -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_ref_texts_alone_say_nothing(sign: int) -> None:
-    """Neither the text that has most in common with the others is the true one, nor the one that has least."""
+    """The true text is neither the one with most in common with the others nor the one with least."""
     right = []
     for example, _ in asked("scenes-ref"):
         words = [set(text.split()) for text in example.texts]

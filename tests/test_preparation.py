@@ -68,7 +68,8 @@ def test_counts_and_files(params: Params, tmp_path: Path) -> None:
     raw = dataset(source)
     counts = prepare(NAME, params, source, target)
     assert counts == {
-        "train": 2, "validation": 2, "test": 2, "images": 6, "repeated": 0, "quarantined": 0, "dropped": 0, "shared": 0,
+        "train": 2, "validation": 2, "test": 2,
+        "images": 6, "repeated": 0, "quarantined": 0, "dropped": 0, "shared": 0,
     }  # fmt: skip
     assert sorted(path.name for path in target.iterdir()) == sorted(FILES)
     assert json.loads((target / "summary.json").read_text()) == counts

@@ -40,14 +40,18 @@ VOID = {"meta", "img", "br"}
 def examples_of(name: str) -> list[MatchingExample]:
     if name == "scenes-com":
         return [
-            MatchingExample(f"com/{n}/{slot}", (f"c{n}", f"c{n}{slot}"), (f"red circle {n} {HOSTILE}",), ((n % 2, 0),), slot)
+            MatchingExample(
+                f"com/{n}/{slot}", (f"c{n}", f"c{n}{slot}"), (f"red circle {n} {HOSTILE}",), ((n % 2, 0),), slot
+            )
             for n in range(12)
             for slot in SLOTS
         ]
     width = 10 if name == "scenes-ref" else 13
     category = {"scenes-ref": ("above", "below"), "scenes-vqa": ("binary", "colour")}[name]
     return [
-        MatchingExample(f"{name}/{n}", (f"{name}{n}",), tuple(f"text {t}" for t in range(width)), ((0, n % width),), category[n % 2])
+        MatchingExample(
+            f"{name}/{n}", (f"{name}{n}",), tuple(f"text {t}" for t in range(width)), ((0, n % width),), category[n % 2]
+        )
         for n in range(24)
     ]
 
@@ -73,8 +77,6 @@ def write_dataset(name: str, params: Params, data: Path) -> dict[str, dict[str, 
     summary = {"train": 1, "validation": 0, "test": len(examples), "images": len(images), "repeated": 0}
     write(prepared / "summary.json", summary | {"quarantined": 1, "dropped": 2, "shared": 0})
     write(prepared / "quarantine.json", [{"name": f"{HOSTILE}.png", "reason": "truncated"}])
-    write(data / "cache" / name / "summary.json", {"images": len(images), "texts": 7, "truncated": 3, "corrupt": 0})
-    write(data / "score" / name / "summary.json", {"pairs": 5, "rows": 40, "computed": 20, "corrupt": 0, "seconds": 4.0})
     rows, results = [], {}
     for method in params.methods:
         skill, ranks = SKILL[method], []
@@ -82,7 +84,9 @@ def write_dataset(name: str, params: Params, data: Path) -> dict[str, dict[str, 
             scores = rng.normal(size=(len(e.images), len(e.texts)))
             scores[e.answer[0]] += 2 * skill
             ranks.append(rank(scores, e.answer))
-            rows.append(dict(id=e.id, category=e.category, method=method, scores=scores.ravel().tolist(), rank=ranks[-1]))
+            rows.append(
+                dict(id=e.id, category=e.category, method=method, scores=scores.ravel().tolist(), rank=ranks[-1])
+            )
         settings = dict(params.evaluate.model_dump(), seed=params.seed)
         results[method] = summarise(params.datasets[name].kind, examples, np.array(ranks), **settings)
     path = data / "evaluate" / "scores" / f"{name}.parquet"
@@ -99,7 +103,9 @@ class FakeHeatMaps:
 
     def __call__(self, dataset: str, image: Image.Image, text: str) -> Heatmap:
         words, ramp = text.split(), np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
-        return Heatmap(words, np.stack([np.roll(ramp, 5 * n) for n in range(len(words))]), np.array(image.resize((64, 64))))
+        return Heatmap(
+            words, np.stack([np.roll(ramp, 5 * n) for n in range(len(words))]), np.array(image.resize((64, 64)))
+        )
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +126,19 @@ def params() -> Params:
 def data(params: Params, tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     write_metrics({name: write_dataset(name, params, folder) for name in params.datasets}, folder / "evaluate")
-    for number, stage in enumerate(("prepare", "score")):
-        details = {name: {"seconds": 30.0} for name in params.datasets}
-        record = {"stage": stage, "seconds": 90.0, "finished": f"2026-11-2{number}T10:00:00+00:00", "device": "a processor"}
+    counts = {
+        "prepare": {"seconds": 30.0},
+        "cache": {"seconds": 3.0, "images": 4, "texts": 7, "truncated": 3, "corrupt": 0},
+        "score": {"seconds": 4.0, "pairs": 5, "rows": 40, "computed": 20, "corrupt": 0},
+    }
+    for number, (stage, count) in enumerate(counts.items()):
+        details = {name: count for name in params.datasets}
+        record = {
+            "stage": stage,
+            "seconds": 90.0,
+            "finished": f"2026-11-2{number}T10:00:00+00:00",
+            "device": "a processor",
+        }
         write(folder / "timings" / f"{stage}.json", {**record, "details": details})
     return folder
 
@@ -223,7 +239,12 @@ def test_the_same_input_gives_the_same_bytes(page: str, params: Params, data: Pa
 
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
-    [(0.01, 0.2, "higher"), (-0.2, -0.01, "lower"), (-0.01, 0.3, "no difference shown"), (0.0, 0.3, "no difference shown")],
+    [
+        (0.01, 0.2, "higher"),
+        (-0.2, -0.01, "lower"),
+        (-0.01, 0.3, "no difference shown"),
+        (0.0, 0.3, "no difference shown"),
+    ],
 )
 def test_words_follow_the_interval(low: float, high: float, verdict: str) -> None:
     assert Comparison("d", "m", Difference((low + high) / 2, low, high, 0.5, 10), False).verdict == verdict
@@ -294,7 +315,10 @@ def test_what_is_broken_or_missing_is_one_line(params: Params, data: Path) -> No
             build(params, data, data / "report", FakeHeatMaps())
         assert "\n" not in str(error.value)
         path.write_bytes(sound)
-    for path in (data / "evaluate" / "scores" / "scenes-com.parquet", data / "prepare" / "scenes-vqa" / "examples.parquet"):
+    for path in (
+        data / "evaluate" / "scores" / "scenes-com.parquet",
+        data / "prepare" / "scenes-vqa" / "examples.parquet",
+    ):
         sound = path.read_bytes()
         path.unlink()
         with pytest.raises(DataError, match=f"^{re.escape(str(path))}: no such file"):

@@ -1,4 +1,4 @@
-"""The embedded world: what is said of a scene is true of it, is drawn, and stays what the checkpoints have seen."""
+"""The embedded world: what is said of a scene is true, is drawn, and stays what the checkpoints have seen."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_articles() -> None:
 
 
 def test_the_pretraining_world_stands_still() -> None:
-    """The embedded checkpoints have seen exactly these scenes and captions: another digest needs other checkpoints."""
+    """The checkpoints have seen exactly these scenes and captions: another digest needs other checkpoints."""
     state = hashlib.sha256()
     for index in range(200):
         scene, rng = pretraining_scene(0, index)

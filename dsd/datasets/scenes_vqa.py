@@ -38,7 +38,7 @@ def compose(name: str, index: int, split: Split, row: DatasetParams) -> Item:
 
 
 def _binary(rng: Random, seed: str) -> tuple[Scene, Question]:
-    """Half relations, half presence; the scene is sampled before the answer matters, so it alone tells nothing."""
+    """Half relations, half presence; the scene is sampled before the answer matters, so it tells nothing."""
     answer = rng.choice(("yes", "no"))
     triplet = random_triplet(rng)
     scene = _sample(rng, seed, triplet)

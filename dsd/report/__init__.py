@@ -33,30 +33,34 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
     method = params.training.method
     compared = _compared(datasets, params)
     shown = [d for d in datasets if method in d.results]
-    page = _environment().get_template("report.html.j2").render(
-        params=params,
-        method=method,
-        twin=tables.twin(params),
-        run=_run(params, heat, timings),
-        lead=findings.lead(datasets, compared, params),
-        headlines=findings.headlines(datasets, compared, params),
-        answers=_answers(datasets, compared, params),
-        results=[tables.results(d) for d in datasets],
-        legend=_legend(datasets, params),
-        comparisons=_comparisons(compared, params),
-        tests=sum(map(len, compared.values())),
-        figures=_figures(datasets, params),
-        galleries=[gallery(d, params, data / "prepare" / d.name, heat) for d in progress(shown, desc="gallery")],
-        smoothed=figures.window(params.training.steps),
-        mapped=MAPPED,
-        lost=tables.lost(datasets),
-        quarantine=[(d.name, row["name"], row["reason"]) for d in datasets for row in d.quarantine],
-        timings=tables.timings(timings, list(params.datasets)) if timings else None,
-        throughput=tables.throughput(datasets),
-        methods=tables.methods(params),
-        datasets=tables.datasets(datasets),
-        settings=tables.settings(params),
-        confidence=f"{100 * params.evaluate.confidence:g} %",
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            params=params,
+            method=method,
+            twin=tables.twin(params),
+            run=_run(params, heat, timings),
+            lead=findings.lead(datasets, compared, params),
+            headlines=findings.headlines(datasets, compared, params),
+            answers=_answers(datasets, compared, params),
+            results=[tables.results(d) for d in datasets],
+            legend=_legend(datasets, params),
+            comparisons=_comparisons(compared, params),
+            tests=sum(map(len, compared.values())),
+            figures=_figures(datasets, params),
+            galleries=[gallery(d, params, data / "prepare" / d.name, heat) for d in progress(shown, desc="gallery")],
+            smoothed=figures.window(params.training.steps),
+            mapped=MAPPED,
+            lost=tables.lost(datasets),
+            quarantine=[(d.name, row["name"], row["reason"]) for d in datasets for row in d.quarantine],
+            timings=tables.timings(timings, list(params.datasets)) if timings else None,
+            throughput=tables.throughput(datasets),
+            methods=tables.methods(params),
+            datasets=tables.datasets(datasets),
+            settings=tables.settings(params),
+            confidence=f"{100 * params.evaluate.confidence:g} %",
+        )
     )
     write_atomic(target / "index.html", page.encode())
     return target / "index.html"
@@ -84,7 +88,11 @@ def _compared(datasets: Sequence[Dataset], params: Params) -> dict[str, list[tab
 def _run(params: Params, heat: HeatMaps, timings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What was run, as terms and values."""
     row, images = params.backbones[params.backbone], params.images
-    parity = f"parity: {images.parity} → {images.resolution} pixels" if images.parity else f"direct: {images.resolution} pixels"
+    parity = (
+        f"parity: {images.parity} → {images.resolution} pixels"
+        if images.parity
+        else f"direct: {images.resolution} pixels"
+    )
     devices = dict.fromkeys(timings[stage]["device"] for stage in ("train", "score") if stage in timings)
     finished = max((str(stage["finished"]) for name, stage in timings.items() if name != "pretrain"), default="")
     return [
@@ -98,9 +106,7 @@ def _run(params: Params, heat: HeatMaps, timings: Mapping[str, Mapping[str, Any]
     ]
 
 
-def _answers(
-    datasets: Sequence[Dataset], compared: findings.Compared, params: Params
-) -> list[tuple[str, list[str]]]:
+def _answers(datasets: Sequence[Dataset], compared: findings.Compared, params: Params) -> list[tuple[str, list[str]]]:
     """The reader's questions, with the sentences that answer them."""
     method, before = params.training.method, tables.twin(params)
     tallies = {opponent: findings.tally(method, opponent, rows) for opponent, rows in compared.items()}

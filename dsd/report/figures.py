@@ -44,7 +44,15 @@ STYLE = {
     "grid.linewidth": 0.6,
 } | {
     key: INK
-    for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "grid.color")
+    for key in (
+        "text.color",
+        "axes.edgecolor",
+        "axes.labelcolor",
+        "axes.titlecolor",
+        "xtick.color",
+        "ytick.color",
+        "grid.color",
+    )
 }
 
 
@@ -96,10 +104,14 @@ def accuracy(dataset: Dataset, series: Series) -> Drawing:
     figure, (ax,) = _figure(0.55 + 0.155 * step * len(metrics))
     for row, metric in enumerate(metrics):
         top = row * step
-        ax.plot([100 * level[metric]] * 2, [top - 0.6, top + len(methods) - 0.4], color=INK, alpha=0.7, lw=1, ls=(0, (3, 2)))
+        ax.plot(
+            [100 * level[metric]] * 2, [top - 0.6, top + len(methods) - 0.4], color=INK, alpha=0.7, lw=1, ls=(0, (3, 2))
+        )
         for number, method in enumerate(methods):
             found, (colour, marker) = dataset.results[method][metric], look(series[method])
-            ax.plot([100 * found.low, 100 * found.high], [top + number] * 2, color=colour, lw=1.8, solid_capstyle="round")
+            ax.plot(
+                [100 * found.low, 100 * found.high], [top + number] * 2, color=colour, lw=1.8, solid_capstyle="round"
+            )
             ax.plot(100 * found.value, top + number, marker, color=colour, ms=5, mew=0)
     ax.set(xlim=(-1, 101), ylim=(step * len(metrics) - 1.2, -0.9), xlabel="right answers, %")
     ax.set_yticks([row * step + (len(methods) - 1) / 2 for row in range(len(metrics))], metrics)

@@ -44,7 +44,9 @@ def headlines(datasets: Sequence[Dataset], compared: Compared, params: Params) -
             old, new = (percent(d.results[method][d.headline].value) for method in (before, after))
             span = f"[{points(difference.low)}, {points(difference.high)}]"
             level = percent(chance(d)[d.headline])
-            found.append(Headline(d.name, d.headline, old, new, points(difference.value), span, comparison.verdict, level))
+            found.append(
+                Headline(d.name, d.headline, old, new, points(difference.value), span, comparison.verdict, level)
+            )
     return found
 
 
@@ -110,7 +112,9 @@ def above_chance(datasets: Sequence[Dataset], params: Params) -> list[str]:
 def tally(a: str, b: str, found: Sequence[Comparison]) -> str:
     """On how many metrics a is higher, lower or not shown to differ, and whether the intervals themselves overlap."""
     apart = sum(not c.overlap for c in found)
-    return f"{a} against {b}: {said(found)} of {len(found)} metrics; the two methods’ own intervals are apart on {apart}."
+    return (
+        f"{a} against {b}: {said(found)} of {len(found)} metrics; the two methods’ own intervals are apart on {apart}."
+    )
 
 
 def overlaps(found: Sequence[Comparison]) -> list[str]:
@@ -120,7 +124,11 @@ def overlaps(found: Sequence[Comparison]) -> list[str]:
         rows = [c for c in found if c.dataset == dataset]
         apart = [c.metric for c in rows if not c.overlap]
         overlapping = [c.metric for c in rows if c.overlap]
-        parts = [f"{word} on {names(metrics)}" for word, metrics in (("apart", apart), ("overlapping", overlapping)) if metrics]
+        parts = [
+            f"{word} on {names(metrics)}"
+            for word, metrics in (("apart", apart), ("overlapping", overlapping))
+            if metrics
+        ]
         sentences.append(f"{dataset}: {', '.join(parts)}.")
     return sentences
 

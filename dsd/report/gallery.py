@@ -171,7 +171,11 @@ def decimals(scores: Sequence[float]) -> int:
 
 
 def _card(
-    dataset: Dataset, example: MatchingExample, scores_IT: NDArray[np.float64], pictures: Pictures, heat: HeatMaps | None
+    dataset: Dataset,
+    example: MatchingExample,
+    scores_IT: NDArray[np.float64],
+    pictures: Pictures,
+    heat: HeatMaps | None,
 ) -> Card:
     places = [(i, t) for i in range(len(example.images)) for t in range(len(example.texts))]
     # A wrong candidate with the same score stands above the true one, as in the metrics.

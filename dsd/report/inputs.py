@@ -105,11 +105,15 @@ def _listed(names: Iterable[str]) -> str:
 def _results(path: Path, name: str, rows: dict[str, Any], params: Params) -> dict[str, dict[str, Interval]]:
     for method in rows:
         if method not in params.methods:
-            raise DataError(f"{path}: {name}: {unknown('method', method, params.methods)}; run the stage `evaluate` again")
+            raise DataError(
+                f"{path}: {name}: {unknown('method', method, params.methods)}; run the stage `evaluate` again"
+            )
     try:
         found = {m: {k: Interval(**v) for k, v in rows[m].items()} for m in params.methods if m in rows}
     except (TypeError, AttributeError):
-        raise DataError(f"{path}: {name}: an entry is not {{value, low, high, n}}; run the stage `evaluate` again") from None
+        raise DataError(
+            f"{path}: {name}: an entry is not {{value, low, high, n}}; run the stage `evaluate` again"
+        ) from None
     if not found or len({tuple(row) for row in found.values()}) != 1 or not all(found.values()):
         raise DataError(f"{path}: {name}: every method needs the same metrics; run the stage `evaluate` again")
     return found
@@ -125,9 +129,12 @@ def _dataset(name: str, params: Params, data: Path, results: dict[str, dict[str,
     scores, ranks = _scores(data / "evaluate" / "scores" / f"{name}.parquet", list(results), by_split["test"])
     few_shot = any(getattr(params.methods[method], "prompt", "none") == "few-shot" for method in results)
     summaries = {"prepare": read_json(prepared / "summary.json", "prepare")}
-    for stage in ("cache", "train", "score"):
-        if (summary := data / stage / name / "summary.json").exists():
-            summaries[stage] = read_json(summary, stage)
+    # What a run did, rather than what it made, stands beside its timing: it must make no later stage stale.
+    for stage, timing in read_timings(data).items():
+        if stage in ("cache", "score") and name in timing["details"]:
+            summaries[stage] = timing["details"][name]
+    if (summary := data / "train" / name / "summary.json").exists():
+        summaries["train"] = read_json(summary, "train")
     return Dataset(
         name,
         row.kind,
