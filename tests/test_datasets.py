@@ -1,5 +1,5 @@
-"""The embedded benchmarks: what counts as true is true, what counts as false is clearly false, and nothing but
-looking at the picture with the text tells the two apart."""
+"""The embedded benchmarks: what counts as true is true, what counts as false is clearly false, and only the
+picture together with the text tells the two apart."""
 
 from __future__ import annotations
 
