@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dsd.attention import Recording, during
@@ -108,13 +109,10 @@ class Matcher:
         Raises ImageError for a picture that cannot be read and TextError for an empty text; a text over the model's
         token limit is cut with a warning.
         """
-        images = (
-            [images]
-            if isinstance(images, (str, Path, bytes, np.ndarray)) or hasattr(images, "convert")
-            else list(images)
-        )  # type: ignore[arg-type]
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        if isinstance(images, str | Path | bytes | np.ndarray | Image.Image):
+            images = [images]
         latents = self._latents(images)
+        texts = [texts] if isinstance(texts, str) else list(texts)
         hidden, content = self._encode(texts)
         if self.method == "denoising":
             # The unconditional pass makes images comparable with each other, not only texts.

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from dsd.errors import ParamsError, unknown
 
@@ -196,7 +197,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     return list(getattr(model, "model_fields", {}))
 
 
-def _line(error: dict[str, Any], path: Path) -> str:
+def _line(error: ErrorDetails, path: Path) -> str:
     location = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         parent = location.rpartition(".")[0]

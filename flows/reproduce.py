@@ -27,7 +27,7 @@ from dsd.store import write_atomic
 from flows import DATA
 from flows.process import die_with_parent
 
-STARTUP_SECONDS = 120
+STARTUP_SECONDS = 600  # some 5 s on an idle machine; a server that has died is noticed at once
 
 
 def main() -> None:

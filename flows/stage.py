@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 from prefect import Flow, Task, flow, task
@@ -27,7 +27,7 @@ from flows import DATA
 from flows.process import die_with_parent
 
 Details = dict[str, Any]
-Stage = Flow[[], None]
+Stage: TypeAlias = Flow[[], None]
 
 # What went wrong is in Prefect's record of the run; the terminal gets it once, from `main`.
 for _name in ("prefect.flow_runs", "prefect.task_runs"):

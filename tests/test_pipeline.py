@@ -70,7 +70,8 @@ def runs(folder: Path) -> list[tuple[str, ...]]:
     """(kind, dataset, method) of every MLflow run."""
     script = (
         "import json, mlflow; mlflow.set_tracking_uri('sqlite:///mlflow.db');"
-        "print(json.dumps([r.data.tags for r in mlflow.search_runs(search_all_experiments=True, output_format='list')]))"
+        "runs = mlflow.search_runs(search_all_experiments=True, output_format='list');"
+        "print(json.dumps([run.data.tags for run in runs]))"
     )
     out = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True).stdout
     return sorted(

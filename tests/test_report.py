@@ -25,7 +25,7 @@ from dsd.metrics import SLOTS, rank
 from dsd.params import Params, load
 from dsd.report import build
 from dsd.report.figures import smooth
-from dsd.report.gallery import choose, overlay
+from dsd.report.gallery import BackboneHeatMaps, choose, decimals, overlay
 from dsd.report.inputs import read_datasets
 from dsd.report.tables import Comparison, chance, compare, duration, points
 from dsd.statistics import Difference, Interval
@@ -202,12 +202,8 @@ def test_the_page_is_one_well_formed_file(page: str) -> None:
     assert {"script", "link", "iframe", "object"}.isdisjoint(tag for tag, _, _ in parsed.attributes)
     assert all(target.removeprefix("#") in ids for target in re.findall(r"url\(([^)]*)\)", page))
     assert "http" not in page and "@import" not in page and "<script" not in page
-    assert all(dict_of(parsed, number) for number, (tag, *_) in enumerate(parsed.attributes) if tag == "img")
-
-
-def dict_of(parsed: Parsed, number: int) -> bool:
-    """Whether the image that the attribute belongs to has an alternative text (its attributes stand together)."""
-    return any(name == "alt" and value for _, name, value in parsed.attributes[max(0, number - 4) : number + 5])
+    images, texts = (sum(n == name for t, n, v in parsed.attributes if t == "img" and v) for name in ("src", "alt"))
+    assert images == texts > 0
 
 
 def test_every_metric_is_in_the_tables(page: str, params: Params, data: Path) -> None:
@@ -222,7 +218,7 @@ def test_every_metric_is_in_the_tables(page: str, params: Params, data: Path) ->
 
 
 def test_chance_is_that_of_the_candidates(params: Params, data: Path) -> None:
-    found = {d.name: chance(d) for d in read_datasets(params, data)}
+    found = {d.name: chance(d) for d in read_datasets(params, data, {})}
     assert found["scenes-com"] == pytest.approx(dict.fromkeys((*SLOTS, "micro", "macro"), 1 / 2))
     assert found["scenes-ref"] == pytest.approx({"top1": 1 / 10, "top5": 5 / 10})
     assert found["scenes-vqa"] == pytest.approx(dict.fromkeys(("binary", "other", "all"), 1 / 13))
@@ -251,11 +247,11 @@ def test_words_follow_the_interval(low: float, high: float, verdict: str) -> Non
 
 
 def test_comparisons_are_paired_and_told(page: str, params: Params, data: Path) -> None:
-    dataset = read_datasets(params, data)[0]
+    dataset = read_datasets(params, data, {})[0]
     found = {c.metric: c for c in compare(dataset, "dsd", "dsd-zero-shot", params)}
     rows = [row for row in Parsed(page).tables["dsd − dsd-zero-shot"] if row[0] == dataset.name]
     assert [row[1] for row in rows] == list(dataset.metrics) == list(found)
-    for _, metric, difference, _, _, verdict, overlap in rows:
+    for _, metric, difference, verdict, _, _, overlap in rows:
         c = found[metric]
         own, other = (dataset.results[method][metric] for method in ("dsd", "dsd-zero-shot"))
         assert c.difference.value == pytest.approx(own.value - other.value)
@@ -265,7 +261,7 @@ def test_comparisons_are_paired_and_told(page: str, params: Params, data: Path) 
 
 
 def test_gallery_is_drawn_by_the_seed(params: Params, data: Path) -> None:
-    dataset = read_datasets(params, data)[0]
+    dataset = read_datasets(params, data, {})[0]
     right, wrong = choose(dataset, "dsd-zero-shot", 4, seed=0)
     assert (right, wrong) == choose(dataset, "dsd-zero-shot", 4, seed=0) != choose(dataset, "dsd-zero-shot", 4, seed=1)
     assert len(right) == len(wrong) == 4
@@ -331,6 +327,54 @@ def test_scores_of_other_examples_are_refused(params: Params, data: Path) -> Non
     pq.write_table(pq.read_table(path).slice(1), path)
     with pytest.raises(DataError, match="not the scores of the test examples"):
         build(params, data, data / "report", FakeHeatMaps())
+
+
+def test_heat_maps_are_those_of_the_trained_prompt(models: Path, tmp_path: Path) -> None:
+    from dsd.prompts import AttentionPrompt
+    from tests.tiny import small
+
+    params = small(models)
+    (tmp_path / "trained").mkdir()
+    heat, bare = (
+        BackboneHeatMaps(
+            params.model_copy(update={"training": params.training.model_copy(update={"method": method})}), tmp_path
+        )
+        for method in ("dsd", "dsd-zero-shot")
+    )
+    backbone = heat._backbone
+    prompt = AttentionPrompt(
+        backbone.unet.config.cross_attention_dim, backbone.layer_widths, 4, rank=2, conditional=False, seed=0
+    )
+    for up in prompt.up:
+        up.data += 1
+    prompt.save(tmp_path / "trained" / "prompt.safetensors", heat.digest)
+    picture, text = Image.new("RGB", (24, 24), "red"), "a red circle"
+    found, plain = heat("trained", picture, text), bare("trained", picture, text)
+    assert found.words == text.split() and found.maps.shape == (3, 32, 32)
+    assert not np.allclose(found.maps, plain.maps)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_window(page: str, tmp_path: Path, width: int) -> None:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium here")
+    script = "<script>document.title = [innerWidth, document.documentElement.scrollWidth].join()</script>"
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"{script}</body>"), encoding="utf-8")
+    quiet = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
+    flags = [f"--{flag}" for flag in f"headless hide-scrollbars disable-sync {quiet}".split()]
+    flags += [f"--user-data-dir={tmp_path / 'browser'}", f"--window-size={width},900", "--dump-dom"]
+    command = [chromium, *flags, (tmp_path / "page.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert re.findall(r"<title>(.*?)</title>", done.stdout)[0] == f"{width},{width}"
+
+
+@pytest.mark.parametrize(
+    ("scores", "digits"), [([0.17, 0.18], 3), ([0.1717, 0.1709], 5), ([12.0, 3.0], 1), ([0.5, 0.5], 4)]
+)
+def test_scores_show_their_difference(scores: list[float], digits: int) -> None:
+    assert decimals(scores) == digits
 
 
 def test_smoothing_keeps_a_constant_and_averages_neighbours() -> None:

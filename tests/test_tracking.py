@@ -96,7 +96,7 @@ def test_another_result_is_another_entry(data: Path) -> None:
     publish(load(), data)
     path = data / "evaluate" / "metrics.json"
     metrics = json.loads(path.read_text())
-    metrics["scenes-com"]["dsd"]["top1"]["value"] = 0.5
+    metrics["scenes-com"]["dsd"]["top1"]["value"] = 0.76
     path.write_text(json.dumps(metrics))
     assert publish(load(), data) == 2  # the result, and the page of another set of results
     write_scores(data, "scenes-ref", 0.2)
@@ -132,6 +132,8 @@ def _publish(data: Path) -> None:
 def test_processes_that_publish_at_once(data: Path) -> None:
     """From a fresh database, whose tables both want to create."""
     Path("mlflow.db").unlink()
+    path = data / "evaluate" / "metrics.json"
+    path.write_text(json.dumps({"scenes-com": {"dsd": json.loads(path.read_text())["scenes-com"]["dsd"]}}))
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_publish, args=(data,)) for _ in range(2)]
     for process in processes:
@@ -139,9 +141,7 @@ def test_processes_that_publish_at_once(data: Path) -> None:
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    assert len(entries("result")) == 4
-    assert len(entries("training")) == 2
-    assert len(entries("report")) == 1
+    assert [len(entries(kind)) for kind in ("result", "training", "report")] == [1, 1, 1]
 
 
 def train(params: Params, rows: list[dict[str, float]], fail_at: int | None = None) -> None:

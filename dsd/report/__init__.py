@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from dsd.params import Params
 from dsd.progress import progress
 from dsd.report import figures, findings, tables
-from dsd.report.gallery import MAPPED, BackboneHeatMaps, Gallery, HeatMaps, gallery
+from dsd.report.gallery import MAPPED, BackboneHeatMaps, HeatMaps, gallery
 from dsd.report.inputs import Dataset, read_datasets, read_timings
 from dsd.store import write_atomic
 
@@ -28,7 +28,8 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         DataError: what an earlier stage must have left is missing, broken, or of other params; one line.
         CheckpointError: the backbone or a prompt does not load; one line.
     """
-    datasets, timings = read_datasets(params, data), read_timings(data)
+    timings = read_timings(data)
+    datasets = read_datasets(params, data, timings)
     heat = heatmaps or BackboneHeatMaps(params, data / "train")
     method = params.training.method
     compared = _compared(datasets, params)

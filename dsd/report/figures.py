@@ -147,7 +147,8 @@ def curves(dataset: Dataset, method: str, series: Series) -> Drawing:
         ax.grid()
     axes[1].set(xlabel="step", ylim=(0, 103))
     last = smooth(dataset.curve["accuracy"], width)
-    alt = f"Training on {dataset.name}: smoothed accuracy from {100 * last[0]:.0f} % to {100 * last[-1]:.0f} % in {len(steps)} steps."
+    span = f"from {100 * last[0]:.0f} % to {100 * last[-1]:.0f} % in {len(steps)} steps"
+    alt = f"Training on {dataset.name}: smoothed accuracy {span}."
     return Drawing(to_svg(figure, f"curves-{slug(dataset.name)}", alt), dataset.name)
 
 

@@ -79,7 +79,7 @@ def lead(datasets: Sequence[Dataset], compared: Compared, params: Params) -> str
     shared = []
     for dataset in datasets:
         methods = leaders(dataset, params)
-        shown = [f"{percent(dataset.results[method][dataset.headline].value)} %" for method in methods]
+        shown = [f"{percent(dataset.results[method][dataset.headline].value)}\u00a0%" for method in methods]
         if len(methods) == 1:
             alone.setdefault(methods[0], []).append(f"{dataset.name} ({shown[0]})")
         else:

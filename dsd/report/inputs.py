@@ -27,6 +27,7 @@ from dsd.statistics import Interval
 STAGES = ("pretrain", "download", "prepare", "cache", "train", "score", "evaluate")
 HEADLINES = {"slots": "macro", "recall": "top1", "answers": "all"}  # the one number of each family of metrics
 SPLITS = ("train", "validation", "test")
+Timings = dict[str, dict[str, Any]]  # stage → its record in data/timings
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Dataset:
     ranks: dict[str, NDArray[np.int64]]  # method → [n], 1 is right
     curve: dict[str, list[float]]  # of the attention prompt's training; empty where no method needs one
     quarantine: list[dict[str, str]]
-    summaries: dict[str, dict[str, Any]]  # by stage; a stage that left none is absent
+    summaries: dict[str, dict[str, Any]]  # what prepare, cache and score counted; a stage that told nothing is absent
 
     @property
     def methods(self) -> list[str]:
@@ -77,8 +78,8 @@ def read_json(path: Path, stage: str) -> Any:
         raise DataError(f"{path}: not JSON ({error}); run the stage `{stage}` again") from None
 
 
-def read_datasets(params: Params, data: Path) -> list[Dataset]:
-    """Every dataset of the params, in their order.
+def read_datasets(params: Params, data: Path, timings: Timings) -> list[Dataset]:
+    """Every dataset of the params, in their order; `timings` are those of `read_timings`.
 
     Raises:
         DataError: something that the stages before must have left is missing, broken, or of other params.
@@ -87,12 +88,14 @@ def read_datasets(params: Params, data: Path) -> list[Dataset]:
     metrics = read_json(path, "evaluate")
     if set(metrics) != set(params.datasets):
         raise DataError(
-            f"{path}: holds {_listed(metrics)}, params.yaml has {_listed(params.datasets)}; run the stage `evaluate` again"
+            f"{path}: holds {_listed(metrics)}, params.yaml has {_listed(params.datasets)}; "
+            "run the stage `evaluate` again"
         )
-    return [_dataset(name, params, data, _results(path, name, metrics[name], params)) for name in params.datasets]
+    results = {name: _results(path, name, metrics[name], params) for name in params.datasets}
+    return [_dataset(name, params, data, timings, results[name]) for name in params.datasets]
 
 
-def read_timings(data: Path) -> dict[str, dict[str, Any]]:
+def read_timings(data: Path) -> Timings:
     """data/timings by stage, in the order of the stages; one that has left no timing is absent."""
     folder = data / "timings"
     return {stage: read_json(path, stage) for stage in STAGES if (path := folder / f"{stage}.json").exists()}
@@ -119,7 +122,9 @@ def _results(path: Path, name: str, rows: dict[str, Any], params: Params) -> dic
     return found
 
 
-def _dataset(name: str, params: Params, data: Path, results: dict[str, dict[str, Interval]]) -> Dataset:
+def _dataset(
+    name: str, params: Params, data: Path, timings: Timings, results: dict[str, dict[str, Interval]]
+) -> Dataset:
     row: DatasetParams = params.datasets[name]
     prepared = data / "prepare" / name
     path = prepared / "examples.parquet"
@@ -130,11 +135,9 @@ def _dataset(name: str, params: Params, data: Path, results: dict[str, dict[str,
     few_shot = any(getattr(params.methods[method], "prompt", "none") == "few-shot" for method in results)
     summaries = {"prepare": read_json(prepared / "summary.json", "prepare")}
     # What a run did, rather than what it made, stands beside its timing: it must make no later stage stale.
-    for stage, timing in read_timings(data).items():
-        if stage in ("cache", "score") and name in timing["details"]:
-            summaries[stage] = timing["details"][name]
-    if (summary := data / "train" / name / "summary.json").exists():
-        summaries["train"] = read_json(summary, "train")
+    for stage in ("cache", "score"):
+        if stage in timings and name in timings[stage]["details"]:
+            summaries[stage] = timings[stage]["details"][name]
     return Dataset(
         name,
         row.kind,

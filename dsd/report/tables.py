@@ -88,7 +88,7 @@ def count(number: float) -> str:
 
 
 def chance(dataset: Dataset) -> dict[str, float]:
-    """What each metric gives a scorer that ranks at random: its mean over uniform ranks 1…candidates of each example."""
+    """What each metric gives a scorer that ranks at random: its mean over ranks 1…candidates, all alike likely."""
     candidates_n = dataset.candidates
     expected: dict[str, Any] = {}
     for rank in range(1, int(candidates_n.max()) + 1):
@@ -155,15 +155,15 @@ def comparisons(a: str, b: str, found: Sequence[Comparison]) -> Table:
             [
                 Cell(c.metric),
                 Cell(points(c.difference.value), f"[{points(c.difference.low)}, {points(c.difference.high)}]"),
+                Cell(c.verdict, mark=c.verdict.split()[0]),
                 Cell(p_value(c.difference.p)),
                 Cell(count(c.difference.n)),
-                Cell(c.verdict, mark=c.verdict.split()[0]),
                 Cell("overlap" if c.overlap else "apart"),
             ],
         )
         for c in found
     ]
-    head = ["dataset", "metric", "difference\npercentage points", "p", "n", f"{a} is", "own intervals"]
+    head = ["dataset", "metric", "difference\npercentage points", f"{a} is", "p", "n", "own intervals"]
     return Table(f"{a} − {b}", head, rows)
 
 
