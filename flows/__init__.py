@@ -14,7 +14,7 @@ SETTINGS = {
     "PREFECT_HOME": str(Path(".prefect").resolve()),
     "PREFECT_LOGGING_LEVEL": "WARNING",
     # A server that a stage starts for itself takes 12 s on an idle machine; the default limit is 20 s.
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "600",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -57,6 +58,7 @@ def reproduce() -> str:
     started = datetime.now(UTC).replace(microsecond=0)
     clock = time.monotonic()
     params = load()
+    logging.getLogger("dvc").setLevel(logging.ERROR)  # that a stage is frozen is no news
     with Repo() as repo:
         stale = bool(repo.status())
         if stale:

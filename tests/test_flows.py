@@ -30,7 +30,7 @@ from flows.stage import declared, each, main, params, prune, stage, unit
 
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=600):
         yield
 
 
