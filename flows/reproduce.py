@@ -17,7 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import dvc.logger
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.stage.exceptions import StageCmdFailedError
@@ -28,6 +27,9 @@ from dsd.store import write_atomic
 from flows import DATA
 from flows.process import die_with_parent
 
+LOG = logging.getLogger("dvc")
+LOG.setLevel(logging.ERROR)  # that a stage is frozen is no news
+LOG.propagate = False  # prefect would print it a second time
 STARTUP_SECONDS = 600  # some 5 s on an idle machine; a server that has died is noticed at once
 
 
@@ -58,7 +60,6 @@ def reproduce() -> str:
     started = datetime.now(UTC).replace(microsecond=0)
     clock = time.monotonic()
     params = load()
-    logging.getLogger("dvc").setLevel(logging.ERROR)  # that a stage is frozen is no news
     with Repo() as repo:
         stale = bool(repo.status())
         if stale:
@@ -79,7 +80,7 @@ def reproduce() -> str:
 
 def run(repo: Repo) -> None:
     """`dvc repro` as one Prefect flow, whose server the stages share."""
-    dvc.logger.setup()
+    LOG.setLevel(logging.INFO)  # which stage runs
     with server():
         from prefect import flow
 
