@@ -179,7 +179,7 @@ def margins(dataset: Dataset, methods: Sequence[str], series: Series) -> Drawing
     """How far the right candidate's score lies above the best wrong one's: left of zero is a wrong answer."""
     found = {method: margin(dataset, method) for method in methods}
     edge = max(float(np.quantile(np.abs(values), 0.99)) for values in found.values()) or 1.0
-    bins = np.linspace(-edge, edge, 41)
+    bins = np.linspace(-edge, edge, 41).tolist()
     figure, (ax,) = _figure(2.9)
     for method, values in found.items():
         colour, _ = look(series[method])

@@ -70,7 +70,7 @@ def said(comparisons: Sequence[Comparison]) -> str:
 def lead(datasets: Sequence[Dataset], compared: Compared, params: Params) -> str:
     """The one-sentence summary: on how many datasets prompting helps, and which method leads where."""
     clauses = []
-    if (before := twin(params)) in compared:
+    if (before := twin(params)) is not None and before in compared:
         heads = {(d.name, d.headline) for d in datasets}
         rows = [c for c in compared[before] if (c.dataset, c.metric) in heads]
         pair = f"{params.training.method} against {before}"
