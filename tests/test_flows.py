@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.request import urlopen
 
@@ -171,6 +172,8 @@ def test_the_stages_call_the_method(
     monkeypatch.setattr(evaluation, "write_metrics", note(None))
     monkeypatch.setattr(report, "build", note(Path("data/report/index.html")))
     monkeypatch.setattr(tracking, "publish", note(0))
+    curve: list[dict[str, float]] = []
+    monkeypatch.setattr(tracking, "Live", lambda *_: nullcontext(SimpleNamespace(log=curve.append)))
     monkeypatch.setattr(pretraining, "pretrain", note(iter([{"step": 1}, {"step": 2, "loss": 0.1}])))
 
     modules = (pretrain, download, prepare, cache, train, score, evaluate, reporting)
@@ -194,6 +197,7 @@ def test_the_stages_call_the_method(
     ]
     timings = {path.stem: json.loads(path.read_text()) for path in Path("data/timings").iterdir()}
     assert set(timings) == {flow.name for flow in flows}
+    assert curve == [{"step": 1, "loss": 0.5, "accuracy": 1.0}]
     assert timings["train"]["details"][name]["loss"] == 0.5
     assert timings["pretrain"]["details"]["models"]["loss"] == 0.1
 

@@ -250,7 +250,7 @@ def test_words_follow_the_interval(low: float, high: float, verdict: str) -> Non
 
 def test_comparisons_are_paired_and_told(page: str, params: Params, data: Path) -> None:
     dataset = read_datasets(params, data, {})[0]
-    found = {c.metric: c for c in compare(dataset, "dsd", "dsd-zero-shot", params)}
+    found = {c.metric: c for c in compare(dataset, "dsd", "dsd-zero-shot", dataset.metrics, params)}
     rows = [row for row in Parsed(page).tables["dsd − dsd-zero-shot"] if row[0] == dataset.name]
     assert [row[1] for row in rows] == list(dataset.metrics) == list(found)
     for _, metric, difference, verdict, _, _, overlap in rows:

@@ -82,7 +82,8 @@ def _compared(datasets: Sequence[Dataset], params: Params) -> dict[str, list[tab
     found: dict[str, list[tables.Comparison]] = {}
     for dataset in datasets:
         for opponent in tables.opponents(params, dataset):
-            found.setdefault(opponent, []).extend(tables.compare(dataset, params.training.method, opponent, params))
+            rows = tables.compare(dataset, params.training.method, opponent, dataset.metrics, params)
+            found.setdefault(opponent, []).extend(rows)
     return found
 
 

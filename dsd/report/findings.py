@@ -56,7 +56,7 @@ def leaders(dataset: Dataset, params: Params) -> list[str]:
     best, *others = sorted(values, key=lambda method: -values[method])
 
     def verdict(other: str) -> str:
-        return next(c for c in compare(dataset, best, other, params) if c.metric == dataset.headline).verdict
+        return compare(dataset, best, other, [dataset.headline], params)[0].verdict
 
     return [best, *(other for other in others if verdict(other) != "higher")]
 

@@ -135,13 +135,14 @@ def opponents(params: Params, dataset: Dataset) -> list[str]:
     return sorted(others, key=lambda method: method != twin(params))
 
 
-def compare(dataset: Dataset, a: str, b: str, params: Params) -> list[Comparison]:
-    """a − b on every metric of the dataset, with the clusters and resamples of the metrics' own intervals."""
+def compare(dataset: Dataset, a: str, b: str, metrics: Sequence[str], params: Params) -> list[Comparison]:
+    """a − b on metrics of the dataset, with the clusters and resamples of the metrics' own intervals."""
     clusters = [example.cluster for example in dataset.examples]
     settings = dict(params.evaluate.model_dump(), seed=params.seed)
     hits_a, hits_b = dataset.hits(dataset.ranks[a]), dataset.hits(dataset.ranks[b])
     found = []
-    for metric, (hits_n, groups) in hits_a.items():
+    for metric in metrics:
+        hits_n, groups = hits_a[metric]
         difference = paired_difference(hits_n, hits_b[metric][0], clusters, groups, **settings)
         own, other = dataset.results[a][metric], dataset.results[b][metric]
         found.append(Comparison(dataset.name, metric, difference, own.low <= other.high and other.low <= own.high))
