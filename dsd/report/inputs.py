@@ -97,8 +97,12 @@ def read_datasets(params: Params, data: Path, timings: Timings) -> list[Dataset]
 
 def read_timings(data: Path) -> Timings:
     """data/timings by stage, in the order of the stages; one that has left no timing is absent."""
-    folder = data / "timings"
-    return {stage: read_json(path, stage) for stage in STAGES if (path := folder / f"{stage}.json").exists()}
+    paths = {stage: data / "timings" / f"{stage}.json" for stage in STAGES}
+    found = {stage: read_json(path, stage) for stage, path in paths.items() if path.exists()}
+    for stage, record in found.items():
+        if not {"seconds", "finished", "device", "details"} <= set(record):
+            raise DataError(f"{paths[stage]}: not the record of a stage; run the stage `{stage}` again")
+    return found
 
 
 def _listed(names: Iterable[str]) -> str:
