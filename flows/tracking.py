@@ -43,7 +43,7 @@ def _locked() -> Iterator[None]:
         yield
 
 
-class _Runs:
+class Runs:
     """The runs of this project's experiment."""
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class _Runs:
 
 def publish(params: Params, data: Path) -> int:
     """Enters every result, curve and report of `data` that MLflow does not have yet; returns how many."""
-    runs = _Runs()
+    runs = Runs()
     metrics = json.loads((data / "evaluate" / "metrics.json").read_text())
     with _locked():
         new = [
@@ -98,9 +98,7 @@ def publish(params: Params, data: Path) -> int:
     return sum(new)
 
 
-def _publish_result(
-    runs: _Runs, params: Params, data: Path, dataset: str, method: str, intervals: Intervals
-) -> bool:
+def _publish_result(runs: Runs, params: Params, data: Path, dataset: str, method: str, intervals: Intervals) -> bool:
     row = params.methods[method]
     backbone = params.backbones[row.backbone if isinstance(row, ContrastiveMethod) else params.backbone]
     table = data / "evaluate" / "scores" / f"{dataset}.parquet"
@@ -147,7 +145,7 @@ def bars(title: str, intervals: Intervals) -> Any:
     return figure
 
 
-def _publish_curve(runs: _Runs, params: Params, trained: Path) -> bool:
+def _publish_curve(runs: Runs, params: Params, trained: Path) -> bool:
     """Replays the curve of a training: nothing is new in it unless it came out of DVC's cache."""
     summary = trained / "summary.json"
     if not summary.exists():
@@ -159,7 +157,7 @@ def _publish_curve(runs: _Runs, params: Params, trained: Path) -> bool:
     return live.new
 
 
-def _publish_report(runs: _Runs, data: Path) -> bool:
+def _publish_report(runs: Runs, data: Path) -> bool:
     """One run for a set of results: a page that shows the same results in another way replaces the first."""
     page = data / "report" / "index.html"
     if not page.exists():
@@ -183,8 +181,8 @@ class Live:
     start, but by other code) begin a new run.
     """
 
-    def __init__(self, dataset: str, key: str, params: Params, runs: _Runs | None = None) -> None:
-        self._runs = runs or _Runs()
+    def __init__(self, dataset: str, key: str, params: Params, runs: Runs | None = None) -> None:
+        self._runs = runs or Runs()
         self._dataset, self._key = dataset, key
         settings = {"dataset": dataset, "seed": params.seed}
         settings |= {f"prompt.{name}": value for name, value in params.prompt.model_dump().items()}

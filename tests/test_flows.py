@@ -144,9 +144,7 @@ def test_a_dataset_that_is_gone_is_removed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_the_stages_call_the_method(
-    one_dataset: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with its params, its folders and nothing else, in the order of dvc.yaml."""
     from flows import cache, download, evaluate, prepare, pretrain, score, tracking, train
     from flows import report as reporting
@@ -172,6 +170,7 @@ def test_the_stages_call_the_method(
     monkeypatch.setattr(evaluation, "write_metrics", note(None))
     monkeypatch.setattr(report, "build", note(Path("data/report/index.html")))
     monkeypatch.setattr(tracking, "publish", note(0))
+    monkeypatch.setattr(tracking, "Runs", lambda: None)
     curve: list[dict[str, float]] = []
     monkeypatch.setattr(tracking, "Live", lambda *_: nullcontext(SimpleNamespace(log=curve.append)))
     monkeypatch.setattr(pretraining, "pretrain", note(iter([{"step": 1}, {"step": 2, "loss": 0.1}])))
