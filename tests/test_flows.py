@@ -144,6 +144,7 @@ def test_a_dataset_that_is_gone_is_removed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+@pytest.mark.slow
 def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with its params, its folders and nothing else, in the order of dvc.yaml."""
     from flows import cache, download, evaluate, prepare, pretrain, score, tracking, train
@@ -216,6 +217,7 @@ def small_dag(one_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     return published
 
 
+@pytest.mark.slow
 def test_reproducing_twice_runs_the_stages_once(
     small_dag: list[Any], prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +230,7 @@ def test_reproducing_twice_runs_the_stages_once(
     assert len(small_dag) == 2  # what DVC had in its cache gets published as well
 
 
+@pytest.mark.slow
 def test_the_line_of_a_failed_stage_is_the_last(
     small_dag: list[Any], prefect_server: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +242,7 @@ def test_the_line_of_a_failed_stage_is_the_last(
     assert not small_dag
 
 
+@pytest.mark.slow
 def test_params_that_are_wrong_are_one_line(small_dag: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace("resamples:", "resample:"))
     with pytest.raises(SystemExit) as exit:
