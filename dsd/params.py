@@ -138,11 +138,12 @@ class PretrainParams(_Params):
     text_width: Positive
     text_layers: Positive
     unet_channels: tuple[Positive, ...]
-    unet_layers_per_block: Positive
+    unet_transformers: tuple[Positive, ...]
     unet_heads: Positive
     clip_width: Positive
     clip_layers: Positive
     clip_patch: Positive
+    bfloat16: bool
     autoencoder: FitParams
     diffusion: FitParams
     clip: FitParams

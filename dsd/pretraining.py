@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -27,6 +28,7 @@ from dsd.cards import write_cards
 from dsd.params import FitParams, Params, PretrainParams
 from dsd.scenes.captions import vocabulary
 from dsd.scenes.corpus import Corpus, build
+from dsd.store import write_atomic
 
 Loss = Callable[[torch.Generator], dict[str, Tensor]]
 Row = dict[str, float | str]
@@ -71,7 +73,7 @@ def tokenize(tokens: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 def fit(
-    name: str, module: nn.Module, loss: Loss, settings: FitParams, root: Path, seed: int
+    name: str, module: nn.Module, loss: Loss, settings: FitParams, root: Path, seed: int, bfloat16: bool
 ) -> Iterator[dict[str, float]]:
     """AdamW with warm-up and cosine decay; leaves the exponential moving average of the weights in `module`.
 
@@ -103,7 +105,9 @@ def fit(
         rate = settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        terms = loss(torch.Generator(parameters[0].device).manual_seed(seed * 1_000_003 + step))
+        generator = torch.Generator(parameters[0].device).manual_seed(seed * 1_000_003 + step)
+        with torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=bfloat16):
+            terms = loss(generator)
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -159,7 +163,7 @@ def autoencoder_loss(vae: AutoencoderKL, pictures_2NRR3: Tensor, batch: int) -> 
         kind, index = _draw(generator, 2, batch), _draw(generator, pictures_2NRR3.shape[1], batch)
         pictures = _pixels(pictures_2NRR3[kind, index])
         posterior = vae.encode(pictures).latent_dist
-        rebuilt = vae.decode(posterior.sample(generator)).sample
+        rebuilt = vae.decode(posterior.sample(generator)).sample.float()
         l1, squared = F.l1_loss(rebuilt, pictures), F.mse_loss(rebuilt, pictures)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return {"loss": l1 + squared + 1e-4 * kl, "l1": l1.detach(), "kl": kl.detach()}
@@ -168,9 +172,10 @@ def autoencoder_loss(vae: AutoencoderKL, pictures_2NRR3: Tensor, batch: int) -> 
 
 
 @torch.inference_mode()
-def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+def encode(vae: AutoencoderKL, pictures: Tensor, bfloat16: bool) -> Tensor:
     """Latent means [N, C, r, r] of uint8 pictures [N, R, R, 3], not yet scaled."""
-    return torch.cat([vae.encode(_pixels(chunk)).latent_dist.mean for chunk in pictures.split(64)])
+    with torch.autocast(pictures.device.type, torch.bfloat16, enabled=bfloat16):
+        return torch.cat([vae.encode(_pixels(chunk)).latent_dist.mean.float() for chunk in pictures.split(64)])
 
 
 def build_text_encoder(params: PretrainParams, vocabulary: int, eos: int) -> CLIPTextModel:
@@ -194,7 +199,8 @@ def build_unet(params: PretrainParams) -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D",) * len(channels),
         up_block_types=("CrossAttnUpBlock2D",) * len(channels),
         block_out_channels=channels,
-        layers_per_block=params.unet_layers_per_block,
+        layers_per_block=1,
+        transformer_layers_per_block=params.unet_transformers,
         cross_attention_dim=params.text_width,
         attention_head_dim=params.unet_heads,  # diffusers reads this as the number of heads
         norm_num_groups=16,
@@ -229,7 +235,7 @@ def diffusion_loss(
         timesteps = _draw(generator, 1000, batch)
         noised = schedule.add_noise(clean, noise, timesteps)
         hidden = text_encoder(text).last_hidden_state
-        return {"loss": F.mse_loss(unet(noised, timesteps, hidden).sample, noise)}
+        return {"loss": F.mse_loss(unet(noised, timesteps, hidden).sample.float(), noise)}
 
     return loss
 
@@ -272,9 +278,13 @@ def train_diffusion(
     pictures = _on(device, corpus.direct, corpus.parity)
     vae = build_autoencoder(params).to(device)
     loss = autoencoder_loss(vae, pictures, params.autoencoder.batch)
-    for row in fit("autoencoder", vae, loss, params.autoencoder, work, params.seed):
+    for row in fit("autoencoder", vae, loss, params.autoencoder, work, params.seed, params.bfloat16):
         yield {"part": "autoencoder", **row}
-    latents = torch.stack([encode(vae, kind) for kind in pictures]).clone()
+    cached = work / "latents.safetensors"
+    if not (cached.exists() and cached.stat().st_mtime > (work / "autoencoder.pt").stat().st_mtime):
+        encoded = torch.stack([encode(vae, kind, params.bfloat16) for kind in pictures])
+        write_atomic(cached, safetensors.torch.save({"latents": encoded.cpu()}))
+    latents = safetensors.torch.load_file(cached, device=str(device))["latents"]
     del pictures
     scaling = float(1 / latents.std())
     vae.register_to_config(scaling_factor=scaling)
@@ -286,7 +296,7 @@ def train_diffusion(
     empty = tokenize(tokens, [""]).to(device)
     loss = diffusion_loss(unet, text_encoder, latents * scaling, ids, empty, params.diffusion.batch)
     both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    for row in fit("diffusion", both, loss, params.diffusion, work, params.seed):
+    for row in fit("diffusion", both, loss, params.diffusion, work, params.seed, params.bfloat16):
         yield {"part": "diffusion", **row}
     pipeline = StableDiffusionPipeline(
         vae.half(),
@@ -308,7 +318,7 @@ def train_clip(params: PretrainParams, corpus: Corpus, work: Path, target: Path,
     clip = build_clip(params, len(tokens), tokens.eos_token_id).to(device)
     ids = torch.stack([tokenize(tokens, texts) for texts in corpus.captions]).to(device)
     loss = clip_loss(clip, _on(device, corpus.small)[0], ids, params.clip.batch)
-    for row in fit("clip", clip, loss, params.clip, work, params.seed):
+    for row in fit("clip", clip, loss, params.clip, work, params.seed, params.bfloat16):
         yield {"part": "clip", **row}
     clip.half().cpu().save_pretrained(target)
     tokens.save_pretrained(target / "tokenizer")

@@ -75,17 +75,6 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def folder_digest(path: Path) -> str:
-    """The digest of the relative names and contents of all files below a folder.
-
-    Raises:
-        DsdError: no such folder.
-    """
-    if not path.is_dir():
-        raise DsdError(f"{path}: no such folder")
-    return digest({file.relative_to(path).as_posix(): file_digest(file) for file in path.rglob("*") if file.is_file()})
-
-
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that its name holds the old content or all of the new, whatever happens in between.
 

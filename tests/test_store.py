@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from dsd import store as store_module
 from dsd.errors import DsdError
-from dsd.store import DTYPES, Store, digest, file_digest, folder_digest, write_atomic
+from dsd.store import DTYPES, Store, digest, file_digest, write_atomic
 
 Arrays = dict[str, np.ndarray]
 
@@ -71,20 +71,9 @@ def test_digest_refuses_what_is_no_content(part: object) -> None:
         digest(part)
 
 
-def test_file_and_folder_digest(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "a").write_bytes(b"abc")
-    (folder / "sub" / "b").write_bytes(b"")
-    assert file_digest(folder / "a") == hashlib.sha256(b"abc").hexdigest()
-    before = folder_digest(folder)
-    assert before == folder_digest(folder.rename(tmp_path / "elsewhere"))
-    (tmp_path / "elsewhere" / "sub" / "b").rename(tmp_path / "elsewhere" / "b")
-    moved = folder_digest(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "b").write_bytes(b"x")
-    assert len({before, moved, folder_digest(tmp_path / "elsewhere")}) == 3
-    with pytest.raises(DsdError, match="no such folder"):
-        folder_digest(tmp_path / "absent")
+def test_file_digest(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert file_digest(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
 
 
 def test_write_atomic_keeps_the_old_content_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
