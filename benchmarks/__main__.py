@@ -25,7 +25,7 @@ from dsd.errors import DataError
 from dsd.evidence import UNCONDITIONAL, Request, requests
 from dsd.matching import MatchingExample, Pair, read_examples
 from dsd.params import load
-from dsd.preparation import Pictures
+from dsd.pictures import Pictures
 from dsd.store import write_atomic
 
 RESULTS = Path("benchmarks/results.json")

@@ -16,7 +16,7 @@ from dsd.draws import Draw
 from dsd.images import resize, to_array
 from dsd.matching import MatchingExample, Pair
 from dsd.params import EvidenceParams
-from dsd.preparation import Pictures
+from dsd.pictures import Pictures
 
 
 @torch.inference_mode()

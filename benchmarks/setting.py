@@ -9,7 +9,7 @@ from dsd.encoding import all_texts, diffusion_encodings
 from dsd.engine import Engine
 from dsd.matching import read_examples
 from dsd.params import Params
-from dsd.preparation import Pictures
+from dsd.pictures import Pictures
 from dsd.store import Store
 
 PREPARED = Path("data/prepare/scenes-com")

@@ -16,7 +16,7 @@ from dsd.evidence import UNCONDITIONAL
 from dsd.images import resize, to_array
 from dsd.matching import MatchingExample, read_examples
 from dsd.params import ContrastiveMethod, Params
-from dsd.preparation import Pictures
+from dsd.pictures import Pictures
 from dsd.progress import progress
 from dsd.store import Store, digest
 

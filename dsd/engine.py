@@ -27,7 +27,7 @@ from dsd.encoding import (
 from dsd.evidence import Request, Shard, plan, requests, write_index
 from dsd.matching import Pair, pairs, read_examples
 from dsd.params import ContrastiveMethod, EvidenceParams, Params
-from dsd.preparation import Pictures
+from dsd.pictures import Pictures
 from dsd.progress import progress
 from dsd.prompts import PROMPT, AttentionPrompt, pooled_latent
 from dsd.scorers import contrastive

@@ -25,7 +25,7 @@ from dsd.engine import observe
 from dsd.errors import DataError
 from dsd.matching import MatchingExample, Pair, read_examples
 from dsd.params import CrossAttentionMethod, Params, TrainingParams
-from dsd.preparation import Pictures
+from dsd.pictures import Pictures
 from dsd.prompts import PROMPT, AttentionPrompt
 from dsd.scorers import cross_attention
 from dsd.store import Store, digest, file_digest, write_atomic

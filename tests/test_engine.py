@@ -20,7 +20,7 @@ from dsd.errors import DataError
 from dsd.evidence import INDEX, UNCONDITIONAL, plan, read_evidence, requests, wanted
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
 from dsd.params import NoiseParams, Params
-from dsd.preparation import Pictures
+from dsd.pictures import Pictures
 from dsd.schedules import exhaustive
 from dsd.store import Store
 

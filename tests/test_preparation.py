@@ -19,7 +19,8 @@ from dsd.fewshot import Split
 from dsd.images import image_id, load_image, resize, to_array
 from dsd.matching import MatchingExample, read_examples
 from dsd.params import Params, load
-from dsd.preparation import Pictures, prepare
+from dsd.pictures import Pictures
+from dsd.preparation import prepare
 
 NAME = "scenes-cls"
 FILES = ("examples.parquet", "images.parquet", "quarantine.json", "summary.json")
@@ -156,7 +157,7 @@ def test_no_picture_is_in_two_splits(params: Params, tmp_path: Path) -> None:
 
 
 def test_random_access_and_batches(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "ROW_GROUP", 4)
+    monkeypatch.setattr("dsd.pictures.ROW_GROUP", 4)
     monkeypatch.setattr(preparation, "AHEAD", 3)
     source, target = tmp_path / "raw", tmp_path / "prepared"
     dataset(source, 42)

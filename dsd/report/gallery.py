@@ -22,7 +22,7 @@ from dsd.backbones import device_of, load_diffusion
 from dsd.matcher import Heatmap, Matcher
 from dsd.matching import MatchingExample
 from dsd.params import CrossAttentionMethod, Params
-from dsd.preparation import Pictures
+from dsd.pictures import Pictures
 from dsd.prompts import AttentionPrompt
 from dsd.report.inputs import Dataset
 
