@@ -144,8 +144,7 @@ def test_com_positives_are_true_and_negatives_clearly_false() -> None:
         mutated = [
             other
             for other in facts(scenes[1 - true])
-            if [slot for slot in SLOTS if getattr(other, slot) != getattr(original, slot)]
-            == [example.category]
+            if [slot for slot in SLOTS if getattr(other, slot) != getattr(original, slot)] == [example.category]
             and not arguable(scenes[true], other)
         ]
         assert mutated, example.id
@@ -186,9 +185,7 @@ def test_com_is_not_solved_by_a_bag_of_words() -> None:
         won[example.category].append(0.5 + 0.5 * np.sign(margin))
     assert np.mean(won["predicate"]) == 0.5
     assert max(np.mean(won["subject"]), np.mean(won["object"])) < 0.85
-    assert (
-        min(np.mean(won["subject"]), np.mean(won["object"])) > 0.55
-    )  # distractors do not turn it round either
+    assert min(np.mean(won["subject"]), np.mean(won["object"])) > 0.55  # distractors do not turn it round either
 
 
 def looks(scene: Scene) -> list[float]:
@@ -235,9 +232,7 @@ def test_com_predicates_are_as_frequent_in_negatives() -> None:
                 scene = scenes[true if positive else 1 - true]
                 shown[positive].update(p for p in PREDICATES if holds(scene, original._replace(predicate=p)))
     for predicate in PREDICATES:
-        assert shown[True][predicate] == pytest.approx(
-            shown[False][predicate], abs=0.08 * COUNT["scenes-com"]
-        )
+        assert shown[True][predicate] == pytest.approx(shown[False][predicate], abs=0.08 * COUNT["scenes-com"])
 
 
 # scenes-ref
@@ -380,9 +375,7 @@ def test_vqa_yes_is_as_frequent_as_no_for_each_relation() -> None:
 
 
 def test_vqa_the_picture_says_nothing_of_yes_or_no() -> None:
-    things = {
-        said: [len(scene.things) for _, s, scene in binary_questions() if s == said] for said in ("yes", "no")
-    }
+    things = {said: [len(scene.things) for _, s, scene in binary_questions() if s == said] for said in ("yes", "no")}
     assert np.mean(things["yes"]) == pytest.approx(np.mean(things["no"]), abs=0.14)
 
 
@@ -450,18 +443,14 @@ def test_cls_every_class_as_often_as_another() -> None:
 # Downloads
 
 
-def download(
-    kind: str, folder: Path, *, seed: int = 0, workers: int = 1, **changes: object
-) -> list[RawExample]:
+def download(kind: str, folder: Path, *, seed: int = 0, workers: int = 1, **changes: object) -> list[RawExample]:
     entry, fields = benchmark(kind), row(kind, **changes)
     entry.download(fields, seed=seed, folder=folder, workers=workers)
     return list(entry.examples(folder, fields, seed=seed))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("kind", COMPOSE)
@@ -472,8 +461,7 @@ def test_a_download_holds_what_the_splits_need(kind: str, tmp_path: Path) -> Non
     assert {path.name for path in (tmp_path / "images").iterdir()} == needed
     assert len(needed) == (12 if kind == "scenes-com" else 9)
     images = {
-        split: {n for e in examples if e.split == split for n in e.images}
-        for split in ("train", "validation", "test")
+        split: {n for e in examples if e.split == split for n in e.images} for split in ("train", "validation", "test")
     }
     assert sum(map(len, images.values())) == len(needed)
     with Image.open(tmp_path / "images" / min(needed)) as image:

@@ -59,9 +59,7 @@ def test_the_order_of_rows_is_of_no_account(groups: dict[str, int], seed: int, o
 
 @settings(deadline=None, max_examples=50)
 @given(GROUPS, SEEDS, st.text("ab/1", min_size=7, max_size=9))
-def test_a_further_group_moves_no_other_group_past_another(
-    groups: dict[str, int], seed: int, new: str
-) -> None:
+def test_a_further_group_moves_no_other_group_past_another(groups: dict[str, int], seed: int, new: str) -> None:
     """What was in train before is in train after, but for the one that the new group takes the place of."""
     singles = list(groups)
     half = len(singles) // 2

@@ -64,9 +64,7 @@ def test_hard_nouns_mostly_share_a_colour_or_a_shape() -> None:
     found: Counter[tuple[str, ...]] = Counter()
     for _ in range(count):
         noun = hard_noun(original, rng)
-        found[
-            tuple(name for name in ("colour", "shape") if getattr(noun, name) != getattr(original, name))
-        ] += 1
+        found[tuple(name for name in ("colour", "shape") if getattr(noun, name) != getattr(original, name))] += 1
     assert set(found) == set(HARD)
     for changed, weight in HARD.items():
         assert found[changed] / count == pytest.approx(weight, abs=0.03)
@@ -92,9 +90,7 @@ def test_valid_negative_on_scenes() -> None:
     rng, valid = Random(0), 0
     for number in range(60):
         original = random_triplet(rng)
-        mutated = Triplet(
-            *mutate(original, SLOTS[number % 3], nouns=hard_noun, predicates=list(PREDICATES), rng=rng)
-        )
+        mutated = Triplet(*mutate(original, SLOTS[number % 3], nouns=hard_noun, predicates=list(PREDICATES), rng=rng))
         positive, negative = (
             sample_scene(rng, "", triplet, rng.randrange(len(NUMBERS) - 1)) for triplet in (original, mutated)
         )

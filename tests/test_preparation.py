@@ -33,16 +33,12 @@ def params() -> Params:
 
 def paint(folder: Path, name: str, shade: int, size: tuple[int, int] = (70, 60)) -> None:
     """A picture with a gradient, another one for each shade."""
-    pixels = (
-        np.add.outer(np.arange(size[1]), np.arange(size[0]))[..., None] % 200 + np.array([shade, 0, 50]) % 55
-    )
+    pixels = np.add.outer(np.arange(size[1]), np.arange(size[0]))[..., None] % 200 + np.array([shade, 0, 50]) % 55
     (folder / "images").mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / name)
 
 
-def example(
-    number: int, *images: str, split: Split = "train", texts: tuple[str, ...] = ("a", "b")
-) -> RawExample:
+def example(number: int, *images: str, split: Split = "train", texts: tuple[str, ...] = ("a", "b")) -> RawExample:
     return RawExample(f"{NAME}/0/{number}", split, images, texts, ((0, 0),), "circle")
 
 
@@ -58,9 +54,7 @@ def dataset(folder: Path, count: int = 6) -> list[RawExample]:
 
 def read_all(target: Path) -> dict[str, MatchingExample]:
     return {
-        e.id: e
-        for split in ("train", "validation", "test")
-        for e in read_examples(target / "examples.parquet", split)
+        e.id: e for split in ("train", "validation", "test") for e in read_examples(target / "examples.parquet", split)
     }
 
 
@@ -83,9 +77,7 @@ def test_counts_and_files(params: Params, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("parity", "side"), [(48, 48), (None, 64)])
-def test_the_stored_picture_is_what_clip_sees(
-    params: Params, parity: int | None, side: int, tmp_path: Path
-) -> None:
+def test_the_stored_picture_is_what_clip_sees(params: Params, parity: int | None, side: int, tmp_path: Path) -> None:
     source, target = tmp_path / "raw", tmp_path / "prepared"
     dataset(source, 3)
     images = params.images.model_copy(update={"parity": parity, "resolution": 64})
@@ -205,9 +197,7 @@ def test_an_unknown_dataset(params: Params, tmp_path: Path) -> None:
         (dict(answer=()), r"^scenes-cls: example scenes-cls/0/9: answer .* outside 1 images × 2 texts$"),
     ],
 )
-def test_examples_that_make_no_sense(
-    params: Params, broken: dict[str, object], message: str, tmp_path: Path
-) -> None:
+def test_examples_that_make_no_sense(params: Params, broken: dict[str, object], message: str, tmp_path: Path) -> None:
     source, target = tmp_path / "raw", tmp_path / "prepared"
     raw = dataset(source, 3)
     fields = dict(

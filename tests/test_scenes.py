@@ -109,9 +109,7 @@ def test_facts_are_what_holds_and_directions_are_mutual() -> None:
     for scene in world():
         nouns = [thing.noun for thing in scene.things]
         true = set(facts(scene))
-        assert true == {
-            t for x in nouns for p in PREDICATES for y in nouns if holds(scene, t := Triplet(x, p, y))
-        }
+        assert true == {t for x in nouns for p in PREDICATES for y in nouns if holds(scene, t := Triplet(x, p, y))}
         for subject, predicate, obj in true:
             converse = Triplet(obj, CONVERSE.get(predicate, predicate), subject)
             assert (converse in true) == (predicate in CONVERSE)
@@ -184,8 +182,7 @@ def test_the_vocabulary_covers_the_captions() -> None:
 
 def test_articles() -> None:
     assert (
-        sentence(Triplet(Noun("orange", "ring"), "above", BLUE), TEMPLATES[0])
-        == "an orange ring above a blue square"
+        sentence(Triplet(Noun("orange", "ring"), "above", BLUE), TEMPLATES[0]) == "an orange ring above a blue square"
     )
     assert class_text(RED) == "a photo of a red circle"
 
@@ -196,9 +193,7 @@ def test_the_pretraining_world_stands_still() -> None:
     for index in range(200):
         scene, rng = pretraining_scene(0, index)
         for thing in scene.things:
-            state.update(
-                f"{thing.noun} {thing.x:.6f} {thing.y:.6f} {thing.size:.6f} {thing.angle:.4f}\n".encode()
-            )
+            state.update(f"{thing.noun} {thing.x:.6f} {thing.y:.6f} {thing.size:.6f} {thing.angle:.4f}\n".encode())
         state.update(f"{scene.background} {scene.seed} {[caption(scene, rng) for _ in range(6)]}\n".encode())
     assert state.hexdigest()[:16] == "46b3e5ac774cbb11"
 

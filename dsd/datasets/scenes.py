@@ -175,7 +175,5 @@ def _examples(folder: Path, row: DatasetParams, *, seed: int) -> Iterator[RawExa
     name = f"{row.kind}/{seed}/"
     for example in read_annotations(folder):
         if not example.id.startswith(name):
-            raise DataError(
-                f"{folder / ANNOTATIONS}: {example.id} is not of {name}; download the dataset again"
-            )
+            raise DataError(f"{folder / ANNOTATIONS}: {example.id} is not of {name}; download the dataset again")
         yield example

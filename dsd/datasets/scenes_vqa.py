@@ -47,9 +47,7 @@ def _binary(rng: Random, seed: str) -> tuple[Scene, Question]:
         # Some pair is in this relation whatever the answer: which pair is the question.
         pairs = [Triplet(subject, triplet.predicate, obj) for subject, obj in permutations(nouns, 2)]
         yes, no = [t for t in pairs if holds(scene, t)], [t for t in pairs if not arguable(scene, t)]
-        return scene, Question(
-            referring(rng.choice(yes if answer == "yes" else no), RELATION), answer, "binary"
-        )
+        return scene, Question(referring(rng.choice(yes if answer == "yes" else no), RELATION), answer, "binary")
     noun = rng.choice(nouns)
     while answer == "no" and noun in nouns:
         noun = hard_noun(noun, rng)
