@@ -325,9 +325,9 @@ def train_clip(params: PretrainParams, corpus: Corpus, work: Path, target: Path,
 
 
 def pretrain(params: Params, work: Path, target: Path) -> Iterator[Row]:
-    """Makes `embedded` and `embedded-clip` under target; yields rows of the curves. Resumes from `work`.
+    """Makes `embedded` and `embedded-clip` under target; yields rows of the curves.
 
-    Two cores need about two hours, most of them for the U-Net.
+    Resumes from `work`, which belongs to one recipe: with other sizes or another corpus, start from an empty folder.
     """
     settings, device = params.pretrain, device_of(params.runtime.device)
     corpus = build(
