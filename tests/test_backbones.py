@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsd.backbones import load, load_clip, load_diffusion
+from dsd.backbones import StableDiffusion, load, load_clip, load_diffusion
 from dsd.errors import CheckpointError
 from dsd.params import BackboneParams, Params
 
@@ -35,17 +35,21 @@ def test_noising_and_prediction_are_those_of_the_scheduler(params: Params) -> No
     assert torch.allclose(backbone.add_noise(latents, noise, timesteps), expected, atol=1e-6)
 
 
+def predicting(folder: Path, what: str) -> StableDiffusion:
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": what}))
+    return load_diffusion(row(folder), CPU)
+
+
 def test_v_prediction_gives_the_same_noise(folder: Path) -> None:
     """A U-Net that answers v for the same ε leads to the same prediction."""
-    epsilon = load_diffusion(row(folder), CPU)
+    epsilon = predicting(folder, "epsilon")
     latents, noise = torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     timesteps, text = torch.tensor([200, 700]), epsilon.encode_texts(["a red circle", "a blue star"]).hidden
     noised = epsilon.add_noise(latents, noise, timesteps)
     with torch.inference_mode():
         expected = epsilon.predict_noise(noised, timesteps, text)
-    path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
-    velocity = load_diffusion(row(folder), CPU)
+    velocity = predicting(folder, "v_prediction")
     # v of z_t and ε_θ: v = (ε − √(1 − ᾱ) z_t) / √ᾱ  (Salimans and Ho 2022)
     alpha = velocity.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     answer = (expected - (1 - alpha).sqrt() * noised) / alpha.sqrt()
