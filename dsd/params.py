@@ -140,6 +140,7 @@ class PretrainParams(_Params):
     unet_channels: tuple[Positive, ...]
     unet_transformers: tuple[Positive, ...]
     unet_heads: Positive
+    timesteps: tuple[float, float]
     clip_width: Positive
     clip_layers: Positive
     clip_patch: Positive

@@ -225,9 +225,15 @@ def diffusion_loss(
     ids: Tensor,
     empty: Tensor,
     batch: int,
+    timesteps: tuple[float, float],
 ) -> Loss:
-    """‖v − v_θ(z_t, t, y)‖² over latents [2, N, C, r, r] (direct, parity), ids [N, K, M]; a tenth has no text."""
+    """‖v − v_θ(z_t, t, y)‖² over latents [2, N, C, r, r] (direct, parity), ids [N, K, M]; a tenth has no text.
+
+    logit(t/T) is drawn from a normal distribution of this mean and deviation (Esser et al. 2024, Scaling Rectified Flow
+    Transformers, section 3.1).
+    """
     schedule = noise_schedule()
+    mean, deviation = timesteps
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
         kind, index = _draw(generator, 2, batch), _draw(generator, latents.shape[1], batch)
@@ -235,11 +241,12 @@ def diffusion_loss(
         text = torch.where(_draw(generator, 10, batch)[:, None] == 0, empty, text)
         clean = latents[kind, index]
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
-        timesteps = _draw(generator, 1000, batch)
-        noised = schedule.add_noise(clean, noise, timesteps)
+        logit = mean + deviation * torch.randn(batch, generator=generator, device=clean.device)
+        steps = (1000 * logit.sigmoid()).long()
+        noised = schedule.add_noise(clean, noise, steps)
         hidden = text_encoder(text).last_hidden_state
-        target = schedule.get_velocity(clean, noise, timesteps)
-        return {"loss": F.mse_loss(unet(noised, timesteps, hidden).sample.float(), target)}
+        target = schedule.get_velocity(clean, noise, steps)
+        return {"loss": F.mse_loss(unet(noised, steps, hidden).sample.float(), target)}
 
     return loss
 
@@ -298,7 +305,9 @@ def train_diffusion(
     text_encoder = build_text_encoder(params, len(tokens), tokens.eos_token_id).to(device)
     ids = tokenize(tokens, corpus.captions).to(device)
     empty = tokenize(tokens, [[""]])[0].to(device)
-    loss = diffusion_loss(unet, text_encoder, latents * scaling, ids, empty, params.diffusion.batch)
+    loss = diffusion_loss(
+        unet, text_encoder, latents * scaling, ids, empty, params.diffusion.batch, params.timesteps
+    )
     both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     for row in fit("diffusion", both, loss, params.diffusion, work, params.seed, params.bfloat16):
         yield {"part": "diffusion", **row}

@@ -59,8 +59,11 @@ def test_evidence_equals_the_plain_loop(params: Params, prepared: Path, cached: 
     with torch.inference_mode():
         noised = backbone.schedule.add_noise(latents, noise, timestep)
         predicted = backbone.unet(noised, timestep, text.hidden).sample
+        target = backbone.schedule.get_velocity(latents, noise, timestep)
+        # With z_t given, ε − ε_θ = √ᾱ (v − v_θ).
+        expected = backbone.schedule.alphas_cumprod[timestep] * (target - predicted).square().mean()
     arrays = found.compute([(pair, draw)])
-    assert arrays["error"][0] == pytest.approx((noise - predicted).square().mean().item(), abs=1e-5)
+    assert arrays["error"][0] == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_each_pair_once_and_an_unconditional_pass_where_images_are_compared(prepared: Path) -> None:
