@@ -141,6 +141,7 @@ class PretrainParams(_Params):
     unet_transformers: tuple[Positive, ...]
     unet_heads: Positive
     timesteps: tuple[float, float]
+    simplicity: float
     clip_width: Positive
     clip_layers: Positive
     clip_patch: Positive

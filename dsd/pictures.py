@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import uuid
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -67,11 +66,6 @@ class Pictures:
             raise KeyError(f"{self.path}: no picture {id!r}")
         group, row = self._place[id]
         return _open(self._group(group)[row])
-
-    def batches(self, size: int) -> Iterator[list[tuple[str, Image.Image]]]:
-        """All (id, picture) in file order, at most `size` at a time, which is also what is held in memory."""
-        for batch in self._file.iter_batches(size):
-            yield [(row["id"], _open(row["png"])) for row in batch.to_pylist()]
 
     def _read(self, group: int) -> list[bytes]:
         return self._file.read_row_group(group, columns=["png"])["png"].to_pylist()

@@ -25,6 +25,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 
 from dsd.backbones import device_of
 from dsd.cards import write_cards
+from dsd.errors import ParamsError
 from dsd.params import FitParams, Params, PretrainParams
 from dsd.scenes.captions import vocabulary
 from dsd.scenes.corpus import Corpus, build
@@ -224,19 +225,20 @@ def diffusion_loss(
     latents: Tensor,
     ids: Tensor,
     empty: Tensor,
+    weights: Tensor,
     batch: int,
     timesteps: tuple[float, float],
 ) -> Loss:
     """‖v − v_θ(z_t, t, y)‖² over latents [2, N, C, r, r] (direct, parity), ids [N, K, M]; a tenth has no text.
 
-    logit(t/T) is drawn from a normal distribution of this mean and deviation (Esser et al. 2024, Scaling Rectified Flow
-    Transformers, section 3.1).
+    weights [N] say how often a picture comes; logit(t/T) is drawn from a normal distribution of this mean and deviation
+    (Esser et al. 2024, Scaling Rectified Flow Transformers, section 3.1).
     """
     schedule = noise_schedule()
     mean, deviation = timesteps
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
-        kind, index = _draw(generator, 2, batch), _draw(generator, latents.shape[1], batch)
+        kind, index = _draw(generator, 2, batch), torch.multinomial(weights, batch, True, generator=generator)
         text = ids[index, _draw(generator, ids.shape[1], batch)]
         text = torch.where(_draw(generator, 10, batch)[:, None] == 0, empty, text)
         clean = latents[kind, index]
@@ -305,8 +307,9 @@ def train_diffusion(
     text_encoder = build_text_encoder(params, len(tokens), tokens.eos_token_id).to(device)
     ids = tokenize(tokens, corpus.captions).to(device)
     empty = tokenize(tokens, [[""]])[0].to(device)
+    weights = torch.tensor(corpus.things, device=device) ** -params.simplicity
     loss = diffusion_loss(
-        unet, text_encoder, latents * scaling, ids, empty, params.diffusion.batch, params.timesteps
+        unet, text_encoder, latents * scaling, ids, empty, weights, params.diffusion.batch, params.timesteps
     )
     both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     for row in fit("diffusion", both, loss, params.diffusion, work, params.seed, params.bfloat16):
@@ -337,12 +340,28 @@ def train_clip(params: PretrainParams, corpus: Corpus, work: Path, target: Path,
     tokens.save_pretrained(target / "tokenizer")
 
 
-def pretrain(params: Params, work: Path, target: Path) -> Iterator[Row]:
-    """Makes `embedded` and `embedded-clip` under target; yields rows of the curves.
+def claim(work: Path, settings: PretrainParams) -> None:
+    """Writes the recipe into `work`, whose state belongs to it; steps and rates may still change, sizes may not.
 
-    Resumes from `work`, which belongs to one recipe: with other sizes or another corpus, start from an empty folder.
+    Raises:
+        ParamsError: `work` holds the state of another recipe.
     """
+    path, recipe = work / "recipe.json", settings.model_dump(mode="json", exclude={"autoencoder", "diffusion", "clip"})
+    if path.exists():
+        there = json.loads(path.read_text())
+        for key, value in recipe.items():
+            if there.get(key) != value:
+                raise ParamsError(
+                    f"pretrain.{key}: {value}, but {work} holds a training with {there.get(key)}; "
+                    "set it back, or empty the folder to train from the start"
+                )
+    write_atomic(path, json.dumps(recipe, indent=1).encode())
+
+
+def pretrain(params: Params, work: Path, target: Path) -> Iterator[Row]:
+    """Makes `embedded` and `embedded-clip` under target; yields rows of the curves. Resumes from `work`."""
     settings, device = params.pretrain, device_of(params.runtime.device)
+    claim(work, settings)
     corpus = build(
         work / "corpus", seed=settings.seed, size=settings.size, captions=settings.captions, parity=settings.parity,
         resolution=settings.resolution, workers=params.runtime.workers,

@@ -148,7 +148,7 @@ def test_no_picture_is_in_two_splits(params: Params, tmp_path: Path) -> None:
     assert set(read_all(target)) == {f"{NAME}/0/{number}" for number in (1, 2, 3, 4, 5)}
 
 
-def test_random_access_and_batches(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_access(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsd.pictures.ROW_GROUP", 4)
     monkeypatch.setattr(preparation, "AHEAD", 3)
     source, target = tmp_path / "raw", tmp_path / "prepared"
@@ -159,10 +159,6 @@ def test_random_access_and_batches(params: Params, tmp_path: Path, monkeypatch: 
     assert len(pictures) == len(set(pictures.ids)) == 42
     for id in reversed(pictures.ids):
         assert image_id(to_array(pictures[id])) == id
-    batches = list(pictures.batches(5))
-    assert [len(batch) for batch in batches] == [5] * 8 + [2]
-    assert [id for batch in batches for id, _ in batch] == pictures.ids
-    assert all(image_id(to_array(picture)) == id for batch in batches for id, picture in batch)
 
 
 def test_pictures_that_are_not_there(params: Params, tmp_path: Path) -> None:

@@ -23,12 +23,16 @@ NATIVE = 128  # side of a drawn picture, in pixels: the "photo" that both models
 
 @dataclass(frozen=True)
 class Corpus:
-    """`direct` [N,R,R,3] and `parity` [N,R,R,3] (through P×P) and `small` [N,P,P,3], uint8; `captions` [N][K]."""
+    """`direct` [N,R,R,3] and `parity` [N,R,R,3] (through P×P) and `small` [N,P,P,3], uint8; `captions` [N][K].
+
+    `things` [N] says how many things a picture shows.
+    """
 
     direct: np.ndarray
     parity: np.ndarray
     small: np.ndarray
     captions: list[list[str]]
+    things: list[int]
 
 
 def _draw(index: int, seed: int, captions: int, parity: int, resolution: int) -> tuple[np.ndarray, ...]:
@@ -40,7 +44,7 @@ def _draw(index: int, seed: int, captions: int, parity: int, resolution: int) ->
         resize(picture, parity=parity, resolution=resolution),
         resize(picture, parity=None, resolution=parity),
     )
-    return (*(np.asarray(image) for image in images), np.array(json.dumps(texts)))
+    return (*(np.asarray(image) for image in images), np.array(json.dumps([texts, len(scene.things)])))
 
 
 def build(root: Path, *, seed: int, size: int, captions: int, parity: int, resolution: int, workers: int) -> Corpus:
@@ -56,15 +60,18 @@ def build(root: Path, *, seed: int, size: int, captions: int, parity: int, resol
             name: np.lib.format.open_memmap(root / f"{name}.npy", "w+", np.uint8, (size, side, side, 3))
             for name, side in sides.items()
         }
-        texts = []
+        texts, things = [], []
         with ProcessPoolExecutor(workers) as pool:
             draw = partial(_draw, seed=seed, captions=captions, parity=parity, resolution=resolution)
             for index, (*images, row) in enumerate(pool.map(draw, range(size), chunksize=64)):
                 for array, image in zip(arrays.values(), images, strict=True):
                     array[index] = image
-                texts.append(json.loads(str(row)))
+                said, count = json.loads(str(row))
+                texts.append(said)
+                things.append(count)
         for array in arrays.values():
             array.flush()
-        write_atomic(marker, json.dumps({"recipe": recipe, "captions": texts}).encode())
+        write_atomic(marker, json.dumps({"recipe": recipe, "captions": texts, "things": things}).encode())
     loaded = {name: np.load(root / f"{name}.npy", mmap_mode="r") for name in ("direct", "parity", "small")}
-    return Corpus(**loaded, captions=json.loads(marker.read_text())["captions"])
+    told = json.loads(marker.read_text())
+    return Corpus(**loaded, captions=told["captions"], things=told["things"])

@@ -1,0 +1,76 @@
+"""Pretraining: what it leaves loads, resumes to the bit, and belongs to one recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dsd import pretraining
+from dsd.backbones import load_clip, load_diffusion
+from dsd.errors import ParamsError
+from dsd.params import FitParams, Params
+from dsd.pretraining import Loss, claim, fit, pretrain
+from tests.tiny import SIZES
+
+CPU = torch.device("cpu")
+
+
+class Stop(Exception):
+    """Stands for a kill between two steps."""
+
+
+def regression(module: nn.Linear, stop_at: int | None = None) -> Loss:
+    calls = 0
+
+    def loss(generator: torch.Generator) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            raise Stop
+        x = torch.randn(8, 3, generator=generator)
+        return {"loss": (module(x) - x.sum(-1, keepdim=True)).square().mean()}
+
+    return loss
+
+
+def trained(root: Path, settings: FitParams, stop_at: int | None = None) -> Tensor:
+    torch.manual_seed(0)
+    module = nn.Linear(3, 1)
+    root.mkdir(exist_ok=True)
+    list(fit("line", module, regression(module, stop_at), settings, root, seed=0, bfloat16=False))
+    return module.weight.detach()
+
+
+def test_a_training_cut_short_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretraining, "EVERY", 10)
+    settings = FitParams(steps=100, batch=8, learning_rate=0.05, warmup=5, weight_decay=0.0, ema=0.8)
+    whole = trained(tmp_path / "whole", settings)
+    with pytest.raises(Stop):
+        trained(tmp_path / "cut", settings, stop_at=57)
+    assert torch.equal(trained(tmp_path / "cut", settings), whole)
+    assert torch.allclose(whole, torch.ones(1, 3), atol=0.05)  # and it learned
+    assert (tmp_path / "cut" / "line.csv").read_text().splitlines()[0] == "step,loss"
+
+
+def test_what_pretraining_leaves_loads(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretraining, "write_cards", lambda *_: None)
+    work, target = tmp_path / "work", tmp_path / "models"
+    params = params.model_copy(update={"pretrain": SIZES})
+    list(pretrain(params, work, target))
+    diffusion = load_diffusion(
+        params.backbones["embedded"].model_copy(update={"source": str(target / "embedded")}), CPU
+    )
+    assert diffusion.schedule.config.prediction_type == "v_prediction"
+    assert diffusion.resolution == SIZES.resolution
+    load_clip(params.backbones["embedded-clip"].model_copy(update={"source": str(target / "embedded-clip")}), CPU)
+    list(pretrain(params, work, target))  # again: from the finished state
+
+
+def test_the_state_of_another_recipe_is_not_gone_on_with(tmp_path: Path) -> None:
+    claim(tmp_path, SIZES)
+    claim(tmp_path, SIZES.model_copy(update={"diffusion": SIZES.clip.model_copy(update={"steps": 9})}))
+    with pytest.raises(ParamsError, match=r"pretrain\.text_width: 64, but .* holds a training with 32"):
+        claim(tmp_path, SIZES.model_copy(update={"text_width": 64}))
