@@ -33,7 +33,8 @@ from dsd.store import write_atomic
 
 Loss = Callable[[torch.Generator], dict[str, Tensor]]
 Row = dict[str, float | str]
-EVERY = 100  # steps between checkpoints
+WINDOW = 50  # steps that a row of the curve is the mean of
+EVERY = 2 * WINDOW  # steps between checkpoints
 
 
 def tokenizer(words: list[str], max_tokens: int) -> CLIPTokenizer:
@@ -77,7 +78,8 @@ def fit(
 ) -> Iterator[dict[str, float]]:
     """AdamW with warm-up and cosine decay; leaves the exponential moving average of the weights in `module`.
 
-    Yields one row of the curve every 50 steps. State goes to `<root>/<name>.pt` and the curve to `<root>/<name>.csv`.
+    Yields a row of the curve every 50 steps and at the end. State goes to `<root>/<name>.pt`, the curve to
+    `<root>/<name>.csv`.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -99,7 +101,7 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         start, rows = state["step"], state["rows"]
     module.train()
-    sums: dict[str, Tensor | float] = {}
+    seen: dict[str, list[Tensor]] = {}
     for step in range(start, settings.steps):
         warm = min(1.0, (step + 1) / settings.warmup)
         rate = settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
@@ -114,10 +116,10 @@ def fit(
         optimizer.step()
         average.update_parameters(module)
         for key, value in terms.items():
-            sums[key] = sums.get(key, 0.0) + value.detach() / 50
-        if (step + 1) % 50 == 0:
-            rows.append({"step": step + 1, **{key: float(value) for key, value in sums.items()}})
-            sums = {}
+            seen.setdefault(key, []).append(value.detach())
+        if (step + 1) % WINDOW == 0 or step + 1 == settings.steps:
+            rows.append({"step": step + 1, **{key: float(torch.stack(window).mean()) for key, window in seen.items()}})
+            seen = {}
             yield rows[-1]
         if (step + 1) % EVERY == 0 or step + 1 == settings.steps:
             state = dict(module=module.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict())
@@ -296,7 +298,7 @@ def train_diffusion(
     cached = work / "latents.safetensors"
     if not (cached.exists() and cached.stat().st_mtime > (work / "autoencoder.pt").stat().st_mtime):
         encoded = torch.stack([encode(vae, kind, params.bfloat16) for kind in pictures])
-        write_atomic(cached, safetensors.torch.save({"latents": encoded.cpu()}))
+        write_atomic(cached, safetensors.torch.save({"latents": encoded.cpu().contiguous()}))
     latents = safetensors.torch.load_file(cached, device=str(device))["latents"]
     del pictures
     scaling = float(1 / latents.std())

@@ -45,7 +45,7 @@ def trained(root: Path, settings: FitParams, stop_at: int | None = None) -> Tens
 
 
 def test_a_training_cut_short_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretraining, "EVERY", 10)
+    monkeypatch.setattr(pretraining, "EVERY", pretraining.WINDOW)
     settings = FitParams(steps=100, batch=8, learning_rate=0.05, warmup=5, weight_decay=0.0, ema=0.8)
     whole = trained(tmp_path / "whole", settings)
     with pytest.raises(Stop):
