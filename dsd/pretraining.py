@@ -240,13 +240,14 @@ def diffusion_loss(
     mean, deviation = timesteps
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
-        kind, index = _draw(generator, 2, batch), torch.multinomial(weights, batch, True, generator=generator)
+        kind = _draw(generator, 2, batch)
+        index = torch.multinomial(weights, batch, replacement=True, generator=generator)
         text = ids[index, _draw(generator, ids.shape[1], batch)]
         text = torch.where(_draw(generator, 10, batch)[:, None] == 0, empty, text)
         clean = latents[kind, index]
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         logit = mean + deviation * torch.randn(batch, generator=generator, device=clean.device)
-        steps = (1000 * logit.sigmoid()).long()
+        steps = (1000 * logit.sigmoid()).long().clamp(max=999)  # a large logit rounds to 1
         noised = schedule.add_noise(clean, noise, steps)
         hidden = text_encoder(text).last_hidden_state
         target = schedule.get_velocity(clean, noise, steps)
@@ -343,7 +344,7 @@ def train_clip(params: PretrainParams, corpus: Corpus, work: Path, target: Path,
 
 
 def claim(work: Path, settings: PretrainParams) -> None:
-    """Writes the recipe into `work`, whose state belongs to it; steps and rates may still change, sizes may not.
+    """Writes the recipe into `work`, whose state belongs to it; only the three fits (steps, rates) may still change.
 
     Raises:
         ParamsError: `work` holds the state of another recipe.
