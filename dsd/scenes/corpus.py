@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from dsd.images import resize
+from dsd.progress import progress
 from dsd.scenes.captions import caption, pretraining_scene
 from dsd.scenes.render import render
 from dsd.store import write_atomic
@@ -63,7 +64,8 @@ def build(root: Path, *, seed: int, size: int, captions: int, parity: int, resol
         texts, things = [], []
         with ProcessPoolExecutor(workers) as pool:
             draw = partial(_draw, seed=seed, captions=captions, parity=parity, resolution=resolution)
-            for index, (*images, row) in enumerate(pool.map(draw, range(size), chunksize=64)):
+            drawn = progress(pool.map(draw, range(size), chunksize=64), total=size, desc="corpus")
+            for index, (*images, row) in enumerate(drawn):
                 for array, image in zip(arrays.values(), images, strict=True):
                     array[index] = image
                 said, count = json.loads(str(row))
