@@ -310,9 +310,10 @@ def train_diffusion(
     tokens = tokenizer(vocabulary(), params.max_tokens)
     torch.manual_seed(params.seed)
     unet = build_unet(params).to(device)
-    if device.type == "cpu":  # the fused kernel is slow backwards there: a step took 0.91 s with it, 0.41 s without
-        unet.set_attn_processor(AttnProcessor())
     text_encoder = build_text_encoder(params, len(tokens), tokens.eos_token_id).to(device)
+    if device.type == "cpu":  # the fused kernels are slow backwards there: half of a step's time
+        unet.set_attn_processor(AttnProcessor())
+        text_encoder.set_attn_implementation("eager")
     ids = tokenize(tokens, corpus.captions).to(device)
     empty = tokenize(tokens, [[""]])[0].to(device)
     weights = torch.tensor(corpus.things, device=device) ** -params.simplicity
@@ -340,6 +341,8 @@ def train_clip(params: PretrainParams, corpus: Corpus, work: Path, target: Path,
     tokens = tokenizer(vocabulary(), params.max_tokens)
     torch.manual_seed(params.seed)
     clip = build_clip(params, len(tokens), tokens.eos_token_id).to(device)
+    if device.type == "cpu":
+        clip.set_attn_implementation("eager")
     ids = tokenize(tokens, corpus.captions).to(device)
     loss = clip_loss(clip, _on(device, corpus.small)[0], ids, params.clip.batch)
     for row in fit("clip", clip, loss, params.clip, work, params.seed, params.bfloat16):
