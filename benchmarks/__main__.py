@@ -22,7 +22,7 @@ from benchmarks.setting import PREPARED, engine_over
 from dsd.attention import Recording, during
 from dsd.draws import Draw, draws
 from dsd.errors import DataError
-from dsd.evidence import UNCONDITIONAL, Request, requests
+from dsd.evidence import Request, requests
 from dsd.matching import MatchingExample, Pair, read_examples
 from dsd.params import load
 from dsd.pictures import Pictures
@@ -59,8 +59,7 @@ def engine_vs_plain_loop() -> Result:
             return plain.score(engine.backbone, params.evidence, pictures, params.images.resolution, some, seen)
 
         def asked_of(some: list[MatchingExample]) -> list[Request]:
-            rows = requests(some, params.noise, params.seed)
-            return [row for row in rows if row[0].text != UNCONDITIONAL]  # the plain loop scores attention alone
+            return requests(some, params.noise, params.seed, normalised=False)  # the plain loop scores attention alone
 
         loop(few[:1])  # warm
         found: dict[tuple[Pair, Draw], float] = {}

@@ -20,7 +20,9 @@ def main() -> None:
     examples = read_examples(PREPARED / "examples.parquet", "test")[: int(sys.argv[1])]
     engine = engine_over(params, Path("data/cache/scenes-com"))
     with TemporaryDirectory() as folder:
-        engine.fill(plan(requests(examples, noise, params.seed), "memory", 128), Store(Path(folder)), "memory")
+        engine.fill(
+            plan(requests(examples, noise, params.seed, normalised=True), "memory", 128), Store(Path(folder)), "memory"
+        )
     sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.1f}\n")
 
 

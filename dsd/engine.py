@@ -24,7 +24,7 @@ from dsd.encoding import (
     diffusion_encodings,
     read_all,
 )
-from dsd.evidence import Request, Shard, plan, requests, write_index
+from dsd.evidence import Request, Shard, normalised, plan, requests, write_index
 from dsd.matching import Pair, pairs, read_examples
 from dsd.params import ContrastiveMethod, EvidenceParams, Params
 from dsd.pictures import Pictures
@@ -143,21 +143,21 @@ def score(name: str, params: Params, prepared: Path, cached: Path, trained: Path
     pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
     backbone = load_diffusion(params.backbones[params.backbone], device)
     tables = diffusion_encodings(backbone, pictures, texts, params.images.resolution, Store(cached))
-    rows = requests(examples, params.noise, params.seed)
     keys: dict[str, list[str]] = {}
-    computed = 0
+    total, computed = 0, 0
     for prompt in prompts(params):
         folder = trained if prompt == "few-shot" else None
         learned = AttentionPrompt.load(folder / PROMPT, backbone.digest) if folder else None
+        rows = requests(examples, params.noise_of(name), params.seed, normalised(params.methods, prompt))
         shards = plan(rows, source_digest(params, backbone, folder), params.evidence.shard)
         engine = Engine(backbone, learned, params.evidence, *tables, params.runtime.batch_size)
         computed += engine.fill(shards, store, f"score {name}, prompt {prompt}")
         keys[prompt] = [shard.key for shard in shards]
+        total += len(rows)
     asked = pairs(examples)
     for row in clip_backbones(params):
         clip = load_clip(params.backbones[row], device)
         keys[row] = [cosines(clip, pictures, texts, cached, asked, store)]
     store.prune({key for some in keys.values() for key in some})
     write_index(target, keys)
-    total = len(rows) * len(prompts(params))
     return {"pairs": len(asked), "rows": total, "computed": computed, "corrupt": store.corrupt}

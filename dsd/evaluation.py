@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dsd.datasets import benchmark
-from dsd.evidence import UNCONDITIONAL, Evidence, read_evidence, read_shards
+from dsd.evidence import UNCONDITIONAL, Evidence, normalised, read_evidence, read_shards
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
 from dsd.metrics import METRICS, rank
-from dsd.params import ContrastiveMethod, CrossAttentionMethod, DenoisingMethod, Params
+from dsd.params import ContrastiveMethod, CrossAttentionMethod, DenoisingMethod, NoiseParams, Params
 from dsd.scorers import cross_attention, denoising
 from dsd.statistics import Interval, clustered_mean
 from dsd.store import write_atomic
@@ -75,9 +75,15 @@ def summarise(
     return {metric: clustered_mean(hits, clusters, groups, **options) for metric, (hits, groups) in found.items()}  # type: ignore[arg-type]
 
 
-def method_scores(params: Params, examples: Sequence[MatchingExample], scored: Path) -> Iterator[tuple[str, Scores]]:
+def method_scores(
+    params: Params, noise: NoiseParams, examples: Sequence[MatchingExample], scored: Path
+) -> Iterator[tuple[str, Scores]]:
     """(method, scores of every pair of the examples), method by method; evidence in use by several is read once."""
-    read = lru_cache(maxsize=2)(lambda prompt: read_evidence(scored, prompt, examples, params.noise, params.seed))
+
+    @lru_cache(maxsize=2)
+    def read(prompt: str) -> Evidence:
+        return read_evidence(scored, prompt, examples, noise, params.seed, normalised(params.methods, prompt))
+
     for name, method in params.methods.items():
         if isinstance(method, ContrastiveMethod):
             yield name, clip_scores(scored, method, pairs(examples))
@@ -104,7 +110,7 @@ def evaluate(name: str, params: Params, prepared: Path, scored: Path, target: Pa
     settings = dict(params.evaluate.model_dump(), seed=params.seed)
     results: Results = {}
     rows = []
-    for method, scores in method_scores(params, examples, scored):
+    for method, scores in method_scores(params, params.noise_of(name), examples, scored):
         tables = [table(example, scores) for example in examples]
         ranks = np.array([rank(t, example.answer) for t, example in zip(tables, examples, strict=True)])
         results[method] = summarise(params.datasets[name].kind, examples, ranks, **settings)

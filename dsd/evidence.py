@@ -6,7 +6,7 @@ No model is needed here. Shapes: E pairs, K draws, P poolings, L layers, H heads
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 from dsd.draws import Draw, draws
 from dsd.errors import DataError
 from dsd.matching import MatchingExample, Pair, pairs
-from dsd.params import NoiseParams
+from dsd.params import DenoisingMethod, MethodParams, NoiseParams
 from dsd.schedules import exhaustive
 from dsd.store import Store, digest, write_atomic
 
@@ -43,15 +43,20 @@ class Evidence:
     error: np.ndarray  # [E, K] ‖ε − ε_θ‖², mean over the latent
 
 
-def wanted(examples: Sequence[MatchingExample]) -> list[Pair]:
-    """The pairs of the examples, and the unconditional pass of every image that is compared with another image."""
-    alone = {Pair(image, UNCONDITIONAL): None for e in examples if len(e.images) > 1 for image in e.images}
-    return [*pairs(examples), *alone]
+def normalised(methods: Mapping[str, MethodParams], prompt: str) -> bool:
+    """Whether a method under this prompt sets errors off against the unconditional ones."""
+    return any(isinstance(method, DenoisingMethod) and method.prompt == prompt for method in methods.values())
 
 
-def requests(examples: Sequence[MatchingExample], noise: NoiseParams, seed: int) -> list[Request]:
+def wanted(examples: Sequence[MatchingExample], normalised: bool) -> list[Pair]:
+    """The pairs of the examples; if normalised, also the unconditional pass of each image that is compared with one."""
+    compared = [e for e in examples if normalised and len(e.images) > 1]
+    return [*pairs(examples), *dict.fromkeys(Pair(image, UNCONDITIONAL) for e in compared for image in e.images)]
+
+
+def requests(examples: Sequence[MatchingExample], noise: NoiseParams, seed: int, normalised: bool) -> list[Request]:
     """Every (pair, draw) of the examples, a pair's draws together."""
-    asked, seen = wanted(examples), draws(noise, seed)
+    asked, seen = wanted(examples, normalised), draws(noise, seed)
     return [(asked[p], seen[d]) for p, d in exhaustive(len(asked), len(seen))]
 
 
@@ -87,10 +92,10 @@ def read_shards(scored: Path, name: str) -> dict[str, np.ndarray]:
 
 
 def read_evidence(
-    scored: Path, prompt: str, examples: Sequence[MatchingExample], noise: NoiseParams, seed: int
+    scored: Path, prompt: str, examples: Sequence[MatchingExample], noise: NoiseParams, seed: int, normalised: bool
 ) -> Evidence:
     """The stored evidence of the examples under a prompt; see `read_shards` for what it raises."""
-    asked, seen = wanted(examples), draws(noise, seed)
+    asked, seen = wanted(examples, normalised), draws(noise, seed)
     arrays = read_shards(scored, prompt)
     if len(arrays["error"]) != len(asked) * len(seen):
         raise DataError(f"{scored}: {len(arrays['error'])} rows for {len(asked)} pairs; run the stage `score` again")

@@ -41,7 +41,10 @@ class ImageParams(_Params):
 
 
 class DatasetParams(_Params):
-    """A row of `datasets`; `candidates` and `binary` are asked for by the kinds that use them."""
+    """A row of `datasets`; `candidates` and `binary` are asked for by the kinds that use them.
+
+    `draws_per_level`, where it is given, stands for that of `noise`: what a draw costs grows with the candidates.
+    """
 
     kind: str
     size: Positive
@@ -50,6 +53,7 @@ class DatasetParams(_Params):
     test: Positive
     candidates: Positive | None = Field(default=None)
     binary: Share | None = Field(default=None)
+    draws_per_level: Positive | None = Field(default=None)
 
 
 class NoiseParams(_Params):
@@ -166,6 +170,11 @@ class Params(_Params):
     evaluate: EvaluateParams
     report: ReportParams
     pretrain: PretrainParams
+
+    def noise_of(self, dataset: str) -> NoiseParams:
+        """The noise at which the examples of a dataset are scored."""
+        draws = self.datasets[dataset].draws_per_level
+        return self.noise if draws is None else self.noise.model_copy(update={"draws_per_level": draws})
 
     @model_validator(mode="after")
     def _names_exist(self) -> Params:

@@ -324,16 +324,16 @@ def train_diffusion(
     for row in fit("diffusion", both, loss, params.diffusion, work, params.seed, params.bfloat16):
         yield {"part": "diffusion", **row}
     pipeline = StableDiffusionPipeline(
-        vae.half(),
-        text_encoder.half(),
+        vae.half().cpu(),
+        text_encoder.half().cpu(),
         tokens,
-        unet.half(),
+        unet.half().cpu(),
         noise_schedule(),
         None,
         None,
         requires_safety_checker=False,
     )
-    pipeline.to("cpu").save_pretrained(target)
+    pipeline.save_pretrained(target)
 
 
 def train_clip(params: PretrainParams, corpus: Corpus, work: Path, target: Path, device: torch.device) -> Iterator[Row]:

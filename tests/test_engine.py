@@ -41,7 +41,7 @@ def make(params: Params, prepared: Path, cached: Path, batch_size: int) -> tuple
 
 
 def test_scores_do_not_depend_on_batch_size_or_order(params: Params, prepared: Path, cached: Path) -> None:
-    rows = requests(make(params, prepared, cached, 1)[1], params.noise, params.seed)[:12]
+    rows = requests(make(params, prepared, cached, 1)[1], params.noise, params.seed, normalised=True)[:12]
     alone = make(params, prepared, cached, 1)[0].compute(rows)
     together = make(params, prepared, cached, 12)[0].compute(rows[::-1])
     for name, array in alone.items():
@@ -51,7 +51,7 @@ def test_scores_do_not_depend_on_batch_size_or_order(params: Params, prepared: P
 def test_evidence_equals_the_plain_loop(params: Params, prepared: Path, cached: Path) -> None:
     """The public implementations' way: each pair alone, image and text encoded again for it."""
     found, examples = make(params, prepared, cached, 8)
-    pair, draw = requests(examples, params.noise, params.seed)[3]
+    pair, draw = requests(examples, params.noise, params.seed, normalised=True)[3]
     backbone, pictures = found.backbone, Pictures(prepared / "images.parquet")
     picture = np.asarray(pictures[pair.image].resize((32, 32), 3))
     latents, text = backbone.encode_images(picture[None]), backbone.encode_texts([pair.text])
@@ -68,14 +68,15 @@ def test_evidence_equals_the_plain_loop(params: Params, prepared: Path, cached: 
 
 def test_each_pair_once_and_an_unconditional_pass_where_images_are_compared(prepared: Path) -> None:
     examples = read_examples(prepared / "examples.parquet", "test")
-    asked = wanted(examples)
+    asked = wanted(examples, normalised=True)
     assert len(asked) == len(set(asked))
     assert {pair for pair in asked if pair.text != UNCONDITIONAL} == set(pairs(examples))
     assert {pair.image for pair in asked if pair.text == UNCONDITIONAL} == {
         image for e in examples for image in e.images
     }
+    assert wanted(examples, normalised=False) == pairs(examples)
     one_image = [MatchingExample("x", ("i",), ("a", "b"), ((0, 0),), "all")]
-    assert wanted(one_image) == [Pair("i", "a"), Pair("i", "b")]
+    assert wanted(one_image, normalised=True) == [Pair("i", "a"), Pair("i", "b")]
 
 
 @given(st.integers(1, 6), st.integers(1, 4))
@@ -107,7 +108,7 @@ def test_draws_are_paired_and_their_seeds_independent_of_position() -> None:
 
 def evidence(params: Params, prepared: Path, target: Path) -> dict[str, np.ndarray]:
     examples = read_examples(prepared / "examples.parquet", "test")
-    found = read_evidence(target, "none", examples, params.noise, params.seed)
+    found = read_evidence(target, "none", examples, params.noise_of("scenes-com"), params.seed, normalised=True)
     return {"attention": found.attention, "attribution": found.attribution, "error": found.error}
 
 

@@ -42,7 +42,9 @@ def small(models: Path, **changes: object) -> Params:
     """The project's params on the tiny checkpoints, one small scenes-com and few steps."""
     params = load(Path(__file__).parent.parent / "params.yaml")
     rows = {name: row.model_copy(update={"source": str(models / name)}) for name, row in params.backbones.items()}
-    com = params.datasets["scenes-com"].model_copy(update={"size": 60, "few_shot": 0.1, "validation": 0.05, "test": 9})
+    com = params.datasets["scenes-com"].model_copy(
+        update={"size": 60, "few_shot": 0.1, "validation": 0.05, "test": 9, "draws_per_level": 2}
+    )
     training = params.training.model_copy(update={"steps": 4, "examples_per_step": 3, "checkpoint_every": 1})
     return params.model_copy(
         update={
