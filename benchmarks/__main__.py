@@ -64,7 +64,7 @@ def engine_vs_plain_loop() -> Result:
         loop(few[:1])  # warm
         found: dict[tuple[Pair, Draw], float] = {}
         slow = seconds(lambda: found.update(loop(few))) / len(few)
-        many = examples[:120]
+        many = examples[:480]
         fast = seconds(lambda: engine.compute(asked_of(many))) / len(many)
         asked = asked_of(few)
         scores = engine.compute(asked)["attention"][:, 0].mean((-2, -1))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsd.backbones import device_of, load_diffusion
-from dsd.encoding import all_texts, diffusion_encodings
+from dsd.encoding import all_texts, diffusion_encodings, read_all
 from dsd.engine import Engine
-from dsd.matching import read_examples
 from dsd.params import Params
 from dsd.pictures import Pictures
 from dsd.store import Store
@@ -17,7 +16,7 @@ PREPARED = Path("data/prepare/scenes-com")
 
 def engine_over(params: Params, cache: Path) -> Engine:
     backbone = load_diffusion(params.backbones[params.backbone], device_of(params.runtime.device))
-    texts = all_texts(read_examples(PREPARED / "examples.parquet", "test"))
+    texts = all_texts(read_all(PREPARED))  # those of the stage `cache`, so that its folder is read and never changed
     tables = diffusion_encodings(
         backbone, Pictures(PREPARED / "images.parquet"), texts, params.images.resolution, Store(cache)
     )
