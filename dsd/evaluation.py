@@ -20,7 +20,7 @@ from dsd.datasets import benchmark
 from dsd.evidence import UNCONDITIONAL, Evidence, normalised, read_evidence, read_shards
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
 from dsd.metrics import METRICS, rank
-from dsd.params import ContrastiveMethod, CrossAttentionMethod, DenoisingMethod, NoiseParams, Params
+from dsd.params import ContrastiveMethod, CrossAttentionMethod, DenoisingMethod, NoiseParams, Params, noise_of
 from dsd.scorers import cross_attention, denoising
 from dsd.statistics import Interval, clustered_mean
 from dsd.store import write_atomic
@@ -110,7 +110,7 @@ def evaluate(name: str, params: Params, prepared: Path, scored: Path, target: Pa
     settings = dict(params.evaluate.model_dump(), seed=params.seed)
     results: Results = {}
     rows = []
-    for method, scores in method_scores(params, params.noise_of(name), examples, scored):
+    for method, scores in method_scores(params, noise_of(params, name), examples, scored):
         tables = [table(example, scores) for example in examples]
         ranks = np.array([rank(t, example.answer) for t, example in zip(tables, examples, strict=True)])
         results[method] = summarise(params.datasets[name].kind, examples, ranks, **settings)

@@ -171,11 +171,6 @@ class Params(_Params):
     report: ReportParams
     pretrain: PretrainParams
 
-    def noise_of(self, dataset: str) -> NoiseParams:
-        """The noise at which the examples of a dataset are scored."""
-        draws = self.datasets[dataset].draws_per_level
-        return self.noise if draws is None else self.noise.model_copy(update={"draws_per_level": draws})
-
     @model_validator(mode="after")
     def _names_exist(self) -> Params:
         named = {
@@ -198,6 +193,12 @@ class Params(_Params):
             if isinstance(method, CrossAttentionMethod) and method.pooling not in self.evidence.poolings:
                 raise ValueError(f"methods.{name}.pooling: {method.pooling!r} is not among evidence.poolings")
         return self
+
+
+def noise_of(params: Params, dataset: str) -> NoiseParams:
+    """The noise at which the examples of a dataset are scored."""
+    draws = params.datasets[dataset].draws_per_level
+    return params.noise if draws is None else params.noise.model_copy(update={"draws_per_level": draws})
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

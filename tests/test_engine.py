@@ -19,7 +19,7 @@ from dsd.engine import Engine, score
 from dsd.errors import DataError
 from dsd.evidence import INDEX, UNCONDITIONAL, plan, read_evidence, requests, wanted
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
-from dsd.params import NoiseParams, Params
+from dsd.params import NoiseParams, Params, noise_of
 from dsd.pictures import Pictures
 from dsd.schedules import exhaustive
 from dsd.store import Store
@@ -108,7 +108,7 @@ def test_draws_are_paired_and_their_seeds_independent_of_position() -> None:
 
 def evidence(params: Params, prepared: Path, target: Path) -> dict[str, np.ndarray]:
     examples = read_examples(prepared / "examples.parquet", "test")
-    found = read_evidence(target, "none", examples, params.noise_of("scenes-com"), params.seed, normalised=True)
+    found = read_evidence(target, "none", examples, noise_of(params, "scenes-com"), params.seed, normalised=True)
     return {"attention": found.attention, "attribution": found.attribution, "error": found.error}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from dsd.params import Params
+from dsd.params import Params, noise_of
 from dsd.progress import progress
 from dsd.report import figures, findings, tables
 from dsd.report.gallery import MAPPED, BackboneHeatMaps, HeatMaps, gallery
@@ -102,7 +102,7 @@ def _run(params: Params, heat: HeatMaps, timings: Mapping[str, Mapping[str, Any]
         ("digest", heat.digest),
         ("images", parity),
         ("noise levels", ", ".join(map(str, params.noise.levels))),
-        ("draws at each", ", ".join(f"{name} {params.noise_of(name).draws_per_level}" for name in params.datasets)),
+        ("draws at each", ", ".join(f"{name} {noise_of(params, name).draws_per_level}" for name in params.datasets)),
         ("λ of eq. 3", f"{params.evidence.scale:g}"),
         ("finished", finished.replace("T", " ").replace("+00:00", " UTC") or tables.UNKNOWN),
         ("device", "; ".join(devices) or tables.UNKNOWN),

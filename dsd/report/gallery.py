@@ -70,7 +70,7 @@ class BackboneHeatMaps:
             self._backbone,
             prompt,
             "cross-attention",
-            self._params.noise_of(dataset).model_copy(update={"levels": self._method.levels}),
+            self._params.noise.model_copy(update={"levels": self._method.levels}),
             self._params.evidence,
             parity=None,  # the prepared pictures have been through it
             batch_size=self._params.runtime.batch_size,
