@@ -24,7 +24,7 @@ from dsd.encoding import (
     diffusion_encodings,
     read_all,
 )
-from dsd.evidence import Request, Shard, normalised, plan, requests, write_index
+from dsd.evidence import Request, Shard, normalises, plan, requests, write_index
 from dsd.matching import Pair, pairs, read_examples
 from dsd.params import ContrastiveMethod, EvidenceParams, Params, noise_of
 from dsd.pictures import Pictures
@@ -148,7 +148,7 @@ def score(name: str, params: Params, prepared: Path, cached: Path, trained: Path
     for prompt in prompts(params):
         folder = trained if prompt == "few-shot" else None
         learned = AttentionPrompt.load(folder / PROMPT, backbone.digest) if folder else None
-        rows = requests(examples, noise_of(params, name), params.seed, normalised(params.methods, prompt))
+        rows = requests(examples, noise_of(params, name), params.seed, normalises(params.methods, prompt))
         shards = plan(rows, source_digest(params, backbone, folder), params.evidence.shard)
         engine = Engine(backbone, learned, params.evidence, *tables, params.runtime.batch_size)
         computed += engine.fill(shards, store, f"score {name}, prompt {prompt}")

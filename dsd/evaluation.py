@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dsd.datasets import benchmark
-from dsd.evidence import UNCONDITIONAL, Evidence, normalised, read_evidence, read_shards
+from dsd.evidence import UNCONDITIONAL, Evidence, normalises, read_evidence, read_shards
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
 from dsd.metrics import METRICS, rank
 from dsd.params import ContrastiveMethod, CrossAttentionMethod, DenoisingMethod, NoiseParams, Params, noise_of
@@ -82,7 +82,7 @@ def method_scores(
 
     @lru_cache(maxsize=2)
     def read(prompt: str) -> Evidence:
-        return read_evidence(scored, prompt, examples, noise, params.seed, normalised(params.methods, prompt))
+        return read_evidence(scored, prompt, examples, noise, params.seed, normalises(params.methods, prompt))
 
     for name, method in params.methods.items():
         if isinstance(method, ContrastiveMethod):

@@ -43,7 +43,7 @@ class Evidence:
     error: np.ndarray  # [E, K] ‖ε − ε_θ‖², mean over the latent
 
 
-def normalised(methods: Mapping[str, MethodParams], prompt: str) -> bool:
+def normalises(methods: Mapping[str, MethodParams], prompt: str) -> bool:
     """Whether a method under this prompt sets errors off against the unconditional ones."""
     return any(isinstance(method, DenoisingMethod) and method.prompt == prompt for method in methods.values())
 

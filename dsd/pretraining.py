@@ -311,7 +311,7 @@ def train_diffusion(
     torch.manual_seed(params.seed)
     unet = build_unet(params).to(device)
     text_encoder = build_text_encoder(params, len(tokens), tokens.eos_token_id).to(device)
-    if device.type == "cpu":  # the fused kernels are slow backwards there: half of a step's time
+    if device.type == "cpu":  # in bfloat16 the fused kernels are slow backwards there: half of a step's time
         unet.set_attn_processor(AttnProcessor())
         text_encoder.set_attn_implementation("eager")
     ids = tokenize(tokens, corpus.captions).to(device)
