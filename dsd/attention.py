@@ -5,6 +5,7 @@ Shapes: B batch, H heads, N image tokens, M text tokens, D width of a head, L cr
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -102,9 +103,8 @@ class Recording:
         return pooled.permute(2, 1, 0, 3), torch.stack([pad(layer) for layer in self.attribution], 1)
 
 
-@dataclass
-class AttentionState:
-    """Shared by all processors of one U-Net; set for the length of one pass."""
+class AttentionState(threading.local):
+    """Shared by all processors of one U-Net; set for the length of one pass, by every thread for its own passes."""
 
     recording: Recording | None = None
     prompt: Prompt | None = None

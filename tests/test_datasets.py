@@ -150,6 +150,20 @@ def test_com_positives_are_true_and_negatives_clearly_false() -> None:
         assert mutated, example.id
 
 
+def test_com_few_shot_examples_also_have_the_sentence_of_the_negative_image() -> None:
+    for index in range(50):
+        item = scenes_com.compose(f"few/{index}", index, "train", row("scenes-com"))
+        alone = scenes_com.compose(f"few/{index}", index, "test", row("scenes-com"))
+        assert item.scenes == alone.scenes
+        for example, one in zip(item.examples, alone.examples, strict=True):
+            assert (example.images, example.texts[:1], example.answer[:1]) == (one.images, one.texts, one.answer)
+            told, scenes = [parse(text) for text in example.texts], [item.scenes[name] for name in example.images]
+            assert [slot for slot in SLOTS if getattr(told[0], slot) != getattr(told[1], slot)] == [example.category]
+            for image, text in example.answer:
+                assert holds(scenes[image], told[text])
+                assert not arguable(scenes[1 - image], told[text])
+
+
 def test_com_mutated_nouns_are_hard() -> None:
     """Where subject or object is mutated, a noun of the negative image mostly shares a word with it."""
     near = []

@@ -7,6 +7,9 @@ slot mutated. Positive and negative images are sampled alike, so that no image g
 - the number of distractors, the sizes and the background do not depend on the triplet;
 - a distractor often has the colour or the shape that is missing from the mutated noun, so that the words of
   the sentence, looked for one at a time, are found in both images.
+
+In the few-shot split an example also has the mutated sentence, which is true of the negative image (2 × 2): a prompt that
+only learned which images score high would gain nothing between the two sentences of one image.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ def compose(name: str, index: int, split: Split, row: DatasetParams) -> Item:
     mutated: dict[str, Triplet] = {
         slot: Triplet(*mutate(original, slot, nouns=hard_noun, predicates=others, rng=rng)) for slot in SLOTS
     }
-    text = sentence(original, rng.choice(TEMPLATES))
+    template = rng.choice(TEMPLATES)
 
     # (missing, shown) of a negative image; the other way round in an image with both nouns of the sentence.
     swaps = {
@@ -55,9 +58,11 @@ def compose(name: str, index: int, split: Split, row: DatasetParams) -> Item:
         assert valid_negative(original, mutated[slot], true_of_positive=positive, true_of_negative=negative)
         images = picture(index, "positive"), picture(index, slot)
         true = Random(f"{name}/{slot}").randrange(2)
-        examples.append(
-            RawExample(f"{name}/{slot}", split, images[::-1] if true else images, (text,), ((true, 0),), slot)
-        )
+        texts: tuple[str, ...] = (sentence(original, template),)
+        answer: tuple[tuple[int, int], ...] = ((true, 0),)
+        if split == "train":
+            texts, answer = (*texts, sentence(mutated[slot], template)), (*answer, (1 - true, 1))
+        examples.append(RawExample(f"{name}/{slot}", split, images[::-1] if true else images, texts, answer, slot))
     return Item({picture(index, role): scene for role, scene in scenes.items()}, examples)
 
 
