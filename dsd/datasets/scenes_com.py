@@ -8,8 +8,8 @@ slot mutated. Positive and negative images are sampled alike, so that no image g
 - a distractor often has the colour or the shape that is missing from the mutated noun, so that the words of
   the sentence, looked for one at a time, are found in both images.
 
-In the few-shot split an example also has the mutated sentence, which is true of the negative image (2 × 2): a prompt that
-only learned which images score high would gain nothing between the two sentences of one image.
+In the few-shot split an example also has the mutated sentence, which is true of the negative image (2 × 2): a prompt
+that only learned which images score high would gain nothing between the two sentences of one image.
 """
 
 from __future__ import annotations
