@@ -43,7 +43,8 @@ class ImageParams(_Params):
 class DatasetParams(_Params):
     """A row of `datasets`; `candidates` and `binary` are asked for by the kinds that use them.
 
-    `draws_per_level`, where it is given, stands for that of `noise`: what a draw costs grows with the candidates.
+    `draws_per_level` and `steps`, where they are given, stand for those of `noise` and `training`: what a draw costs
+    grows with the candidates, and what there is to learn with the examples.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class DatasetParams(_Params):
     candidates: Positive | None = Field(default=None)
     binary: Share | None = Field(default=None)
     draws_per_level: Positive | None = Field(default=None)
+    steps: Positive | None = Field(default=None)
 
 
 class NoiseParams(_Params):
@@ -77,6 +79,7 @@ class PromptParams(_Params):
 class TrainingParams(_Params):
     method: str
     loss: Literal["softmax", "binary", "hinge"]
+    levels: tuple[Level, ...]
     steps: Positive
     examples_per_step: Positive
     candidates: Annotated[int, Field(ge=2)]
@@ -199,6 +202,12 @@ def noise_of(params: Params, dataset: str) -> NoiseParams:
     """The noise at which the examples of a dataset are scored."""
     draws = params.datasets[dataset].draws_per_level
     return params.noise if draws is None else params.noise.model_copy(update={"draws_per_level": draws})
+
+
+def training_of(params: Params, dataset: str) -> TrainingParams:
+    """How the prompt of a dataset is trained."""
+    steps = params.datasets[dataset].steps
+    return params.training if steps is None else params.training.model_copy(update={"steps": steps})
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -1,6 +1,6 @@
 """Few-shot training of the attention prompt (eq. 5 and 6); the backbone stays frozen. Resumable to the bit.
 
-Shapes: B rows of a step (examples × candidates), E examples, K candidates of an example.
+Shapes: E examples of a step, I images and T texts of each that are compared.
 """
 
 from __future__ import annotations
@@ -24,35 +24,60 @@ from dsd.encoding import Encodings, all_texts, diffusion_encodings, read_all
 from dsd.engine import observe
 from dsd.errors import DataError
 from dsd.matching import MatchingExample, Pair, read_examples
-from dsd.params import CrossAttentionMethod, Params, TrainingParams
+from dsd.params import CrossAttentionMethod, Params, TrainingParams, training_of
 from dsd.pictures import Pictures
 from dsd.prompts import PROMPT, AttentionPrompt
 from dsd.scorers import cross_attention
 from dsd.store import Store, digest, file_digest, write_atomic
 
-
-def candidates(example: MatchingExample, count: int, rng: Random) -> list[Pair]:
-    """The right pair first, then up to count − 1 wrong ones of the example."""
-    every = [(i, t) for i in range(len(example.images)) for t in range(len(example.texts))]
-    wrong = [place for place in every if place not in example.answer]
-    chosen = [rng.choice(example.answer), *rng.sample(wrong, min(count - 1, len(wrong)))]
-    return [Pair(example.images[i], example.texts[t]) for i, t in chosen]
+Table = list[list[Pair]]  # I images × T texts of one example
 
 
-def matching_loss(scores_EK: Tensor, training: TrainingParams) -> Tensor:
-    """Eq. 6 over scores of which column 0 is the right pair's; one of three losses (METHOD: softmax is the default).
+def table(example: MatchingExample, images: int, texts: int, rng: Random) -> tuple[Table, list[list[bool]]]:
+    """So many images and texts of the example, and which pairs are right; a right pair first, others at random.
 
-    softmax: cross-entropy over an example's candidates. binary: cross-entropy of each pair against the example's mean
-    score. hinge: against the hardest negative, with a margin in units of the score.
+    No other image is right for the first text, nor another text for the first image.
     """
-    if training.loss == "hinge":
-        return F.relu(training.margin + scores_EK[:, 1:].amax(1) - scores_EK[:, 0]).mean() / training.temperature
-    logits_EK = scores_EK / training.temperature
-    if training.loss == "softmax":
-        return F.cross_entropy(logits_EK, torch.zeros(len(logits_EK), dtype=torch.long, device=logits_EK.device))
-    target_EK = torch.zeros_like(logits_EK)
-    target_EK[:, 0] = 1
-    return F.binary_cross_entropy_with_logits(logits_EK - logits_EK.mean(1, keepdim=True), target_EK)
+    i, t = rng.choice(example.answer)
+    wrong_images = [k for k in range(len(example.images)) if (k, t) not in example.answer]
+    wrong_texts = [k for k in range(len(example.texts)) if (i, k) not in example.answer]
+    rows, columns = [i, *rng.sample(wrong_images, images - 1)], [t, *rng.sample(wrong_texts, texts - 1)]
+    pairs = [[Pair(example.images[row], example.texts[column]) for column in columns] for row in rows]
+    return pairs, [[(row, column) in example.answer for column in columns] for row in rows]
+
+
+def contests(scores_EIT: Tensor) -> list[int]:
+    """The dimensions along which there is something to choose: images for a text, texts for an image, or both."""
+    return [dim for dim in (1, 2) if scores_EIT.shape[dim] > 1]
+
+
+def matching_loss(scores_EIT: Tensor, right_EIT: Tensor, training: TrainingParams) -> Tensor:
+    """Eq. 6 over tables of scores, of which right_EIT [E, I, T] bool marks the right pairs; one of three losses.
+
+    softmax (METHOD: the default): cross-entropy of each right pair among the images of its text and the texts of its
+    image. binary: cross-entropy of each pair against the example's mean score. hinge: against the hardest negative of
+    row and column, with a margin in units of the score.
+    """
+    logits_EIT = scores_EIT / training.temperature
+    if training.loss == "binary":
+        logits_EIT = logits_EIT - logits_EIT.mean((1, 2), keepdim=True)
+        return F.binary_cross_entropy_with_logits(logits_EIT, right_EIT.to(logits_EIT.dtype))
+    losses = []
+    for dim in contests(scores_EIT):
+        if training.loss == "softmax":
+            losses.append(-logits_EIT.log_softmax(dim)[right_EIT].mean())
+        else:
+            hardest = scores_EIT.masked_fill(right_EIT, -torch.inf).amax(dim, keepdim=True)
+            short = F.relu(training.margin + hardest - scores_EIT)[right_EIT]
+            losses.append(short.mean() / training.temperature)
+    return torch.stack(losses).mean()
+
+
+def accuracy(scores_EIT: Tensor, right_EIT: Tensor) -> Tensor:
+    """The share of right pairs that beat every wrong pair with the same image or the same text."""
+    wrong_EIT = scores_EIT.masked_fill(right_EIT, -torch.inf)
+    beaten = [(scores_EIT > wrong_EIT.amax(dim, keepdim=True))[right_EIT] for dim in contests(scores_EIT)]
+    return torch.stack(beaten).all(0).float().mean()
 
 
 class Trainer:
@@ -67,10 +92,13 @@ class Trainer:
         latents: Encodings,
         texts: Encodings,
     ) -> None:
-        method = params.methods[params.training.method]
+        self.training = training_of(params, name)
+        method = params.methods[self.training.method]
         assert isinstance(method, CrossAttentionMethod)  # params refuses anything else
         self.name, self.params, self.method, self.backbone = name, params, method, backbone
         self.examples, self._latents, self._texts = examples, latents, texts
+        most = self.training.candidates
+        self.shape = min(most, *(len(e.images) for e in examples)), min(most, *(len(e.texts) for e in examples))
         self.prompt = AttentionPrompt(
             text_width=int(backbone.unet.config.cross_attention_dim),
             inner=backbone.layer_widths,
@@ -79,23 +107,24 @@ class Trainer:
             conditional=params.prompt.conditional,
             seed=params.seed,
         ).to(backbone.device)
-        self.optimizer = torch.optim.AdamW(self.prompt.parameters(), lr=params.training.learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.prompt.parameters(), lr=self.training.learning_rate, weight_decay=0.0)
         self.evidence = params.evidence.model_copy(update={"poolings": (method.pooling,)})
         self.step = 0
         self.curve: list[dict[str, float]] = []
 
-    def _rows(self) -> tuple[list[list[Pair]], list[Draw]]:
-        """The step's examples as lists of candidates, and a draw for each: a function of (seed, step) alone."""
+    def _rows(self) -> tuple[list[Table], Tensor, list[Draw]]:
+        """The step's tables, their right pairs [E, I, T] and a draw for each: a function of (seed, step) alone."""
         rng = Random(f"train/{self.name}/{self.params.seed}/{self.step}")
-        count = min(self.params.training.examples_per_step, len(self.examples))
-        chosen = rng.sample(range(len(self.examples)), count)
-        pairs = [candidates(self.examples[i], self.params.training.candidates, rng) for i in chosen]
-        return pairs, [Draw(rng.choice(self.method.levels), rng.getrandbits(62)) for _ in chosen]
+        count = min(self.training.examples_per_step, len(self.examples))
+        chosen = rng.sample(self.examples, count)
+        tables, right = zip(*(table(example, *self.shape, rng) for example in chosen), strict=True)
+        seen = [Draw(rng.choice(self.training.levels), rng.getrandbits(62)) for _ in chosen]
+        return list(tables), torch.tensor(right, device=self.backbone.device), seen
 
-    def scores(self, pairs: list[list[Pair]], draws: list[Draw]) -> Tensor:
-        """[E, K]; the candidates of an example share its draw, which takes most of the variance out."""
-        width = len(pairs[0])
-        flat = [pair for row in pairs for pair in row]
+    def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
+        """[E, I, T]; the pairs of an example share its draw, which takes most of the variance out."""
+        flat = [pair for rows in tables for row in rows for pair in row]
+        width = len(flat) // len(tables)
         device = self.backbone.device
         latents = torch.from_numpy(self._latents([pair.image for pair in flat])["latents"]).to(device)
         text = self._texts([pair.text for pair in flat])
@@ -115,24 +144,25 @@ class Trainer:
         flat_scores = cross_attention.reduce(
             pooled[:, 0], attribution.detach(), layers=self.method.layers, heads=self.method.heads
         )
-        return flat_scores.view(len(pairs), width)
+        return flat_scores.view(len(tables), *self.shape)
 
     def advance(self) -> dict[str, float]:
         """One step; returns its row of the curve."""
-        training = self.params.training
+        training = self.training
         rate = training.learning_rate * min(1.0, (self.step + 1) / max(1, training.warmup))
         rate *= 1 - 0.9 * self.step / training.steps
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        scores = self.scores(*self._rows())
-        loss = matching_loss(scores, training)
+        tables, right, draws = self._rows()
+        scores = self.scores(tables, draws)
+        loss = matching_loss(scores, right, training)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.prompt.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        right = (scores[:, 0] > scores[:, 1:].amax(1)).float().mean()
-        self.curve.append({"step": self.step, "loss": round(loss.item(), 6), "accuracy": round(right.item(), 6)})
+        won = accuracy(scores, right).item()
+        self.curve.append({"step": self.step, "loss": round(loss.item(), 6), "accuracy": round(won, 6)})
         return self.curve[-1]
 
     def save(self, path: Path, key: str) -> None:
@@ -163,12 +193,12 @@ def training_key(name: str, params: Params, prepared: Path, backbone_digest: str
     sections = [
         params.seed,
         params.images,
-        params.noise,
         params.evidence.model_copy(update={"shard": 1}),
         params.prompt,
     ]
-    method = params.methods[params.training.method]
-    return digest(name, backbone_digest, file_digest(prepared / "examples.parquet"), params.training, method, *sections)
+    training = training_of(params, name)
+    method, examples = params.methods[training.method], file_digest(prepared / "examples.parquet")
+    return digest(name, backbone_digest, examples, training, method, *sections)
 
 
 def curve_csv(curve: Sequence[dict[str, float]]) -> bytes:
@@ -203,9 +233,9 @@ def train(name: str, params: Params, prepared: Path, cached: Path, target: Path)
     target.mkdir(parents=True, exist_ok=True)
     trainer.resume(state, key)
     yield from list(trainer.curve)
-    while trainer.step < params.training.steps:
+    while trainer.step < trainer.training.steps:
         yield trainer.advance()
-        if trainer.step % params.training.checkpoint_every == 0:
+        if trainer.step % trainer.training.checkpoint_every == 0:
             trainer.save(state, key)
     trainer.prompt.save(target / PROMPT, backbone.digest)
     write_atomic(target / "curve.csv", curve_csv(trainer.curve))

@@ -21,7 +21,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run
 
-from dsd.params import BackboneParams, ContrastiveMethod, Params
+from dsd.params import BackboneParams, ContrastiveMethod, Params, training_of
 from dsd.store import digest, file_digest
 
 EXPERIMENT = "dsd"
@@ -186,7 +186,7 @@ class Live:
         self._dataset, self._key = dataset, key
         settings = {"dataset": dataset, "seed": params.seed}
         settings |= {f"prompt.{name}": value for name, value in params.prompt.model_dump().items()}
-        settings |= {f"training.{name}": value for name, value in params.training.model_dump().items()}
+        settings |= {f"training.{name}": value for name, value in training_of(params, dataset).model_dump().items()}
         self._params = [Param(name, str(value)) for name, value in settings.items()]
         self.new = False
         self._rows: list[Mapping[str, float]] = []

@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from dsd.params import Params, load
+from dsd.params import Params, load, training_of
 from flows import tracking
 from flows.tracking import Live, publish
 
@@ -163,7 +163,7 @@ def test_a_resumed_training_is_one_run(data: Path) -> None:
     [run] = entries("training")
     assert run.info.status == "FINISHED"
     assert curve(run) == [(row["step"], row["loss"]) for row in CURVE]
-    assert run.data.params["training.steps"] == str(params.training.steps)
+    assert run.data.params["training.steps"] == str(training_of(params, "scenes-com").steps)
 
 
 def test_rows_appear_while_training_goes_on(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,45 +5,80 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
 from dsd.errors import DataError
 from dsd.matching import MatchingExample
 from dsd.params import Params
-from dsd.training import Trainer, candidates, matching_loss, train
+from dsd.training import Trainer, accuracy, matching_loss, table, train
 
 EXAMPLE = MatchingExample("x", ("i",), ("a", "b", "c", "d"), ((0, 2),), "all")
+SQUARE = MatchingExample("y", ("i", "j"), ("a", "b"), ((1, 0), (0, 1)), "all")
 
 
 def run(params: Params, prepared: Path, cached: Path, target: Path) -> list[dict[str, float]]:
     return list(train("scenes-com", params, prepared, cached, target))
 
 
-def test_the_right_pair_comes_first_and_no_wrong_one_twice() -> None:
+def test_a_right_pair_comes_first_and_no_text_twice() -> None:
     for seed in range(20):
-        chosen = candidates(EXAMPLE, 3, Random(seed))
-        assert chosen[0].text == "c"
-        assert len(set(chosen)) == 3
-    assert len(candidates(EXAMPLE, 9, Random(0))) == 4
+        [pairs], [right] = table(EXAMPLE, 1, 3, Random(seed))
+        assert pairs[0].text == "c"
+        assert len(set(pairs)) == 3
+        assert right == [True, False, False]
+
+
+def test_a_square_is_seen_whole_from_either_right_pair() -> None:
+    seen = {tuple(pairs[0]): right for pairs, right in (table(SQUARE, 2, 2, Random(seed)) for seed in range(20))}
+    assert {first[0] for first in seen} == {("j", "a"), ("i", "b")}
+    assert all(right == [[True, False], [False, True]] for right in seen.values())
+
+
+def test_another_right_text_is_no_negative() -> None:
+    twice = MatchingExample("z", ("i",), ("a", "b", "c"), ((0, 0), (0, 2)), "all")
+    for seed in range(20):
+        [pairs], [right] = table(twice, 1, 2, Random(seed))
+        assert (pairs[1].text, right) == ("b", [True, False])
+
+
+ROW = torch.tensor([[[True, False, False]]])
+DIAGONAL = torch.tensor([[[True, False], [False, True]]])
 
 
 @pytest.mark.parametrize("loss", ["softmax", "binary", "hinge"])
-def test_losses_fall_when_the_right_pair_wins(loss: str, params: Params) -> None:
+def test_losses_fall_when_the_right_pairs_win(loss: str, params: Params) -> None:
     training = params.training.model_copy(update={"loss": loss, "temperature": 1.0, "margin": 0.1})
-    right, wrong = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 2.0, 0.0]])
-    assert matching_loss(right, training) < matching_loss(wrong, training)
-    # A constant added to an example's scores is no evidence.
-    assert torch.allclose(matching_loss(right, training), matching_loss(right + 5, training))
+    for mask in (ROW, ROW.transpose(1, 2), DIAGONAL):
+        right, wrong = 2.0 * mask, 2.0 * mask.flip(1, 2) if mask is not DIAGONAL else 2.0 * ~mask
+        assert matching_loss(right, mask, training) < matching_loss(wrong, mask, training)
+        assert (accuracy(right, mask), accuracy(wrong, mask)) == (1, 0)
+        # A constant added to an example's scores is no evidence.
+        assert torch.allclose(matching_loss(right, mask, training), matching_loss(right + 5, mask, training))
 
 
 def test_softmax_and_hinge_by_hand(params: Params) -> None:
-    scores = torch.tensor([[1.0, 0.5, 0.0]])
+    scores = torch.tensor([[[1.0, 0.5, 0.0]]])
     softmax = params.training.model_copy(update={"loss": "softmax", "temperature": 0.5})
     expected = -torch.log(torch.exp(torch.tensor(2.0)) / torch.exp(torch.tensor([2.0, 1.0, 0.0])).sum())
-    assert torch.allclose(matching_loss(scores, softmax), expected)
+    assert torch.allclose(matching_loss(scores, ROW, softmax), expected)
     hinge = params.training.model_copy(update={"loss": "hinge", "temperature": 0.5, "margin": 0.7})
-    assert matching_loss(scores, hinge).item() == pytest.approx((0.7 + 0.5 - 1.0) / 0.5)
+    assert matching_loss(scores, ROW, hinge).item() == pytest.approx((0.7 + 0.5 - 1.0) / 0.5)
+
+
+def test_a_square_is_four_choices(params: Params) -> None:
+    """Of an image for each text and of a text for each image."""
+    [[a, b], [c, d]] = [[0.3, 0.1], [0.6, 0.4]]
+    softmax = params.training.model_copy(update={"loss": "softmax", "temperature": 1.0})
+    choices = [(a, b), (a, c), (d, c), (d, b)]
+    expected = np.mean([np.log(1 + np.exp(wrong - right)) for right, wrong in choices])
+    scores = torch.tensor([[[a, b], [c, d]]])
+    assert matching_loss(scores, DIAGONAL, softmax).item() == pytest.approx(expected)
+    hinge = params.training.model_copy(update={"loss": "hinge", "temperature": 1.0, "margin": 0.05})
+    expected = np.mean([max(0, 0.05 + wrong - right) for right, wrong in choices])
+    assert matching_loss(scores, DIAGONAL, hinge).item() == pytest.approx(expected, abs=1e-6)
+    assert accuracy(scores, DIAGONAL) == 0  # each loses one of its two choices
 
 
 def test_training_writes_a_prompt_and_moves_only_it(

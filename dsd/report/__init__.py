@@ -51,7 +51,6 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
             tests=sum(map(len, compared.values())),
             figures=_figures(datasets, params),
             galleries=[gallery(d, params, data / "prepare" / d.name, heat) for d in progress(shown, desc="gallery")],
-            smoothed=figures.window(params.training.steps),
             mapped=MAPPED,
             lost=tables.lost(datasets),
             quarantine=[(d.name, row["name"], row["reason"]) for d in datasets for row in d.quarantine],
