@@ -25,7 +25,7 @@ def logsumexp_pooling(attn_BHNM: Tensor, scale: float, normalise: bool) -> tuple
     ∂S_j/∂A_ij = softmax_i(λ A_ij), so the attribution of a token is the softmax-weighted mean of its own column. A lies
     in [0, 1] and λ ≤ 60 (params), so that exp(λA) cannot overflow float32 and needs no shift by the maximum.
     """
-    exp_BHNM = (attn_BHNM * scale).exp()
+    exp_BHNM = (attn_BHNM * scale).exp_()
     sum_BHM = exp_BHNM.sum(-2)
     attribution_BHM = (attn_BHNM * exp_BHNM).sum(-2) / sum_BHM
     if normalise:  # the mean instead of the sum: layers of different N become comparable
@@ -44,9 +44,11 @@ def cosine_pooling(query_BHND: Tensor, key_BHMD: Tensor) -> Tensor:
     The paper compares "the shared dimensions" of the image and text features; W^q and W^k already map both to the same
     dimensions, so nothing has to be cut off.
     """
-    query = torch.nn.functional.normalize(query_BHND, dim=-1).mean(-2, keepdim=True)
+    # The mean of the unit queries as one product with their inverse lengths: no unit queries are written down.
+    inverse_BH1N = query_BHND.norm(dim=-1).clamp_min(1e-12).reciprocal().unsqueeze(-2)
+    query_BH1D = inverse_BH1N @ query_BHND / query_BHND.shape[-2]
     key = torch.nn.functional.normalize(key_BHMD, dim=-1)
-    return (query @ key.transpose(-1, -2)).squeeze(-2)
+    return (query_BH1D @ key.transpose(-1, -2)).squeeze(-2)
 
 
 def over_tokens(values_BHM: Tensor, tokens_BM: Tensor) -> Tensor:
@@ -139,7 +141,8 @@ class CrossAttentionProcessor:
         if self.state.recording is None:
             mixed = torch.nn.functional.scaled_dot_product_attention(query_BHND, key_BHMD, value_BHMD, scale=attn.scale)
         else:
-            attn_BHNM = ((query_BHND * attn.scale) @ key_BHMD.transpose(-1, -2)).softmax(-1)
+            # There are fewer text than image tokens: it is the keys that are scaled.
+            attn_BHNM = (query_BHND @ (key_BHMD * attn.scale).transpose(-1, -2)).softmax(-1)
             self.state.recording.add(attn_BHNM, query_BHND, key_BHMD)
             mixed = attn_BHNM @ value_BHMD
         out = attn.to_out[0](mixed.transpose(1, 2).flatten(-2))
