@@ -47,24 +47,22 @@ def tokenizer(words: list[str], max_tokens: int) -> CLIPTokenizer:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ends = [character + "</w>" for character in alphabet]
+    # Named beforehand, the last letters have fixed numbers. The trainer would number them as a hash map yields the
+    # words, differently in every process, and break ties between merges by these numbers.
     trainer = trainers.BpeTrainer(
         vocab_size=2048,
         min_frequency=1,
+        special_tokens=ends,
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     bpe.train_from_iterator([*words * 50], trainer)
-    state = json.loads(bpe.to_str())["model"]
-    vocab = dict(state["vocab"])
-    for extra in [
-        *(character + "</w>" for character in sorted(alphabet)),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]:
-        vocab.setdefault(extra, len(vocab))
-    merges = [tuple(merge) for merge in state["merges"]]
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    tokens = [*alphabet, *ends, *("".join(merge) for merge in merges), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
 
 

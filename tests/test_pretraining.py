@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from dsd import pretraining
 from dsd.backbones import load_clip, load_diffusion
 from dsd.errors import ParamsError
 from dsd.params import FitParams, Params
-from dsd.pretraining import Loss, claim, fit, pretrain
+from dsd.pretraining import Loss, claim, fit, pretrain, tokenizer
+from dsd.scenes.captions import vocabulary
 from tests.tiny import SIZES
 
 CPU = torch.device("cpu")
@@ -74,3 +76,14 @@ def test_the_state_of_another_recipe_is_not_gone_on_with(tmp_path: Path) -> None
     claim(tmp_path, SIZES.model_copy(update={"diffusion": SIZES.clip.model_copy(update={"steps": 9})}))
     with pytest.raises(ParamsError, match=r"pretrain\.text_width: 64, but .* holds a training with 32"):
         claim(tmp_path, SIZES.model_copy(update={"text_width": 64}))
+
+
+def test_every_process_makes_the_tokenizer_of_the_checkpoints() -> None:
+    """The weights know words by their numbers, so a training that goes on in another process needs the same ones."""
+    made = tokenizer(vocabulary(), 24)
+    assert all(len(made(word).input_ids) == 3 for word in vocabulary())
+    for folder in ("embedded/tokenizer", "embedded-clip/tokenizer"):
+        shipped = CLIPTokenizer.from_pretrained(Path(__file__).parent.parent / "models" / folder)
+        assert shipped.get_vocab() == made.get_vocab()
+        text = "a red circle left of a blue star"
+        assert shipped(text).input_ids == made(text).input_ids
