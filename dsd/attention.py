@@ -111,6 +111,7 @@ class AttentionState(threading.local):
     recording: Recording | None = None
     prompt: Prompt | None = None
     latents_BC: Tensor | None = None
+    texts_B: Tensor | None = None
 
 
 class CrossAttentionProcessor:
@@ -130,10 +131,14 @@ class CrossAttentionProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        text, texts_B = encoder_hidden_states, self.state.texts_B
+        key, value = attn.to_k(text), attn.to_v(text)
+        if texts_B is not None:
+            key, value = key[texts_B], value[texts_B]
         if self.state.prompt is not None:
             assert self.state.latents_BC is not None
-            add_key, add_value = self.state.prompt(self.layer, encoder_hidden_states, self.state.latents_BC)
+            text_BMD = text if texts_B is None else text[texts_B]
+            add_key, add_value = self.state.prompt(self.layer, text_BMD, self.state.latents_BC)
             key, value = key + add_key, value + add_value
         query_BHND, key_BHMD, value_BHMD = (
             x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (attn.to_q(hidden_states), key, value)
@@ -174,10 +179,15 @@ def during(
     recording: Recording | None = None,
     prompt: Prompt | None = None,
     latents_BC: Tensor | None = None,
+    texts_B: Tensor | None = None,
 ) -> Iterator[None]:
-    """Capture and prompt for the passes within the block, and for none after it."""
-    state.recording, state.prompt, state.latents_BC = recording, prompt, latents_BC
+    """Capture and prompt for the passes within the block, and for none after it.
+
+    With texts_B the U-Net is given every text once, and texts_B says which of them each row of the batch has: their
+    keys and values are computed once.
+    """
+    state.recording, state.prompt, state.latents_BC, state.texts_B = recording, prompt, latents_BC, texts_B
     try:
         yield
     finally:
-        state.recording, state.prompt, state.latents_BC = None, None, None
+        state.recording, state.prompt, state.latents_BC, state.texts_B = None, None, None, None

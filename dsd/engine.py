@@ -68,7 +68,8 @@ class Engine:
     def _batch(self, rows: Sequence[Request]) -> Arrays:
         device = self.backbone.device
         latents = torch.from_numpy(self._latents([pair.image for pair, _ in rows])["latents"]).to(device)
-        text = self._texts([pair.text for pair, _ in rows])
+        number = {text: n for n, text in enumerate(dict.fromkeys(pair.text for pair, _ in rows))}
+        text = self._texts(list(number))
         # An unconditional row has no content token; its attention is never read, and begin stands in for it.
         content = torch.from_numpy(text["content"]).to(device)
         content[:, 0] |= ~content.any(-1)
@@ -80,6 +81,7 @@ class Engine:
             latents,
             torch.from_numpy(text["hidden"]).to(device),
             content,
+            torch.tensor([number[pair.text] for pair, _ in rows], device=device),
             torch.tensor([draw.timestep(self.backbone.schedule_length) for _, draw in rows], device=device),
             torch.stack([noise[draw] for _, draw in rows]).to(device),
         )
@@ -106,16 +108,18 @@ def observe(
     latents: Tensor,
     hidden: Tensor,
     content: Tensor,
+    texts: Tensor,
     timesteps: Tensor,
     noise: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One U-Net pass: pooled attention [B, P, L, H], attribution [B, L, H] and denoising error [B].
 
-    latents and noise [B, C, r, r], hidden [B, M, D], content [B, M] bool, timesteps [B]. Differentiable in the prompt.
+    latents and noise [B, C, r, r], timesteps [B]; hidden [T, M, D] and content [T, M] bool of each text once, texts [B]
+    the number of each row's text. Differentiable in the prompt.
     """
     tokens = content if evidence.tokens == "content" else torch.ones_like(content)
-    recording = Recording.of(evidence, tokens)
-    with during(backbone.attention, recording, prompt, pooled_latent(latents)):
+    recording = Recording.of(evidence, tokens[texts])
+    with during(backbone.attention, recording, prompt, pooled_latent(latents), texts):
         predicted = backbone.predict_noise(backbone.add_noise(latents, noise, timesteps), timesteps, hidden)
     return *recording.stacked(), (noise - predicted).square().mean((1, 2, 3))
 

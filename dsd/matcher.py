@@ -138,8 +138,9 @@ class Matcher:
         values = []
         for rows in progress(torch.arange(count * width).split(self._batch_size), desc="score", leave=False):
             i, t = rows // width, rows % width
+            asked, texts = t.unique(return_inverse=True)
             pooled, attribution, error = observe(
-                self.backbone, self.prompt, self._evidence, latents[i], hidden[t], content[t],
+                self.backbone, self.prompt, self._evidence, latents[i], hidden[asked], content[asked], texts,
                 torch.full((len(rows),), timestep, device=latents.device), noise.expand(len(rows), *noise.shape),
             )  # fmt: skip
             attention = cross_attention.reduce(pooled[:, 0], attribution, layers="all", heads="weighted")

@@ -127,7 +127,8 @@ class Trainer:
         width = len(flat) // len(tables)
         device = self.backbone.device
         latents = torch.from_numpy(self._latents([pair.image for pair in flat])["latents"]).to(device)
-        text = self._texts([pair.text for pair in flat])
+        number = {text: n for n, text in enumerate(dict.fromkeys(pair.text for pair in flat))}
+        text = self._texts(list(number))
         noise = torch.stack([draw.noise(tuple(latents.shape[1:])) for draw in draws]).to(device)
         timesteps = torch.tensor([draw.timestep(self.backbone.schedule_length) for draw in draws], device=device)
         pooled, attribution, _ = observe(
@@ -137,6 +138,7 @@ class Trainer:
             latents,
             torch.from_numpy(text["hidden"]).to(device),
             torch.from_numpy(text["content"]).to(device),
+            torch.tensor([number[pair.text] for pair in flat], device=device),
             timesteps.repeat_interleave(width),
             noise.repeat_interleave(width, 0),
         )
