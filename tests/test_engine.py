@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from dsd.backbones import load_diffusion
 from dsd.draws import Draw, draws
-from dsd.encoding import all_texts, diffusion_encodings, read_all
+from dsd.encoding import Encodings, all_texts, diffusion_encodings, read_all
 from dsd.engine import Engine, score
 from dsd.errors import DataError
 from dsd.evidence import INDEX, UNCONDITIONAL, plan, read_evidence, requests, wanted
@@ -160,3 +162,22 @@ def test_shards_of_other_params_are_removed(zero_shot: Params, prepared: Path, c
 def test_missing_evidence_says_what_to_run(zero_shot: Params, prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="run the stage `score`"):
         evidence(zero_shot, prepared, tmp_path)
+
+
+def test_threads_that_miss_the_cache_compute_each_shard_once(tmp_path: Path) -> None:
+    busy, calls = [0], []
+
+    def compute(items: list[str]) -> dict[str, np.ndarray]:
+        busy[0] += 1
+        assert busy[0] == 1  # what is computed reads files and models that threads cannot share
+        time.sleep(0.02)
+        calls.append(items[0])
+        busy[0] -= 1
+        return {"length": np.array([len(item) for item in items])}
+
+    items = ["x" * n for n in range(12)]
+    table = Encodings(Store(tmp_path), "test", "source", items, compute, shard=4)
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda n: table([items[n], items[11 - n]])["length"].tolist(), range(12)))
+    assert found == [[n, 11 - n] for n in range(12)]
+    assert sorted(calls) == ["", "x" * 4, "x" * 8]
