@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 
@@ -29,7 +28,7 @@ class Encodings:
     """Named arrays with one row an item, computed once and kept in shards of a store.
 
     An absent or damaged shard is computed when it is first asked for, so a reader never fails on a cache; a few shards
-    at a time are held in memory, whatever the number of items. Threads may ask at once: one reads or computes at a time.
+    at a time are held in memory, whatever the number of items.
     """
 
     def __init__(
@@ -48,7 +47,6 @@ class Encodings:
             item: (n, row) for n, shard_items in enumerate(self._shards) for row, item in enumerate(shard_items)
         }
         self._read = lru_cache(maxsize=8)(self._load)
-        self._lock = Lock()
 
     def _load(self, number: int) -> Arrays:
         key = self.keys[number]
@@ -64,8 +62,7 @@ class Encodings:
 
     def __call__(self, items: Sequence[str]) -> Arrays:
         """The rows of the items, stacked in their order."""
-        with self._lock:
-            rows = [(self._read(number), row) for number, row in (self._place[item] for item in items)]
+        rows = [(self._read(number), row) for number, row in (self._place[item] for item in items)]
         return {name: np.stack([arrays[name][row] for arrays, row in rows]) for name in rows[0][0]}
 
     def column(self, name: str) -> np.ndarray:

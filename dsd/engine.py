@@ -56,35 +56,33 @@ class Engine:
 
         On processors each core has a batch of its own: at the sizes of a batch that is faster than to share one.
         """
-        chunks = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        chunks = (rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size))
+        inputs = map(self._inputs, chunks)  # in this thread: what the cache lacks is computed while it is read
         if self.backbone.device.type == "cpu":
             with ThreadPoolExecutor(torch.get_num_threads(), "batch", torch.set_num_threads, (1,)) as pool:
-                batches = list(pool.map(self._batch, chunks))
+                batches = list(pool.map(self._batch, inputs))
         else:
-            batches = [self._batch(chunk) for chunk in chunks]
+            batches = list(map(self._batch, inputs))
         return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
-    @torch.inference_mode()
-    def _batch(self, rows: Sequence[Request]) -> Arrays:
-        device = self.backbone.device
-        latents = torch.from_numpy(self._latents([pair.image for pair, _ in rows])["latents"]).to(device)
+    def _inputs(self, rows: Sequence[Request]) -> tuple[Tensor, ...]:
+        """What `observe` asks for after its settings."""
+        latents = torch.from_numpy(self._latents([pair.image for pair, _ in rows])["latents"])
         number = {text: n for n, text in enumerate(dict.fromkeys(pair.text for pair, _ in rows))}
         text = self._texts(list(number))
         # An unconditional row has no content token; its attention is never read, and begin stands in for it.
-        content = torch.from_numpy(text["content"]).to(device)
+        content = torch.from_numpy(text["content"])
         content[:, 0] |= ~content.any(-1)
+        texts = torch.tensor([number[pair.text] for pair, _ in rows])
+        timesteps = torch.tensor([draw.timestep(self.backbone.schedule_length) for _, draw in rows])
         noise = {draw: draw.noise(tuple(latents.shape[1:])) for _, draw in dict.fromkeys(rows)}
-        attention, attribution, error = observe(
-            self.backbone,
-            self.prompt,
-            self.evidence,
-            latents,
-            torch.from_numpy(text["hidden"]).to(device),
-            content,
-            torch.tensor([number[pair.text] for pair, _ in rows], device=device),
-            torch.tensor([draw.timestep(self.backbone.schedule_length) for _, draw in rows], device=device),
-            torch.stack([noise[draw] for _, draw in rows]).to(device),
-        )
+        stacked = torch.stack([noise[draw] for _, draw in rows])
+        return latents, torch.from_numpy(text["hidden"]), content, texts, timesteps, stacked
+
+    @torch.inference_mode()
+    def _batch(self, inputs: tuple[Tensor, ...]) -> Arrays:
+        there = (tensor.to(self.backbone.device) for tensor in inputs)
+        attention, attribution, error = observe(self.backbone, self.prompt, self.evidence, *there)
         found = {"attention": attention, "attribution": attribution, "error": error}
         return {name: tensor.float().cpu().contiguous().numpy() for name, tensor in found.items()}
 

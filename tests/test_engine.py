@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import get_ident
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 
 from dsd.backbones import load_diffusion
 from dsd.draws import Draw, draws
-from dsd.encoding import Encodings, all_texts, diffusion_encodings, read_all
+from dsd.encoding import all_texts, diffusion_encodings, read_all
 from dsd.engine import Engine, score
 from dsd.errors import DataError
 from dsd.evidence import INDEX, UNCONDITIONAL, plan, read_evidence, requests, wanted
@@ -164,20 +163,16 @@ def test_missing_evidence_says_what_to_run(zero_shot: Params, prepared: Path, tm
         evidence(zero_shot, prepared, tmp_path)
 
 
-def test_threads_that_miss_the_cache_compute_each_shard_once(tmp_path: Path) -> None:
-    busy, calls = [0], []
-
-    def compute(items: list[str]) -> dict[str, np.ndarray]:
-        busy[0] += 1
-        assert busy[0] == 1  # what is computed reads files and models that threads cannot share
-        time.sleep(0.02)
-        calls.append(items[0])
-        busy[0] -= 1
-        return {"length": np.array([len(item) for item in items])}
-
-    items = ["x" * n for n in range(12)]
-    table = Encodings(Store(tmp_path), "test", "source", items, compute, shard=4)
-    with ThreadPoolExecutor(6) as pool:
-        found = list(pool.map(lambda n: table([items[n], items[11 - n]])["length"].tolist(), range(12)))
-    assert found == [[n, 11 - n] for n in range(12)]
-    assert sorted(calls) == ["", "x" * 4, "x" * 8]
+def test_what_the_cache_lacks_is_computed_in_one_thread(
+    params: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches run side by side in threads, which could not share a reader of pictures."""
+    full, examples = make(params, prepared, cached, 4)
+    rows = requests(examples, params.noise, params.seed, normalised=True)
+    threads = set()
+    inner = Pictures.__getitem__
+    monkeypatch.setattr(Pictures, "__getitem__", lambda self, key: (threads.add(get_ident()), inner(self, key))[1])
+    bare, _ = make(params, prepared, tmp_path, 4)
+    for name, array in full.compute(rows).items():
+        np.testing.assert_allclose(array, bare.compute(rows)[name], atol=1e-5)
+    assert threads == {get_ident()}
