@@ -95,7 +95,7 @@ def capture_overhead() -> Result:
     with torch.inference_mode():
         bare(), captured()
         ratios = []
-        for _ in range(15):
+        for _ in range(60):
             first, second, third = seconds(bare), seconds(captured), seconds(bare)
             ratios.append(2 * second / (first + third))
     return at_most(statistics.median(ratios), "times", 1.10)
