@@ -68,16 +68,15 @@ class Engine:
     def _inputs(self, rows: Sequence[Request]) -> tuple[Tensor, ...]:
         """What `observe` asks for after its settings."""
         latents = torch.from_numpy(self._latents([pair.image for pair, _ in rows])["latents"])
-        number = {text: n for n, text in enumerate(dict.fromkeys(pair.text for pair, _ in rows))}
-        text = self._texts(list(number))
+        asked, texts = np.unique([pair.text for pair, _ in rows], return_inverse=True)
+        text = self._texts(asked.tolist())
         # An unconditional row has no content token; its attention is never read, and begin stands in for it.
         content = torch.from_numpy(text["content"])
         content[:, 0] |= ~content.any(-1)
-        texts = torch.tensor([number[pair.text] for pair, _ in rows])
         timesteps = torch.tensor([draw.timestep(self.backbone.schedule_length) for _, draw in rows])
         noise = {draw: draw.noise(tuple(latents.shape[1:])) for _, draw in dict.fromkeys(rows)}
         stacked = torch.stack([noise[draw] for _, draw in rows])
-        return latents, torch.from_numpy(text["hidden"]), content, texts, timesteps, stacked
+        return latents, torch.from_numpy(text["hidden"]), content, torch.from_numpy(texts), timesteps, stacked
 
     @torch.inference_mode()
     def _batch(self, inputs: tuple[Tensor, ...]) -> Arrays:

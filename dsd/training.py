@@ -46,6 +46,20 @@ def table(example: MatchingExample, images: int, texts: int, rng: Random) -> tup
     return pairs, [[(row, column) in example.answer for column in columns] for row in rows]
 
 
+def shape(examples: Sequence[MatchingExample], most: int) -> tuple[int, int]:
+    """Images and texts of a table: at most so many, and as many as every right pair has wrong ones to fill it with.
+
+    Raises:
+        DataError: an example leaves nothing to choose.
+    """
+    right = [(example, i, t) for example in examples for i, t in example.answer]
+    images = min(1 + sum((k, t) not in e.answer for k in range(len(e.images))) for e, _, t in right)
+    texts = min(1 + sum((i, k) not in e.answer for k in range(len(e.texts))) for e, i, _ in right)
+    if images == texts == 1:
+        raise DataError("a few-shot example has neither a wrong image nor a wrong text to train against")
+    return min(most, images), min(most, texts)
+
+
 def contests(scores_EIT: Tensor) -> list[int]:
     """The dimensions along which there is something to choose: images for a text, texts for an image, or both."""
     return [dim for dim in (1, 2) if scores_EIT.shape[dim] > 1]
@@ -97,8 +111,7 @@ class Trainer:
         assert isinstance(method, CrossAttentionMethod)  # params refuses anything else
         self.name, self.params, self.method, self.backbone = name, params, method, backbone
         self.examples, self._latents, self._texts = examples, latents, texts
-        most = self.training.candidates
-        self.shape = min(most, *(len(e.images) for e in examples)), min(most, *(len(e.texts) for e in examples))
+        self.shape = shape(examples, self.training.candidates)
         self.prompt = AttentionPrompt(
             text_width=int(backbone.unet.config.cross_attention_dim),
             inner=backbone.layer_widths,
@@ -127,8 +140,8 @@ class Trainer:
         width = len(flat) // len(tables)
         device = self.backbone.device
         latents = torch.from_numpy(self._latents([pair.image for pair in flat])["latents"]).to(device)
-        number = {text: n for n, text in enumerate(dict.fromkeys(pair.text for pair in flat))}
-        text = self._texts(list(number))
+        asked, texts = np.unique([pair.text for pair in flat], return_inverse=True)
+        text = self._texts(asked.tolist())
         noise = torch.stack([draw.noise(tuple(latents.shape[1:])) for draw in draws]).to(device)
         timesteps = torch.tensor([draw.timestep(self.backbone.schedule_length) for draw in draws], device=device)
         pooled, attribution, _ = observe(
@@ -138,7 +151,7 @@ class Trainer:
             latents,
             torch.from_numpy(text["hidden"]).to(device),
             torch.from_numpy(text["content"]).to(device),
-            torch.tensor([number[pair.text] for pair in flat], device=device),
+            torch.from_numpy(texts).to(device),
             timesteps.repeat_interleave(width),
             noise.repeat_interleave(width, 0),
         )

@@ -172,7 +172,7 @@ def test_what_the_cache_lacks_is_computed_in_one_thread(
     threads = set()
     inner = Pictures.__getitem__
     monkeypatch.setattr(Pictures, "__getitem__", lambda self, key: (threads.add(get_ident()), inner(self, key))[1])
-    bare, _ = make(params, prepared, tmp_path, 4)
+    bare = make(params, prepared, tmp_path, 4)[0].compute(rows)
     for name, array in full.compute(rows).items():
-        np.testing.assert_allclose(array, bare.compute(rows)[name], atol=1e-5)
+        np.testing.assert_allclose(array, bare[name], atol=1e-5)
     assert threads == {get_ident()}

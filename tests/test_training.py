@@ -12,7 +12,7 @@ import torch
 from dsd.errors import DataError
 from dsd.matching import MatchingExample
 from dsd.params import Params
-from dsd.training import Trainer, accuracy, matching_loss, table, train
+from dsd.training import Trainer, accuracy, matching_loss, shape, table, train
 
 EXAMPLE = MatchingExample("x", ("i",), ("a", "b", "c", "d"), ((0, 2),), "all")
 SQUARE = MatchingExample("y", ("i", "j"), ("a", "b"), ((1, 0), (0, 1)), "all")
@@ -43,6 +43,15 @@ def test_another_right_text_is_no_negative() -> None:
         assert (pairs[1].text, right) == ("b", [True, False])
 
 
+def test_a_table_is_as_large_as_the_poorest_example_allows() -> None:
+    twice = MatchingExample("z", ("i",), ("a", "b", "c", "d"), ((0, 0), (0, 2)), "all")
+    assert [shape([EXAMPLE], most) for most in (2, 4, 9)] == [(1, 2), (1, 4), (1, 4)]
+    assert shape([EXAMPLE, twice], 4) == (1, 3)
+    assert shape([SQUARE], 4) == (2, 2)
+    with pytest.raises(DataError, match="neither a wrong image nor a wrong text"):
+        shape([MatchingExample("o", ("i",), ("a",), ((0, 0),), "all")], 4)
+
+
 ROW = torch.tensor([[[True, False, False]]])
 DIAGONAL = torch.tensor([[[True, False], [False, True]]])
 
@@ -51,7 +60,7 @@ DIAGONAL = torch.tensor([[[True, False], [False, True]]])
 def test_losses_fall_when_the_right_pairs_win(loss: str, params: Params) -> None:
     training = params.training.model_copy(update={"loss": loss, "temperature": 1.0, "margin": 0.1})
     for mask in (ROW, ROW.transpose(1, 2), DIAGONAL):
-        right, wrong = 2.0 * mask, 2.0 * mask.flip(1, 2) if mask is not DIAGONAL else 2.0 * ~mask
+        right, wrong = 2.0 * mask, 2.0 * ~mask
         assert matching_loss(right, mask, training) < matching_loss(wrong, mask, training)
         assert (accuracy(right, mask), accuracy(wrong, mask)) == (1, 0)
         # A constant added to an example's scores is no evidence.
