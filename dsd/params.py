@@ -50,6 +50,7 @@ class DatasetParams(_Params):
     kind: str
     size: Positive
     few_shot: Share
+    sample: int
     validation: Share
     test: Positive
     candidates: Positive | None = Field(default=None)

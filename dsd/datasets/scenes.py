@@ -117,6 +117,7 @@ def _items(row: DatasetParams, dataset: str, seed: int, examples: int) -> list[t
         validation=validation,
         test=row.test,
         seed=seed,
+        sample=row.sample,
     )
     return [(name, index, splits[name]) for index, name in enumerate(names) if name in splits]
 
