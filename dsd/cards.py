@@ -90,7 +90,7 @@ def quality(params: Params, target: Path) -> Results:
         prepare(name, there, raw, prepared)
         encode(name, there, prepared, cached)
         score(name, there, prepared, cached, cached, scored)
-        return evaluate(name, there, prepared, scored, Path(folder))
+        return evaluate(name, there, prepared, scored, Path(folder)).results
 
 
 def samples(folder: Path, seed: int) -> tuple[Image.Image, list[str]]:

@@ -8,18 +8,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from dsd.datasets import benchmark
 from dsd.evidence import UNCONDITIONAL, Evidence, normalises, read_evidence, read_shards
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
-from dsd.metrics import METRICS, rank
+from dsd.metrics import METRICS, Hits, rank
 from dsd.params import ContrastiveMethod, CrossAttentionMethod, DenoisingMethod, NoiseParams, Params, noise_of
 from dsd.scorers import cross_attention, denoising
 from dsd.statistics import Interval, clustered_mean
@@ -29,11 +31,30 @@ Scores = dict[Pair, float]
 Results = dict[str, dict[str, Interval]]  # method → metric → interval
 
 
-def attention_scores(evidence: Evidence, method: CrossAttentionMethod, poolings: Sequence[str]) -> Scores:
-    """DSD: the chosen pooling reduced over heads and layers, averaged over the draws of the method's levels."""
-    chosen = [k for k, draw in enumerate(evidence.draws) if draw.level in method.levels]
-    pooled = evidence.attention[:, chosen, poolings.index(method.pooling)]
-    scores = cross_attention.reduce(pooled, evidence.attribution[:, chosen], layers=method.layers, heads=method.heads)
+class Evaluated(NamedTuple):
+    """What `evaluate` found out about a dataset, by method in the order of params.yaml and metric."""
+
+    results: Results
+    hits: dict[str, dict[str, Hits]]
+
+
+def attention_scores(
+    evidence: Evidence,
+    method: CrossAttentionMethod,
+    poolings: Sequence[str],
+    chosen_LH: NDArray[np.bool_] | None = None,
+) -> Scores:
+    """DSD: the chosen pooling reduced over heads and layers, averaged over the draws of the method's levels.
+
+    Args:
+        poolings: those of the evidence, in its order.
+        chosen_LH: heads that count; None is all of them.
+    """
+    draws = [k for k, draw in enumerate(evidence.draws) if draw.level in method.levels]
+    pooled, attribution = evidence.attention[:, draws, poolings.index(method.pooling)], evidence.attribution[:, draws]
+    if chosen_LH is not None:
+        attribution = attribution * chosen_LH
+    scores = cross_attention.reduce(pooled, attribution, layers=method.layers, heads=method.heads)
     return dict(zip(evidence.pairs, scores.mean(-1).tolist(), strict=True))
 
 
@@ -59,20 +80,26 @@ def table(example: MatchingExample, scores: Scores) -> np.ndarray:
     return np.array([[scores[Pair(image, text)] for text in example.texts] for image in example.images])
 
 
-def summarise(
-    kind: str,
-    examples: Sequence[MatchingExample],
-    ranks: np.ndarray,
-    *,
-    resamples: int,
-    confidence: float,
-    seed: int,
-) -> dict[str, Interval]:
-    """The metrics of a dataset kind with clustered bootstrap intervals."""
+def tables(examples: Sequence[MatchingExample], scores: Scores) -> list[np.ndarray]:
+    """The scores [I, T] of every example."""
+    return [table(example, scores) for example in examples]
+
+
+def ranked(examples: Sequence[MatchingExample], found: Sequence[np.ndarray]) -> NDArray[np.int64]:
+    """[n] the rank of the right pair of every example."""
+    return np.array([rank(scores_IT, example.answer) for scores_IT, example in zip(found, examples, strict=True)])
+
+
+def hits_of(kind: str, examples: Sequence[MatchingExample], ranks_n: NDArray[np.int64]) -> dict[str, Hits]:
+    """Hits and groups of every metric of a dataset kind."""
+    return METRICS[benchmark(kind).metrics](ranks_n, [example.category for example in examples])
+
+
+def intervals(params: Params, examples: Sequence[MatchingExample], hits: Mapping[str, Hits]) -> dict[str, Interval]:
+    """Every metric with its clustered bootstrap interval."""
     clusters = [example.cluster for example in examples]
-    found = METRICS[benchmark(kind).metrics](ranks, [example.category for example in examples])
-    options = dict(resamples=resamples, confidence=confidence, seed=seed)
-    return {metric: clustered_mean(hits, clusters, groups, **options) for metric, (hits, groups) in found.items()}  # type: ignore[arg-type]
+    options = dict(params.evaluate.model_dump(), seed=params.seed)
+    return {metric: clustered_mean(hits_n, clusters, groups, **options) for metric, (hits_n, groups) in hits.items()}
 
 
 def method_scores(
@@ -104,24 +131,23 @@ SCHEMA = pa.schema(
 )
 
 
-def evaluate(name: str, params: Params, prepared: Path, scored: Path, target: Path) -> Results:
+def evaluate(name: str, params: Params, prepared: Path, scored: Path, target: Path) -> Evaluated:
     """Metrics of every method on the test split of dataset `name`; writes `scores/<name>.parquet` under target."""
     examples = read_examples(prepared / "examples.parquet", "test")
-    settings = dict(params.evaluate.model_dump(), seed=params.seed)
-    results: Results = {}
+    hits: dict[str, dict[str, Hits]] = {}
     rows = []
     for method, scores in method_scores(params, noise_of(params, name), examples, scored):
-        tables = [table(example, scores) for example in examples]
-        ranks = np.array([rank(t, example.answer) for t, example in zip(tables, examples, strict=True)])
-        results[method] = summarise(params.datasets[name].kind, examples, ranks, **settings)
+        found = tables(examples, scores)
+        ranks = ranked(examples, found)
+        hits[method] = hits_of(params.datasets[name].kind, examples, ranks)
         rows += [
             dict(id=e.id, category=e.category, method=method, scores=t.ravel().tolist(), rank=int(r))
-            for e, t, r in zip(examples, tables, ranks, strict=True)
+            for e, t, r in zip(examples, found, ranks, strict=True)
         ]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink)
     write_atomic(target / "scores" / f"{name}.parquet", sink.getvalue().to_pybytes())
-    return {method: results[method] for method in params.methods}
+    return Evaluated({method: intervals(params, examples, hits[method]) for method in params.methods}, hits)
 
 
 def write_metrics(results: dict[str, Results], target: Path) -> None:

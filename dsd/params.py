@@ -121,6 +121,17 @@ class EvaluateParams(_Params):
     confidence: Annotated[float, Field(gt=0, lt=1)]
 
 
+class AblationParams(_Params):
+    """Which methods are taken apart, and the values that each of their keys is given in turn."""
+
+    methods: tuple[str, ...]
+    pooling: tuple[Pooling, ...]
+    heads: tuple[Literal["weighted", "mean"] | Positive, ...]
+    layers: tuple[Literal["all"] | Positive, ...]
+    levels: tuple[tuple[Level, ...], ...]
+    subsets: Positive
+
+
 class ReportParams(_Params):
     gallery: Positive
 
@@ -172,6 +183,7 @@ class Params(_Params):
     training: TrainingParams
     methods: dict[str, MethodParams]
     evaluate: EvaluateParams
+    ablations: AblationParams
     report: ReportParams
     pretrain: PretrainParams
 
@@ -196,6 +208,21 @@ class Params(_Params):
                 )
             if isinstance(method, CrossAttentionMethod) and method.pooling not in self.evidence.poolings:
                 raise ValueError(f"methods.{name}.pooling: {method.pooling!r} is not among evidence.poolings")
+        return self
+
+    @model_validator(mode="after")
+    def _ablations_have_evidence(self) -> Params:
+        for name in self.ablations.methods:
+            if name not in self.methods:
+                raise ValueError(f"ablations.methods: {unknown('method', name, self.methods)}")
+            if not isinstance(self.methods[name], CrossAttentionMethod):
+                raise ValueError(f"ablations.methods: {name} has no cross-attention to take apart")
+        for pooling in self.ablations.pooling:
+            if pooling not in self.evidence.poolings:
+                raise ValueError(f"ablations.pooling: {pooling!r} is not among evidence.poolings")
+        for level in {level for levels in self.ablations.levels for level in levels}:
+            if level not in self.noise.levels:
+                raise ValueError(f"ablations.levels: {level} is not among noise.levels {list(self.noise.levels)}")
         return self
 
 

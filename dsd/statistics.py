@@ -129,6 +129,28 @@ def paired_difference(
     return Difference(value, low, high, _sign_flip_p(shares_C, resamples, seed), n)
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number (Holm 1979, "A simple sequentially rejective multiple test procedure").
+
+    Rejecting where the adjusted value is below α keeps the chance of any false rejection below α, however the tests
+    depend on each other.
+    """
+    p_n = np.asarray(p_values, dtype=np.float64)
+    order_n = np.argsort(p_n, kind="stable")
+    adjusted_n = np.maximum.accumulate(p_n[order_n] * np.arange(len(p_n), 0, -1)).clip(max=1.0)
+    found_n = np.empty_like(p_n)
+    found_n[order_n] = adjusted_n
+    return [float(p) for p in found_n]
+
+
+def cohens_h(a: float, b: float) -> float:
+    """Effect size of two shares in 0..1: 2 asin √a − 2 asin √b (Cohen 1988, chapter 6); 0.2 is small, 0.8 large.
+
+    The same difference in points counts for more near 0 and 1, where there is less room for it.
+    """
+    return float(2 * np.arcsin(np.sqrt(a)) - 2 * np.arcsin(np.sqrt(b)))
+
+
 def _unit(values: ArrayLike, name: str) -> Floats:
     """[n] as float64, checked to be within 0..1 (a NaN is not)."""
     array_n = np.asarray(values, dtype=np.float64)

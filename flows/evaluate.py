@@ -9,17 +9,27 @@ from flows.stage import Details, each, main, stage, unit
 
 @stage
 def evaluate(params: Params) -> dict[str, Details]:
-    from dsd import evaluation
+    from dsd import ablations, claims, evaluation
+    from dsd.matching import read_examples
 
-    results = {}
+    target = DATA / "evaluate"
+    results: dict[str, evaluation.Results] = {}
+    taken_apart: dict[str, ablations.Ablations] = {}
+    data: dict[str, claims.Answers] = {}
 
     def dataset(name: str) -> Details:
-        sources = (DATA / "prepare" / name, DATA / "score" / name)
-        results[name] = evaluation.evaluate(name, params, *sources, DATA / "evaluate")
+        prepared, scored = (DATA / stage / name for stage in ("prepare", "score"))
+        results[name], hits = evaluation.evaluate(name, params, prepared, scored, target)
+        variants = ablations.ablate(name, params, prepared, scored)
+        taken_apart[name] = ablations.with_intervals(name, params, prepared, variants)
+        examples = read_examples(prepared / "examples.parquet", "test")
+        data[name] = claims.Answers(params.datasets[name].kind, examples, hits, variants)
         return {}
 
     details = each(unit(dataset), params.datasets)
-    evaluation.write_metrics(results, DATA / "evaluate")
+    evaluation.write_metrics(results, target)
+    ablations.write(taken_apart, target)
+    claims.write(*claims.judge(params, data), target)
     return details
 
 

@@ -67,7 +67,7 @@ def test_the_whole_way(params: Params, prepared: Path, cached: Path, tmp_path: P
     list(train("scenes-com", params, prepared, cached, trained))
     counts = score("scenes-com", params, prepared, cached, trained, scored)
     assert counts["computed"] == counts["rows"] > 0
-    results = {"scenes-com": evaluate("scenes-com", params, prepared, scored, tmp_path)}
+    results = {"scenes-com": evaluate("scenes-com", params, prepared, scored, tmp_path).results}
     assert set(results["scenes-com"]) == {"dsd-zero-shot", "dsd", "denoising", "clip-zero-shot"}
     write_metrics(results, tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -77,7 +77,7 @@ def test_the_whole_way(params: Params, prepared: Path, cached: Path, tmp_path: P
             assert 0 <= value["low"] <= value["value"] <= value["high"] <= 1 and value["n"] > 0
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
     assert len(rows) == 4 * 5
-    again = evaluate("scenes-com", params, prepared, scored, tmp_path / "again")
+    again = evaluate("scenes-com", params, prepared, scored, tmp_path / "again").results
     assert again == results["scenes-com"]
     assert (tmp_path / "again/scores/scenes-com.parquet").read_bytes() == (
         tmp_path / "scores/scenes-com.parquet"

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from dsd import ablations, claims
 from dsd.errors import DataError
-from dsd.evaluation import SCHEMA, summarise, write_metrics
+from dsd.evaluation import SCHEMA, hits_of, intervals, write_metrics
 from dsd.matcher import Heatmap
 from dsd.matching import MatchingExample, write_examples
 from dsd.metrics import SLOTS, rank
@@ -30,7 +31,7 @@ from dsd.report.figures import smooth
 from dsd.report.gallery import BackboneHeatMaps, choose, decimals, overlay
 from dsd.report.inputs import read_datasets
 from dsd.report.tables import Comparison, chance, compare, duration, points
-from dsd.statistics import Difference, Interval
+from dsd.statistics import Difference
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = """<script>alert("1")</script> & 'more'"""
@@ -69,8 +70,9 @@ def write(path: Path, content: object) -> None:
     path.write_text(json.dumps(content))
 
 
-def write_dataset(name: str, params: Params, data: Path) -> dict[str, dict[str, Interval]]:
-    """Everything that the stages before leave of a dataset; returns its metrics."""
+def write_dataset(name: str, params: Params, data: Path) -> claims.Answers:
+    """Everything that the stages before leave of a dataset; returns how it was answered. Variants are the methods
+    themselves."""
     examples, rng = examples_of(name), np.random.default_rng(len(name))
     prepared = data / "prepare" / name
     write_examples(prepared / "examples.parquet", [("test", e) for e in examples] + [("train", examples[0])])
@@ -79,7 +81,7 @@ def write_dataset(name: str, params: Params, data: Path) -> dict[str, dict[str, 
     summary = {"train": 1, "validation": 0, "test": len(examples), "images": len(images), "repeated": 0}
     write(prepared / "summary.json", summary | {"quarantined": 1, "dropped": 2, "shared": 0})
     write(prepared / "quarantine.json", [{"name": f"{HOSTILE}.png", "reason": "truncated"}])
-    rows, results = [], {}
+    rows, hits = [], {}
     for method in params.methods:
         skill, ranks = SKILL[method], []
         for e in examples:
@@ -89,15 +91,31 @@ def write_dataset(name: str, params: Params, data: Path) -> dict[str, dict[str, 
             rows.append(
                 dict(id=e.id, category=e.category, method=method, scores=scores.ravel().tolist(), rank=ranks[-1])
             )
-        settings = dict(params.evaluate.model_dump(), seed=params.seed)
-        results[method] = summarise(params.datasets[name].kind, examples, np.array(ranks), **settings)
+        hits[method] = hits_of(params.datasets[name].kind, examples, np.array(ranks))
     path = data / "evaluate" / "scores" / f"{name}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
     curve = [f"{step},{2 / step:.6f},{min(1, step / 40):.6f}" for step in range(1, 61)]
     (data / "train" / name).mkdir(parents=True)
     (data / "train" / name / "curve.csv").write_text("\n".join(["step,loss,accuracy", *curve, ""]))
-    return results
+    variants = {
+        ablations.Variant(method, key, text): hits[method]
+        for method in params.ablations.methods
+        for key, text, _ in ablations.values(params.ablations)
+    }
+    return claims.Answers(params.datasets[name].kind, examples, hits, variants)
+
+
+def write_results(params: Params, data: Path) -> None:
+    """Everything that the stages before the report leave of all datasets."""
+    answers = {name: write_dataset(name, params, data) for name in params.datasets}
+    metrics, variants = {}, {}
+    for name, found in answers.items():
+        metrics[name] = {method: intervals(params, found.examples, hits) for method, hits in found.methods.items()}
+        variants[name] = ablations.with_intervals(name, params, data / "prepare" / name, found.variants)
+    write_metrics(metrics, data / "evaluate")
+    ablations.write(variants, data / "evaluate")
+    claims.write(*claims.judge(params, answers), data / "evaluate")
 
 
 class FakeHeatMaps:
@@ -128,7 +146,7 @@ def params() -> Params:
 def data(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For reading only; a test that changes something takes `own_data`."""
     folder = tmp_path_factory.mktemp("data")
-    write_metrics({name: write_dataset(name, params, folder) for name in params.datasets}, folder / "evaluate")
+    write_results(params, folder)
     counts = {
         "prepare": {"seconds": 30.0},
         "cache": {"seconds": 3.0, "images": 4, "texts": 7, "truncated": 3, "corrupt": 0},
@@ -268,6 +286,15 @@ def test_comparisons_are_paired_and_told(page: str, params: Params, data: Path) 
         assert overlap == ("apart" if own.low > other.high or other.low > own.high else "overlap")
 
 
+def test_claims_are_told_with_what_they_rest_on(page: str, data: Path) -> None:
+    claims, rows = (json.loads((data / "evaluate" / f"{name}.json").read_text()) for name in ("claims", "comparisons"))
+    assert set(claims) == {"4", "5", "6", "7", "8", "9", "10"}
+    tables = Parsed(page).tables
+    told = tables["Claims of the first paper"][1:]
+    assert [(row[0], row[1], row[2]) for row in told] == [(n, c["claim"], c["verdict"]) for n, c in claims.items()]
+    assert len(tables["What the claims rest on"]) == 1 + sum(map(len, rows.values()))
+
+
 def test_gallery_is_drawn_by_the_seed(params: Params, data: Path) -> None:
     dataset = read_datasets(params, data, {})[0]
     right, wrong = choose(dataset, "dsd-zero-shot", 4, seed=0)
@@ -307,6 +334,8 @@ def broken(data: Path) -> Iterator[tuple[Path, str]]:
     yield data / "evaluate" / "metrics.json", '{"scenes-com": {}}'
     yield data / "evaluate" / "metrics.json", json.dumps({name: {"dds": {}} for name in NAMES})
     yield data / "evaluate" / "metrics.json", json.dumps({name: {"dsd": {"top1": 0.5}} for name in NAMES})
+    yield data / "evaluate" / "ablations.json", json.dumps({NAMES[0]: {"dsd": {"heads": {"mean": 0.5}}}})
+    yield data / "evaluate" / "claims.json", json.dumps({"4": {"claim": "ahead"}})
     yield data / "train" / "scenes-com" / "curve.csv", "step,loss\n1,2\n"
     yield data / "prepare" / "scenes-ref" / "summary.json", ""
     yield data / "timings" / "score.json", '{"stage": "score"}'

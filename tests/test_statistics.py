@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dsd.statistics import Difference, Interval, clustered_mean, paired_difference
+from dsd.statistics import Difference, Interval, clustered_mean, cohens_h, holm, paired_difference
 
 OPTIONS: Any = {"confidence": 0.95, "seed": 7}
 
@@ -245,3 +245,40 @@ def test_p_is_uniform_where_there_is_no_difference() -> None:
 def test_results_as_dictionaries() -> None:
     assert Interval(0.5, 0.4, 0.6, 10).as_dict() == {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
     assert Difference(0.1, 0.0, 0.2, 0.04, 9).as_dict()["p"] == 0.04
+
+
+def test_holm_by_hand() -> None:
+    """Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1, and none below the one before it."""
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.3]) == [0.3]
+    assert holm([]) == []
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_lies_between_no_correction_and_bonferroni(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    assert all(p <= a <= min(1.0, len(p_values) * p) + 1e-12 for p, a in zip(p_values, adjusted, strict=True))
+    assert np.argsort(p_values, kind="stable").tolist() == sorted(
+        range(len(p_values)), key=lambda n: (adjusted[n], p_values[n], n)
+    )
+
+
+def test_holm_rejects_as_its_stepwise_rule_does() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        p_values = (rng.random(6) ** 4).tolist()
+        rejected: set[int] = set()
+        for step, number in enumerate(np.argsort(p_values)):
+            if p_values[number] > 0.05 / (6 - step):
+                break
+            rejected.add(int(number))
+        assert {n for n, p in enumerate(holm(p_values)) if p <= 0.05} == rejected
+
+
+def test_cohens_h_by_hand() -> None:
+    assert cohens_h(0.5, 0.5) == 0
+    assert cohens_h(1, 0) == pytest.approx(np.pi)
+    assert cohens_h(0.75, 0.25) == pytest.approx(np.pi / 3)  # asin √¾ − asin √¼ = 60° − 30°
+    assert cohens_h(0.25, 0.75) == -cohens_h(0.75, 0.25)
+    assert cohens_h(0.99, 0.94) > cohens_h(0.55, 0.5)

@@ -12,7 +12,7 @@ from dsd.params import Params, noise_of
 from dsd.progress import progress
 from dsd.report import figures, findings, tables
 from dsd.report.gallery import MAPPED, BackboneHeatMaps, HeatMaps, gallery
-from dsd.report.inputs import Dataset, read_datasets, read_timings
+from dsd.report.inputs import Dataset, read_claims, read_datasets, read_timings
 from dsd.store import write_atomic
 
 __all__ = ["build"]
@@ -32,7 +32,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
     datasets = read_datasets(params, data, timings)
     heat = heatmaps or BackboneHeatMaps(params, data / "train")
     method = params.training.method
-    compared = _compared(datasets, params)
+    compared, judged = _compared(datasets, params), read_claims(data)
     shown = [d for d in datasets if method in d.results]
     page = (
         _environment()
@@ -49,6 +49,8 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
             legend=_legend(datasets, params),
             comparisons=_comparisons(compared, params),
             tests=sum(map(len, compared.values())),
+            claims=[tables.claims(judged), tables.claim_comparisons(judged)] if judged else [],
+            subsets=params.ablations.subsets,
             figures=_figures(datasets, params),
             galleries=[gallery(d, params, data / "prepare" / d.name, heat) for d in progress(shown, desc="gallery")],
             mapped=MAPPED,
@@ -149,6 +151,7 @@ def _figures(datasets: Sequence[Dataset], params: Params) -> dict[str, list[figu
     pairs = [d for d in datasets if d.candidates.max() == 2 and {method, before} <= set(d.results)]
     return {
         "accuracy": [figures.accuracy(d, series) for d in datasets],
+        "ablations": [figures.ablations(d, series) for d in datasets if d.ablations],
         "margins": [figures.margins(d, [m for m in d.methods if m in (before, method)], series) for d in pairs],
         "ranks": [figures.ranks(d, series) for d in datasets if d.candidates.max() > 2],
         "curves": [figures.curves(d, method, series) for d in datasets if d.curve],

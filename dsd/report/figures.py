@@ -88,10 +88,10 @@ def to_svg(figure: Figure, name: str, alt: str) -> Markup:
     return Markup(re.sub(r"url\(#", f"url(#{name}-", text))
 
 
-def _figure(height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
+def _figure(height: float, rows: int = 1, heights: Sequence[float] | None = None) -> tuple[Figure, list[Axes]]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        axes = figure.subplots(rows, 1, sharex=rows > 1, squeeze=False)
+        axes = figure.subplots(rows, 1, sharex=rows > 1, squeeze=False, height_ratios=heights)
     for ax in axes[:, 0]:
         ax.set_axisbelow(True)
     return figure, list(axes[:, 0])
@@ -121,6 +121,36 @@ def accuracy(dataset: Dataset, series: Series) -> Drawing:
     said = names([best_interval(dataset, method) for method in methods])
     alt = f"Accuracy on {dataset.name}, {dataset.headline}: {said}; chance {100 * level[dataset.headline]:.1f} %."
     return Drawing(to_svg(figure, f"accuracy-{slug(dataset.name)}", alt), dataset.name)
+
+
+def ablations(dataset: Dataset, series: Series) -> Drawing:
+    """The headline metric of each variant with its interval, a panel a key; a dashed line is chance."""
+    methods, keys = list(dataset.ablations), list(next(iter(dataset.ablations.values())))
+    values = {key: list(dataset.ablations[methods[0]][key]) for key in keys}
+    step, level = len(methods) + 0.6, chance(dataset)[dataset.headline]
+    sizes = [len(values[key]) for key in keys]
+    figure, axes = _figure(0.75 + 0.155 * step * sum(sizes) + 0.3 * len(keys), rows=len(keys), heights=sizes)
+    for ax, key in zip(axes, keys, strict=True):
+        for row, value in enumerate(values[key]):
+            for number, method in enumerate(methods):
+                found, (colour, marker) = dataset.ablations[method][key][value][dataset.headline], look(series[method])
+                y = row * step + number
+                ax.plot([100 * found.low, 100 * found.high], [y] * 2, color=colour, lw=1.8, solid_capstyle="round")
+                ax.plot(100 * found.value, y, marker, color=colour, ms=5, mew=0)
+        ax.axvline(100 * level, color=INK, alpha=0.7, lw=1, ls=(0, (3, 2)))
+        ax.set(ylim=(step * len(values[key]) - 0.6, -0.8), title=key)
+        ax.set_yticks([row * step + (len(methods) - 1) / 2 for row in range(len(values[key]))], values[key])
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
+        ax.grid(axis="x")
+    axes[-1].set(xlabel=f"{dataset.headline}, %")
+    best = {
+        key: max(values[key], key=lambda value: dataset.ablations[methods[-1]][key][value][dataset.headline].value)
+        for key in keys
+    }
+    said = names([f"{key} {value}" for key, value in best.items()])
+    alt = f"Ablations on {dataset.name}, {dataset.headline}; the best of each key for {methods[-1]}: {said}."
+    return Drawing(to_svg(figure, f"ablations-{slug(dataset.name)}", alt), dataset.name)
 
 
 def smooth(values: ArrayLike, window: int) -> NDArray[np.float64]:

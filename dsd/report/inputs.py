@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from dsd.ablations import Ablations
+from dsd.claims import Judgement
 from dsd.datasets import benchmark
 from dsd.errors import DataError, unknown
 from dsd.matching import MatchingExample, read_examples
@@ -28,6 +30,7 @@ STAGES = ("pretrain", "download", "prepare", "cache", "train", "score", "evaluat
 HEADLINES = {"slots": "macro", "recall": "top1", "answers": "all"}  # the one number of each family of metrics
 SPLITS = ("train", "validation", "test")
 Timings = dict[str, dict[str, Any]]  # stage → its record in data/timings
+Claims = list[tuple[str, Judgement, list[dict[str, Any]]]]  # number, judgement, rows of comparisons.json
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Dataset:
     results: dict[str, dict[str, Interval]]  # method → metric → interval
     scores: dict[str, list[NDArray[np.float64]]]  # method → [I, T] of each example
     ranks: dict[str, NDArray[np.int64]]  # method → [n], 1 is right
+    ablations: Ablations  # method → key → value → metric → interval
     curve: dict[str, list[float]]  # of the attention prompt's training; empty where no method needs one
     quarantine: list[dict[str, str]]
     summaries: dict[str, dict[str, Any]]  # what prepare, cache and score counted; a stage that told nothing is absent
@@ -92,7 +96,37 @@ def read_datasets(params: Params, data: Path, timings: Timings) -> list[Dataset]
             "run the stage `evaluate` again"
         )
     results = {name: _results(path, name, metrics[name], params) for name in params.datasets}
-    return [_dataset(name, params, data, timings, results[name]) for name in params.datasets]
+    ablations = _ablations(data / "evaluate" / "ablations.json")
+    return [_dataset(name, params, data, timings, results[name], ablations.get(name, {})) for name in params.datasets]
+
+
+def read_claims(data: Path) -> Claims:
+    """The judged claims and what each rests on, by number."""
+    folder = data / "evaluate"
+    claims, rows = (read_json(folder / f"{name}.json", "evaluate") for name in ("claims", "comparisons"))
+    try:
+        return [(number, Judgement(**claim), rows[number]) for number, claim in claims.items()]
+    except (KeyError, TypeError):
+        raise DataError(f"{folder / 'claims.json'}: not judged claims; run the stage `evaluate` again") from None
+
+
+def _ablations(path: Path) -> dict[str, Ablations]:
+    found = read_json(path, "evaluate")
+    try:
+        return {
+            dataset: {
+                method: {
+                    key: {value: {m: Interval(**v) for m, v in row.items()} for value, row in by_value.items()}
+                    for key, by_value in by_key.items()
+                }
+                for method, by_key in by_method.items()
+            }
+            for dataset, by_method in found.items()
+        }
+    except (AttributeError, TypeError):
+        raise DataError(
+            f"{path}: not intervals by dataset, method, key and value; run the stage `evaluate` again"
+        ) from None
 
 
 def read_timings(data: Path) -> Timings:
@@ -127,7 +161,12 @@ def _results(path: Path, name: str, rows: dict[str, Any], params: Params) -> dic
 
 
 def _dataset(
-    name: str, params: Params, data: Path, timings: Timings, results: dict[str, dict[str, Interval]]
+    name: str,
+    params: Params,
+    data: Path,
+    timings: Timings,
+    results: dict[str, dict[str, Interval]],
+    ablations: Ablations,
 ) -> Dataset:
     row: DatasetParams = params.datasets[name]
     prepared = data / "prepare" / name
@@ -151,6 +190,7 @@ def _dataset(
         results,
         scores,
         ranks,
+        ablations,
         _curve(data / "train" / name / "curve.csv") if few_shot else {},
         read_json(prepared / "quarantine.json", "prepare"),
         summaries,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dsd.params import Params
-from dsd.report.inputs import Dataset
+from dsd.report.inputs import Claims, Dataset
 from dsd.statistics import Difference, Interval, paired_difference
 
 NONE = "–"
@@ -166,6 +166,51 @@ def comparisons(a: str, b: str, found: Sequence[Comparison]) -> Table:
     ]
     head = ["dataset", "metric", "difference\npercentage points", f"{a} is", "p", "n", "own intervals"]
     return Table(f"{a} − {b}", head, rows)
+
+
+MARKS = {"holds": "higher", "contradicted": "lower", "not shown": "no"}
+
+
+def claims(found: Claims) -> Table:
+    """The verdict on each claim of the first paper."""
+    rows = [
+        Row(
+            number,
+            [
+                Cell(claim.claim),
+                Cell(claim.verdict, mark=MARKS[claim.verdict]),
+                Cell(points(claim.effect), f"[{points(claim.low)}, {points(claim.high)}]"),
+                Cell(p_value(claim.p)),
+                Cell(count(len(rows))),
+            ],
+        )
+        for number, claim, rows in found
+    ]
+    head = ["claim", "", "verdict", "smallest difference\npercentage points", "p\ncorrected", "comparisons"]
+    return Table("Claims of the first paper", head, rows)
+
+
+def claim_comparisons(found: Claims) -> Table:
+    """Every comparison that a claim rests on."""
+    rows = [
+        Row(
+            number,
+            [
+                Cell(row["dataset"]),
+                Cell(row["metric"]),
+                Cell(row["a"]),
+                Cell(row["b"]),
+                Cell(points(row["value"]), f"[{points(row['low'])}, {points(row['high'])}]"),
+                Cell(p_value(row["p"])),
+                Cell(f"{row['cohens_h']:+.2f}".replace("-", "−")),
+                Cell(count(row["n"])),
+            ],
+        )
+        for number, _, rows in found
+        for row in rows
+    ]
+    head = ["claim", "dataset", "metric", "a", "b", "a − b\npercentage points", "p", "Cohen’s h", "n"]
+    return Table("What the claims rest on", head, rows)
 
 
 LOST = {  # column → the stage and the key of its summary

@@ -1,0 +1,103 @@
+"""Cross-attention methods with one of their keys changed: reductions of stored evidence, nothing is scored anew.
+
+Shapes: n examples, L layers, H heads, S random subsets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsd.evaluation import attention_scores, hits_of, intervals, ranked, tables
+from dsd.evidence import Evidence, normalises, read_evidence
+from dsd.matching import read_examples
+from dsd.metrics import Hits
+from dsd.params import AblationParams, CrossAttentionMethod, Params, noise_of
+from dsd.statistics import Interval
+from dsd.store import write_atomic
+
+
+class Variant(NamedTuple):
+    """A method with one key changed; `value` as params.yaml writes it, a list without brackets."""
+
+    method: str
+    key: str
+    value: str
+
+
+VariantHits = dict[Variant, dict[str, Hits]]
+Ablations = dict[str, dict[str, dict[str, dict[str, Interval]]]]  # method → key → value → metric → interval
+
+
+def values(ablations: AblationParams) -> Iterator[tuple[str, str, Any]]:
+    """(key, value as text, value) of every change."""
+    for key in ("pooling", "heads", "layers", "levels"):
+        for value in getattr(ablations, key):
+            yield key, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value), value
+
+
+def subsets(evidence: Evidence, heads: int, count: int, seed: int) -> Iterator[NDArray[np.bool_]]:
+    """Random choices [L, H] of so many heads of each layer; a layer that has no more keeps all of them."""
+    present_LH = (evidence.attribution > 0).any((0, 1))
+    for number in range(count):
+        rng = np.random.default_rng([seed, heads, number])
+        order_LH = np.where(present_LH, rng.random(present_LH.shape), np.inf).argsort(-1).argsort(-1)
+        yield (order_LH < heads) & present_LH
+
+
+def ablate(name: str, params: Params, prepared: Path, scored: Path) -> VariantHits:
+    """Hits on the test split of dataset `name` for every variant of every method of `ablations`.
+
+    Where a number of heads is chosen at random, an example's hit is its mean over the choices.
+    """
+    examples, kind = read_examples(prepared / "examples.parquet", "test"), params.datasets[name].kind
+    noise, ablations = noise_of(params, name), params.ablations
+    found: VariantHits = {}
+    for method_name in ablations.methods:
+        method = params.methods[method_name]
+        assert isinstance(method, CrossAttentionMethod)  # params refuses anything else
+        normalised = normalises(params.methods, method.prompt)
+        evidence = read_evidence(scored, method.prompt, examples, noise, params.seed, normalised)
+
+        def hits(
+            changed: CrossAttentionMethod, chosen_LH: Any = None, evidence: Evidence = evidence
+        ) -> dict[str, Hits]:
+            scores = attention_scores(evidence, changed, params.evidence.poolings, chosen_LH)
+            return hits_of(kind, examples, ranked(examples, tables(examples, scores)))
+
+        for key, text, value in values(ablations):
+            if key == "heads" and isinstance(value, int):
+                plain = method.model_copy(update={"heads": "mean"})
+                choices = subsets(evidence, value, ablations.subsets, params.seed)
+                found[Variant(method_name, key, text)] = mean([hits(plain, chosen_LH) for chosen_LH in choices])
+            else:
+                found[Variant(method_name, key, text)] = hits(method.model_copy(update={key: value}))
+    return found
+
+
+def mean(several: list[dict[str, Hits]]) -> dict[str, Hits]:
+    """Hits averaged example by example; the groups are the same in all."""
+    return {m: (np.mean([hits[m][0] for hits in several], axis=0), groups) for m, (_, groups) in several[0].items()}
+
+
+def with_intervals(name: str, params: Params, prepared: Path, found: Mapping[Variant, dict[str, Hits]]) -> Ablations:
+    """Every metric of every variant with its clustered bootstrap interval."""
+    examples = read_examples(prepared / "examples.parquet", "test")
+    nested: Ablations = {}
+    for (method, key, value), hits in found.items():
+        nested.setdefault(method, {}).setdefault(key, {})[value] = intervals(params, examples, hits)
+    return nested
+
+
+def write(found: Mapping[str, Ablations], target: Path) -> None:
+    """`ablations.json`: dataset → method → key → value → metric → value, low, high, n."""
+
+    def plain(node: Any) -> Any:
+        return node.as_dict() if isinstance(node, Interval) else {key: plain(child) for key, child in node.items()}
+
+    write_atomic(target / "ablations.json", (json.dumps(plain(found), indent=1) + "\n").encode())

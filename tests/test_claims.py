@@ -1,0 +1,156 @@
+"""Ablations are reductions of evidence, and claims are judged by what the numbers allow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsd.ablations import Variant, ablate, mean, subsets, values, with_intervals, write
+from dsd.claims import Answers, Comparison, judge, measure, stated, uncorrected
+from dsd.claims import write as write_claims
+from dsd.draws import Draw
+from dsd.engine import score
+from dsd.evaluation import evaluate
+from dsd.evidence import Evidence
+from dsd.matching import MatchingExample, Pair, read_examples
+from dsd.metrics import slots
+from dsd.params import Params
+from dsd.training import train
+
+SENTENCES = 60
+
+
+@pytest.fixture
+def settings(params: Params) -> Params:
+    """Enough resamples for p-values to be small."""
+    return params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"resamples": 1000})})
+
+
+def examples() -> list[MatchingExample]:
+    """Sentences with an example for each slot."""
+    return [
+        MatchingExample(f"{n}/{slot}", (f"{n}a", f"{n}{slot}"), (f"sentence {n}",), ((0, 0),), slot)
+        for n in range(SENTENCES)
+        for slot in ("subject", "object", "predicate")
+    ]
+
+
+def answers(shares: dict[str, dict[str, float]], seed: int = 0) -> Answers:
+    """Methods that are right so often by slot, at random."""
+    asked, rng = examples(), np.random.default_rng(seed)
+    hits = {}
+    for method, by_slot in shares.items():
+        right = np.array([rng.random() < by_slot[example.category] for example in asked])
+        hits[method] = slots(np.where(right, 1, 2), [example.category for example in asked])
+    return Answers("scenes-com", asked, hits, {})
+
+
+def alike(share: float) -> dict[str, float]:
+    return dict.fromkeys(("subject", "object", "predicate"), share)
+
+
+def test_a_clear_lead_holds_a_clear_loss_contradicts_and_chance_shows_nothing(settings: Params) -> None:
+    for ours, verdict in ((0.95, "holds"), (0.3, "contradicted"), (0.6, "not shown")):
+        shares = {"dsd": alike(ours), "dsd-zero-shot": alike(0.6)}
+        judged, measured = judge(settings, {"scenes-com": answers(shares)})
+        assert judged[4].verdict == verdict
+        assert len(measured[4]) == 5  # three slots and two averages
+        assert judged[4].low <= judged[4].effect <= judged[4].high and 0 <= judged[4].p <= 1
+
+
+def test_a_claim_hangs_on_its_smallest_difference(settings: Params) -> None:
+    shares = {"dsd": {"subject": 0.95, "object": 0.95, "predicate": 0.6}, "dsd-zero-shot": alike(0.6)}
+    judged, measured = judge(settings, {"scenes-com": answers(shares)})
+    by_metric = {found.comparison.metric: found.difference for found in measured[4]}
+    assert judged[4].effect == by_metric["predicate"].value and judged[4].verdict == "not shown"
+    assert by_metric["subject"].p < 0.05
+
+
+def test_claims_without_evidence_are_left_out(settings: Params) -> None:
+    judged, _ = judge(settings, {"scenes-com": answers({"dsd": alike(0.8), "dsd-zero-shot": alike(0.6)})})
+    assert set(judged) == {4, 10}
+
+
+def test_the_hardest_slot_is_found_within_sentences(settings: Params) -> None:
+    data = {"scenes-com": answers({"dsd": {"subject": 0.95, "object": 0.95, "predicate": 0.4}})}
+    found = measure(Comparison("scenes-com", "subject", "dsd", "dsd", "predicate"), data, settings)
+    hits = data["scenes-com"].methods["dsd"]
+    (right_n, [subject_n]), (_, [predicate_n]) = hits["subject"], hits["predicate"]
+    assert found.difference.value == pytest.approx(right_n[subject_n].mean() - right_n[predicate_n].mean())
+    assert found.difference.n == SENTENCES and found.h > 0 and found.difference.p < 0.01
+
+
+def test_p_for_a_claim_is_its_worst_and_against_it_its_best_corrected(settings: Params) -> None:
+    shares = {"dsd": {"subject": 0.95, "object": 0.85, "predicate": 0.2}, "dsd-zero-shot": alike(0.6)}
+    data = {"scenes-com": answers(shares)}
+    found = [measure(Comparison("scenes-com", m, "dsd", "dsd-zero-shot"), data, settings) for m in shares["dsd"]]
+    subject, obj, predicate = found
+    assert uncorrected([subject, obj]) == max(subject.difference.p, obj.difference.p)
+    assert uncorrected(found) == pytest.approx(3 * predicate.difference.p)
+
+
+def test_claims_are_numbered_as_in_the_method(params: Params) -> None:
+    assert list(stated(params, {"scenes-com": answers({"dsd": alike(0.5)})})) == list(range(1, 11))
+
+
+def test_nothing_is_claimed_of_what_was_not_trained(params: Params) -> None:
+    untrained = {name: method for name, method in params.methods.items() if name != "dsd"}
+    bare = params.model_copy(update={"methods": untrained})
+    assert judge(bare, {"scenes-com": answers({"dsd-zero-shot": alike(0.5)})}) == ({}, {})
+
+
+def evidence(heads: int = 4, layers: int = 3) -> Evidence:
+    attribution = np.random.default_rng(0).random((2, 2, layers, heads)).astype(np.float32) + 0.1
+    attribution[..., 0, 2:] = 0  # the first layer has two heads
+    attention = np.random.default_rng(1).random((2, 2, 1, layers, heads)).astype(np.float32)
+    pairs = [Pair("i", "t"), Pair("j", "t")]
+    return Evidence(pairs, [Draw(0.2, 0), Draw(0.6, 1)], attention, attribution, np.zeros((2, 2), np.float32))
+
+
+def test_subsets_choose_heads_that_there_are() -> None:
+    chosen = list(subsets(evidence(), 3, 8, seed=0))
+    assert all(mask.sum(-1).tolist() == [2, 3, 3] and not mask[0, 2:].any() for mask in chosen)
+    assert len({mask.tobytes() for mask in chosen}) > 1
+    again = list(subsets(evidence(), 3, 8, seed=0))
+    assert all((a == b).all() for a, b in zip(chosen, again, strict=True))
+
+
+def test_all_heads_are_a_subset_that_changes_nothing() -> None:
+    (mask,) = subsets(evidence(), 4, 1, seed=0)
+    assert (mask == (evidence().attribution > 0).any((0, 1))).all()
+
+
+def test_hits_are_averaged_example_by_example() -> None:
+    one, other = (slots(np.array(ranks), ["subject", "object", "predicate"]) for ranks in ([1, 2, 1], [2, 2, 1]))
+    assert mean([one, other])["micro"][0].tolist() == [0.5, 0, 1]
+
+
+def test_from_evidence_to_files(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
+    trained, scored = tmp_path / "train", tmp_path / "score"
+    list(train("scenes-com", params, prepared, cached, trained))
+    score("scenes-com", params, prepared, cached, trained, scored)
+    results, hits = evaluate("scenes-com", params, prepared, scored, tmp_path)
+    variants = ablate("scenes-com", params, prepared, scored)
+    found = with_intervals("scenes-com", params, prepared, variants)
+    changes = list(values(params.ablations))
+    assert len(variants) == len(changes) * len(params.ablations.methods)
+    # A value that the method has anyway gives the method's own result.
+    for method in params.ablations.methods:
+        assert found[method]["pooling"]["logsumexp"] == found[method]["layers"]["all"] == results[method]
+    write({"scenes-com": found}, tmp_path)
+    written = json.loads((tmp_path / "ablations.json").read_text())
+    assert set(written["scenes-com"]["dsd"]) == {"pooling", "heads", "layers", "levels"}
+    assert set(written["scenes-com"]["dsd"]["heads"]["1"]["micro"]) == {"value", "low", "high", "n"}
+
+    asked = read_examples(prepared / "examples.parquet", "test")
+    judged, measured = judge(params, {"scenes-com": Answers("scenes-com", asked, hits, variants)})
+    assert set(judged) == {4, 5, 6, 7, 8, 9, 10}
+    layers = [found.comparison.b for found in measured[5]]
+    assert layers == [Variant("dsd", "layers", value) for value in ("8", "2", "1")]
+    write_claims(judged, measured, tmp_path)
+    claims = json.loads((tmp_path / "claims.json").read_text())
+    assert all(set(row) == {"claim", "effect", "low", "high", "p", "verdict"} for row in claims.values())
+    assert len(json.loads((tmp_path / "comparisons.json").read_text())["9"]) == len(params.ablations.levels) - 1
