@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -216,9 +217,9 @@ class Params(_Params):
 
     @model_validator(mode="after")
     def _what_learns_is_trained(self) -> Params:
-        if not any(isinstance(m, CrossAttentionMethod) and m.prompt == "few-shot" for m in self.methods.values()):
+        if not (attentive := _prompted(self.methods)):
             raise ValueError("methods: none of the cross-attention methods has prompt: few-shot; one must")
-        learning = trained(self)
+        learning = _trained(self.methods)
         for name in self.training:
             if name not in learning:
                 raise ValueError(f"training.{name}: {unknown('trained method', name, learning)}")
@@ -226,9 +227,9 @@ class Params(_Params):
             row = self.training.get(name)
             if row is None:
                 raise ValueError(f"methods.{name}: learns, but training has no row {name}")
-            if name == prompted(self) and not isinstance(row, NoisyTrainingParams):
+            if name == attentive[0] and not isinstance(row, NoisyTrainingParams):
                 raise ValueError(f"training.{name}.levels: missing; an attention prompt is trained at noise levels")
-            if name != prompted(self) and isinstance(row, NoisyTrainingParams):
+            if name != attentive[0] and isinstance(row, NoisyTrainingParams):
                 raise ValueError(f"training.{name}.levels: superfluous; a CLIP sees no noise")
         return self
 
@@ -250,14 +251,21 @@ def prompted(params: Params) -> str:
 
     All methods with prompt: few-shot use that prompt.
     """
-    attentive = ((n, m) for n, m in params.methods.items() if isinstance(m, CrossAttentionMethod))
-    return next(name for name, method in attentive if method.prompt == "few-shot")
+    return _prompted(params.methods)[0]
 
 
 def trained(params: Params) -> list[str]:
     """The methods that learn something of their own: the rows of `training`."""
-    tuned = [n for n, m in params.methods.items() if isinstance(m, ContrastiveMethod) and m.tuned != "none"]
-    return [prompted(params), *tuned]
+    return _trained(params.methods)
+
+
+def _prompted(methods: Mapping[str, MethodParams]) -> list[str]:
+    return [n for n, m in methods.items() if isinstance(m, CrossAttentionMethod) and m.prompt == "few-shot"]
+
+
+def _trained(methods: Mapping[str, MethodParams]) -> list[str]:
+    tuned = [n for n, m in methods.items() if isinstance(m, ContrastiveMethod) and m.tuned != "none"]
+    return [*_prompted(methods)[:1], *tuned]
 
 
 def _place(location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:

@@ -117,7 +117,7 @@ class Learner(Protocol):
         ...
 
     def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
-        """[E, I, T], differentiable in the module; higher is better. draws: one an example, none where there is no noise."""
+        """[E, I, T], differentiable in the module; higher is better. A draw each, none without noise."""
         ...
 
     def save(self, path: Path) -> None: ...
@@ -321,9 +321,7 @@ def train(
     examples = read_examples(prepared / "examples.parquet", "train")
     if not examples:
         raise DataError(f"datasets.{name}.few_shot: leaves no example to train on; raise it or size")
-    trainer = Trainer(
-        name, params.training[method], params.seed, learner(method, params, prepared, cached), examples
-    )
+    trainer = Trainer(name, params.training[method], params.seed, learner(method, params, prepared, cached), examples)
     target.mkdir(parents=True, exist_ok=True)
     trainer.resume(state, key)
     yield from list(trainer.curve)

@@ -36,7 +36,7 @@ class Clip:
 
     @torch.inference_mode()
     def image_features(self, pictures: np.ndarray) -> Tensor:
-        """uint8 [B, R, R, 3] to what the image tower's projection sees [B, F]; another size is resized to the model's."""
+        """uint8 [B, R, R, 3] to what the image tower's projection sees [B, F]; another size is resized."""
         if pictures.shape[1] != self.resolution:
             pictures = np.stack(
                 [to_array(resize(Image.fromarray(p), parity=None, resolution=self.resolution)) for p in pictures]

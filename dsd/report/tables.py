@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dsd.params import Params
+from dsd.params import Params, prompted
 from dsd.report.inputs import Dataset
 from dsd.statistics import Difference, Interval, paired_difference
 
@@ -121,14 +121,13 @@ def results(dataset: Dataset) -> Table:
 
 def twin(params: Params) -> str | None:
     """The method that differs from the trained one in its prompt alone, or None where params.yaml has none."""
-    trained = params.methods[params.training.method]
-    bare = trained.model_copy(update={"prompt": "none"})
-    return next((name for name, m in params.methods.items() if m == bare and name != params.training.method), None)
+    bare = params.methods[prompted(params)].model_copy(update={"prompt": "none"})
+    return next((name for name, method in params.methods.items() if method == bare), None)
 
 
 def opponents(params: Params, dataset: Dataset) -> list[str]:
     """Whom the trained method is compared with: its zero-shot twin first, then every other method."""
-    trained = params.training.method
+    trained = prompted(params)
     if trained not in dataset.results:
         return []
     others = [method for method in dataset.methods if method != trained]
@@ -261,7 +260,8 @@ def settings(params: Params) -> Table:
         "noise": params.noise,
         "evidence": params.evidence,
         "prompt": params.prompt,
-        "training": params.training,
+        "context": params.context,
+        **{f"training.{method}": row for method, row in params.training.items()},
         "evaluate": params.evaluate,
     }
     rows = [

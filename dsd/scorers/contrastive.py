@@ -68,15 +68,13 @@ class ContextPrompt(nn.Module):
     """CoCoOp: context vectors before a text's tokens, shifted by a function of the image; both towers are frozen.
 
     Zhou et al. 2022, "Conditional Prompt Learning for Vision-Language Models": t(x) = [v_1 + π, …, v_N + π, text] with
-    π = h_θ(x), h_θ two linear maps with a ReLU between them. Its last layer starts at zero, so that step 0 has no shift.
+    π = h_θ(x), h_θ two linear maps with a ReLU between them. Its last layer starts at zero: no shift at step 0.
     The text of every pair passes through the text encoder, since its context depends on the image.
     """
 
     file = PROMPT
 
-    def __init__(
-        self, clip: Clip, images: Features, texts: Features, *, tokens: int, hidden: int, seed: int
-    ) -> None:
+    def __init__(self, clip: Clip, images: Features, texts: Features, *, tokens: int, hidden: int, seed: int) -> None:
         """Raises TextError for a text that has no room for the context; one line."""
         super().__init__()
         self._clip, self._images = clip, images
