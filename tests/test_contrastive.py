@@ -11,11 +11,14 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from dsd.backbones import Clip, load_clip
-from dsd.engine import cosines
+from dsd.encoding import all_texts, contrastive_encodings, read_all
+from dsd.engine import cosines, score_contrastive
 from dsd.errors import CheckpointError, TextError
 from dsd.matching import Pair
 from dsd.params import Params
+from dsd.pictures import Pictures
 from dsd.scorers.contrastive import ContextPrompt, Features, Head, Projections, learned, untrained
+from dsd.store import Store
 
 IMAGES = ["i", "j", "k"]
 TEXTS = ["", "a red circle", "a blue star left of a green ring"]
@@ -159,3 +162,24 @@ def test_a_text_without_room_for_the_context_is_one_line(clip: Clip, features: t
     with pytest.raises(TextError, match=r"'a blue star left of a green ring': 10 tokens and 15 .* the 24") as error:
         ContextPrompt(clip, *features, tokens=15, hidden=2, seed=0)
     assert "\n" not in str(error.value)
+
+
+def test_other_weights_are_other_scores_of_their_method_alone(
+    params: Params, clip: Clip, prepared: Path, cached: Path, tmp_path: Path
+) -> None:
+    two = params.model_copy(update={"methods": {m: params.methods[m] for m in ("clip-zero-shot", "clip-finetune")}})
+    pictures, store = Pictures(prepared / "images.parquet"), Store(tmp_path / "score")
+    head = Projections(clip, *contrastive_encodings(clip, pictures, all_texts(read_all(prepared)), Store(cached)))
+    (tmp_path / "clip-finetune").mkdir()
+    found = []
+    for change in (lambda head: head, moved):
+        change(head).save(tmp_path / "clip-finetune" / head.file)
+        keys = score_contrastive(two, prepared, cached, tmp_path, store)
+        found.append({method: (key, store.read(key)) for method, [key] in keys.items()})
+    before, after = found
+    assert before["clip-zero-shot"][0] == after["clip-zero-shot"][0]
+    assert before["clip-finetune"][0] != after["clip-finetune"][0]
+    zero_shot, untouched, tuned = (row[1] for row in (*before.values(), after["clip-finetune"]))
+    assert zero_shot is not None and untouched is not None and tuned is not None
+    assert np.array_equal(zero_shot["cosine"], untouched["cosine"])
+    assert not np.allclose(zero_shot["cosine"], tuned["cosine"], atol=1e-2)
