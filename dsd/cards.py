@@ -79,7 +79,9 @@ def quality(params: Params, target: Path) -> Results:
         name: row.model_copy(update={"source": str(target / name)}) if (target / name).is_dir() else row
         for name, row in params.backbones.items()
     }
-    methods = {n: m for n, m in params.methods.items() if isinstance(m, ContrastiveMethod) or m.prompt == "none"}
+    methods = {
+        n: m for n, m in params.methods.items() if (m.tuned if isinstance(m, ContrastiveMethod) else m.prompt) == "none"
+    }
     name = "scenes-com"
     row = params.datasets[name].model_copy(update={"test": 300})
     changed = {"backbones": rows, "methods": methods, "datasets": {name: row}, "seed": params.seed + 1}

@@ -18,14 +18,13 @@ import numpy as np
 from dsd.ablations import Variant, values
 from dsd.matching import MatchingExample
 from dsd.metrics import Hits
-from dsd.params import CrossAttentionMethod, Params
+from dsd.params import Params, prompted, trained, twin
 from dsd.statistics import Difference, cohens_h, holm, paired_difference
 from dsd.store import write_atomic
 
 Side = str | Variant  # a method, or one with a key changed
 Verdict = Literal["holds", "not shown", "contradicted"]
 TASKS = {"matching": ("scenes-com",), "referring": ("scenes-ref",), "answering": ("scenes-vqa",)}  # kinds by task
-TUNED = ("clip-finetune", "clip-prompt")
 
 
 class Answers(NamedTuple):
@@ -76,17 +75,6 @@ class Judgement:
     verdict: Verdict
 
 
-def few_shot(params: Params) -> tuple[str, str] | None:
-    """The cross-attention method with the trained prompt and its zero-shot twin; None where one of them is missing."""
-    attention = {name: m for name, m in params.methods.items() if isinstance(m, CrossAttentionMethod)}
-    for trained, method in attention.items():
-        bare = method.model_copy(update={"prompt": "none"})
-        for name, other in attention.items():
-            if method.prompt == "few-shot" and other == bare:
-                return trained, name
-    return None
-
-
 Data = Mapping[str, Answers]  # by dataset
 
 
@@ -95,10 +83,9 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
 
     What the paper shows on image choices and referring expressions is compared on the headline metric of both.
     """
-    pair = few_shot(params)
-    if pair is None:
-        return {}
-    ours, bare = pair
+    ours = prompted(params)
+    bare = [method for method in [twin(params)] if method is not None]
+    tuned = [method for method in trained(params) if method != ours]
     matching, referring, answering = ([d for d in data if data[d].kind in kinds] for kinds in TASKS.values())
 
     def ahead(datasets: Sequence[str], *others: str) -> list[Comparison]:
@@ -115,10 +102,10 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
     numbers = {key: [text for text in texts if text.isdigit()] for key, texts in listed.items()}
     together = max(listed["levels"], key=len)
     return {
-        1: ("few-shot DSD is ahead of tuned CLIP on image choices, every slot and average", ahead(matching, *TUNED)),
-        2: ("few-shot DSD is ahead of tuned CLIP on referring expressions", ahead(referring, *TUNED)),
-        3: ("few-shot DSD is ahead of tuned CLIP on questions: binary, other, all", ahead(answering, *TUNED)),
-        4: ("few-shot DSD is ahead of zero-shot DSD", ahead([*matching, *referring, *answering], bare)),
+        1: ("few-shot DSD is ahead of tuned CLIP on image choices, every slot and average", ahead(matching, *tuned)),
+        2: ("few-shot DSD is ahead of tuned CLIP on referring expressions", ahead(referring, *tuned)),
+        3: ("few-shot DSD is ahead of tuned CLIP on questions: binary, other, all", ahead(answering, *tuned)),
+        4: ("few-shot DSD is ahead of zero-shot DSD", ahead([*matching, *referring, *answering], *bare)),
         5: ("all layers are ahead of the last few", chain("layers", *(("all", last) for last in numbers["layers"]))),
         6: (
             "LogSumExp is ahead of the maximum, and that of the cosine",

@@ -40,7 +40,7 @@ class Encodings:
         compute: Callable[[list[str]], Arrays],
         shard: int = 256,
     ) -> None:
-        self.kind, self._store, self._compute = kind, store, compute
+        self.kind, self.items, self._store, self._compute = kind, list(items), store, compute
         self._shards = [list(items[i : i + shard]) for i in range(0, len(items), shard)]
         self.keys = [f"{kind}-{digest(source, shard_items)}" for shard_items in self._shards]
         self._place = {
@@ -103,16 +103,16 @@ def diffusion_encodings(
 def contrastive_encodings(
     clip: Clip, pictures: Pictures, texts: Sequence[str], store: Store
 ) -> tuple[Encodings, Encodings]:
-    """Unit vectors [D] by image id and by text, in CLIP's joint space."""
+    """Features [F] by image id and by text: what CLIP's projections see."""
 
     def images(ids: list[str]) -> Arrays:
-        return {"vector": clip.encode_images(np.stack([to_array(pictures[i]) for i in ids])).cpu().numpy()}
+        return {"features": clip.image_features(np.stack([to_array(pictures[i]) for i in ids])).cpu().numpy()}
 
     def words(batch: list[str]) -> Arrays:
-        return {"vector": clip.encode_texts(batch).cpu().numpy()}
+        return {"features": clip.text_features(batch).cpu().numpy()}
 
-    return Encodings(store, "clip-images", clip.digest, pictures.ids, images), Encodings(
-        store, "clip-texts", clip.digest, texts, words
+    return Encodings(store, "clip-image-features", clip.digest, pictures.ids, images), Encodings(
+        store, "clip-text-features", clip.digest, texts, words
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dsd.attention import Recording, during
-from dsd.backbones import Clip, StableDiffusion, device_of, load_clip, load_diffusion
+from dsd.backbones import StableDiffusion, device_of, load_clip, load_diffusion
 from dsd.encoding import (
     Arrays,
     Encodings,
@@ -27,7 +27,7 @@ from dsd.encoding import (
 )
 from dsd.evidence import Request, Shard, normalises, plan, requests, write_index
 from dsd.matching import Pair, pairs, read_examples
-from dsd.params import ContrastiveMethod, EvidenceParams, Params, noise_of
+from dsd.params import ContrastiveMethod, EvidenceParams, Params, noise_of, prompted
 from dsd.pictures import Pictures
 from dsd.progress import progress
 from dsd.prompts import PROMPT, AttentionPrompt, pooled_latent
@@ -122,8 +122,8 @@ def observe(
 
 
 def source_digest(params: Params, backbone: StableDiffusion, trained: Path | None) -> str:
-    """Everything but the rows that evidence depends on; `trained` is the prompt's folder, None without a prompt."""
-    prompt = None if trained is None else file_digest(trained / PROMPT)
+    """Everything but the rows that evidence depends on; `trained` is the prompt's file, None without a prompt."""
+    prompt = None if trained is None else file_digest(trained)
     settings = params.evidence.model_dump(exclude={"shard"})
     return digest(backbone.digest, prompt, settings, params.images.resolution, str(backbone.dtype))
 
@@ -134,20 +134,39 @@ def prompts(params: Params) -> list[str]:
     return sorted({method.prompt for method in diffusion}, reverse=True)
 
 
-def cosines(
-    clip: Clip, pictures: Pictures, texts: Sequence[str], cached: Path, asked: Sequence[Pair], store: Store
-) -> str:
-    """Stores CLIP's cosine of every pair in one shard and returns its key."""
-    images, words = contrastive_encodings(clip, pictures, texts, Store(cached))
-    key = f"cosines-{digest(clip.digest, asked)}"
-    if store.read(key) is None:
-        vectors = images([pair.image for pair in asked])["vector"], words([pair.text for pair in asked])["vector"]
-        store.write(key, {"cosine": contrastive.reduce(*vectors)})
-    return key
+@torch.inference_mode()
+def cosines(head: contrastive.Head, asked: Sequence[Pair], batch_size: int) -> np.ndarray:
+    """CLIP's cosine [E] of every pair."""
+    batches = [asked[i : i + batch_size] for i in range(0, len(asked), batch_size)]
+    bar = progress(batches, desc="cosines", unit="batch", leave=False)
+    return np.concatenate([head(batch).float().cpu().numpy() for batch in bar])
+
+
+def score_contrastive(
+    params: Params, prepared: Path, cached: Path, trained: Path, store: Store
+) -> dict[str, list[str]]:
+    """Stores the cosines of every contrastive method in a shard each; returns the shard of each method."""
+    asked = pairs(read_examples(prepared / "examples.parquet", "test"))
+    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
+    keys: dict[str, list[str]] = {}
+    for row in clip_backbones(params):
+        clip = load_clip(params.backbones[row], device_of(params.runtime.device))
+        tables = contrastive_encodings(clip, pictures, texts, Store(cached))
+        for name, method in params.methods.items():
+            if isinstance(method, ContrastiveMethod) and method.backbone == row:
+                head = contrastive.learned(method, clip, *tables, trained / name)
+                weights = None if method.tuned == "none" else file_digest(trained / name / head.file)
+                keys[name] = [f"cosines-{digest(clip.digest, weights, asked)}"]
+                if store.read(keys[name][0]) is None:
+                    store.write(keys[name][0], {"cosine": cosines(head, asked, params.runtime.batch_size)})
+    return keys
 
 
 def score(name: str, params: Params, prepared: Path, cached: Path, trained: Path, target: Path) -> dict[str, Any]:
-    """Stores the evidence of the test examples of dataset `name` for every method; resumes where it was stopped."""
+    """Stores the evidence of the test examples of dataset `name` for every method; resumes where it was stopped.
+
+    `trained` is where the stage `train` has left a folder for each method that learns.
+    """
     store, device = Store(target), device_of(params.runtime.device)
     examples = read_examples(prepared / "examples.parquet", "test")
     pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
@@ -156,18 +175,15 @@ def score(name: str, params: Params, prepared: Path, cached: Path, trained: Path
     keys: dict[str, list[str]] = {}
     total, computed = 0, 0
     for prompt in prompts(params):
-        folder = trained if prompt == "few-shot" else None
-        learned = AttentionPrompt.load(folder / PROMPT, backbone.digest) if folder else None
+        file = trained / prompted(params) / PROMPT if prompt == "few-shot" else None
+        learned = AttentionPrompt.load(file, backbone.digest) if file else None
         rows = requests(examples, noise_of(params, name), params.seed, normalises(params.methods, prompt))
-        shards = plan(rows, source_digest(params, backbone, folder), params.evidence.shard)
+        shards = plan(rows, source_digest(params, backbone, file), params.evidence.shard)
         engine = Engine(backbone, learned, params.evidence, *tables, params.runtime.batch_size)
         computed += engine.fill(shards, store, f"score {name}, prompt {prompt}")
         keys[prompt] = [shard.key for shard in shards]
         total += len(rows)
-    asked = pairs(examples)
-    for row in clip_backbones(params):
-        clip = load_clip(params.backbones[row], device)
-        keys[row] = [cosines(clip, pictures, texts, cached, asked, store)]
+    keys |= score_contrastive(params, prepared, cached, trained, store)
     store.prune({key for some in keys.values() for key in some})
     write_index(target, keys)
-    return {"pairs": len(asked), "rows": total, "computed": computed, "corrupt": store.corrupt}
+    return {"pairs": len(pairs(examples)), "rows": total, "computed": computed, "corrupt": store.corrupt}

@@ -70,9 +70,9 @@ def denoising_scores(evidence: Evidence, method: DenoisingMethod) -> Scores:
     return dict(zip(evidence.pairs, denoising.reduce(error, alone).tolist(), strict=True))
 
 
-def clip_scores(scored: Path, method: ContrastiveMethod, asked: Sequence[Pair]) -> Scores:
+def clip_scores(scored: Path, method: str, asked: Sequence[Pair]) -> Scores:
     """CLIP: the stored cosines."""
-    return dict(zip(asked, read_shards(scored, method.backbone)["cosine"].tolist(), strict=True))
+    return dict(zip(asked, read_shards(scored, method)["cosine"].tolist(), strict=True))
 
 
 def table(example: MatchingExample, scores: Scores) -> np.ndarray:
@@ -113,7 +113,7 @@ def method_scores(
 
     for name, method in params.methods.items():
         if isinstance(method, ContrastiveMethod):
-            yield name, clip_scores(scored, method, pairs(examples))
+            yield name, clip_scores(scored, name, pairs(examples))
         elif isinstance(method, CrossAttentionMethod):
             yield name, attention_scores(read(method.prompt), method, params.evidence.poolings)
         else:

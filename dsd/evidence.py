@@ -67,7 +67,7 @@ def plan(rows: Sequence[Request], source: str, size: int) -> list[Shard]:
 
 
 def write_index(scored: Path, keys: dict[str, list[str]]) -> None:
-    """Names the shards of each prompt ("none", "few-shot") and of each CLIP backbone, in the order of the rows."""
+    """Names the shards of each prompt ("none", "few-shot") and of each contrastive method, in the order of the rows."""
     write_atomic(scored / INDEX, json.dumps(keys, indent=1).encode())
 
 

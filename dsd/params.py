@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from dsd.errors import ParamsError, unknown
@@ -43,8 +45,7 @@ class ImageParams(_Params):
 class DatasetParams(_Params):
     """A row of `datasets`; `candidates` and `binary` are asked for by the kinds that use them.
 
-    `draws_per_level` and `steps`, where they are given, stand for those of `noise` and `training`: what a draw costs
-    grows with the candidates, and what there is to learn with the examples.
+    `draws_per_level`, where it is given, stands for that of `noise`: what a draw costs grows with the candidates.
     """
 
     kind: str
@@ -56,7 +57,6 @@ class DatasetParams(_Params):
     candidates: Positive | None = Field(default=None)
     binary: Share | None = Field(default=None)
     draws_per_level: Positive | None = Field(default=None)
-    steps: Positive | None = Field(default=None)
 
 
 class NoiseParams(_Params):
@@ -77,11 +77,16 @@ class PromptParams(_Params):
     conditional: bool
 
 
+class ContextParams(_Params):
+    tokens: Positive
+    hidden: Positive
+
+
 class TrainingParams(_Params):
-    method: str
+    """How a method is trained on the few-shot split; `epochs` count its examples."""
+
     loss: Literal["softmax", "binary", "hinge"]
-    levels: tuple[Level, ...]
-    steps: Positive
+    epochs: Annotated[float, Field(gt=0)]
     examples_per_step: Positive
     candidates: Annotated[int, Field(ge=2)]
     learning_rate: Annotated[float, Field(gt=0)]
@@ -89,6 +94,21 @@ class TrainingParams(_Params):
     temperature: Annotated[float, Field(gt=0)]
     margin: Annotated[float, Field(ge=0)]
     checkpoint_every: Positive
+
+
+class NoisyTrainingParams(TrainingParams):
+    """Of an attention prompt, which sees its examples at noise levels; a CLIP sees no noise."""
+
+    levels: tuple[Level, ...]
+
+
+def _noisy(row: Any) -> str:
+    return "noisy" if ("levels" in row if isinstance(row, dict) else hasattr(row, "levels")) else "plain"
+
+
+TrainingRow = Annotated[
+    Annotated[NoisyTrainingParams, Tag("noisy")] | Annotated[TrainingParams, Tag("plain")], Discriminator(_noisy)
+]
 
 
 class _Diffusion(_Params):
@@ -111,6 +131,7 @@ class DenoisingMethod(_Diffusion):
 class ContrastiveMethod(_Params):
     scorer: Literal["contrastive"]
     backbone: str
+    tuned: Literal["none", "projections", "context"]
 
 
 MethodParams = Annotated[CrossAttentionMethod | DenoisingMethod | ContrastiveMethod, Field(discriminator="scorer")]
@@ -180,7 +201,8 @@ class Params(_Params):
     noise: NoiseParams
     evidence: EvidenceParams
     prompt: PromptParams
-    training: TrainingParams
+    context: ContextParams
+    training: dict[str, TrainingRow]
     methods: dict[str, MethodParams]
     evaluate: EvaluateParams
     ablations: AblationParams
@@ -197,10 +219,6 @@ class Params(_Params):
         for key, name in {"backbone": self.backbone, **named}.items():
             if name not in self.backbones:
                 raise ValueError(f"{key}: {unknown('backbone', name, self.backbones)}")
-        if self.training.method not in self.methods:
-            raise ValueError(f"training.method: {unknown('method', self.training.method, self.methods)}")
-        if not isinstance(self.methods[self.training.method], CrossAttentionMethod):
-            raise ValueError(f"training.method: {self.training.method} has no cross-attention to train a prompt on")
         for name, method in self.methods.items():
             if isinstance(method, _Diffusion) and not set(method.levels) <= set(self.noise.levels):
                 raise ValueError(
@@ -225,6 +243,24 @@ class Params(_Params):
                 raise ValueError(f"ablations.levels: {level} is not among noise.levels {list(self.noise.levels)}")
         return self
 
+    @model_validator(mode="after")
+    def _what_learns_is_trained(self) -> Params:
+        if not (attentive := _prompted(self.methods)):
+            raise ValueError("methods: none of the cross-attention methods has prompt: few-shot; one must")
+        learning = _trained(self.methods)
+        for name in self.training:
+            if name not in learning:
+                raise ValueError(f"training.{name}: {unknown('trained method', name, learning)}")
+        for name in learning:
+            row = self.training.get(name)
+            if row is None:
+                raise ValueError(f"methods.{name}: learns, but training has no row {name}")
+            if name == attentive[0] and not isinstance(row, NoisyTrainingParams):
+                raise ValueError(f"training.{name}.levels: missing; an attention prompt is trained at noise levels")
+            if name != attentive[0] and isinstance(row, NoisyTrainingParams):
+                raise ValueError(f"training.{name}.levels: superfluous; a CLIP sees no noise")
+        return self
+
 
 def noise_of(params: Params, dataset: str) -> NoiseParams:
     """The noise at which the examples of a dataset are scored."""
@@ -232,27 +268,80 @@ def noise_of(params: Params, dataset: str) -> NoiseParams:
     return params.noise if draws is None else params.noise.model_copy(update={"draws_per_level": draws})
 
 
-def training_of(params: Params, dataset: str) -> TrainingParams:
-    """How the prompt of a dataset is trained."""
-    steps = params.datasets[dataset].steps
-    return params.training if steps is None else params.training.model_copy(update={"steps": steps})
+def backbone_of(params: Params, method: str) -> str:
+    """The row of `backbones` that a method sees pictures and texts with."""
+    row = params.methods[method]
+    return row.backbone if isinstance(row, ContrastiveMethod) else params.backbone
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """The keys that the model at `location` accepts, for "did you mean"."""
-    model: Any = Params
-    for part in location[:-1]:
-        field = getattr(model, "model_fields", {}).get(part)
-        model = field.annotation if field is not None else model
-    return list(getattr(model, "model_fields", {}))
+def prompted(params: Params) -> str:
+    """The method whose score trains the attention prompt: the first cross-attention method with prompt: few-shot.
+
+    All methods with prompt: few-shot use that prompt.
+    """
+    return _prompted(params.methods)[0]
+
+
+def twin(params: Params) -> str | None:
+    """The method that differs from the trained one in its prompt alone, or None where params.yaml has none."""
+    bare = params.methods[prompted(params)].model_copy(update={"prompt": "none"})
+    return next((name for name, method in params.methods.items() if method == bare), None)
+
+
+def trained(params: Params) -> list[str]:
+    """The methods that learn something of their own: the rows of `training`."""
+    return _trained(params.methods)
+
+
+def _prompted(methods: Mapping[str, MethodParams]) -> list[str]:
+    return [n for n, m in methods.items() if isinstance(m, CrossAttentionMethod) and m.prompt == "few-shot"]
+
+
+def _trained(methods: Mapping[str, MethodParams]) -> list[str]:
+    tuned = [n for n, m in methods.items() if isinstance(m, ContrastiveMethod) and m.tuned != "none"]
+    return [*_prompted(methods)[:1], *tuned]
+
+
+def _place(location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+    """The key that an error's location stands for, and the keys that its parent accepts, for "did you mean".
+
+    Pydantic's location also names the member of a union (a method by its scorer), which is no part of the key.
+    """
+    kind: Any = Params
+    key: list[str] = []
+    known: list[str] = []
+    for part in location:
+        kind = _bare(kind)
+        if get_origin(kind) in (Union, UnionType):
+            kind = next((_bare(member) for member in get_args(kind) if _tag(member) == part), None)
+            continue
+        key.append(str(part))
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        else:
+            fields = getattr(kind, "model_fields", {})
+            known, kind = list(fields), fields[part].annotation if part in fields else None
+    return key, known
+
+
+def _bare(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _tag(member: Any) -> str | None:
+    """The name of a union's member in a location: its Tag, or the value of its field `scorer`."""
+    for note in getattr(member, "__metadata__", ()):
+        if isinstance(note, Tag):
+            return note.tag
+    scorer = getattr(member, "model_fields", {}).get("scorer")
+    return None if scorer is None else str(get_args(scorer.annotation)[0])
 
 
 def _line(error: ErrorDetails, path: Path) -> str:
-    location = ".".join(str(part) for part in error["loc"])
+    key, known = _place(error["loc"])
+    location = ".".join(key)
     if error["type"] == "extra_forbidden":
-        parent = location.rpartition(".")[0]
-        choices = [f"{parent}.{key}" if parent else key for key in _known_keys(error["loc"])]
-        return f"{path}: {unknown('key', location, choices)}"
+        return f"{path}: {unknown('key', location, ['.'.join([*key[:-1], other]) for other in known])}"
     found = "" if error["type"] == "missing" or not location else f", found {error['input']!r}"
     return f"{path}: {location + ': ' if location else ''}{error['msg'].removeprefix('Value error, ')}{found}"
 

@@ -10,7 +10,10 @@ Shapes: B batch, M text tokens, D text width, L layers, R rank, C pooled latent 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +23,39 @@ from torch import Tensor, nn
 from dsd.errors import CheckpointError
 from dsd.store import write_atomic
 
-PROMPT = "prompt.safetensors"  # the file that the stage `train` leaves in a dataset's folder
+PROMPT = "prompt.safetensors"  # the file that the stage `train` leaves in a method's folder
+Learned = TypeVar("Learned", bound=nn.Module)
+
+
+def save_learned(module: nn.Module, path: Path, backbone: str, **shape: Any) -> None:
+    """Writes what was learned, with the digest of the backbone it belongs to; safetensors, atomically."""
+    metadata = {"dsd": json.dumps({"backbone": backbone, **shape})}
+    write_atomic(path, save({k: v.contiguous() for k, v in module.state_dict().items()}, metadata))
+
+
+def load_learned(build: Callable[..., Learned], path: Path, backbone: str, kind: str) -> Learned:
+    """What `build` makes of the shape in the file, with the file's weights, frozen; `kind` is what a user calls it.
+
+    Raises:
+        CheckpointError: the file is missing, of another kind, or belongs to another backbone; one line.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            shape = json.loads((file.metadata() or {})["dsd"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        owner = shape.pop("backbone")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; train {kind} with the stage `train`") from None
+    except (SafetensorError, KeyError, json.JSONDecodeError):
+        raise CheckpointError(f"{path}: not {kind} in safetensors") from None
+    if owner != backbone:
+        raise CheckpointError(f"{path}: belongs to backbone {owner}, not to {backbone}")
+    try:
+        module = build(**shape)
+        module.load_state_dict(tensors)
+    except (TypeError, RuntimeError):  # what torch raises for another shape and for other names
+        raise CheckpointError(f"{path}: not {kind}; another kind of tensors") from None
+    return module.eval().requires_grad_(False)
 
 
 def pooled_latent(latents_BCrr: Tensor) -> Tensor:
@@ -55,7 +90,6 @@ class AttentionPrompt(nn.Module):
         return added[0], added[1]
 
     def save(self, path: Path, backbone: str) -> None:
-        """Writes the prompt with the digest of the backbone it belongs to; safetensors, atomically."""
         shape = dict(
             text_width=self.down.shape[-1],
             inner=[u.shape[1] for u in self.up],
@@ -63,23 +97,9 @@ class AttentionPrompt(nn.Module):
             rank=self.down.shape[2],
             conditional=self.conditional,
         )
-        metadata = {"dsd": json.dumps({"backbone": backbone, **shape})}
-        write_atomic(path, save({k: v.contiguous() for k, v in self.state_dict().items()}, metadata))
+        save_learned(self, path, backbone, **shape)
 
     @classmethod
     def load(cls, path: Path, backbone: str) -> AttentionPrompt:
         """Raises CheckpointError where the file is not a prompt or belongs to another backbone."""
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = json.loads((file.metadata() or {})["dsd"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such prompt; train one with the stage `train`") from None
-        except (SafetensorError, KeyError, json.JSONDecodeError):
-            raise CheckpointError(f"{path}: not an attention prompt in safetensors") from None
-        owner = metadata.pop("backbone")
-        if owner != backbone:
-            raise CheckpointError(f"{path}: belongs to backbone {owner}, not to {backbone}")
-        prompt = cls(**metadata, seed=0)
-        prompt.load_state_dict(tensors)
-        return prompt.eval().requires_grad_(False)
+        return load_learned(partial(cls, seed=0), path, backbone, "an attention prompt")

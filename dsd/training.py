@@ -1,4 +1,6 @@
-"""Few-shot training of the attention prompt (eq. 5 and 6); the backbone stays frozen. Resumable to the bit.
+"""Few-shot training (eq. 6) of the attention prompt and of the tuned CLIPs; the backbone stays frozen.
+
+One loop, resumable to the bit; a learner says what learns, how it scores and how it is kept.
 
 Shapes: E examples of a step, I images and T texts of each that are compared.
 """
@@ -8,26 +10,35 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from dsd.backbones import StableDiffusion, device_of, load_diffusion
+from dsd.backbones import StableDiffusion, device_of, load_clip, load_diffusion
+from dsd.backbones.checkpoint import locate
 from dsd.draws import Draw
-from dsd.encoding import Encodings, all_texts, diffusion_encodings, read_all
+from dsd.encoding import Encodings, all_texts, contrastive_encodings, diffusion_encodings, read_all
 from dsd.engine import observe
 from dsd.errors import DataError
 from dsd.matching import MatchingExample, Pair, read_examples
-from dsd.params import CrossAttentionMethod, Params, TrainingParams, training_of
+from dsd.params import (
+    ContrastiveMethod,
+    CrossAttentionMethod,
+    NoisyTrainingParams,
+    Params,
+    TrainingParams,
+    backbone_of,
+)
 from dsd.pictures import Pictures
 from dsd.prompts import PROMPT, AttentionPrompt
-from dsd.scorers import cross_attention
+from dsd.scorers import contrastive, cross_attention
 from dsd.store import Store, digest, file_digest, write_atomic
 
 Table = list[list[Pair]]  # I images × T texts of one example
@@ -94,25 +105,40 @@ def accuracy(scores_EIT: Tensor, right_EIT: Tensor) -> Tensor:
     return torch.stack(beaten).all(0).float().mean()
 
 
-class Trainer:
-    """The state of one training: prompt, optimiser, step and curve."""
+class Learner(Protocol):
+    """What a method learns: all that the trainings differ in."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def file(self) -> str:
+        """The name of the file that `save` writes."""
+        ...
+
+    def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
+        """[E, I, T], differentiable in the module; higher is better. A draw each, none without noise."""
+        ...
+
+    def save(self, path: Path) -> None: ...
+
+
+class AttentionLearner:
+    """The attention prompt (eq. 5), by the score of a cross-attention method."""
+
+    file = PROMPT
 
     def __init__(
         self,
-        name: str,
         params: Params,
+        method: CrossAttentionMethod,
         backbone: StableDiffusion,
-        examples: Sequence[MatchingExample],
         latents: Encodings,
         texts: Encodings,
     ) -> None:
-        self.training = training_of(params, name)
-        method = params.methods[self.training.method]
-        assert isinstance(method, CrossAttentionMethod)  # params refuses anything else
-        self.name, self.params, self.method, self.backbone = name, params, method, backbone
-        self.examples, self._latents, self._texts = examples, latents, texts
-        self.shape = shape(examples, self.training.candidates)
-        self.prompt = AttentionPrompt(
+        self._method, self._backbone, self._latents, self._texts = method, backbone, latents, texts
+        self._evidence = params.evidence.model_copy(update={"poolings": (method.pooling,)})
+        self.module = AttentionPrompt(
             text_width=int(backbone.unet.config.cross_attention_dim),
             inner=backbone.layer_widths,
             latent_channels=int(backbone.unet.config.in_channels),
@@ -120,34 +146,21 @@ class Trainer:
             conditional=params.prompt.conditional,
             seed=params.seed,
         ).to(backbone.device)
-        self.optimizer = torch.optim.AdamW(self.prompt.parameters(), lr=self.training.learning_rate, weight_decay=0.0)
-        self.evidence = params.evidence.model_copy(update={"poolings": (method.pooling,)})
-        self.step = 0
-        self.curve: list[dict[str, float]] = []
-
-    def _rows(self) -> tuple[list[Table], Tensor, list[Draw]]:
-        """The step's tables, their right pairs [E, I, T] and a draw for each: a function of (seed, step) alone."""
-        rng = Random(f"train/{self.name}/{self.params.seed}/{self.step}")
-        count = min(self.training.examples_per_step, len(self.examples))
-        chosen = rng.sample(self.examples, count)
-        tables, right = zip(*(table(example, *self.shape, rng) for example in chosen), strict=True)
-        seen = [Draw(rng.choice(self.training.levels), rng.getrandbits(62)) for _ in chosen]
-        return list(tables), torch.tensor(right, device=self.backbone.device), seen
 
     def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
-        """[E, I, T]; the pairs of an example share its draw, which takes most of the variance out."""
+        """The pairs of an example share its draw, which takes most of the variance out."""
         flat = [pair for rows in tables for row in rows for pair in row]
         width = len(flat) // len(tables)
-        device = self.backbone.device
+        device = self._backbone.device
         latents = torch.from_numpy(self._latents([pair.image for pair in flat])["latents"]).to(device)
         asked, texts = np.unique([pair.text for pair in flat], return_inverse=True)
         text = self._texts(asked.tolist())
         noise = torch.stack([draw.noise(tuple(latents.shape[1:])) for draw in draws]).to(device)
-        timesteps = torch.tensor([draw.timestep(self.backbone.schedule_length) for draw in draws], device=device)
+        timesteps = torch.tensor([draw.timestep(self._backbone.schedule_length) for draw in draws], device=device)
         pooled, attribution, _ = observe(
-            self.backbone,
-            self.prompt,
-            self.evidence,
+            self._backbone,
+            self.module,
+            self._evidence,
             latents,
             torch.from_numpy(text["hidden"]).to(device),
             torch.from_numpy(text["content"]).to(device),
@@ -156,24 +169,93 @@ class Trainer:
             noise.repeat_interleave(width, 0),
         )
         # Eq. 7 weights the heads by a gradient, which is itself held fixed while the prompt is updated.
-        flat_scores = cross_attention.reduce(
-            pooled[:, 0], attribution.detach(), layers=self.method.layers, heads=self.method.heads
+        flat_scores: Tensor = cross_attention.reduce(
+            pooled[:, 0], attribution.detach(), layers=self._method.layers, heads=self._method.heads
         )
-        return flat_scores.view(len(tables), *self.shape)
+        return flat_scores.view(len(tables), len(tables[0]), -1)
+
+    def save(self, path: Path) -> None:
+        self.module.save(path, self._backbone.digest)
+
+
+class ContrastiveLearner:
+    """A head of CLIP, by its cosine."""
+
+    def __init__(self, head: contrastive.Head) -> None:
+        self.module, self.file = head, head.file
+
+    def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
+        flat = [pair for rows in tables for row in rows for pair in row]
+        cosines: Tensor = self.module(flat)
+        return cosines.view(len(tables), len(tables[0]), -1)
+
+    def save(self, path: Path) -> None:
+        self.module.save(path)
+
+
+def learner(name: str, params: Params, prepared: Path, cached: Path) -> Learner:
+    """What method `name` learns on a dataset, as it is before the first step."""
+    method, row = params.methods[name], params.backbones[backbone_of(params, name)]
+    device, store = device_of(params.runtime.device), Store(cached)
+    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
+    if isinstance(method, ContrastiveMethod):
+        clip = load_clip(row, device)
+        features = contrastive_encodings(clip, pictures, texts, store)
+        return ContrastiveLearner(contrastive.untrained(method, clip, *features, params.context, params.seed))
+    assert isinstance(method, CrossAttentionMethod)  # params refuses anything else
+    backbone = load_diffusion(row, device)
+    tables = diffusion_encodings(backbone, pictures, texts, params.images.resolution, store)
+    return AttentionLearner(params, method, backbone, *tables)
+
+
+class Trainer:
+    """The state of one training: what learns, optimiser, step and curve."""
+
+    def __init__(
+        self, name: str, training: TrainingParams, seed: int, learner: Learner, examples: Sequence[MatchingExample]
+    ) -> None:
+        self.name, self.training, self.seed, self.learner, self.examples = name, training, seed, learner, examples
+        self.shape = shape(examples, training.candidates)
+        self.batch = min(training.examples_per_step, len(examples))
+        # Rounded first: 0.07 × 100 is a little more than 7.
+        self.steps = max(1, math.ceil(round(training.epochs * len(examples) / self.batch, 6)))
+        self.weights = list(learner.module.parameters())
+        self.optimizer = torch.optim.AdamW(self.weights, lr=training.learning_rate, weight_decay=0.0)
+        self.step = 0
+        self.curve: list[dict[str, float]] = []
+
+    def _rows(self) -> tuple[list[Table], Tensor, list[Draw]]:
+        """The step's tables, their right pairs [E, I, T] and a draw for each: a function of (seed, step) alone.
+
+        Methods with as many examples a step see the same tables.
+        """
+        rng = Random(f"train/{self.name}/{self.seed}/{self.step}")
+        chosen = rng.sample(self.examples, self.batch)
+        tables, right = zip(*(table(example, *self.shape, rng) for example in chosen), strict=True)
+        levels = self.training.levels if isinstance(self.training, NoisyTrainingParams) else ()
+        seen = [Draw(rng.choice(levels), rng.getrandbits(62)) for _ in chosen if levels]
+        return list(tables), torch.tensor(right), seen
 
     def advance(self) -> dict[str, float]:
-        """One step; returns its row of the curve."""
+        """One step; returns its row of the curve.
+
+        Raises:
+            DataError: the loss or its gradient is not finite; nothing has changed then.
+        """
         training = self.training
         rate = training.learning_rate * min(1.0, (self.step + 1) / max(1, training.warmup))
-        rate *= 1 - 0.9 * self.step / training.steps
+        rate *= 1 - 0.9 * self.step / self.steps
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         tables, right, draws = self._rows()
-        scores = self.scores(tables, draws)
+        scores = self.learner.scores(tables, draws)
+        right = right.to(scores.device)
         loss = matching_loss(scores, right, training)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.prompt.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(self.weights, 1.0)
+        if not (loss.isfinite() and norm.isfinite()):
+            raise DataError(f"step {self.step + 1}: the loss is {loss.item():g} and its gradient {norm.item():g}")
         self.optimizer.step()
         self.step += 1
         won = accuracy(scores, right).item()
@@ -186,7 +268,7 @@ class Trainer:
             key=key,
             step=self.step,
             curve=self.curve,
-            prompt=self.prompt.state_dict(),
+            module=self.learner.module.state_dict(),
             optimizer=self.optimizer.state_dict(),
         )
         torch.save(state, buffer)
@@ -199,21 +281,18 @@ class Trainer:
         state: dict[str, Any] = torch.load(path, weights_only=True)
         if state["key"] == key:
             self.step, self.curve = state["step"], state["curve"]
-            self.prompt.load_state_dict(state["prompt"])
+            self.learner.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
 
 
-def training_key(name: str, params: Params, prepared: Path, backbone_digest: str) -> str:
-    """The digest of everything that the prompt of dataset `name` depends on."""
-    sections = [
-        params.seed,
-        params.images,
-        params.evidence.model_copy(update={"shard": 1}),
-        params.prompt,
-    ]
-    training = training_of(params, name)
-    method, examples = params.methods[training.method], file_digest(prepared / "examples.parquet")
-    return digest(name, backbone_digest, examples, training, method, *sections)
+def training_key(name: str, method: str, params: Params, prepared: Path) -> str:
+    """The digest of everything that the training of a method on dataset `name` depends on."""
+    row, examples = params.methods[method], file_digest(prepared / "examples.parquet")
+    _, backbone = locate(params.backbones[backbone_of(params, method)])
+    sizes: list[Any] = [params.evidence.model_copy(update={"shard": 1}), params.prompt]
+    if isinstance(row, ContrastiveMethod):
+        sizes = [params.context] if row.tuned == "context" else []
+    return digest(name, backbone, examples, params.training[method], row, params.seed, params.images, *sizes)
 
 
 def curve_csv(curve: Sequence[dict[str, float]]) -> bytes:
@@ -224,17 +303,17 @@ def curve_csv(curve: Sequence[dict[str, float]]) -> bytes:
     return text.getvalue().encode()
 
 
-def train(name: str, params: Params, prepared: Path, cached: Path, target: Path) -> Iterator[dict[str, float]]:
-    """Trains the prompt of dataset `name` on its few-shot split; yields a row of the curve per step, resumed ones too.
+def train(
+    name: str, method: str, params: Params, prepared: Path, cached: Path, target: Path
+) -> Iterator[dict[str, float]]:
+    """Trains a method on the few-shot split of dataset `name`; yields a row of the curve per step, resumed ones too.
 
-    Writes `prompt.safetensors`, `curve.csv` and, last, `summary.json`, whose key says that this very training is done.
+    Writes what was learned, `curve.csv` and, last, `summary.json`, whose key says that this very training is done.
+
+    Raises:
+        DataError: the split is empty or leaves nothing to choose, or the loss stops being finite; one line.
     """
-    backbone = load_diffusion(params.backbones[params.backbone], device_of(params.runtime.device))
-    key, state, summary = (
-        training_key(name, params, prepared, backbone.digest),
-        target / "state.pt",
-        target / "summary.json",
-    )
+    key, state, summary = training_key(name, method, params, prepared), target / "state.pt", target / "summary.json"
     if summary.exists() and json.loads(summary.read_text())["key"] == key:
         with (target / "curve.csv").open(newline="") as file:
             yield from ({k: float(v) for k, v in row.items()} for row in csv.DictReader(file))
@@ -242,25 +321,30 @@ def train(name: str, params: Params, prepared: Path, cached: Path, target: Path)
     examples = read_examples(prepared / "examples.parquet", "train")
     if not examples:
         raise DataError(f"datasets.{name}.few_shot: leaves no example to train on; raise it or size")
-    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
-    tables = diffusion_encodings(backbone, pictures, texts, params.images.resolution, Store(cached))
-    trainer = Trainer(name, params, backbone, examples, *tables)
+    trainer = Trainer(name, params.training[method], params.seed, learner(method, params, prepared, cached), examples)
     target.mkdir(parents=True, exist_ok=True)
     trainer.resume(state, key)
     yield from list(trainer.curve)
-    while trainer.step < trainer.training.steps:
-        yield trainer.advance()
+    while trainer.step < trainer.steps:
+        try:
+            row = trainer.advance()
+        except DataError as error:
+            trainer.save(state, key)
+            raise DataError(
+                f"{state}: {method} on {name} stopped after step {trainer.step}, which is kept ({error}); "
+                f"lower training.{method}.learning_rate"
+            ) from None
+        yield row
         if trainer.step % trainer.training.checkpoint_every == 0:
             trainer.save(state, key)
-    trainer.prompt.save(target / PROMPT, backbone.digest)
+    trainer.learner.save(target / trainer.learner.file)
     write_atomic(target / "curve.csv", curve_csv(trainer.curve))
-    size = sum(p.numel() for p in trainer.prompt.parameters())
     tail = trainer.curve[-max(1, len(trainer.curve) // 5) :]
     done = {
         "key": key,
         "examples": len(examples),
-        "parameters": size,
-        "accuracy": float(np.mean([r["accuracy"] for r in tail])),
+        "parameters": sum(weight.numel() for weight in trainer.weights),
+        "accuracy": float(np.mean([row["accuracy"] for row in tail])),
     }
     write_atomic(summary, json.dumps(done, indent=2).encode())
     state.unlink(missing_ok=True)

@@ -52,7 +52,7 @@ def match(
         str, typer.Option(help="A checkpoint in the diffusers layout: a folder or a hub id.")
     ] = "models/embedded",
     prompt: Annotated[
-        Path | None, typer.Option(help="A trained prompt, such as data/train/scenes-com/prompt.safetensors.")
+        Path | None, typer.Option(help="A trained prompt, such as data/train/scenes-com/dsd/prompt.safetensors.")
     ] = None,
     method: Annotated[str, typer.Option(help="cross-attention or denoising.")] = "cross-attention",
     heatmap: Annotated[

@@ -122,11 +122,11 @@ def mistake(error: BaseException | None) -> str | None:
 
 
 def prune(folder: Path, names: Iterable[str]) -> None:
-    """Removes the folders of datasets that params.yaml has no more: DVC keeps all of a persistent output."""
+    """Removes what is not of these names, those that params.yaml has: DVC keeps all of a persistent output."""
     keep = set(names)
     for path in folder.glob("*"):
-        if path.is_dir() and path.name not in keep:
-            shutil.rmtree(path)
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def device() -> str:

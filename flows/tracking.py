@@ -21,7 +21,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run
 
-from dsd.params import BackboneParams, ContrastiveMethod, Params, training_of
+from dsd.params import BackboneParams, ContrastiveMethod, Params, backbone_of, trained
 from dsd.store import digest, file_digest
 
 EXPERIMENT = "dsd"
@@ -93,14 +93,16 @@ def publish(params: Params, data: Path) -> int:
             for dataset, methods in metrics.items()
             for method, intervals in methods.items()
         ]
-        new += [_publish_curve(runs, params, data / "train" / dataset) for dataset in metrics]
+        new += [
+            _publish_curve(runs, params, data, dataset, method) for dataset in metrics for method in trained(params)
+        ]
         new += [_publish_report(runs, data)]
     return sum(new)
 
 
 def _publish_result(runs: Runs, params: Params, data: Path, dataset: str, method: str, intervals: Intervals) -> bool:
     row = params.methods[method]
-    backbone = params.backbones[row.backbone if isinstance(row, ContrastiveMethod) else params.backbone]
+    backbone = params.backbones[backbone_of(params, method)]
     table = data / "evaluate" / "scores" / f"{dataset}.parquet"
     scores = pq.read_table(table, filters=[("method", "=", method)]).to_pylist()
     key = digest(dataset, method, intervals, row, backbone, scores)
@@ -145,13 +147,14 @@ def bars(title: str, intervals: Intervals) -> Any:
     return figure
 
 
-def _publish_curve(runs: Runs, params: Params, trained: Path) -> bool:
+def _publish_curve(runs: Runs, params: Params, data: Path, dataset: str, method: str) -> bool:
     """Replays the curve of a training: nothing is new in it unless it came out of DVC's cache."""
-    summary = trained / "summary.json"
+    folder = data / "train" / dataset / method
+    summary = folder / "summary.json"
     if not summary.exists():
         return False
     key = json.loads(summary.read_text())["key"]
-    with (trained / "curve.csv").open(newline="") as file, Live(trained.name, key, params, runs) as live:
+    with (folder / "curve.csv").open(newline="") as file, Live(dataset, method, key, params, runs) as live:
         for row in csv.DictReader(file):
             live.log({name: float(value) for name, value in row.items()})
     return live.new
@@ -181,12 +184,19 @@ class Live:
     start, but by other code) begin a new run.
     """
 
-    def __init__(self, dataset: str, key: str, params: Params, runs: Runs | None = None) -> None:
+    def __init__(self, dataset: str, method: str, key: str, params: Params, runs: Runs | None = None) -> None:
         self._runs = runs or Runs()
-        self._dataset, self._key = dataset, key
-        settings = {"dataset": dataset, "seed": params.seed}
-        settings |= {f"prompt.{name}": value for name, value in params.prompt.model_dump().items()}
-        settings |= {f"training.{name}": value for name, value in training_of(params, dataset).model_dump().items()}
+        self._dataset, self._method, self._key = dataset, method, key
+        row = params.methods[method]
+        sections: dict[str, Any] = {"training": params.training[method]}
+        if not isinstance(row, ContrastiveMethod):
+            sections["prompt"] = params.prompt
+        elif row.tuned == "context":
+            sections["context"] = params.context
+        settings = {"dataset": dataset, "method": method, "seed": params.seed}
+        settings |= {
+            f"{name}.{key}": value for name, section in sections.items() for key, value in section.model_dump().items()
+        }
         self._params = [Param(name, str(value)) for name, value in settings.items()]
         self.new = False
         self._rows: list[Mapping[str, float]] = []
@@ -206,8 +216,8 @@ class Live:
         return self
 
     def _start(self) -> None:
-        tags = {"dsd.dataset": self._dataset}
-        self._run = self._runs.start(f"train {self._dataset}", "training", self._key, tags)
+        tags = {"dsd.dataset": self._dataset, "dsd.method": self._method}
+        self._run = self._runs.start(f"train {self._method} on {self._dataset}", "training", self._key, tags)
         self._runs.client.log_batch(self._run, params=self._params)
         self._known, self._status, self.new = {}, "RUNNING", True
         self._pending = list(self._rows)

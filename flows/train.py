@@ -1,8 +1,8 @@
-"""Stage train: the attention prompt of every dataset, from its few-shot split; curves live in MLflow."""
+"""Stage train: what each method learns of every dataset, from its few-shot split; curves live in MLflow."""
 
 from __future__ import annotations
 
-from dsd.params import Params
+from dsd.params import Params, trained
 from flows import DATA
 from flows.stage import Details, each, main, prune, stage, unit
 
@@ -10,19 +10,22 @@ from flows.stage import Details, each, main, prune, stage, unit
 @stage
 def train(params: Params) -> dict[str, Details]:
     from dsd import training
-    from dsd.backbones.checkpoint import locate
     from flows.tracking import Live, Runs
 
     runs = Runs()  # here, so that opening the database does not count as training
-    _, backbone = locate(params.backbones[params.backbone])
 
-    def dataset(name: str) -> Details:
+    def learn(name: str, method: str) -> Details:
         prepared = DATA / "prepare" / name
         row: dict[str, float] = {}
-        with Live(name, training.training_key(name, params, prepared, backbone), params, runs) as live:
-            for row in training.train(name, params, prepared, DATA / "cache" / name, DATA / "train" / name):
+        with Live(name, method, training.training_key(name, method, params, prepared), params, runs) as live:
+            target = DATA / "train" / name / method
+            for row in training.train(name, method, params, prepared, DATA / "cache" / name, target):
                 live.log(row)
         return dict(row)
+
+    def dataset(name: str) -> Details:
+        prune(DATA / "train" / name, trained(params))
+        return {method: learn(name, method) for method in trained(params)}
 
     prune(DATA / "train", params.datasets)
     return each(unit(dataset), params.datasets)

@@ -102,7 +102,8 @@ def test_whoever_opens_a_backbone_depends_on_its_files(stage: str) -> None:
 def test_every_curve_is_a_plot() -> None:
     rows = yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"]
     plots = {name: plot for row in rows for name, plot in row.items()}
-    curves = {f"data/train/{name}/curve.csv" for name in load(ROOT / "params.yaml").datasets}
+    params = load(ROOT / "params.yaml")
+    curves = {f"data/train/{name}/{method}/curve.csv" for name in params.datasets for method in params.training}
     assert set(plots["loss"]["y"]) == set(plots["accuracy"]["y"]) == curves
 
 

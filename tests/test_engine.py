@@ -20,7 +20,7 @@ from dsd.engine import Engine, score
 from dsd.errors import DataError
 from dsd.evidence import INDEX, UNCONDITIONAL, plan, read_evidence, requests, wanted
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
-from dsd.params import NoiseParams, Params, noise_of
+from dsd.params import NoiseParams, Params, noise_of, trained
 from dsd.pictures import Pictures
 from dsd.schedules import exhaustive
 from dsd.store import Store
@@ -28,7 +28,7 @@ from dsd.store import Store
 
 @pytest.fixture
 def zero_shot(params: Params) -> Params:
-    methods = {name: method for name, method in params.methods.items() if getattr(method, "prompt", "") != "few-shot"}
+    methods = {name: method for name, method in params.methods.items() if name not in trained(params)}
     return params.model_copy(update={"methods": methods})
 
 

@@ -139,6 +139,7 @@ def test_only_the_outside_world_is_tried_again(one_dataset: Path, prefect_server
 def test_a_dataset_that_is_gone_is_removed(tmp_path: Path) -> None:
     for name in ("kept", "gone"):
         (tmp_path / name).mkdir()
+    (tmp_path / "gone.txt").touch()
     prune(tmp_path, ["kept", "new"])
     prune(tmp_path / "absent", ["kept"])
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
@@ -163,9 +164,8 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
     monkeypatch.setitem(DATASETS, "scenes-com", replace(DATASETS["scenes-com"], download=note(None)))
     monkeypatch.setattr("dsd.preparation.prepare", note({"test": 1}))
     monkeypatch.setattr(encoding, "encode", note({"images": 1}))
-    monkeypatch.setattr("dsd.backbones.checkpoint.locate", lambda row: (Path("models/embedded"), "digest"))
     monkeypatch.setattr(training, "training_key", lambda *_: "key")
-    monkeypatch.setattr(training, "train", note(iter([{"step": 1, "loss": 0.5, "accuracy": 1.0}])))
+    monkeypatch.setattr(training, "train", note([{"step": 1, "loss": 0.5, "accuracy": 1.0}]))
     monkeypatch.setattr(engine, "score", note({"computed": 1}))
     monkeypatch.setattr(evaluation, "evaluate", note({"dsd": {}}))
     monkeypatch.setattr(evaluation, "write_metrics", note(None))
@@ -181,14 +181,14 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
     for flow in flows:
         flow()
 
-    name = "scenes-com"
+    name, learning = "scenes-com", ("dsd", "clip-finetune", "clip-prompt")
     folders = {s: f"data/{s}/{name}" for s in ("download", "prepare", "cache", "train", "score")}
     assert called == [
         ("data/pretrain", "models"),
         (folders["download"],),
         (name, folders["download"], folders["prepare"]),
         (name, folders["prepare"], folders["cache"]),
-        (name, folders["prepare"], folders["cache"], folders["train"]),
+        *((name, m, folders["prepare"], folders["cache"], f"{folders['train']}/{m}") for m in learning),
         (name, *(folders[s] for s in ("prepare", "cache", "train", "score"))),
         (name, folders["prepare"], folders["score"], "data/evaluate"),
         ("data/evaluate",),
@@ -197,8 +197,8 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
     ]
     timings = {path.stem: json.loads(path.read_text()) for path in Path("data/timings").iterdir()}
     assert set(timings) == {flow.name for flow in flows}
-    assert curve == [{"step": 1, "loss": 0.5, "accuracy": 1.0}]
-    assert timings["train"]["details"][name]["loss"] == 0.5
+    assert curve == [{"step": 1, "loss": 0.5, "accuracy": 1.0}] * len(learning)
+    assert timings["train"]["details"][name]["dsd"]["loss"] == 0.5
     assert timings["pretrain"]["details"]["models"]["loss"] == 0.1
 
 

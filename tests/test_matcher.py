@@ -52,7 +52,7 @@ def test_a_heatmap_has_one_map_a_word(models: Path, pictures: list[Image.Image])
 def test_mistakes_are_one_line(models: Path, pictures: list[Image.Image], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="did you mean 'denoising'"):
         Matcher.from_pretrained(models / "embedded", method="denoisin")
-    with pytest.raises(CheckpointError, match="no such prompt"):
+    with pytest.raises(CheckpointError, match="no such file; train an attention prompt"):
         Matcher.from_pretrained(models / "embedded", prompt=tmp_path / "none.safetensors")
     matcher = Matcher.from_pretrained(models / "embedded", levels=(0.3,))
     with pytest.raises(TextError, match="text 2 of 2 is empty"):

@@ -93,11 +93,13 @@ def test_from_a_clone_to_a_report_and_back_after_a_kill(tmp_path: Path) -> None:
     folder = fill(tmp_path)
     assert "report: data/report/index.html" in reproduce(folder)
     metrics = (folder / "data/evaluate/metrics.json").read_bytes()
-    assert set(json.loads(metrics)["scenes-com"]) == {"dsd-zero-shot", "dsd", "denoising", "clip-zero-shot"}
+    methods = ["clip-finetune", "clip-prompt", "clip-zero-shot", "denoising", "dsd", "dsd-zero-shot"]
+    assert sorted(json.loads(metrics)["scenes-com"]) == methods
     page = (folder / "data/report/index.html").read_text()
     assert "scenes-com" in page and 'src="http' not in page
     first = runs(folder)
-    assert [run[2] for run in first if run[0] == "result"] == ["clip-zero-shot", "denoising", "dsd", "dsd-zero-shot"]
+    assert [run[2] for run in first if run[0] == "result"] == methods
+    assert [run[2] for run in first if run[0] == "training"] == ["clip-finetune", "clip-prompt", "dsd"]
 
     assert "up to date" in reproduce(folder)
     assert runs(folder) == first
@@ -105,9 +107,8 @@ def test_from_a_clone_to_a_report_and_back_after_a_kill(tmp_path: Path) -> None:
     # Killed within train and within score: the next call ends with the same bytes.
     for stage, kept in (("train", "state.pt"), ("score", "evidence-*.json")):
         place = folder / "data" / stage / "scenes-com"
-        for path in place.iterdir():
-            path.unlink()
-        killed(folder, f"flows.{stage}", lambda place=place, kept=kept: any(place.glob(kept)))  # type: ignore[misc]
+        shutil.rmtree(place)
+        killed(folder, f"flows.{stage}", lambda place=place, kept=kept: any(place.rglob(kept)))  # type: ignore[misc]
         assert run(folder, f"flows.{stage}").returncode == 0
     assert run(folder, "flows.evaluate").returncode == 0
     assert (folder / "data/evaluate/metrics.json").read_bytes() == metrics
@@ -116,9 +117,9 @@ def test_from_a_clone_to_a_report_and_back_after_a_kill(tmp_path: Path) -> None:
 def test_a_users_mistake_is_one_line(tmp_path: Path) -> None:
     folder = fill(tmp_path)
     settings = yaml.safe_load((folder / "params.yaml").read_text())
-    settings["training"]["learningrate"] = 1
+    settings["training"]["dsd"]["learningrate"] = 1
     (folder / "params.yaml").write_text(yaml.safe_dump(settings))
     done = run(folder, "flows.download")
     assert done.returncode == 1
-    assert "did you mean 'training.learning_rate'" in done.stderr
+    assert "did you mean 'training.dsd.learning_rate'" in done.stderr
     assert "Traceback" not in done.stderr

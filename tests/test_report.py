@@ -25,7 +25,7 @@ from dsd.evaluation import SCHEMA, hits_of, intervals, write_metrics
 from dsd.matcher import Heatmap
 from dsd.matching import MatchingExample, write_examples
 from dsd.metrics import SLOTS, rank
-from dsd.params import Params, load
+from dsd.params import Params, load, trained
 from dsd.report import build
 from dsd.report.figures import smooth
 from dsd.report.gallery import BackboneHeatMaps, choose, decimals, overlay
@@ -36,7 +36,13 @@ from dsd.statistics import Difference
 ROOT = Path(__file__).parent.parent
 HOSTILE = """<script>alert("1")</script> & 'more'"""
 NAMES = ("scenes-com", "scenes-ref", "scenes-vqa")
-SKILL = {"dsd-zero-shot": 0.2, "dsd": 1.5, "denoising": 1.0, "clip-zero-shot": 0.6}  # of the true candidate's score
+SKILL = {
+    "dsd-zero-shot": 0.2,
+    "dsd": 1.5,
+    "denoising": 1.0,
+    "clip-zero-shot": 0.6,
+    "clip-finetune": 0.7,
+}  # of the true candidate's score
 VOID = {"meta", "img", "br"}
 
 
@@ -96,8 +102,9 @@ def write_dataset(name: str, params: Params, data: Path) -> claims.Answers:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
     curve = [f"{step},{2 / step:.6f},{min(1, step / 40):.6f}" for step in range(1, 61)]
-    (data / "train" / name).mkdir(parents=True)
-    (data / "train" / name / "curve.csv").write_text("\n".join(["step,loss,accuracy", *curve, ""]))
+    for method in trained(params):
+        (data / "train" / name / method).mkdir(parents=True)
+        (data / "train" / name / method / "curve.csv").write_text("\n".join(["step,loss,accuracy", *curve, ""]))
     variants = {
         ablations.Variant(method, key, text): hits[method]
         for method in params.ablations.methods
@@ -336,7 +343,7 @@ def broken(data: Path) -> Iterator[tuple[Path, str]]:
     yield data / "evaluate" / "metrics.json", json.dumps({name: {"dsd": {"top1": 0.5}} for name in NAMES})
     yield data / "evaluate" / "ablations.json", json.dumps({NAMES[0]: {"dsd": {"heads": {"mean": 0.5}}}})
     yield data / "evaluate" / "claims.json", json.dumps({"4": {"claim": "ahead"}})
-    yield data / "train" / "scenes-com" / "curve.csv", "step,loss\n1,2\n"
+    yield data / "train" / "scenes-com" / "clip-finetune" / "curve.csv", "step,loss\n1,2\n"
     yield data / "prepare" / "scenes-ref" / "summary.json", ""
     yield data / "timings" / "score.json", '{"stage": "score"}'
 
@@ -372,22 +379,18 @@ def test_heat_maps_are_those_of_the_trained_prompt(models: Path, tmp_path: Path)
     from tests.tiny import small
 
     params = small(models)
-    (tmp_path / "trained").mkdir()
-    heat, bare = (
-        BackboneHeatMaps(
-            params.model_copy(update={"training": params.training.model_copy(update={"method": method})}), tmp_path
-        )
-        for method in ("dsd", "dsd-zero-shot")
-    )
+    heat = BackboneHeatMaps(params, tmp_path)
     backbone = heat._backbone
     prompt = AttentionPrompt(
         backbone.unet.config.cross_attention_dim, backbone.layer_widths, 4, rank=2, conditional=False, seed=0
     )
-    for up in prompt.up:
-        up.data += 1
-    prompt.save(tmp_path / "trained" / "prompt.safetensors", heat.digest)
+    for name, value in {"fresh": 0, "trained": 1}.items():
+        for up in prompt.up:
+            up.data += value
+        (tmp_path / name / "dsd").mkdir(parents=True)
+        prompt.save(tmp_path / name / "dsd" / "prompt.safetensors", heat.digest)
     picture, text = Image.new("RGB", (24, 24), "red"), "a red circle"
-    found, plain = heat("trained", picture, text), bare("trained", picture, text)
+    found, plain = heat("trained", picture, text), heat("fresh", picture, text)
     assert found.words == text.split() and found.maps.shape == (3, 32, 32)
     assert not np.allclose(found.maps, plain.maps)
 

@@ -14,12 +14,12 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from dsd.params import Params, load, training_of
+from dsd.params import Params, load
 from flows import tracking
 from flows.tracking import Live, publish
 
 CURVE = [{"step": step, "loss": 1 / step, "accuracy": 0.5} for step in range(1, 8)]
-METHODS = ("dsd", "clip-zero-shot")
+METHODS = ("dsd", "clip-finetune")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,8 @@ def data(workspace: Path, database: Path) -> Path:
     metrics = {name: {method: {"top1": interval} for method in METHODS} for name in ("scenes-com", "scenes-ref")}
     for name in metrics:
         write_scores(folder, name, 0.1)
-        write_curve(folder, name)
+        for method in METHODS:
+            write_curve(folder, name, method)
     (folder / "evaluate" / "metrics.json").write_text(json.dumps(metrics))
     (folder / "report").mkdir()
     (folder / "report" / "index.html").write_text("<p>first</p>")
@@ -53,12 +54,12 @@ def write_scores(folder: Path, name: str, score: float) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def write_curve(folder: Path, name: str) -> None:
-    trained = folder / "train" / name
+def write_curve(folder: Path, name: str, method: str) -> None:
+    trained = folder / "train" / name / method
     trained.mkdir(parents=True)
     lines = ["step,loss,accuracy", *(f"{row['step']},{row['loss']},{row['accuracy']}" for row in CURVE)]
     (trained / "curve.csv").write_text("\n".join(lines))
-    (trained / "summary.json").write_text(json.dumps({"key": f"key of {name}"}))
+    (trained / "summary.json").write_text(json.dumps({"key": f"key of {method} on {name}"}))
 
 
 def client() -> MlflowClient:
@@ -77,7 +78,7 @@ def curve(run: Run) -> list[tuple[int, float]]:
 
 def test_publishing_again_changes_nothing(data: Path) -> None:
     params = load()
-    assert publish(params, data) == 2 * 2 + 2 + 1
+    assert publish(params, data) == 2 * 2 + 2 * 2 + 1
     assert publish(params, data) == 0
     results = entries("result")
     assert sorted((run.data.tags["dsd.dataset"], run.data.tags["dsd.method"]) for run in results) == [
@@ -141,11 +142,11 @@ def test_processes_that_publish_at_once(data: Path) -> None:
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    assert [len(entries(kind)) for kind in ("result", "training", "report")] == [1, 1, 1]
+    assert [len(entries(kind)) for kind in ("result", "training", "report")] == [1, 2, 1]
 
 
 def train(params: Params, rows: list[dict[str, float]], fail_at: int | None = None) -> None:
-    with Live("scenes-com", "key", params) as live:
+    with Live("scenes-com", "dsd", "key", params) as live:
         for row in rows:
             if row["step"] == fail_at:
                 raise KeyboardInterrupt
@@ -163,26 +164,28 @@ def test_a_resumed_training_is_one_run(data: Path) -> None:
     [run] = entries("training")
     assert run.info.status == "FINISHED"
     assert curve(run) == [(row["step"], row["loss"]) for row in CURVE]
-    assert run.data.params["training.steps"] == str(training_of(params, "scenes-com").steps)
+    assert run.data.params["training.epochs"] == str(params.training["dsd"].epochs)
+    assert {"prompt.rank", "training.levels"} <= set(run.data.params)
+    assert (run.info.run_name, run.data.tags["dsd.method"]) == ("train dsd on scenes-com", "dsd")
 
 
 def test_rows_appear_while_training_goes_on(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.0)
-    with Live("scenes-com", "key", load()) as live:
+    with Live("scenes-com", "clip-prompt", "key", load()) as live:
         live.log(CURVE[0])
         [run] = entries("training")
         assert (run.info.status, len(curve(run))) == ("RUNNING", 1)
+        assert "context.tokens" in run.data.params and "prompt.rank" not in run.data.params
 
 
 def test_a_training_that_mlflow_followed_is_not_published_again(data: Path) -> None:
     params = load()
-    with Live("scenes-com", "key of scenes-com", params) as live:
+    with Live("scenes-com", "dsd", "key of dsd on scenes-com", params) as live:
         for row in CURVE:
             live.log(row)
     publish(params, data)
     assert sorted(run.data.tags["dsd.key"] for run in entries("training")) == [
-        "key of scenes-com",
-        "key of scenes-ref",
+        f"key of {method} on {name}" for method in sorted(METHODS) for name in ("scenes-com", "scenes-ref")
     ]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +14,17 @@ import torch
 from dsd.errors import DataError
 from dsd.matching import MatchingExample
 from dsd.params import Params
-from dsd.training import Trainer, accuracy, matching_loss, shape, table, train
+from dsd.training import ContrastiveLearner, Trainer, accuracy, matching_loss, shape, table, train
 
 EXAMPLE = MatchingExample("x", ("i",), ("a", "b", "c", "d"), ((0, 2),), "all")
 SQUARE = MatchingExample("y", ("i", "j"), ("a", "b"), ((1, 0), (0, 1)), "all")
 
 
-def run(params: Params, prepared: Path, cached: Path, target: Path) -> list[dict[str, float]]:
-    return list(train("scenes-com", params, prepared, cached, target))
+METHODS = {"dsd": "prompt.safetensors", "clip-finetune": "weights.safetensors", "clip-prompt": "prompt.safetensors"}
+
+
+def run(params: Params, prepared: Path, cached: Path, target: Path, method: str = "dsd") -> list[dict[str, float]]:
+    return list(train("scenes-com", method, params, prepared, cached, target))
 
 
 def test_a_right_pair_comes_first_and_no_text_twice() -> None:
@@ -58,7 +63,7 @@ DIAGONAL = torch.tensor([[[True, False], [False, True]]])
 
 @pytest.mark.parametrize("loss", ["softmax", "binary", "hinge"])
 def test_losses_fall_when_the_right_pairs_win(loss: str, params: Params) -> None:
-    training = params.training.model_copy(update={"loss": loss, "temperature": 1.0, "margin": 0.1})
+    training = params.training["dsd"].model_copy(update={"loss": loss, "temperature": 1.0, "margin": 0.1})
     for mask in (ROW, ROW.transpose(1, 2), DIAGONAL):
         right, wrong = 2.0 * mask, 2.0 * ~mask
         assert matching_loss(right, mask, training) < matching_loss(wrong, mask, training)
@@ -69,51 +74,53 @@ def test_losses_fall_when_the_right_pairs_win(loss: str, params: Params) -> None
 
 def test_softmax_and_hinge_by_hand(params: Params) -> None:
     scores = torch.tensor([[[1.0, 0.5, 0.0]]])
-    softmax = params.training.model_copy(update={"loss": "softmax", "temperature": 0.5})
+    softmax = params.training["dsd"].model_copy(update={"loss": "softmax", "temperature": 0.5})
     expected = -torch.log(torch.exp(torch.tensor(2.0)) / torch.exp(torch.tensor([2.0, 1.0, 0.0])).sum())
     assert torch.allclose(matching_loss(scores, ROW, softmax), expected)
-    hinge = params.training.model_copy(update={"loss": "hinge", "temperature": 0.5, "margin": 0.7})
+    hinge = params.training["dsd"].model_copy(update={"loss": "hinge", "temperature": 0.5, "margin": 0.7})
     assert matching_loss(scores, ROW, hinge).item() == pytest.approx((0.7 + 0.5 - 1.0) / 0.5)
 
 
 def test_a_square_is_four_choices(params: Params) -> None:
     """Of an image for each text and of a text for each image."""
     [[a, b], [c, d]] = [[0.3, 0.1], [0.6, 0.4]]
-    softmax = params.training.model_copy(update={"loss": "softmax", "temperature": 1.0})
+    softmax = params.training["dsd"].model_copy(update={"loss": "softmax", "temperature": 1.0})
     choices = [(a, b), (a, c), (d, c), (d, b)]
     expected = np.mean([np.log(1 + np.exp(wrong - right)) for right, wrong in choices])
     scores = torch.tensor([[[a, b], [c, d]]])
     assert matching_loss(scores, DIAGONAL, softmax).item() == pytest.approx(expected)
-    hinge = params.training.model_copy(update={"loss": "hinge", "temperature": 1.0, "margin": 0.05})
+    hinge = params.training["dsd"].model_copy(update={"loss": "hinge", "temperature": 1.0, "margin": 0.05})
     expected = np.mean([max(0, 0.05 + wrong - right) for right, wrong in choices])
     assert matching_loss(scores, DIAGONAL, hinge).item() == pytest.approx(expected, abs=1e-6)
     assert accuracy(scores, DIAGONAL) == 0  # each loses one of its two choices
 
 
-def test_training_writes_a_prompt_and_moves_only_it(
-    params: Params, prepared: Path, cached: Path, tmp_path: Path
+@pytest.mark.parametrize("method", METHODS)
+def test_training_writes_what_it_learned_once(
+    method: str, params: Params, prepared: Path, cached: Path, tmp_path: Path
 ) -> None:
-    curve = run(params, prepared, cached, tmp_path)
+    curve = run(params, prepared, cached, tmp_path, method)
     assert [row["step"] for row in curve] == [1, 2, 3, 4]
-    assert {path.name for path in tmp_path.iterdir()} == {"prompt.safetensors", "curve.csv", "summary.json"}
-    assert run(params, prepared, cached, tmp_path) == curve  # done: read back, not trained again
+    assert {path.name for path in tmp_path.iterdir()} == {METHODS[method], "curve.csv", "summary.json"}
+    assert run(params, prepared, cached, tmp_path, method) == curve  # done: read back, not trained again
 
 
+@pytest.mark.parametrize("method", METHODS)
 def test_an_interrupted_training_ends_with_the_same_bits(
-    params: Params, prepared: Path, cached: Path, tmp_path: Path
+    method: str, params: Params, prepared: Path, cached: Path, tmp_path: Path
 ) -> None:
-    whole = run(params, prepared, cached, tmp_path / "whole")
-    cut = train("scenes-com", params, prepared, cached, tmp_path / "cut")
+    whole = run(params, prepared, cached, tmp_path / "whole", method)
+    cut = train("scenes-com", method, params, prepared, cached, tmp_path / "cut")
     for _ in range(3):
         next(cut)
     cut.close()  # as a kill after step 3 and its checkpoint of step 2
-    assert run(params, prepared, cached, tmp_path / "cut") == whole
-    for name in ("prompt.safetensors", "curve.csv", "summary.json"):
+    assert run(params, prepared, cached, tmp_path / "cut", method) == whole
+    for name in (METHODS[method], "curve.csv", "summary.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_state_of_other_params_is_not_resumed(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
-    cut = train("scenes-com", params, prepared, cached, tmp_path)
+    cut = train("scenes-com", "dsd", params, prepared, cached, tmp_path)
     for _ in range(3):
         next(cut)
     cut.close()
@@ -121,10 +128,20 @@ def test_a_state_of_other_params_is_not_resumed(params: Params, prepared: Path, 
     assert [row["step"] for row in run(other, prepared, cached, tmp_path)] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("steps", "examples", "batch", "epochs"), [(4, 6, 3, 2), (7, 100, 1, 0.07), (1, 6, 3, 0.1), (5, 6, 99, 5)]
+)
+def test_steps_are_epochs_of_the_examples(steps: int, examples: int, batch: int, epochs: float, params: Params) -> None:
+    row = params.training["dsd"].model_copy(update={"epochs": epochs, "examples_per_step": batch})
+    nothing = SimpleNamespace(module=torch.nn.Linear(1, 1))
+    assert Trainer("x", row, 0, nothing, [EXAMPLE] * examples).steps == steps  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_it_learns(
-    params: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, params: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On one fixed batch the loss falls: the gradient reaches the prompt through the frozen U-Net."""
+    """On one fixed batch the loss falls: the gradient reaches what learns through what is frozen."""
     fixed: list[object] = []
     rows = Trainer._rows
 
@@ -133,11 +150,34 @@ def test_it_learns(
         return fixed[0]
 
     monkeypatch.setattr(Trainer, "_rows", once)
-    longer = params.training.model_copy(
-        update={"steps": 25, "learning_rate": 0.02, "warmup": 1, "checkpoint_every": 100}
-    )
-    curve = run(params.model_copy(update={"training": longer}), prepared, cached, tmp_path)
+    change = {"epochs": 12.5, "learning_rate": 0.02, "warmup": 1, "checkpoint_every": 100}
+    longer = params.training[method].model_copy(update=change)
+    curve = run(params.model_copy(update={"training": {method: longer}}), prepared, cached, tmp_path, method)
+    assert len(curve) == 25
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.05
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_step(
+    where: str, params: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(params, prepared, cached, tmp_path / "whole", "clip-finetune")
+    scores, calls = ContrastiveLearner.scores, [0]
+
+    def overflows(self: ContrastiveLearner, *arguments: Any) -> torch.Tensor:
+        calls[0] += 1
+        found = scores(self, *arguments)
+        if calls[0] == 3:
+            return found * torch.inf if where == "loss" else found + (found - found.detach()).abs().sqrt()
+        return found
+
+    monkeypatch.setattr(ContrastiveLearner, "scores", overflows)
+    rare = {"clip-finetune": params.training["clip-finetune"].model_copy(update={"checkpoint_every": 100})}
+    with pytest.raises(DataError, match=r"state\.pt: clip-finetune on scenes-com stopped after step 2.*nan") as error:
+        run(params.model_copy(update={"training": rare}), prepared, cached, tmp_path / "cut", "clip-finetune")
+    assert "\n" not in str(error.value) and "training.clip-finetune.learning_rate" in str(error.value)
+    again = run(params.model_copy(update={"training": rare}), prepared, cached, tmp_path / "cut", "clip-finetune")
+    assert again == whole and calls[0] == 5  # steps 3 and 4 alone were taken again
 
 
 def test_nothing_to_train_on_is_said(

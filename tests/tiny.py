@@ -43,9 +43,10 @@ def small(models: Path, **changes: object) -> Params:
     params = load(Path(__file__).parent.parent / "params.yaml")
     rows = {name: row.model_copy(update={"source": str(models / name)}) for name, row in params.backbones.items()}
     com = params.datasets["scenes-com"].model_copy(
-        update={"size": 60, "few_shot": 0.1, "validation": 0.05, "test": 9, "draws_per_level": 2, "steps": None}
+        update={"size": 60, "few_shot": 0.1, "validation": 0.05, "test": 9, "draws_per_level": 2}
     )
-    training = params.training.model_copy(update={"steps": 4, "examples_per_step": 3, "checkpoint_every": 1})
+    steps = {"epochs": 2.0, "examples_per_step": 3, "checkpoint_every": 1}  # 4 steps: 6 examples are the few-shot split
+    training = {name: row.model_copy(update=steps) for name, row in params.training.items()}
     return params.model_copy(
         update={
             "backbones": rows,

@@ -1,11 +1,14 @@
-"""CLIP: the contrastive comparison. Shapes: B batch, P picture side in pixels, D width of the joint space."""
+"""CLIP: the contrastive comparison.
+
+Shapes: B batch, P picture side in pixels, F width of a tower, M text tokens, N context tokens, W width of a text token.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from dsd.backbones.checkpoint import DTYPES, component, locate, require
@@ -32,21 +35,37 @@ class Clip:
         return int(self.model.config.vision_config.image_size)
 
     @torch.inference_mode()
-    def encode_images(self, pictures: np.ndarray) -> Tensor:
-        """uint8 [B, R, R, 3] to unit vectors [B, D]; a picture of another size is resized to the model's."""
+    def image_features(self, pictures: np.ndarray) -> Tensor:
+        """uint8 [B, R, R, 3] to what the image tower's projection sees [B, F]; another size is resized."""
         if pictures.shape[1] != self.resolution:
             pictures = np.stack(
                 [to_array(resize(Image.fromarray(p), parity=None, resolution=self.resolution)) for p in pictures]
             )
         pixels = torch.from_numpy(to_model(pictures)).to(self.device, self.dtype)
-        output = self.model.get_image_features(pixel_values=pixels)
-        return torch.nn.functional.normalize(output.pooler_output.float(), dim=-1)
+        return self.model.vision_model(pixel_values=pixels).pooler_output.float()
 
     @torch.inference_mode()
-    def encode_texts(self, texts: list[str]) -> Tensor:
-        """Unit vectors [B, D]."""
+    def text_features(self, texts: list[str]) -> Tensor:
+        """What the text tower's projection sees [B, F]; a text over the model's maximum is cut."""
         batch = self.tokenizer(
             texts, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
         )
-        output = self.model.get_text_features(**{k: v.to(self.device) for k, v in batch.items()})
-        return torch.nn.functional.normalize(output.pooler_output.float(), dim=-1)
+        return self.model.text_model(**{k: v.to(self.device) for k, v in batch.items()}).pooler_output.float()
+
+    def prompted_features(self, ids_BM: Tensor, context_BNW: Tensor) -> Tensor:
+        """`text_features` with context vectors between the begin token and the text; differentiable in the context.
+
+        The context takes the places of N further begin tokens, so positions, causal mask and the pooling at the end
+        token are those of the text encoder itself.
+        """
+        count = context_BNW.shape[1]
+        longer = torch.cat([ids_BM[:, :1].expand(-1, count), ids_BM], 1)
+
+        def insert(_: nn.Module, __: object, tokens: Tensor) -> Tensor:
+            return torch.cat([tokens[:, :1], context_BNW.to(tokens.dtype), tokens[:, 1 + count :]], 1)
+
+        hook = self.model.text_model.embeddings.token_embedding.register_forward_hook(insert)
+        try:
+            return self.model.text_model(input_ids=longer).pooler_output.float()
+        finally:
+            hook.remove()

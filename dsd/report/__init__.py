@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from dsd.params import Params, noise_of
+from dsd.params import Params, noise_of, prompted, trained, twin
 from dsd.progress import progress
 from dsd.report import figures, findings, tables
 from dsd.report.gallery import MAPPED, BackboneHeatMaps, HeatMaps, gallery
@@ -31,7 +31,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
     timings = read_timings(data)
     datasets = read_datasets(params, data, timings)
     heat = heatmaps or BackboneHeatMaps(params, data / "train")
-    method = params.training.method
+    method = prompted(params)
     compared, judged = _compared(datasets, params), read_claims(data)
     shown = [d for d in datasets if method in d.results]
     page = (
@@ -40,7 +40,8 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         .render(
             params=params,
             method=method,
-            twin=tables.twin(params),
+            twin=twin(params),
+            trained=trained(params),
             run=_run(params, heat, timings),
             lead=findings.lead(datasets, compared, params),
             headlines=findings.headlines(datasets, compared, params),
@@ -83,7 +84,7 @@ def _compared(datasets: Sequence[Dataset], params: Params) -> dict[str, list[tab
     found: dict[str, list[tables.Comparison]] = {}
     for dataset in datasets:
         for opponent in tables.opponents(params, dataset):
-            rows = tables.compare(dataset, params.training.method, opponent, dataset.metrics, params)
+            rows = tables.compare(dataset, prompted(params), opponent, dataset.metrics, params)
             found.setdefault(opponent, []).extend(rows)
     return found
 
@@ -112,7 +113,7 @@ def _run(params: Params, heat: HeatMaps, timings: Mapping[str, Mapping[str, Any]
 
 def _answers(datasets: Sequence[Dataset], compared: findings.Compared, params: Params) -> list[tuple[str, list[str]]]:
     """The reader's questions, with the sentences that answer them."""
-    method, before = params.training.method, tables.twin(params)
+    method, before = prompted(params), twin(params)
     tallies = {opponent: findings.tally(method, opponent, rows) for opponent, rows in compared.items()}
     others = [tally for opponent, tally in tallies.items() if opponent != before]
     answers = [
@@ -125,7 +126,7 @@ def _answers(datasets: Sequence[Dataset], compared: findings.Compared, params: P
 
 def _comparisons(compared: findings.Compared, params: Params) -> list[tuple[tables.Table, str, list[str]]]:
     """A table for each opponent, its tally, and for the zero-shot twin which intervals overlap."""
-    method, before = params.training.method, tables.twin(params)
+    method, before = prompted(params), twin(params)
     return [
         (
             tables.comparisons(method, opponent, rows),
@@ -147,12 +148,12 @@ def _legend(datasets: Sequence[Dataset], params: Params) -> list[tuple[str, str,
 
 
 def _figures(datasets: Sequence[Dataset], params: Params) -> dict[str, list[figures.Drawing]]:
-    method, before, series = params.training.method, tables.twin(params), _series(params)
+    method, before, series = prompted(params), twin(params), _series(params)
     pairs = [d for d in datasets if d.candidates.max() == 2 and {method, before} <= set(d.results)]
     return {
         "accuracy": [figures.accuracy(d, series) for d in datasets],
         "ablations": [figures.ablations(d, series) for d in datasets if d.ablations],
         "margins": [figures.margins(d, [m for m in d.methods if m in (before, method)], series) for d in pairs],
         "ranks": [figures.ranks(d, series) for d in datasets if d.candidates.max() > 2],
-        "curves": [figures.curves(d, method, series) for d in datasets if d.curve],
+        "curves": [figures.curves(d, trained, series) for d in datasets for trained in d.curves],
     }

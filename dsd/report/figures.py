@@ -165,21 +165,23 @@ def window(steps: int) -> int:
 
 
 def curves(dataset: Dataset, method: str, series: Series) -> Drawing:
-    """Loss and accuracy of the attention prompt's training, raw and smoothed, in the colour of the trained method."""
-    steps, width, (colour, _) = dataset.curve["step"], window(len(dataset.curve["step"])), look(series[method])
+    """Loss and accuracy of a method's training, raw and smoothed, in its colour."""
+    curve, (colour, _) = dataset.curves[method], look(series[method])
+    steps, width = curve["step"], window(len(curve["step"]))
     figure, axes = _figure(3.2, rows=2)
     for ax, name, scale in zip(axes, ("loss", "accuracy"), (1, 100), strict=True):
-        values = scale * np.array(dataset.curve[name])
+        values = scale * np.array(curve[name])
         ax.plot(steps, values, color=colour, lw=0.8, alpha=0.35)
         ax.plot(steps, smooth(values, width), color=colour, lw=1.8)
         ax.set_ylabel("loss" if scale == 1 else "accuracy, %")
         ax.yaxis.set_major_locator(MaxNLocator(4))
         ax.grid()
     axes[1].set(xlabel="step", ylim=(0, 103))
-    last = smooth(dataset.curve["accuracy"], width)
+    last = smooth(curve["accuracy"], width)
     span = f"from {100 * last[0]:.0f} % to {100 * last[-1]:.0f} % in {len(steps)} steps"
-    alt = f"Training on {dataset.name}: smoothed accuracy {span}."
-    return Drawing(to_svg(figure, f"curves-{slug(dataset.name)}", alt), dataset.name)
+    alt = f"Training of {method} on {dataset.name}: smoothed accuracy {span}."
+    name = f"curves-{slug(dataset.name)}-{slug(method)}"
+    return Drawing(to_svg(figure, name, alt), f"{dataset.name}: {method}")
 
 
 def ranks(dataset: Dataset, series: Series) -> Drawing:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dsd.params import ContrastiveMethod, Params
+from dsd.params import ContrastiveMethod, Params, prompted, twin
 from dsd.report.inputs import Dataset
-from dsd.report.tables import Comparison, chance, compare, interval, percent, points, twin
+from dsd.report.tables import Comparison, chance, compare, interval, percent, points
 
 Compared = Mapping[str, Sequence[Comparison]]  # opponent → comparisons with the trained method, over all datasets
 
@@ -34,7 +34,7 @@ def names(items: Sequence[str]) -> str:
 
 def headlines(datasets: Sequence[Dataset], compared: Compared, params: Params) -> list[Headline]:
     """Nothing where the trained method or its zero-shot twin was not evaluated."""
-    before, after = twin(params), params.training.method
+    before, after = twin(params), prompted(params)
     by_place = {(c.dataset, c.metric): c for c in compared.get(before or "", ())}
     found = []
     for d in datasets:
@@ -73,7 +73,7 @@ def lead(datasets: Sequence[Dataset], compared: Compared, params: Params) -> str
     if (before := twin(params)) is not None and before in compared:
         heads = {(d.name, d.headline) for d in datasets}
         rows = [c for c in compared[before] if (c.dataset, c.metric) in heads]
-        pair = f"{params.training.method} against {before}"
+        pair = f"{prompted(params)} against {before}"
         clauses.append(f"with few-shot prompting ({pair}) accuracy is {said(rows)} of {len(rows)} datasets")
     alone: dict[str, list[str]] = {}
     shared = []

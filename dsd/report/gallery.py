@@ -21,9 +21,9 @@ from PIL import Image
 from dsd.backbones import device_of, load_diffusion
 from dsd.matcher import Heatmap, Matcher
 from dsd.matching import MatchingExample
-from dsd.params import CrossAttentionMethod, Params
+from dsd.params import CrossAttentionMethod, Params, prompted
 from dsd.pictures import Pictures
-from dsd.prompts import AttentionPrompt
+from dsd.prompts import PROMPT, AttentionPrompt
 from dsd.report.inputs import Dataset
 
 MAPPED = 6  # examples of a dataset, right and wrong each, that heat maps are drawn for: they cost U-Net passes
@@ -43,11 +43,12 @@ class HeatMaps(Protocol):
 
 
 class BackboneHeatMaps:
-    """Heat maps of the trained method: one backbone, and the prompt of each dataset."""
+    """Heat maps of the method with the attention prompt: one backbone, and the prompt of each dataset."""
 
     def __init__(self, params: Params, trained: Path) -> None:
-        method = params.methods[params.training.method]
-        assert isinstance(method, CrossAttentionMethod)  # params refuses anything else
+        self._name = prompted(params)
+        method = params.methods[self._name]
+        assert isinstance(method, CrossAttentionMethod)  # which is what `prompted` looks for
         self._backbone = load_diffusion(params.backbones[params.backbone], device_of(params.runtime.device))
         self._params, self._method, self._trained = params, method, trained
         self._matchers: dict[str, Matcher] = {}
@@ -62,13 +63,10 @@ class BackboneHeatMaps:
         return self._matchers[dataset].heatmap(image, text)
 
     def _matcher(self, dataset: str) -> Matcher:
-        prompt = None
-        if self._method.prompt == "few-shot":
-            prompt = AttentionPrompt.load(self._trained / dataset / "prompt.safetensors", self._backbone.digest)
-            prompt = prompt.to(self._backbone.device)
+        prompt = AttentionPrompt.load(self._trained / dataset / self._name / PROMPT, self._backbone.digest)
         return Matcher(
             self._backbone,
-            prompt,
+            prompt.to(self._backbone.device),
             "cross-attention",
             self._params.noise.model_copy(update={"levels": self._method.levels}),
             self._params.evidence,
@@ -148,7 +146,7 @@ def choose(dataset: Dataset, method: str, count: int, seed: int) -> tuple[list[i
 
 def gallery(dataset: Dataset, params: Params, prepared: Path, heat: HeatMaps) -> Gallery:
     """Examples of the trained method: as many as params say where images are chosen among, else a third of them."""
-    method = params.training.method
+    method = prompted(params)
     several = any(len(example.images) > 1 for example in dataset.examples)
     count = params.report.gallery if several else max(1, params.report.gallery // 3)
     right, wrong = choose(dataset, method, count, params.seed)

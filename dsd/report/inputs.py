@@ -22,7 +22,7 @@ from dsd.datasets import benchmark
 from dsd.errors import DataError, unknown
 from dsd.matching import MatchingExample, read_examples
 from dsd.metrics import METRICS, Hits
-from dsd.params import DatasetParams, Params
+from dsd.params import DatasetParams, Params, trained
 from dsd.statistics import Interval
 
 # In the order in which they run. The report's own time is not known while it is written.
@@ -46,7 +46,7 @@ class Dataset:
     scores: dict[str, list[NDArray[np.float64]]]  # method → [I, T] of each example
     ranks: dict[str, NDArray[np.int64]]  # method → [n], 1 is right
     ablations: Ablations  # method → key → value → metric → interval
-    curve: dict[str, list[float]]  # of the attention prompt's training; empty where no method needs one
+    curves: dict[str, dict[str, list[float]]]  # of each method that learns: its training by step
     quarantine: list[dict[str, str]]
     summaries: dict[str, dict[str, Any]]  # what prepare, cache and score counted; a stage that told nothing is absent
 
@@ -175,7 +175,6 @@ def _dataset(
         raise DataError(f"{path}: no such file; run the stage `prepare`")
     by_split = {split: read_examples(path, split) for split in SPLITS}
     scores, ranks = _scores(data / "evaluate" / "scores" / f"{name}.parquet", list(results), by_split["test"])
-    few_shot = any(getattr(params.methods[method], "prompt", "none") == "few-shot" for method in results)
     summaries = {"prepare": read_json(prepared / "summary.json", "prepare")}
     # What a run did, rather than what it made, stands beside its timing: it must make no later stage stale.
     for stage in ("cache", "score"):
@@ -191,7 +190,7 @@ def _dataset(
         scores,
         ranks,
         ablations,
-        _curve(data / "train" / name / "curve.csv") if few_shot else {},
+        {m: _curve(data / "train" / name / m / "curve.csv") for m in trained(params) if m in results},
         read_json(prepared / "quarantine.json", "prepare"),
         summaries,
     )

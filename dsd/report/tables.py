@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dsd.params import Params
+from dsd.params import Params, prompted, twin
 from dsd.report.inputs import Claims, Dataset
 from dsd.statistics import Difference, Interval, paired_difference
 
@@ -119,16 +119,9 @@ def results(dataset: Dataset) -> Table:
     return Table(f"{dataset.name}: share of right answers", head, rows)
 
 
-def twin(params: Params) -> str | None:
-    """The method that differs from the trained one in its prompt alone, or None where params.yaml has none."""
-    trained = params.methods[params.training.method]
-    bare = trained.model_copy(update={"prompt": "none"})
-    return next((name for name, m in params.methods.items() if m == bare and name != params.training.method), None)
-
-
 def opponents(params: Params, dataset: Dataset) -> list[str]:
     """Whom the trained method is compared with: its zero-shot twin first, then every other method."""
-    trained = params.training.method
+    trained = prompted(params)
     if trained not in dataset.results:
         return []
     others = [method for method in dataset.methods if method != trained]
@@ -306,7 +299,8 @@ def settings(params: Params) -> Table:
         "noise": params.noise,
         "evidence": params.evidence,
         "prompt": params.prompt,
-        "training": params.training,
+        "context": params.context,
+        **{f"training.{method}": row for method, row in params.training.items()},
         "evaluate": params.evaluate,
     }
     rows = [

@@ -1,0 +1,77 @@
+"""params.yaml: what the sections must agree on, and one line for each mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dsd.errors import ParamsError
+from dsd.params import NoisyTrainingParams, load, prompted, trained
+from tests.conftest import ROOT
+
+Settings = dict[str, Any]
+
+
+def move(settings: Settings, old: str, new: str) -> None:
+    settings[new] = settings.pop(old)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            lambda s: s["training"]["clip-prompt"].update(learningrate=1),
+            "unknown key 'training.clip-prompt.learningrate': did you mean 'training.clip-prompt.learning_rate'?",
+        ),
+        (
+            lambda s: s["methods"]["dsd"].update(poolin="maximum"),
+            "unknown key 'methods.dsd.poolin': did you mean 'methods.dsd.pooling'?",
+        ),
+        (
+            lambda s: move(s["training"], "clip-prompt", "clip-promt"),
+            "training.clip-promt: unknown trained method 'clip-promt': did you mean 'clip-prompt'?",
+        ),
+        (
+            lambda s: s["training"].update({"clip-zero-shot": s["training"]["clip-finetune"]}),
+            "training.clip-zero-shot: unknown trained method 'clip-zero-shot'",
+        ),
+        (lambda s: s["training"].pop("dsd"), "methods.dsd: learns, but training has no row dsd"),
+        (lambda s: s["training"]["clip-finetune"].update(levels=[0.2]), "training.clip-finetune.levels: superfluous"),
+        (lambda s: s["training"]["dsd"].pop("levels"), "training.dsd.levels: missing"),
+        (lambda s: s["training"].update(dsd=3), "training.dsd: Input should be a valid dictionary"),
+        (
+            lambda s: s["training"]["dsd"].update(epochs=0),
+            "training.dsd.epochs: Input should be greater than 0, found 0",
+        ),
+        (
+            lambda s: s["methods"]["clip-finetune"].update(tuned="all"),
+            "methods.clip-finetune.tuned: Input should be 'none', 'projections' or 'context', found 'all'",
+        ),
+        (lambda s: s["methods"]["dsd"].update(layers=-1), "methods.dsd.layers: Input should be 'all', found -1"),
+        (
+            lambda s: s["methods"]["dsd"].update(prompt="none"),
+            "methods: none of the cross-attention methods has prompt:",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(
+    change: Callable[[Settings], object], line: str, tmp_path: Path
+) -> None:
+    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    change(settings)
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    with pytest.raises(ParamsError) as error:
+        load(path)
+    assert str(error.value).startswith(f"{path}: {line}") and "\n" not in str(error.value)
+
+
+def test_what_learns_has_a_row() -> None:
+    params = load(ROOT / "params.yaml")
+    assert trained(params) == list(params.training) == ["dsd", "clip-finetune", "clip-prompt"]
+    assert prompted(params) == "dsd"
+    assert [isinstance(row, NoisyTrainingParams) for row in params.training.values()] == [True, False, False]
