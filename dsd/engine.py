@@ -169,5 +169,5 @@ def score(name: str, params: Params, prepared: Path, cached: Path, trained: Path
         clip = load_clip(params.backbones[row], device)
         keys[row] = [cosines(clip, pictures, texts, cached, asked, store)]
     store.prune({key for some in keys.values() for key in some})
-    write_index(target, keys)
+    write_index(target, keys, backbone.layers, tables[0](pictures.ids[:1])["latents"][0].size)
     return {"pairs": len(asked), "rows": total, "computed": computed, "corrupt": store.corrupt}

@@ -13,7 +13,7 @@ from dsd.errors import ParamsError, unknown
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
-Pooling = Literal["logsumexp", "maximum", "cosine"]
+Pooling = Literal["logsumexp", "maximum", "cosine", "logits"]
 Level = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -107,12 +107,19 @@ class DenoisingMethod(_Diffusion):
     scorer: Literal["denoising"]
 
 
+class ReleasedMethod(_Diffusion):
+    scorer: Literal["released"]
+    denoising: bool
+
+
 class ContrastiveMethod(_Params):
     scorer: Literal["contrastive"]
     backbone: str
 
 
-MethodParams = Annotated[CrossAttentionMethod | DenoisingMethod | ContrastiveMethod, Field(discriminator="scorer")]
+MethodParams = Annotated[
+    CrossAttentionMethod | DenoisingMethod | ReleasedMethod | ContrastiveMethod, Field(discriminator="scorer")
+]
 
 
 class EvaluateParams(_Params):
@@ -195,6 +202,8 @@ class Params(_Params):
                 )
             if isinstance(method, CrossAttentionMethod) and method.pooling not in self.evidence.poolings:
                 raise ValueError(f"methods.{name}.pooling: {method.pooling!r} is not among evidence.poolings")
+            if isinstance(method, ReleasedMethod) and "logits" not in self.evidence.poolings:
+                raise ValueError(f"methods.{name}.scorer: released needs 'logits' among evidence.poolings")
         return self
 
 

@@ -25,7 +25,8 @@ def by_hand() -> Evidence:
     attention[0, :, 0, 0, 0] = [1, 5]
     attention[1, :, 0, 0, 0] = [2, 2]
     error = np.array([[0.5, 0.4], [0.2, 0.1], [0.9, 0.6], [0.3, 0.1]], np.float32)
-    return Evidence(pairs, [Draw(0.2, 0), Draw(0.8, 1)], attention, np.ones((4, 2, 1, 1), np.float32), error)
+    ones = np.ones((4, 2, 1, 1), np.float32)
+    return Evidence(pairs, [Draw(0.2, 0), Draw(0.8, 1)], attention, ones, error, ["mid_block.attentions.0"], 16)
 
 
 def cross_attention(*levels: float) -> CrossAttentionMethod:
@@ -68,7 +69,7 @@ def test_the_whole_way(params: Params, prepared: Path, cached: Path, tmp_path: P
     counts = score("scenes-com", params, prepared, cached, trained, scored)
     assert counts["computed"] == counts["rows"] > 0
     results = {"scenes-com": evaluate("scenes-com", params, prepared, scored, tmp_path)}
-    assert set(results["scenes-com"]) == {"dsd-zero-shot", "dsd", "denoising", "clip-zero-shot"}
+    assert set(results["scenes-com"]) == {"dsd-zero-shot", "dsd", "denoising", "dsd-released", "clip-zero-shot"}
     write_metrics(results, tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert set(metrics["scenes-com"]["dsd"]) == {"subject", "object", "predicate", "micro", "macro"}
@@ -76,7 +77,7 @@ def test_the_whole_way(params: Params, prepared: Path, cached: Path, tmp_path: P
         for value in row.values():
             assert 0 <= value["low"] <= value["value"] <= value["high"] <= 1 and value["n"] > 0
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
-    assert len(rows) == 4 * 5
+    assert len(rows) == 5 * 5
     again = evaluate("scenes-com", params, prepared, scored, tmp_path / "again")
     assert again == results["scenes-com"]
     assert (tmp_path / "again/scores/scenes-com.parquet").read_bytes() == (
