@@ -31,6 +31,7 @@ class BackboneParams(_Params):
     family: str
     source: str
     revision: str | None
+    lora: str | None
     dtype: Literal["float32", "bfloat16", "float16"]
 
 
