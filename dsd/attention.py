@@ -111,11 +111,15 @@ class Recording:
             self.maps.append(attn_BHNM)
 
     def stacked(self) -> tuple[Tensor, Tensor]:
-        """Pooled attention [B, P, L, H] and attribution [B, L, H]; a layer with fewer heads is padded with NaN."""
+        """Pooled attention [B, P, L, H] and attribution [B, L, H].
+
+        Layers may have fewer heads than others, as in Stable Diffusion 2: what they lack is zero in both, and the
+        attribution of a head that is there never is.
+        """
         heads = max(layer.shape[-1] for layer in self.attribution)
 
         def pad(x: Tensor) -> Tensor:
-            return torch.nn.functional.pad(x, (0, heads - x.shape[-1]), value=float("nan"))
+            return torch.nn.functional.pad(x, (0, heads - x.shape[-1]))
 
         pooled = torch.stack([pad(layer) for layer in self.pooled])  # [L, P, B, H]
         return pooled.permute(2, 1, 0, 3), torch.stack([pad(layer) for layer in self.attribution], 1)

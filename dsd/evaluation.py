@@ -64,10 +64,11 @@ def denoising_scores(evidence: Evidence, method: DenoisingMethod) -> Scores:
 def released_scores(evidence: Evidence, method: ReleasedMethod, poolings: Sequence[str]) -> Scores:
     """The published implementation's rule, with the unconditional half where images are compared."""
     chosen = [k for k, draw in enumerate(evidence.draws) if draw.level in method.levels]
-    logits = evidence.attention[:, chosen, poolings.index("logits")][..., released.last_blocks(evidence.layers), :]
-    error = evidence.error[:, chosen]
-    halves = [np.stack([unconditional(evidence, values), values]) for values in (logits, error)]
-    scores = released.reduce(*halves, size=evidence.latent, denoising=method.denoising)
+    layers = released.last_blocks(evidence.layers)
+    logits = evidence.attention[:, chosen, poolings.index("logits")][..., layers, :]
+    attribution, error = evidence.attribution[:, chosen][..., layers, :], evidence.error[:, chosen]
+    logits, error = (np.stack([unconditional(evidence, values), values]) for values in (logits, error))
+    scores = released.reduce(logits, attribution, error, size=evidence.latent, denoising=method.denoising)
     return dict(zip(evidence.pairs, scores.tolist(), strict=True))
 
 

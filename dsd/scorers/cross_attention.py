@@ -13,10 +13,9 @@ def reduce(pooled: Any, attribution: Any, *, layers: int | Literal["all"], heads
 
     `weighted`: a head counts in proportion to its attribution ΣAttr_h(A) within its layer. The paper gives Attr per
     element and not how heads are then combined; in proportion to their sums is our reading. `layers`: all, or the last
-    n in the order of the forward pass.
+    n in the order of the forward pass. A head that a layer lacks has the attribution 0, and counts for nothing.
     """
     if layers != "all":
         pooled, attribution = pooled[..., -layers:, :], attribution[..., -layers:, :]
-    if heads == "mean":
-        return pooled.mean(-1).mean(-1)
-    return ((pooled * attribution).sum(-1) / attribution.sum(-1)).mean(-1)
+    weights = attribution if heads == "weighted" else attribution > 0
+    return ((pooled * weights).sum(-1) / weights.sum(-1)).mean(-1)

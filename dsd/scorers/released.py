@@ -32,19 +32,20 @@ def last_blocks(layers: Sequence[str]) -> list[int]:
     return chosen
 
 
-def reduce(logits: Array, error: Array, *, size: int, denoising: bool) -> Array:
+def reduce(logits: Array, attribution: Array, error: Array, *, size: int, denoising: bool) -> Array:
     """Evidence of the unconditional (0) and of the conditional (1) half to scores [...].
 
     Args:
-        logits: [2, ..., K, L, H] pooled logits (the evidence's pooling `logits`) of the layers that count; NaN where a
-            layer has fewer heads than others. Their mean over both halves, heads, layers and draws is the first term.
+        logits: [2, ..., K, L, H] pooled logits (the evidence's pooling `logits`) of the layers that count. Their mean
+            over both halves, heads, layers and draws is the first term.
+        attribution: [..., K, L, H] of the same layers: 0 says that a layer lacks the head, and its logits are 0 too.
         error: [2, ..., K] ‖ε − ε_θ‖² as mean over the values of the latent.
         size: how many values a latent has: the norms below are those of the whole latent.
         denoising: whether ‖ε − ε_θ(x_t, ∅)‖₂ − ‖ε − ε_θ(x_t, y)‖₂ is added, not squared.
 
     Where an example has one image, its unconditional half is common to all candidates, and zeros will do.
     """
-    scores: Array = np.nanmean(logits, -1).mean(-1).mean(0)
+    scores: Array = (logits.mean(0).sum(-1) / (attribution > 0).sum(-1)).mean(-1)
     if denoising:
         norm = np.sqrt(size * error)
         scores = scores + norm[0] - norm[1]
