@@ -18,6 +18,7 @@ from dsd.backbones import StableDiffusion, load, load_diffusion
 from dsd.backbones.lora import mistakes, projections
 from dsd.errors import CheckpointError
 from dsd.params import BackboneParams, Params
+from dsd.prompts import AttentionPrompt
 from tests.test_released import SD21
 
 CPU = torch.device("cpu")
@@ -100,6 +101,11 @@ def test_a_lora_is_part_of_the_identity(
         for name in ("one", "two", "copy")
     )
     assert one == copy and len({one, two, backbone.digest}) == 3
+    prompt = AttentionPrompt(32, backbone.layer_widths, 4, rank=2, conditional=False, seed=0)
+    prompt.save(tmp_path / "prompt.safetensors", one)
+    AttentionPrompt.load(tmp_path / "prompt.safetensors", copy)
+    with pytest.raises(CheckpointError, match=f"belongs to backbone {one}, not to {backbone.digest}"):
+        AttentionPrompt.load(tmp_path / "prompt.safetensors", backbone.digest)
 
 
 @given(st.integers(1, 9), st.integers(1, 9))
