@@ -185,5 +185,5 @@ def score(name: str, params: Params, prepared: Path, cached: Path, trained: Path
         total += len(rows)
     keys |= score_contrastive(params, prepared, cached, trained, store)
     store.prune({key for some in keys.values() for key in some})
-    write_index(target, keys)
+    write_index(target, keys, backbone.layers, tables[0](pictures.ids[:1])["latents"][0].size)
     return {"pairs": len(pairs(examples)), "rows": total, "computed": computed, "corrupt": store.corrupt}

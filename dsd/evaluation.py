@@ -22,8 +22,16 @@ from dsd.datasets import benchmark
 from dsd.evidence import UNCONDITIONAL, Evidence, normalises, read_evidence, read_shards
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
 from dsd.metrics import METRICS, Hits, rank
-from dsd.params import ContrastiveMethod, CrossAttentionMethod, DenoisingMethod, NoiseParams, Params, noise_of
-from dsd.scorers import cross_attention, denoising
+from dsd.params import (
+    ContrastiveMethod,
+    CrossAttentionMethod,
+    DenoisingMethod,
+    NoiseParams,
+    Params,
+    ReleasedMethod,
+    noise_of,
+)
+from dsd.scorers import cross_attention, denoising, released
 from dsd.statistics import Interval, clustered_mean
 from dsd.store import write_atomic
 
@@ -58,16 +66,31 @@ def attention_scores(
     return dict(zip(evidence.pairs, scores.mean(-1).tolist(), strict=True))
 
 
+def unconditional(evidence: Evidence, values: np.ndarray) -> np.ndarray:
+    """The unconditional row of each pair's image, of values [E, ...]; zeros where the image is compared with none."""
+    row = {pair: n for n, pair in enumerate(evidence.pairs)}
+    nothing = np.zeros_like(values[0])
+    alone = (row.get(Pair(pair.image, UNCONDITIONAL)) for pair in evidence.pairs)
+    return np.stack([nothing if n is None else values[n] for n in alone])
+
+
 def denoising_scores(evidence: Evidence, method: DenoisingMethod) -> Scores:
     """The Diffusion Classifier, normalised by the unconditional error where images are compared."""
     chosen = [k for k, draw in enumerate(evidence.draws) if draw.level in method.levels]
     error = evidence.error[:, chosen]
-    row = {pair: n for n, pair in enumerate(evidence.pairs)}
-    nothing = np.zeros(len(chosen), error.dtype)
-    alone = np.stack(
-        [error[row[p]] if (p := Pair(pair.image, UNCONDITIONAL)) in row else nothing for pair in evidence.pairs]
-    )
-    return dict(zip(evidence.pairs, denoising.reduce(error, alone).tolist(), strict=True))
+    scores = denoising.reduce(error, unconditional(evidence, error))
+    return dict(zip(evidence.pairs, scores.tolist(), strict=True))
+
+
+def released_scores(evidence: Evidence, method: ReleasedMethod, poolings: Sequence[str]) -> Scores:
+    """The published implementation's rule, with the unconditional half where images are compared."""
+    chosen = [k for k, draw in enumerate(evidence.draws) if draw.level in method.levels]
+    layers = released.last_blocks(evidence.layers)
+    logits = evidence.attention[:, chosen, poolings.index("logits")][..., layers, :]
+    attribution, error = evidence.attribution[:, chosen][..., layers, :], evidence.error[:, chosen]
+    logits, error = (np.stack([unconditional(evidence, values), values]) for values in (logits, error))
+    scores = released.reduce(logits, attribution, error, size=evidence.latent, denoising=method.denoising)
+    return dict(zip(evidence.pairs, scores.tolist(), strict=True))
 
 
 def clip_scores(scored: Path, method: str, asked: Sequence[Pair]) -> Scores:
@@ -116,6 +139,8 @@ def method_scores(
             yield name, clip_scores(scored, name, pairs(examples))
         elif isinstance(method, CrossAttentionMethod):
             yield name, attention_scores(read(method.prompt), method, params.evidence.poolings)
+        elif isinstance(method, ReleasedMethod):
+            yield name, released_scores(read(method.prompt), method, params.evidence.poolings)
         else:
             yield name, denoising_scores(read(method.prompt), method)
 

@@ -9,18 +9,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dsd.draws import Draw, draws
 from dsd.errors import DataError
 from dsd.matching import MatchingExample, Pair, pairs
-from dsd.params import DenoisingMethod, MethodParams, NoiseParams
+from dsd.params import DenoisingMethod, MethodParams, NoiseParams, ReleasedMethod
 from dsd.schedules import exhaustive
 from dsd.store import Store, digest, write_atomic
 
 UNCONDITIONAL = ""  # the text of the unconditional pass
-INDEX = "index.json"  # written last: it names the shards that hold all the evidence of the params
+INDEX = "index.json"  # written last: it names the shards that hold all the evidence of the params, and the layers
 Request = tuple[Pair, Draw]
 
 
@@ -41,11 +42,14 @@ class Evidence:
     attention: np.ndarray  # [E, K, P, L, H] pooled attention
     attribution: np.ndarray  # [E, K, L, H] weight of each head, eq. 7
     error: np.ndarray  # [E, K] ‖ε − ε_θ‖², mean over the latent
+    layers: list[str]  # the U-Net's names of the L layers, in the order of the forward pass
+    latent: int  # values of a latent, which `error` is the mean over
 
 
 def normalises(methods: Mapping[str, MethodParams], prompt: str) -> bool:
-    """Whether a method under this prompt sets errors off against the unconditional ones."""
-    return any(isinstance(method, DenoisingMethod) and method.prompt == prompt for method in methods.values())
+    """Whether a method under this prompt sets evidence off against the unconditional one."""
+    kinds = (DenoisingMethod, ReleasedMethod)
+    return any(isinstance(method, kinds) and method.prompt == prompt for method in methods.values())
 
 
 def wanted(examples: Sequence[MatchingExample], normalised: bool) -> list[Pair]:
@@ -66,9 +70,27 @@ def plan(rows: Sequence[Request], source: str, size: int) -> list[Shard]:
     return [Shard(f"evidence-{digest(source, [[*p, *d] for p, d in chunk])}", chunk) for chunk in chunks]
 
 
-def write_index(scored: Path, keys: dict[str, list[str]]) -> None:
-    """Names the shards of each prompt ("none", "few-shot") and of each contrastive method, in the order of the rows."""
-    write_atomic(scored / INDEX, json.dumps(keys, indent=1).encode())
+def write_index(scored: Path, keys: dict[str, list[str]], layers: Sequence[str], latent: int) -> None:
+    """Names the shards of each prompt ("none", "few-shot") and of each contrastive method, in the order of the rows, and
+    says what `Evidence` needs to know of the diffusion model: its layers and the size of its latents."""
+    content = {"layers": list(layers), "latent": latent, "shards": keys}
+    write_atomic(scored / INDEX, json.dumps(content, indent=1).encode())
+
+
+def read_index(scored: Path) -> dict[str, Any]:
+    """What `write_index` has written.
+
+    Raises:
+        DataError: the stage `score` has left no index, or one of another form.
+    """
+    path = scored / INDEX
+    try:
+        index: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; run the stage `score`") from None
+    if set(index) != {"layers", "latent", "shards"}:
+        raise DataError(f"{path}: not the index of this version; run the stage `score` again")
+    return index
 
 
 def read_shards(scored: Path, name: str) -> dict[str, np.ndarray]:
@@ -77,13 +99,11 @@ def read_shards(scored: Path, name: str) -> dict[str, np.ndarray]:
     Raises:
         DataError: the stage `score` has left no such evidence, or a shard of it is damaged.
     """
-    path, store = scored / INDEX, Store(scored)
-    try:
-        keys = json.loads(path.read_text())[name]
-    except (FileNotFoundError, KeyError):
-        raise DataError(f"{path}: no evidence for {name!r}; run the stage `score`") from None
+    shards, store = read_index(scored)["shards"], Store(scored)
+    if name not in shards:
+        raise DataError(f"{scored / INDEX}: no evidence for {name!r}; run the stage `score`")
     parts = []
-    for key in keys:
+    for key in shards[name]:
         arrays = store.read(key)
         if arrays is None:
             raise DataError(f"{scored / key}: missing or damaged; run the stage `score` again")
@@ -96,7 +116,8 @@ def read_evidence(
 ) -> Evidence:
     """The stored evidence of the examples under a prompt; see `read_shards` for what it raises."""
     asked, seen = wanted(examples, normalised), draws(noise, seed)
-    arrays = read_shards(scored, prompt)
+    index, arrays = read_index(scored), read_shards(scored, prompt)
     if len(arrays["error"]) != len(asked) * len(seen):
         raise DataError(f"{scored}: {len(arrays['error'])} rows for {len(asked)} pairs; run the stage `score` again")
-    return Evidence(asked, seen, **{k: v.reshape(len(asked), len(seen), *v.shape[1:]) for k, v in arrays.items()})
+    shaped = {name: array.reshape(len(asked), len(seen), *array.shape[1:]) for name, array in arrays.items()}
+    return Evidence(asked, seen, **shaped, layers=index["layers"], latent=index["latent"])

@@ -93,7 +93,9 @@ class Matcher:
         """
         if method not in METHODS:
             raise CheckpointError(unknown("method", method, METHODS))
-        row = BackboneParams(family="stable-diffusion", source=str(path_or_id), revision=revision, dtype=dtype)
+        row = BackboneParams(
+            family="stable-diffusion", source=str(path_or_id), revision=revision, lora=None, dtype=dtype
+        )
         backbone = load_diffusion(row, device_of(device))
         learned = (
             AttentionPrompt.load(Path(prompt), backbone.digest).to(backbone.device) if prompt is not None else None

@@ -15,7 +15,7 @@ from dsd.errors import ParamsError, unknown
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
-Pooling = Literal["logsumexp", "maximum", "cosine"]
+Pooling = Literal["logsumexp", "maximum", "cosine", "logits"]
 Level = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -33,6 +33,7 @@ class BackboneParams(_Params):
     family: str
     source: str
     revision: str | None
+    lora: str | None
     dtype: Literal["float32", "bfloat16", "float16"]
 
 
@@ -128,13 +129,20 @@ class DenoisingMethod(_Diffusion):
     scorer: Literal["denoising"]
 
 
+class ReleasedMethod(_Diffusion):
+    scorer: Literal["released"]
+    denoising: bool
+
+
 class ContrastiveMethod(_Params):
     scorer: Literal["contrastive"]
     backbone: str
     tuned: Literal["none", "projections", "context"]
 
 
-MethodParams = Annotated[CrossAttentionMethod | DenoisingMethod | ContrastiveMethod, Field(discriminator="scorer")]
+MethodParams = Annotated[
+    CrossAttentionMethod | DenoisingMethod | ReleasedMethod | ContrastiveMethod, Field(discriminator="scorer")
+]
 
 
 class EvaluateParams(_Params):
@@ -226,6 +234,8 @@ class Params(_Params):
                 )
             if isinstance(method, CrossAttentionMethod) and method.pooling not in self.evidence.poolings:
                 raise ValueError(f"methods.{name}.pooling: {method.pooling!r} is not among evidence.poolings")
+            if isinstance(method, ReleasedMethod) and "logits" not in self.evidence.poolings:
+                raise ValueError(f"methods.{name}.scorer: released needs 'logits' among evidence.poolings")
         return self
 
     @model_validator(mode="after")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,6 +136,28 @@ def test_prompt_adds_to_the_matrices(backbone: StableDiffusion) -> None:
         core = torch.diag(1 + prompt.map[1, side] @ condition[0])
         learned = prompt.up[1][side] @ core @ prompt.down[1, side]
         assert torch.allclose(hidden @ (matrix + learned).T, hidden @ matrix.T + added, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", ["weighted", "mean"])
+def test_layers_may_differ_in_their_number_of_heads(params: Params, heads: Literal["weighted", "mean"]) -> None:
+    """As those of Stable Diffusion 2 do: a layer's score is that of its own heads."""
+    blocks = dict(down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2)
+    unet = UNet2DConditionModel(
+        sample_size=4, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=(2, 4),
+        cross_attention_dim=8, layers_per_block=1, **blocks,
+    )  # fmt: skip
+    recording = Recording.of(params.evidence, torch.ones(2, 5, dtype=torch.bool))
+    with torch.inference_mode(), during(attention.install(unet), recording):
+        unet(torch.randn(2, 4, 4, 4), torch.tensor([1, 2]), torch.randn(2, 5, 8))
+    assert {layer.shape[-1] for layer in recording.attribution} == {2, 4}
+    pooled, attribution = recording.stacked()
+    for number in range(len(params.evidence.poolings)):
+        alone = [
+            cross_attention.reduce(p[number, :, None], a[:, None], layers="all", heads=heads)
+            for p, a in zip(recording.pooled, recording.attribution, strict=True)
+        ]
+        together = cross_attention.reduce(pooled[:, number], attribution, layers="all", heads=heads)
+        assert torch.allclose(together, torch.stack(alone).mean(0), atol=1e-6)
 
 
 def test_weighted_heads_by_hand() -> None:

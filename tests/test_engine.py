@@ -155,7 +155,7 @@ def test_shards_of_other_params_are_removed(zero_shot: Params, prepared: Path, c
     other = zero_shot.model_copy(update={"evidence": zero_shot.evidence.model_copy(update={"scale": 5.0})})
     score("scenes-com", other, prepared, cached, tmp_path, tmp_path / "s")
     named = json.loads((tmp_path / "s" / INDEX).read_text())
-    assert set(Store(tmp_path / "s").keys()) == {key for keys in named.values() for key in keys}
+    assert set(Store(tmp_path / "s").keys()) == {key for keys in named["shards"].values() for key in keys}
 
 
 def test_missing_evidence_says_what_to_run(zero_shot: Params, prepared: Path, tmp_path: Path) -> None:

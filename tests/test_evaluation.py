@@ -25,7 +25,8 @@ def by_hand() -> Evidence:
     attention[0, :, 0, 0, 0] = [1, 5]
     attention[1, :, 0, 0, 0] = [2, 2]
     error = np.array([[0.5, 0.4], [0.2, 0.1], [0.9, 0.6], [0.3, 0.1]], np.float32)
-    return Evidence(pairs, [Draw(0.2, 0), Draw(0.8, 1)], attention, np.ones((4, 2, 1, 1), np.float32), error)
+    ones = np.ones((4, 2, 1, 1), np.float32)
+    return Evidence(pairs, [Draw(0.2, 0), Draw(0.8, 1)], attention, ones, error, ["mid_block.attentions.0"], 16)
 
 
 def cross_attention(*levels: float) -> CrossAttentionMethod:

@@ -28,6 +28,8 @@ def load(row: BackboneParams, device: torch.device) -> StableDiffusion | Clip:
     """Opens the checkpoint of a `backbones` row; raises CheckpointError with one line."""
     if row.family not in FAMILIES:
         raise CheckpointError(unknown("family", row.family, FAMILIES))
+    if row.lora is not None and FAMILIES[row.family] is not StableDiffusion:
+        raise CheckpointError(f"{row.source}: family {row.family} takes no lora, found {row.lora}; only diffusion does")
     return FAMILIES[row.family](row, device)
 
 

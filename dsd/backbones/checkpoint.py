@@ -30,7 +30,17 @@ def device_of(name: str) -> torch.device:
 
 
 def locate(row: BackboneParams) -> tuple[Path, str]:
-    """The checkpoint's folder and its digest: of the files where it is local, of id and revision on the hub."""
+    """The checkpoint's folder and its digest: of the files where it is local, of id and revision on the hub, and of
+    the LoRA where it has one: with another LoRA it is another checkpoint."""
+    folder, identity = _locate(row)
+    if row.lora is None:
+        return folder, identity
+    if not Path(row.lora).is_file():
+        raise CheckpointError(f"{row.lora}: no such LoRA file")
+    return folder, digest(identity, file_digest(Path(row.lora)))
+
+
+def _locate(row: BackboneParams) -> tuple[Path, str]:
     local = Path(row.source)
     if local.is_dir():
         files = (file for file in sorted(local.rglob("*")) if file.suffix in SUFFIXES)

@@ -6,6 +6,7 @@ Shapes: B batch, C latent channels, R picture side in pixels, r latent side, M t
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dsd.attention import AttentionState, cross_attention_layers, install
+from dsd.backbones import lora
 from dsd.backbones.checkpoint import DTYPES, component, locate, require
 from dsd.errors import CheckpointError
 from dsd.images import to_model
@@ -47,6 +49,8 @@ class StableDiffusion:
                 f"{folder}: tokenizer or scheduler does not load: {' '.join(str(error).split())[:160]}"
             ) from None
         self._check_shapes(str(folder))
+        if row.lora is not None:
+            lora.merge(self.unet, Path(row.lora))
         self.attention: AttentionState = install(self.unet)
         alphas = self.schedule.alphas_cumprod.to(device)
         self._signal, self._noise = alphas.sqrt(), (1 - alphas).sqrt()

@@ -18,5 +18,5 @@ def reduce(pooled: Any, attribution: Any, *, layers: int | Literal["all"], heads
     """
     if layers != "all":
         pooled, attribution = pooled[..., -layers:, :], attribution[..., -layers:, :]
-    weights = attribution if heads == "weighted" else (attribution > 0) * 1.0
+    weights = attribution if heads == "weighted" else attribution > 0
     return ((pooled * weights).sum(-1) / weights.sum(-1)).mean(-1)

@@ -1,0 +1,52 @@
+"""The scoring rule of the published implementation of Discriminative Stable Diffusion, which is not the paper's.
+
+That one averages its attention term over the batch, so that a score depends on its neighbours: a defect, and here the
+term is each sample's own.
+
+Shapes: K draws, L layers, H heads; any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+STAGES = ("down_blocks", "mid_block", "up_blocks")
+
+
+def last_blocks(layers: Sequence[str]) -> list[int]:
+    """The numbers of the layers that count: those of the last block with cross-attention on the way down, of the middle
+    one and of the last on the way up.
+
+    `layers` are the names of the cross-attention layers in the order of the forward pass; of Stable Diffusion 2.1's
+    sixteen, 2 + 1 + 3 count.
+    """
+    chosen: list[int] = []
+    for stage in STAGES:
+        names = [name for name in layers if name.startswith(f"{stage}.")]
+        block = names[-1].partition(".attentions.")[0] if names else ""
+        chosen += [n for n, name in enumerate(layers) if block and name.startswith(f"{block}.attentions.")]
+    return chosen
+
+
+def reduce(logits: Array, attribution: Array, error: Array, *, size: int, denoising: bool) -> Array:
+    """Evidence of the unconditional (0) and of the conditional (1) half to scores [...].
+
+    Args:
+        logits: [2, ..., K, L, H] pooled logits (the evidence's pooling `logits`) of the layers that count. Their mean
+            over both halves, heads, layers and draws is the first term.
+        attribution: [..., K, L, H] of the same layers: 0 says that a layer lacks the head, and its logits are 0 too.
+        error: [2, ..., K] ‖ε − ε_θ‖² as mean over the values of the latent.
+        size: how many values a latent has: the norms below are those of the whole latent.
+        denoising: whether ‖ε − ε_θ(x_t, ∅)‖₂ − ‖ε − ε_θ(x_t, y)‖₂ is added, not squared.
+
+    Where an example has one image, its unconditional half is common to all candidates, and zeros will do.
+    """
+    scores: Array = (logits.mean(0).sum(-1) / (attribution > 0).sum(-1)).mean(-1)
+    if denoising:
+        norm = np.sqrt(size * error)
+        scores = scores + norm[0] - norm[1]
+    return scores.mean(-1)
