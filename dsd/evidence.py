@@ -71,8 +71,8 @@ def plan(rows: Sequence[Request], source: str, size: int) -> list[Shard]:
 
 
 def write_index(scored: Path, keys: dict[str, list[str]], layers: Sequence[str], latent: int) -> None:
-    """Names the shards of each prompt ("none", "few-shot") and of each contrastive method, in the order of the rows, and
-    says what `Evidence` needs to know of the diffusion model: its layers and the size of its latents."""
+    """Names the shards of each prompt ("none", "few-shot") and contrastive method, in the order of the rows, and says
+    what `Evidence` needs to know of the diffusion model: its layers and the size of its latents."""
     content = {"layers": list(layers), "latent": latent, "shards": keys}
     write_atomic(scored / INDEX, json.dumps(content, indent=1).encode())
 

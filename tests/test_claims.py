@@ -106,7 +106,8 @@ def evidence(heads: int = 4, layers: int = 3) -> Evidence:
     attribution[..., 0, 2:] = 0  # the first layer has two heads
     attention = np.random.default_rng(1).random((2, 2, 1, layers, heads)).astype(np.float32)
     pairs = [Pair("i", "t"), Pair("j", "t")]
-    return Evidence(pairs, [Draw(0.2, 0), Draw(0.6, 1)], attention, attribution, np.zeros((2, 2), np.float32))
+    error, names = np.zeros((2, 2), np.float32), [f"layer {n}" for n in range(layers)]
+    return Evidence(pairs, [Draw(0.2, 0), Draw(0.6, 1)], attention, attribution, error, names, 256)
 
 
 def test_subsets_choose_heads_that_there_are() -> None:
