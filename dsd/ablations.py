@@ -6,18 +6,19 @@ Shapes: n examples, L layers, H heads, S random subsets.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dsd.evaluation import attention_scores, hits_of, intervals, ranked, tables
+from dsd import fusion
+from dsd.evaluation import Scores, attention_scores, hits_of, intervals, ranked, tables
 from dsd.evidence import Evidence, normalises, read_evidence
 from dsd.matching import read_examples
 from dsd.metrics import Hits
-from dsd.params import AblationParams, CrossAttentionMethod, Params, noise_of
+from dsd.params import AblationParams, CrossAttentionMethod, FusionMethod, Params, noise_of
 from dsd.statistics import Interval
 from dsd.store import write_atomic
 
@@ -34,9 +35,12 @@ VariantHits = dict[Variant, dict[str, Hits]]
 Ablations = dict[str, dict[str, dict[str, dict[str, Interval]]]]  # method → key → value → metric → interval
 
 
-def values(ablations: AblationParams) -> Iterator[tuple[str, str, Any]]:
+ATTENTION, FUSION = ("pooling", "heads", "layers", "levels"), ("parts",)  # the keys of each scorer
+
+
+def values(ablations: AblationParams, keys: Sequence[str] = ATTENTION) -> Iterator[tuple[str, str, Any]]:
     """(key, value as text, value) of every change."""
-    for key in ("pooling", "heads", "layers", "levels"):
+    for key in keys:
         for value in getattr(ablations, key):
             yield key, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value), value
 
@@ -53,30 +57,38 @@ def subsets(evidence: Evidence, heads: int, count: int, seed: int) -> Iterator[N
 def ablate(name: str, params: Params, prepared: Path, scored: Path) -> VariantHits:
     """Hits on the test split of dataset `name` for every variant of every method of `ablations`.
 
-    Where a number of heads is chosen at random, an example's hit is its mean over the choices.
+    Where a number of heads is chosen at random, an example's hit is its mean over the choices. The weights of a fusion
+    are fitted anew for each choice of parts.
     """
     examples, kind = read_examples(prepared / "examples.parquet", "test"), params.datasets[name].kind
     noise, ablations = noise_of(params, name), params.ablations
     found: VariantHits = {}
-    for method_name in ablations.methods:
-        method = params.methods[method_name]
+    poolings = params.evidence.poolings
+
+    def hits(scores: Scores) -> dict[str, Hits]:
+        return hits_of(kind, examples, ranked(examples, tables(examples, scores)))
+
+    for row in ablations.methods:
+        method = params.methods[row]
+        if isinstance(method, FusionMethod):
+            few_shot, tested = (read(name, params, prepared, scored) for read in (fusion.fitted_on, fusion.tested))
+            for key, text, value in values(ablations, FUSION):
+                changed = method.model_copy(update={key: value})
+                fitted = fusion.learn(few_shot, changed, params)
+                found[Variant(row, key, text)] = hits(fusion.scores(fitted, tested, changed, poolings))
+            continue
         assert isinstance(method, CrossAttentionMethod)  # params refuses anything else
         normalised = normalises(params.methods, method.prompt)
         evidence = read_evidence(scored, method.prompt, examples, noise, params.seed, normalised)
-
-        def hits(
-            changed: CrossAttentionMethod, chosen_LH: Any = None, evidence: Evidence = evidence
-        ) -> dict[str, Hits]:
-            scores = attention_scores(evidence, changed, params.evidence.poolings, chosen_LH)
-            return hits_of(kind, examples, ranked(examples, tables(examples, scores)))
-
         for key, text, value in values(ablations):
             if key == "heads" and isinstance(value, int):
                 plain = method.model_copy(update={"heads": "mean"})
                 choices = subsets(evidence, value, ablations.subsets, params.seed)
-                found[Variant(method_name, key, text)] = mean([hits(plain, chosen_LH) for chosen_LH in choices])
+                several = [hits(attention_scores(evidence, plain, poolings, chosen_LH)) for chosen_LH in choices]
+                found[Variant(row, key, text)] = mean(several)
             else:
-                found[Variant(method_name, key, text)] = hits(method.model_copy(update={key: value}))
+                changed_row = method.model_copy(update={key: value})
+                found[Variant(row, key, text)] = hits(attention_scores(evidence, changed_row, poolings))
     return found
 
 

@@ -46,11 +46,13 @@ def cosine_pooling(query_BHND: Tensor, key_BHMD: Tensor) -> Tensor:
     The paper compares "the shared dimensions" of the image and text features; W^q and W^k already map both to the same
     dimensions, so nothing has to be cut off.
     """
-    # The mean of the unit queries as one product with their inverse lengths: no unit queries are written down.
-    inverse_BH1N = query_BHND.norm(dim=-1).clamp_min(1e-12).reciprocal().unsqueeze(-2)
-    query_BH1D = inverse_BH1N @ query_BHND / query_BHND.shape[-2]
-    key = torch.nn.functional.normalize(key_BHMD, dim=-1)
-    return (query_BH1D @ key.transpose(-1, -2)).squeeze(-2)
+    # Lengths as products with ones, and the mean of the unit queries as one with their inverse lengths: no unit vectors
+    # are written down, and products are what processors do fastest.
+    ones_D1 = query_BHND.new_ones(query_BHND.shape[-1], 1)
+    queries_BH1N = (query_BHND.square() @ ones_D1).clamp_min(1e-24).rsqrt().transpose(-1, -2)
+    keys_BHM1 = (key_BHMD.square() @ ones_D1).clamp_min(1e-24).rsqrt()
+    query_BH1D = queries_BH1N @ query_BHND / query_BHND.shape[-2]
+    return ((query_BH1D @ key_BHMD.transpose(-1, -2)).squeeze(-2)) * keys_BHM1.squeeze(-1)
 
 
 def logits_pooling(logits_BHNM: Tensor, attn_BHNM: Tensor) -> Tensor:
@@ -58,17 +60,20 @@ def logits_pooling(logits_BHNM: Tensor, attn_BHNM: Tensor) -> Tensor:
     included, averaged over the image tokens: [B, H].
 
     The softmax A is at hand, and log A_ij = logits_ij − logsumexp_i for every j, so one column of both gives it without
-    another exponential. We take the token whose logits are largest on average: the identity needs A_ij > 0 in float32,
-    which is lost only where a logit lies more than 87 below the largest of its row.
+    another exponential. We take the begin token, which attention falls back on: the identity needs A_i0 > 0 in float32,
+    which is lost only where its logit lies more than 87 below the largest of the row.
     """
-    token_BHN1 = logits_BHNM.mean(-2).argmax(-1)[..., None, None].expand(*logits_BHNM.shape[:-1], 1)
-    return (logits_BHNM.gather(-1, token_BHN1) - attn_BHNM.gather(-1, token_BHN1).log()).mean((-2, -1))
+    return (logits_BHNM[..., 0] - attn_BHNM[..., 0].log()).mean(-1)
 
 
-def over_tokens(values_BHM: Tensor, tokens_BM: Tensor) -> Tensor:
+def token_weights(tokens_BM: Tensor) -> Tensor:
+    """1 / the number of the text tokens that count at each of them, 0 at the others: [B, 1, M]."""
+    return (tokens_BM / tokens_BM.sum(-1, keepdim=True))[:, None, :]
+
+
+def over_tokens(values_BHM: Tensor, weights_B1M: Tensor) -> Tensor:
     """Eq. 4: the mean over the text tokens that count: [B, H]."""
-    weights = tokens_BM / tokens_BM.sum(-1, keepdim=True)
-    return (values_BHM * weights[:, None, :]).sum(-1)
+    return (values_BHM * weights_B1M).sum(-1)
 
 
 class Prompt(Protocol):
@@ -86,27 +91,28 @@ class Recording:
     poolings: tuple[str, ...]
     scale: float
     normalise: bool
-    tokens_BM: Tensor
+    weights_B1M: Tensor
     pooled: list[Tensor] = field(default_factory=list)  # [P, B, H] each
     attribution: list[Tensor] = field(default_factory=list)  # [B, H] each
     maps: list[Tensor] | None = None  # [B, H, N, M] each, kept only for heat maps
 
     @classmethod
     def of(cls, params: EvidenceParams, tokens_BM: Tensor, keep_maps: bool = False) -> Recording:
-        return cls(params.poolings, params.scale, params.normalise, tokens_BM, maps=[] if keep_maps else None)
+        weights_B1M = token_weights(tokens_BM)
+        return cls(params.poolings, params.scale, params.normalise, weights_B1M, maps=[] if keep_maps else None)
 
     def add(self, logits_BHNM: Tensor, attn_BHNM: Tensor, query_BHND: Tensor, key_BHMD: Tensor) -> None:
         """Pools one layer: its scaled logits QKᵀ/√d, their softmax in float32, and what they are made of."""
-        tokens_BM = self.tokens_BM
+        weights_B1M = self.weights_B1M
         soft, attribution = logsumexp_pooling(attn_BHNM, self.scale, self.normalise)
         pooled: dict[str, Callable[[], Tensor]] = {
-            "logsumexp": lambda: over_tokens(soft, tokens_BM),
-            "maximum": lambda: over_tokens(maximum_pooling(attn_BHNM), tokens_BM),
-            "cosine": lambda: over_tokens(cosine_pooling(query_BHND.float(), key_BHMD.float()), tokens_BM),
+            "logsumexp": lambda: over_tokens(soft, weights_B1M),
+            "maximum": lambda: over_tokens(maximum_pooling(attn_BHNM), weights_B1M),
+            "cosine": lambda: over_tokens(cosine_pooling(query_BHND.float(), key_BHMD.float()), weights_B1M),
             "logits": lambda: logits_pooling(logits_BHNM.float(), attn_BHNM),
         }
         self.pooled.append(torch.stack([pooled[name]() for name in self.poolings]))
-        self.attribution.append(over_tokens(attribution, tokens_BM))
+        self.attribution.append(over_tokens(attribution, weights_B1M))
         if self.maps is not None:
             self.maps.append(attn_BHNM)
 

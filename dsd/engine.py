@@ -26,8 +26,9 @@ from dsd.encoding import (
     read_all,
 )
 from dsd.evidence import Request, Shard, normalises, plan, requests, write_index
+from dsd.fusion import fitting_entry, fitting_examples
 from dsd.matching import Pair, pairs, read_examples
-from dsd.params import ContrastiveMethod, EvidenceParams, Params, noise_of, prompted
+from dsd.params import ContrastiveMethod, EvidenceParams, FusionMethod, Params, noise_of, prompted
 from dsd.pictures import Pictures
 from dsd.progress import progress
 from dsd.prompts import PROMPT, AttentionPrompt, pooled_latent
@@ -130,8 +131,9 @@ def source_digest(params: Params, backbone: StableDiffusion, trained: Path | Non
 
 def prompts(params: Params) -> list[str]:
     """The prompts ("none", "few-shot") that the methods need evidence under."""
-    diffusion = (m for m in params.methods.values() if not isinstance(m, ContrastiveMethod))
-    return sorted({method.prompt for method in diffusion}, reverse=True)
+    diffusion = [m for m in params.methods.values() if not isinstance(m, ContrastiveMethod)]
+    both = {"none"} if any(isinstance(method, FusionMethod) for method in diffusion) else set()
+    return sorted(both | {method.prompt for method in diffusion}, reverse=True)
 
 
 @torch.inference_mode()
@@ -165,10 +167,11 @@ def score_contrastive(
 def score(name: str, params: Params, prepared: Path, cached: Path, trained: Path, target: Path) -> dict[str, Any]:
     """Stores the evidence of the test examples of dataset `name` for every method; resumes where it was stopped.
 
+    Where evidence is fused, also that of the few-shot examples that its weights are fitted on.
     `trained` is where the stage `train` has left a folder for each method that learns.
     """
     store, device = Store(target), device_of(params.runtime.device)
-    examples = read_examples(prepared / "examples.parquet", "test")
+    examples, fitting = read_examples(prepared / "examples.parquet", "test"), fitting_examples(params, prepared)
     pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
     backbone = load_diffusion(params.backbones[params.backbone], device)
     tables = diffusion_encodings(backbone, pictures, texts, params.images.resolution, Store(cached))
@@ -177,12 +180,15 @@ def score(name: str, params: Params, prepared: Path, cached: Path, trained: Path
     for prompt in prompts(params):
         file = trained / prompted(params) / PROMPT if prompt == "few-shot" else None
         learned = AttentionPrompt.load(file, backbone.digest) if file else None
-        rows = requests(examples, noise_of(params, name), params.seed, normalises(params.methods, prompt))
-        shards = plan(rows, source_digest(params, backbone, file), params.evidence.shard)
+        source, normalised = source_digest(params, backbone, file), normalises(params.methods, prompt)
         engine = Engine(backbone, learned, params.evidence, *tables, params.runtime.batch_size)
-        computed += engine.fill(shards, store, f"score {name}, prompt {prompt}")
-        keys[prompt] = [shard.key for shard in shards]
-        total += len(rows)
+        asked = {prompt: examples} | ({fitting_entry(prompt): fitting} if fitting else {})
+        for entry, some in asked.items():
+            rows = requests(some, noise_of(params, name), params.seed, normalised)
+            shards = plan(rows, source, params.evidence.shard)
+            computed += engine.fill(shards, store, f"score {name}, prompt {entry}")
+            keys[entry] = [shard.key for shard in shards]
+            total += len(rows)
     keys |= score_contrastive(params, prepared, cached, trained, store)
     store.prune({key for some in keys.values() for key in some})
     write_index(target, keys, backbone.layers, tables[0](pictures.ids[:1])["latents"][0].size)

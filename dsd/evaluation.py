@@ -18,15 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from dsd import fusion
 from dsd.datasets import benchmark
-from dsd.evidence import UNCONDITIONAL, Evidence, normalises, read_evidence, read_shards
+from dsd.evidence import Evidence, normalises, read_evidence, read_shards, unconditional
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
 from dsd.metrics import METRICS, Hits, rank
 from dsd.params import (
     ContrastiveMethod,
     CrossAttentionMethod,
     DenoisingMethod,
-    NoiseParams,
+    FusionMethod,
     Params,
     ReleasedMethod,
     noise_of,
@@ -64,14 +65,6 @@ def attention_scores(
         attribution = attribution * chosen_LH
     scores = cross_attention.reduce(pooled, attribution, layers=method.layers, heads=method.heads)
     return dict(zip(evidence.pairs, scores.mean(-1).tolist(), strict=True))
-
-
-def unconditional(evidence: Evidence, values: np.ndarray) -> np.ndarray:
-    """The unconditional row of each pair's image, of values [E, ...]; zeros where the image is compared with none."""
-    row = {pair: n for n, pair in enumerate(evidence.pairs)}
-    nothing = np.zeros_like(values[0])
-    alone = (row.get(Pair(pair.image, UNCONDITIONAL)) for pair in evidence.pairs)
-    return np.stack([nothing if n is None else values[n] for n in alone])
 
 
 def denoising_scores(evidence: Evidence, method: DenoisingMethod) -> Scores:
@@ -126,23 +119,28 @@ def intervals(params: Params, examples: Sequence[MatchingExample], hits: Mapping
 
 
 def method_scores(
-    params: Params, noise: NoiseParams, examples: Sequence[MatchingExample], scored: Path
+    name: str, params: Params, examples: Sequence[MatchingExample], prepared: Path, scored: Path
 ) -> Iterator[tuple[str, Scores]]:
     """(method, scores of every pair of the examples), method by method; evidence in use by several is read once."""
 
     @lru_cache(maxsize=2)
     def read(prompt: str) -> Evidence:
-        return read_evidence(scored, prompt, examples, noise, params.seed, normalises(params.methods, prompt))
+        normalised = normalises(params.methods, prompt)
+        return read_evidence(scored, prompt, examples, noise_of(params, name), params.seed, normalised)
 
-    for name, method in params.methods.items():
+    poolings = params.evidence.poolings
+    for row, method in params.methods.items():
         if isinstance(method, ContrastiveMethod):
-            yield name, clip_scores(scored, name, pairs(examples))
+            yield row, clip_scores(scored, row, pairs(examples))
         elif isinstance(method, CrossAttentionMethod):
-            yield name, attention_scores(read(method.prompt), method, params.evidence.poolings)
+            yield row, attention_scores(read(method.prompt), method, poolings)
         elif isinstance(method, ReleasedMethod):
-            yield name, released_scores(read(method.prompt), method, params.evidence.poolings)
+            yield row, released_scores(read(method.prompt), method, poolings)
+        elif isinstance(method, FusionMethod):
+            fitted = fusion.learn(fusion.fitted_on(name, params, prepared, scored), method, params)
+            yield row, fusion.scores(fitted, fusion.tested(name, params, prepared, scored), method, poolings)
         else:
-            yield name, denoising_scores(read(method.prompt), method)
+            yield row, denoising_scores(read(method.prompt), method)
 
 
 SCHEMA = pa.schema(
@@ -161,7 +159,7 @@ def evaluate(name: str, params: Params, prepared: Path, scored: Path, target: Pa
     examples = read_examples(prepared / "examples.parquet", "test")
     hits: dict[str, dict[str, Hits]] = {}
     rows = []
-    for method, scores in method_scores(params, noise_of(params, name), examples, scored):
+    for method, scores in method_scores(name, params, examples, prepared, scored):
         found = tables(examples, scores)
         ranks = ranked(examples, found)
         hits[method] = hits_of(params.datasets[name].kind, examples, ranks)

@@ -16,7 +16,7 @@ import numpy as np
 from dsd.draws import Draw, draws
 from dsd.errors import DataError
 from dsd.matching import MatchingExample, Pair, pairs
-from dsd.params import DenoisingMethod, MethodParams, NoiseParams, ReleasedMethod
+from dsd.params import DenoisingMethod, FusionMethod, MethodParams, NoiseParams, ReleasedMethod
 from dsd.schedules import exhaustive
 from dsd.store import Store, digest, write_atomic
 
@@ -46,10 +46,23 @@ class Evidence:
     latent: int  # values of a latent, which `error` is the mean over
 
 
+def unconditional(evidence: Evidence, values: np.ndarray) -> np.ndarray:
+    """The unconditional row of each pair's image, of values [E, ...]; zeros where the image is compared with none."""
+    row = {pair: n for n, pair in enumerate(evidence.pairs)}
+    nothing = np.zeros_like(values[0])
+    alone = (row.get(Pair(pair.image, UNCONDITIONAL)) for pair in evidence.pairs)
+    return np.stack([nothing if n is None else values[n] for n in alone])
+
+
 def normalises(methods: Mapping[str, MethodParams], prompt: str) -> bool:
     """Whether a method under this prompt sets evidence off against the unconditional one."""
-    kinds = (DenoisingMethod, ReleasedMethod)
-    return any(isinstance(method, kinds) and method.prompt == prompt for method in methods.values())
+
+    def does(method: MethodParams) -> bool:
+        if isinstance(method, FusionMethod):
+            return prompt == "none"
+        return isinstance(method, DenoisingMethod | ReleasedMethod) and method.prompt == prompt
+
+    return any(map(does, methods.values()))
 
 
 def wanted(examples: Sequence[MatchingExample], normalised: bool) -> list[Pair]:
@@ -112,11 +125,11 @@ def read_shards(scored: Path, name: str) -> dict[str, np.ndarray]:
 
 
 def read_evidence(
-    scored: Path, prompt: str, examples: Sequence[MatchingExample], noise: NoiseParams, seed: int, normalised: bool
+    scored: Path, entry: str, examples: Sequence[MatchingExample], noise: NoiseParams, seed: int, normalised: bool
 ) -> Evidence:
-    """The stored evidence of the examples under a prompt; see `read_shards` for what it raises."""
+    """The stored evidence of the examples, under the name of its entry; see `read_shards` for what it raises."""
     asked, seen = wanted(examples, normalised), draws(noise, seed)
-    index, arrays = read_index(scored), read_shards(scored, prompt)
+    index, arrays = read_index(scored), read_shards(scored, entry)
     if len(arrays["error"]) != len(asked) * len(seen):
         raise DataError(f"{scored}: {len(arrays['error'])} rows for {len(asked)} pairs; run the stage `score` again")
     shaped = {name: array.reshape(len(asked), len(seen), *array.shape[1:]) for name, array in arrays.items()}

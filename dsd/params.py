@@ -15,6 +15,7 @@ from dsd.errors import ParamsError, unknown
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+Part = Literal["attention", "prompted-attention", "denoising", "prompted-denoising"]
 Pooling = Literal["logsumexp", "maximum", "cosine", "logits"]
 Level = Annotated[float, Field(gt=0, lt=1)]
 
@@ -134,6 +135,16 @@ class ReleasedMethod(_Diffusion):
     denoising: bool
 
 
+class FusionMethod(_Diffusion):
+    """A weighted sum of evidence without and with the attention prompt; see dsd.fusion."""
+
+    scorer: Literal["fusion"]
+    prompt: Literal["few-shot"]
+    pooling: Pooling
+    heads: Literal["weighted", "mean"]
+    parts: tuple[Part, ...]
+
+
 class ContrastiveMethod(_Params):
     scorer: Literal["contrastive"]
     backbone: str
@@ -141,8 +152,17 @@ class ContrastiveMethod(_Params):
 
 
 MethodParams = Annotated[
-    CrossAttentionMethod | DenoisingMethod | ReleasedMethod | ContrastiveMethod, Field(discriminator="scorer")
+    CrossAttentionMethod | DenoisingMethod | ReleasedMethod | FusionMethod | ContrastiveMethod,
+    Field(discriminator="scorer"),
 ]
+
+
+class FusionParams(_Params):
+    examples: Positive
+    candidates: Annotated[int, Field(ge=2)]
+    folds: Annotated[int, Field(ge=2)]
+    penalties: tuple[Annotated[float, Field(gt=0)], ...]
+    denoising: Annotated[float, Field(gt=0)]
 
 
 class EvaluateParams(_Params):
@@ -158,6 +178,7 @@ class AblationParams(_Params):
     heads: tuple[Literal["weighted", "mean"] | Positive, ...]
     layers: tuple[Literal["all"] | Positive, ...]
     levels: tuple[tuple[Level, ...], ...]
+    parts: tuple[tuple[Part, ...], ...]
     subsets: Positive
 
 
@@ -212,6 +233,7 @@ class Params(_Params):
     context: ContextParams
     training: dict[str, TrainingRow]
     methods: dict[str, MethodParams]
+    fusion: FusionParams
     evaluate: EvaluateParams
     ablations: AblationParams
     report: ReportParams
@@ -232,7 +254,7 @@ class Params(_Params):
                 raise ValueError(
                     f"methods.{name}.levels: {list(method.levels)} is not among noise.levels {list(self.noise.levels)}"
                 )
-            if isinstance(method, CrossAttentionMethod) and method.pooling not in self.evidence.poolings:
+            if isinstance(method, CrossAttentionMethod | FusionMethod) and method.pooling not in self.evidence.poolings:
                 raise ValueError(f"methods.{name}.pooling: {method.pooling!r} is not among evidence.poolings")
             if isinstance(method, ReleasedMethod) and "logits" not in self.evidence.poolings:
                 raise ValueError(f"methods.{name}.scorer: released needs 'logits' among evidence.poolings")
@@ -243,8 +265,8 @@ class Params(_Params):
         for name in self.ablations.methods:
             if name not in self.methods:
                 raise ValueError(f"ablations.methods: {unknown('method', name, self.methods)}")
-            if not isinstance(self.methods[name], CrossAttentionMethod):
-                raise ValueError(f"ablations.methods: {name} has no cross-attention to take apart")
+            if not isinstance(self.methods[name], CrossAttentionMethod | FusionMethod):
+                raise ValueError(f"ablations.methods: {name} has neither cross-attention nor parts to take apart")
         for pooling in self.ablations.pooling:
             if pooling not in self.evidence.poolings:
                 raise ValueError(f"ablations.pooling: {pooling!r} is not among evidence.poolings")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsd import attention
-from dsd.attention import Recording, during, logsumexp_pooling, over_tokens
+from dsd.attention import Recording, during, logsumexp_pooling, over_tokens, token_weights
 from dsd.backbones import StableDiffusion, load_diffusion
 from dsd.params import Params
 from dsd.prompts import AttentionPrompt, pooled_latent
@@ -61,10 +61,10 @@ def test_attribution_is_equation_7_by_autograd() -> None:
     attn = attention_map((2, 3, 5, 4)).requires_grad_()
     mask = torch.tensor([[True, True, False, True], [True, False, False, True]])
     pooled, closed = logsumexp_pooling(attn, 20.0, normalise=False)
-    score = over_tokens(pooled, mask)  # f of every head, [B, H]
+    score = over_tokens(pooled, token_weights(mask))  # f of every head, [B, H]
     (gradient,) = torch.autograd.grad(score.sum(), attn)
     by_autograd = (attn * gradient).sum((-2, -1))
-    assert torch.allclose(over_tokens(closed, mask), by_autograd, atol=1e-6)
+    assert torch.allclose(over_tokens(closed, token_weights(mask)), by_autograd, atol=1e-6)
 
 
 def test_capture_changes_no_prediction(backbone: StableDiffusion, params: Params) -> None:

@@ -137,9 +137,10 @@ def test_from_evidence_to_files(params: Params, prepared: Path, cached: Path, tm
     variants = ablate("scenes-com", params, prepared, scored)
     found = with_intervals("scenes-com", params, prepared, variants)
     changes = list(values(params.ablations))
-    assert len(variants) == len(changes) * len(params.ablations.methods)
+    assert len(variants) == 2 * len(changes) + len(params.ablations.parts)
     # A value that the method has anyway gives the method's own result.
-    for method in params.ablations.methods:
+    assert found["dsd-plus"]["parts"]["denoising, prompted-attention"] == results["dsd-plus"]
+    for method in ("dsd-zero-shot", "dsd"):
         assert found[method]["pooling"]["logsumexp"] == found[method]["layers"]["all"] == results[method]
     write({"scenes-com": found}, tmp_path)
     written = json.loads((tmp_path / "ablations.json").read_text())

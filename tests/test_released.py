@@ -77,7 +77,7 @@ def test_scores_are_those_of_a_direct_transcription(
 ) -> None:
     score("scenes-com", alone, prepared, cached, tmp_path, tmp_path)
     examples, noise = read_examples(prepared / "examples.parquet", "test"), noise_of(alone, "scenes-com")
-    found = dict(method_scores(alone, noise, examples, tmp_path))
+    found = dict(method_scores("scenes-com", alone, examples, prepared, tmp_path))
     texts, pictures = all_texts(read_all(prepared)), Pictures(prepared / "images.parquet")
     latents, _ = diffusion_encodings(backbone, pictures, texts, 32, Store(cached))
     for pair in pairs(examples)[:3]:

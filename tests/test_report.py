@@ -25,7 +25,7 @@ from dsd.evaluation import SCHEMA, hits_of, intervals, write_metrics
 from dsd.matcher import Heatmap
 from dsd.matching import MatchingExample, write_examples
 from dsd.metrics import SLOTS, rank
-from dsd.params import Params, load, trained
+from dsd.params import FusionMethod, Params, load, trained
 from dsd.report import build
 from dsd.report.figures import smooth
 from dsd.report.gallery import BackboneHeatMaps, choose, decimals, overlay
@@ -40,6 +40,7 @@ SKILL = {
     "dsd-zero-shot": 0.2,
     "dsd": 1.5,
     "denoising": 1.0,
+    "dsd-plus": 1.7,
     "clip-zero-shot": 0.6,
     "clip-finetune": 0.7,
 }  # of the true candidate's score
@@ -105,11 +106,11 @@ def write_dataset(name: str, params: Params, data: Path) -> claims.Answers:
     for method in trained(params):
         (data / "train" / name / method).mkdir(parents=True)
         (data / "train" / name / method / "curve.csv").write_text("\n".join(["step,loss,accuracy", *curve, ""]))
-    variants = {
-        ablations.Variant(method, key, text): hits[method]
-        for method in params.ablations.methods
-        for key, text, _ in ablations.values(params.ablations)
-    }
+    variants = {}
+    for method in params.ablations.methods:
+        keys = ablations.FUSION if isinstance(params.methods[method], FusionMethod) else ablations.ATTENTION
+        changes = ablations.values(params.ablations, keys)
+        variants |= {ablations.Variant(method, key, text): hits[method] for key, text, _ in changes}
     return claims.Answers(params.datasets[name].kind, examples, hits, variants)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from dsd.params import Params, noise_of, prompted, trained, twin
+from dsd.params import FusionMethod, Params, noise_of, prompted, trained, twin
 from dsd.progress import progress
 from dsd.report import figures, findings, tables
 from dsd.report.gallery import MAPPED, BackboneHeatMaps, HeatMaps, gallery
@@ -32,7 +32,9 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
     datasets = read_datasets(params, data, timings)
     heat = heatmaps or BackboneHeatMaps(params, data / "train")
     method = prompted(params)
-    compared, judged = _compared(datasets, params), read_claims(data)
+    compared, judged = _compared(method, datasets, params), read_claims(data)
+    fused = [name for name, row in params.methods.items() if isinstance(row, FusionMethod)]
+    sides = {method: compared} | {name: _compared(name, datasets, params) for name in fused}
     shown = [d for d in datasets if method in d.results]
     page = (
         _environment()
@@ -45,13 +47,15 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
             run=_run(params, heat, timings),
             lead=findings.lead(datasets, compared, params),
             headlines=findings.headlines(datasets, compared, params),
-            answers=_answers(datasets, compared, params),
+            answers=_answers(sides, datasets, params),
             results=[tables.results(d) for d in datasets],
             legend=_legend(datasets, params),
-            comparisons=_comparisons(compared, params),
-            tests=sum(map(len, compared.values())),
+            comparisons=[row for name, rows in sides.items() for row in _comparisons(name, rows, params)],
+            tests=sum(len(rows) for side in sides.values() for rows in side.values()),
             claims=[tables.claims(judged), tables.claim_comparisons(judged)] if judged else [],
             subsets=params.ablations.subsets,
+            fitting=params.fusion,
+            parts=findings.names([part for row in params.methods.values() for part in getattr(row, "parts", ())]),
             figures=_figures(datasets, params),
             galleries=[gallery(d, params, data / "prepare" / d.name, heat) for d in progress(shown, desc="gallery")],
             mapped=MAPPED,
@@ -79,12 +83,12 @@ def _environment() -> Environment:
     )
 
 
-def _compared(datasets: Sequence[Dataset], params: Params) -> dict[str, list[tables.Comparison]]:
-    """The trained method against each opponent, over all datasets on which both were evaluated."""
+def _compared(method: str, datasets: Sequence[Dataset], params: Params) -> dict[str, list[tables.Comparison]]:
+    """A method against each opponent, over all datasets on which both were evaluated."""
     found: dict[str, list[tables.Comparison]] = {}
     for dataset in datasets:
-        for opponent in tables.opponents(params, dataset):
-            rows = tables.compare(dataset, prompted(params), opponent, dataset.metrics, params)
+        for opponent in tables.opponents(method, params, dataset):
+            rows = tables.compare(dataset, method, opponent, dataset.metrics, params)
             found.setdefault(opponent, []).extend(rows)
     return found
 
@@ -111,27 +115,32 @@ def _run(params: Params, heat: HeatMaps, timings: Mapping[str, Mapping[str, Any]
     ]
 
 
-def _answers(datasets: Sequence[Dataset], compared: findings.Compared, params: Params) -> list[tuple[str, list[str]]]:
-    """The reader's questions, with the sentences that answer them."""
-    method, before = prompted(params), twin(params)
-    tallies = {opponent: findings.tally(method, opponent, rows) for opponent, rows in compared.items()}
-    others = [tally for opponent, tally in tallies.items() if opponent != before]
+def _answers(
+    sides: Mapping[str, findings.Compared], datasets: Sequence[Dataset], params: Params
+) -> list[tuple[str, list[str]]]:
+    """The reader's questions, with the sentences that answer them; the first side is the trained method's."""
+    before = twin(params)
+    tallies = {
+        (method, opponent): findings.tally(method, opponent, rows)
+        for method, compared in sides.items()
+        for opponent, rows in compared.items()
+    }
+    helps = prompted(params), before
     answers = [
         ("Does it tell right from wrong untrained?", findings.above_chance(datasets, params)),
-        ("Does few-shot prompting help?", [tallies[before]] if before in tallies else []),
-        ("How does it compare?", others),
+        ("Does few-shot prompting help?", [tallies[helps]] if helps in tallies else []),
+        ("How does it compare?", [tally for pair, tally in tallies.items() if pair != helps]),
     ]
     return [(question, sentences) for question, sentences in answers if sentences]
 
 
-def _comparisons(compared: findings.Compared, params: Params) -> list[tuple[tables.Table, str, list[str]]]:
-    """A table for each opponent, its tally, and for the zero-shot twin which intervals overlap."""
-    method, before = prompted(params), twin(params)
+def _comparisons(method: str, compared: findings.Compared, params: Params) -> list[tuple[tables.Table, str, list[str]]]:
+    """A table for each opponent, its tally, and for the trained method's zero-shot twin which intervals overlap."""
     return [
         (
             tables.comparisons(method, opponent, rows),
             findings.tally(method, opponent, rows),
-            findings.overlaps(rows) if opponent == before else [],
+            findings.overlaps(rows) if (method, opponent) == (prompted(params), twin(params)) else [],
         )
         for opponent, rows in compared.items()
     ]
@@ -147,12 +156,23 @@ def _legend(datasets: Sequence[Dataset], params: Params) -> list[tuple[str, str,
     return [(m, figures.SYMBOLS[n % 8], n % 8) for m, n in _series(params).items() if m in shown]
 
 
+def _alike(datasets: Sequence[Dataset]) -> list[list[str]]:
+    """The methods that were taken apart, those with the same keys together."""
+    found: dict[tuple[str, ...], dict[str, None]] = {}
+    for dataset in datasets:
+        for method, by_key in dataset.ablations.items():
+            found.setdefault(tuple(by_key), {})[method] = None
+    return [list(methods) for methods in found.values()]
+
+
 def _figures(datasets: Sequence[Dataset], params: Params) -> dict[str, list[figures.Drawing]]:
     method, before, series = prompted(params), twin(params), _series(params)
     pairs = [d for d in datasets if d.candidates.max() == 2 and {method, before} <= set(d.results)]
     return {
         "accuracy": [figures.accuracy(d, series) for d in datasets],
-        "ablations": [figures.ablations(d, series) for d in datasets if d.ablations],
+        "ablations": [
+            figures.ablations(d, methods, series) for methods in _alike(datasets) for d in datasets if d.ablations
+        ],
         "margins": [figures.margins(d, [m for m in d.methods if m in (before, method)], series) for d in pairs],
         "ranks": [figures.ranks(d, series) for d in datasets if d.candidates.max() > 2],
         "curves": [figures.curves(d, trained, series) for d in datasets for trained in d.curves],

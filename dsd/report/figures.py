@@ -123,9 +123,9 @@ def accuracy(dataset: Dataset, series: Series) -> Drawing:
     return Drawing(to_svg(figure, f"accuracy-{slug(dataset.name)}", alt), dataset.name)
 
 
-def ablations(dataset: Dataset, series: Series) -> Drawing:
-    """The headline metric of each variant with its interval, a panel a key; a dashed line is chance."""
-    methods, keys = list(dataset.ablations), list(next(iter(dataset.ablations.values())))
+def ablations(dataset: Dataset, methods: Sequence[str], series: Series) -> Drawing:
+    """The headline metric of each variant of methods with the same keys, a panel a key; a dashed line is chance."""
+    keys = list(dataset.ablations[methods[0]])
     values = {key: list(dataset.ablations[methods[0]][key]) for key in keys}
     step, level = len(methods) + 0.6, chance(dataset)[dataset.headline]
     sizes = [len(values[key]) for key in keys]
@@ -150,7 +150,7 @@ def ablations(dataset: Dataset, series: Series) -> Drawing:
     }
     said = names([f"{key} {value}" for key, value in best.items()])
     alt = f"Ablations on {dataset.name}, {dataset.headline}; the best of each key for {methods[-1]}: {said}."
-    return Drawing(to_svg(figure, f"ablations-{slug(dataset.name)}", alt), dataset.name)
+    return Drawing(to_svg(figure, f"ablations-{'-'.join(methods)}-{slug(dataset.name)}", alt), dataset.name)
 
 
 def smooth(values: ArrayLike, window: int) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dsd.params import Params, prompted, twin
+from dsd.params import Params, twin
 from dsd.report.inputs import Claims, Dataset
 from dsd.statistics import Difference, Interval, paired_difference
 
@@ -119,13 +119,12 @@ def results(dataset: Dataset) -> Table:
     return Table(f"{dataset.name}: share of right answers", head, rows)
 
 
-def opponents(params: Params, dataset: Dataset) -> list[str]:
-    """Whom the trained method is compared with: its zero-shot twin first, then every other method."""
-    trained = prompted(params)
-    if trained not in dataset.results:
+def opponents(method: str, params: Params, dataset: Dataset) -> list[str]:
+    """Whom a method is compared with: the trained method's zero-shot twin first, then every other."""
+    if method not in dataset.results:
         return []
-    others = [method for method in dataset.methods if method != trained]
-    return sorted(others, key=lambda method: method != twin(params))
+    others = [other for other in dataset.methods if other != method]
+    return sorted(others, key=lambda other: other != twin(params))
 
 
 def compare(dataset: Dataset, a: str, b: str, metrics: Sequence[str], params: Params) -> list[Comparison]:
