@@ -28,7 +28,8 @@ from dsd.store import Store
 
 @pytest.fixture
 def zero_shot(params: Params) -> Params:
-    methods = {name: method for name, method in params.methods.items() if name not in trained(params)}
+    untrained = params.methods.keys() - {*trained(params), "dsd-plus"}
+    methods = {name: method for name, method in params.methods.items() if name in untrained}
     return params.model_copy(update={"methods": methods})
 
 

@@ -32,7 +32,7 @@ from dsd.matching import MatchingExample, Pair
 from dsd.params import FusionMethod, FusionParams, Params
 from dsd.training import train
 
-PARAMS = FusionParams(examples=100, candidates=4, folds=5, penalties=(0.001, 0.01, 0.1), denoising=1.0)
+PARAMS = FusionParams(examples=100, candidates=4, folds=5, penalties=(0.001, 0.01, 0.1, 1.0, 10.0), denoising=1.0)
 
 
 def problem(n: int, width: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

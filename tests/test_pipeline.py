@@ -93,7 +93,16 @@ def test_from_a_clone_to_a_report_and_back_after_a_kill(tmp_path: Path) -> None:
     folder = fill(tmp_path)
     assert "report: data/report/index.html" in reproduce(folder)
     metrics = (folder / "data/evaluate/metrics.json").read_bytes()
-    methods = ["clip-finetune", "clip-prompt", "clip-zero-shot", "denoising", "dsd", "dsd-released", "dsd-zero-shot"]
+    methods = [
+        "clip-finetune",
+        "clip-prompt",
+        "clip-zero-shot",
+        "denoising",
+        "dsd",
+        "dsd-plus",
+        "dsd-released",
+        "dsd-zero-shot",
+    ]
     assert sorted(json.loads(metrics)["scenes-com"]) == methods
     page = (folder / "data/report/index.html").read_text()
     assert "scenes-com" in page and 'src="http' not in page
