@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-# Nothing is compiled at installation, so what is compiled at the first import is kept.
+# Libraries are compiled at installation; what the project's own code is compiled to at its first import is kept.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -39,5 +39,5 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@# pip finds torch as this machine is set up to (a CPU build, say); uv is much the faster for all the rest.
 	@$(BIN)/pip install -qq --no-compile --disable-pip-version-check -c constraints.txt torch uv
-	@$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	@$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'
 	@touch $@
