@@ -32,9 +32,11 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
     datasets = read_datasets(params, data, timings)
     heat = heatmaps or BackboneHeatMaps(params, data / "train")
     method = prompted(params)
-    compared, judged = _compared(method, datasets, params), read_claims(data)
     fused = [name for name, row in params.methods.items() if isinstance(row, FusionMethod)]
-    sides = {method: compared} | {name: _compared(name, datasets, params) for name in fused}
+    sides = {name: _compared(name, datasets, params) for name in (method, *fused)}
+    # What is fused is compared with the trained method once, from its own side.
+    compared = sides[method] = {other: rows for other, rows in sides[method].items() if other not in fused}
+    judged = read_claims(data)
     shown = [d for d in datasets if method in d.results]
     page = (
         _environment()
