@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -127,7 +128,9 @@ def ablations(dataset: Dataset, methods: Sequence[str], series: Series) -> Drawi
     """The headline metric of each variant of methods with the same keys, a panel a key; a dashed line is chance."""
     keys = list(dataset.ablations[methods[0]])
     values = {key: list(dataset.ablations[methods[0]][key]) for key in keys}
-    step, level = len(methods) + 0.6, chance(dataset)[dataset.headline]
+    labels = {key: ["\n".join(textwrap.wrap(value, 24)) for value in values[key]] for key in keys}
+    lines = 1 + max(label.count("\n") for some in labels.values() for label in some)
+    step, level = max(len(methods) + 0.6, 1.1 * lines), chance(dataset)[dataset.headline]
     sizes = [len(values[key]) for key in keys]
     figure, axes = _figure(0.75 + 0.155 * step * sum(sizes) + 0.3 * len(keys), rows=len(keys), heights=sizes)
     for ax, key in zip(axes, keys, strict=True):
@@ -139,7 +142,7 @@ def ablations(dataset: Dataset, methods: Sequence[str], series: Series) -> Drawi
                 ax.plot(100 * found.value, y, marker, color=colour, ms=5, mew=0)
         ax.axvline(100 * level, color=INK, alpha=0.7, lw=1, ls=(0, (3, 2)))
         ax.set(ylim=(step * len(values[key]) - 0.6, -0.8), title=key)
-        ax.set_yticks([row * step + (len(methods) - 1) / 2 for row in range(len(values[key]))], values[key])
+        ax.set_yticks([row * step + (len(methods) - 1) / 2 for row in range(len(values[key]))], labels[key])
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
         ax.grid(axis="x")
