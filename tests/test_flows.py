@@ -167,7 +167,17 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
     monkeypatch.setattr(training, "training_key", lambda *_: "key")
     monkeypatch.setattr(training, "train", note([{"step": 1, "loss": 0.5, "accuracy": 1.0}]))
     monkeypatch.setattr(engine, "score", note({"computed": 1}))
-    monkeypatch.setattr(evaluation, "evaluate", note({"dsd": {}}))
+    monkeypatch.setattr(evaluation, "evaluate", note(evaluation.Evaluated({"dsd": {}}, {})))
+    # What is made of the same evidence has tests of its own.
+    for function, answer in {
+        "dsd.ablations.ablate": {},
+        "dsd.ablations.with_intervals": {},
+        "dsd.ablations.write": None,
+        "dsd.claims.judge": ({}, {}),
+        "dsd.claims.write": None,
+        "dsd.matching.read_examples": [],
+    }.items():
+        monkeypatch.setattr(function, lambda *_, answer=answer: answer)
     monkeypatch.setattr(evaluation, "write_metrics", note(None))
     monkeypatch.setattr(report, "build", note(Path("data/report/index.html")))
     monkeypatch.setattr(tracking, "publish", note(0))
