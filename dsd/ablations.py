@@ -1,6 +1,6 @@
-"""Cross-attention methods with one of their keys changed: reductions of stored evidence, nothing is scored anew.
+"""Methods with one of their keys changed: reductions of stored evidence, nothing is scored anew.
 
-Shapes: n examples, L layers, H heads, S random subsets.
+Shapes: L layers, H heads.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsd import fusion
-from dsd.evaluation import Scores, attention_scores, hits_of, intervals, ranked, tables
-from dsd.evidence import Evidence, normalises, read_evidence
-from dsd.matching import read_examples
+from dsd.evaluation import attention_scores, hits_of, intervals, ranked, reader, tables
+from dsd.evidence import Evidence
+from dsd.fusion import Scores
+from dsd.matching import MatchingExample, read_examples
 from dsd.metrics import Hits
-from dsd.params import AblationParams, CrossAttentionMethod, FusionMethod, Params, noise_of
+from dsd.params import AblationParams, CrossAttentionMethod, FusionMethod, Params
 from dsd.statistics import Interval
 from dsd.store import write_atomic
 
@@ -61,9 +62,8 @@ def ablate(name: str, params: Params, prepared: Path, scored: Path) -> VariantHi
     are fitted anew for each choice of parts.
     """
     examples, kind = read_examples(prepared / "examples.parquet", "test"), params.datasets[name].kind
-    noise, ablations = noise_of(params, name), params.ablations
+    read, ablations, poolings = reader(name, params, examples, scored), params.ablations, params.evidence.poolings
     found: VariantHits = {}
-    poolings = params.evidence.poolings
 
     def hits(scores: Scores) -> dict[str, Hits]:
         return hits_of(kind, examples, ranked(examples, tables(examples, scores)))
@@ -71,15 +71,15 @@ def ablate(name: str, params: Params, prepared: Path, scored: Path) -> VariantHi
     for row in ablations.methods:
         method = params.methods[row]
         if isinstance(method, FusionMethod):
-            few_shot, tested = (read(name, params, prepared, scored) for read in (fusion.fitted_on, fusion.tested))
+            few_shot = fusion.fitted_on(name, params, prepared, scored)
             for key, text, value in values(ablations, FUSION):
                 changed = method.model_copy(update={key: value})
                 fitted = fusion.learn(few_shot, changed, params)
-                found[Variant(row, key, text)] = hits(fusion.scores(fitted, tested, changed, poolings))
+                scores = fusion.scores(fitted, read("none"), read("few-shot"), changed, poolings)
+                found[Variant(row, key, text)] = hits(scores)
             continue
         assert isinstance(method, CrossAttentionMethod)  # params refuses anything else
-        normalised = normalises(params.methods, method.prompt)
-        evidence = read_evidence(scored, method.prompt, examples, noise, params.seed, normalised)
+        evidence = read(method.prompt)
         for key, text, value in values(ablations):
             if key == "heads" and isinstance(value, int):
                 plain = method.model_copy(update={"heads": "mean"})
@@ -97,9 +97,8 @@ def mean(several: list[dict[str, Hits]]) -> dict[str, Hits]:
     return {m: (np.mean([hits[m][0] for hits in several], axis=0), groups) for m, (_, groups) in several[0].items()}
 
 
-def with_intervals(name: str, params: Params, prepared: Path, found: Mapping[Variant, dict[str, Hits]]) -> Ablations:
+def with_intervals(params: Params, examples: Sequence[MatchingExample], found: VariantHits) -> Ablations:
     """Every metric of every variant with its clustered bootstrap interval."""
-    examples = read_examples(prepared / "examples.parquet", "test")
     nested: Ablations = {}
     for (method, key, value), hits in found.items():
         nested.setdefault(method, {}).setdefault(key, {})[value] = intervals(params, examples, hits)

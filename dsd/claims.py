@@ -84,7 +84,8 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
     What the paper shows on image choices and referring expressions is compared on the headline metric of both.
     """
     ours = prompted(params)
-    bare = [method for method in [twin(params)] if method is not None]
+    untrained = twin(params)
+    bare = [] if untrained is None else [untrained]
     tuned = [method for method in trained(params) if method != ours]
     matching, referring, answering = ([d for d in data if data[d].kind in kinds] for kinds in TASKS.values())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from dsd import fusion
 from dsd.datasets import benchmark
 from dsd.evidence import Evidence, normalises, read_evidence, read_shards, unconditional
+from dsd.fusion import Scores
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
 from dsd.metrics import METRICS, Hits, rank
 from dsd.params import (
@@ -36,7 +37,6 @@ from dsd.scorers import cross_attention, denoising, released
 from dsd.statistics import Interval, clustered_mean
 from dsd.store import write_atomic
 
-Scores = dict[Pair, float]
 Results = dict[str, dict[str, Interval]]  # method → metric → interval
 
 
@@ -118,17 +118,22 @@ def intervals(params: Params, examples: Sequence[MatchingExample], hits: Mapping
     return {metric: clustered_mean(hits_n, clusters, groups, **options) for metric, (hits_n, groups) in hits.items()}
 
 
-def method_scores(
-    name: str, params: Params, examples: Sequence[MatchingExample], prepared: Path, scored: Path
-) -> Iterator[tuple[str, Scores]]:
-    """(method, scores of every pair of the examples), method by method; evidence in use by several is read once."""
+def reader(name: str, params: Params, examples: Sequence[MatchingExample], scored: Path) -> Callable[[str], Evidence]:
+    """The stored evidence of the examples by prompt ("none", "few-shot"), each read once."""
 
     @lru_cache(maxsize=2)
     def read(prompt: str) -> Evidence:
         normalised = normalises(params.methods, prompt)
         return read_evidence(scored, prompt, examples, noise_of(params, name), params.seed, normalised)
 
-    poolings = params.evidence.poolings
+    return read
+
+
+def method_scores(
+    name: str, params: Params, examples: Sequence[MatchingExample], prepared: Path, scored: Path
+) -> Iterator[tuple[str, Scores]]:
+    """(method, scores of every pair of the examples), method by method."""
+    read, poolings = reader(name, params, examples, scored), params.evidence.poolings
     for row, method in params.methods.items():
         if isinstance(method, ContrastiveMethod):
             yield row, clip_scores(scored, row, pairs(examples))
@@ -138,7 +143,7 @@ def method_scores(
             yield row, released_scores(read(method.prompt), method, poolings)
         elif isinstance(method, FusionMethod):
             fitted = fusion.learn(fusion.fitted_on(name, params, prepared, scored), method, params)
-            yield row, fusion.scores(fitted, fusion.tested(name, params, prepared, scored), method, poolings)
+            yield row, fusion.scores(fitted, read("none"), read("few-shot"), method, poolings)
         else:
             yield row, denoising_scores(read(method.prompt), method)
 

@@ -1,4 +1,4 @@
-"""All evidence in one score: a weighted sum whose weights are fitted on the few-shot split.
+"""Several kinds of evidence in one score: a weighted sum whose weights are fitted on the few-shot split.
 
 The weights are those of a conditional logit: the probability of a candidate among its rivals is the softmax of their
 scores (McFadden 1974). It is convex, so the fit does not depend on where it starts. How strongly the weights are held
@@ -65,30 +65,22 @@ def narrowed(example: MatchingExample, candidates: int, seed: int) -> MatchingEx
 
 
 class Seen(NamedTuple):
-    """Examples and their stored evidence without and with the attention prompt."""
+    """Few-shot examples and their stored evidence without and with the attention prompt."""
 
     examples: list[MatchingExample]
     plain: Evidence
     prompted: Evidence
 
 
-def tested(name: str, params: Params, prepared: Path, scored: Path) -> Seen:
-    """The test examples of dataset `name`."""
-    return _seen(name, params, read_examples(prepared / "examples.parquet", "test"), scored, ("none", "few-shot"))
-
-
 def fitted_on(name: str, params: Params, prepared: Path, scored: Path) -> Seen:
     """The few-shot examples of dataset `name` that weights are fitted on."""
-    entries = fitting_entry("none"), fitting_entry("few-shot")
-    return _seen(name, params, fitting_examples(params, prepared), scored, entries)
+    examples = fitting_examples(params, prepared)
 
-
-def _seen(name: str, params: Params, examples: list[MatchingExample], scored: Path, entries: tuple[str, str]) -> Seen:
-    def read(entry: str, prompt: str) -> Evidence:
+    def read(prompt: str) -> Evidence:
         normalised = normalises(params.methods, prompt)
-        return read_evidence(scored, entry, examples, noise_of(params, name), params.seed, normalised)
+        return read_evidence(scored, fitting_entry(prompt), examples, noise_of(params, name), params.seed, normalised)
 
-    return Seen(examples, read(entries[0], "none"), read(entries[1], "few-shot"))
+    return Seen(examples, read("none"), read("few-shot"))
 
 
 def learn(seen: Seen, method: FusionMethod, params: Params) -> Fitted:
@@ -97,9 +89,11 @@ def learn(seen: Seen, method: FusionMethod, params: Params) -> Fitted:
     return fit(names, values_EF, list(contests(seen.examples, pairs)), params.fusion)
 
 
-def scores(fitted: Fitted, seen: Seen, method: FusionMethod, poolings: Sequence[str]) -> Scores:
+def scores(
+    fitted: Fitted, plain: Evidence, prompted: Evidence, method: FusionMethod, poolings: Sequence[str]
+) -> Scores:
     """The weighted sum for every pair."""
-    _, pairs, values_EF = features(seen.plain, seen.prompted, method, poolings)
+    _, pairs, values_EF = features(plain, prompted, method, poolings)
     return dict(zip(pairs, (values_EF @ fitted.weights_F).tolist(), strict=True))
 
 
@@ -165,14 +159,14 @@ def fit(names: list[str], values_EF: Floats, asked: Sequence[tuple[list[int], in
     unit_F[unit_F <= 1e-9 * np.abs(values_EF).max(0)] = np.inf
     values_nCF = centred_nCF / unit_F
     relative_F = np.array([fusion.denoising if "denoising" in name else 1.0 for name in names])
-    fold_n = np.arange(len(asked)) % fusion.folds
+    fold_n, free_F = np.arange(len(asked)) % fusion.folds, np.zeros_like(relative_F)
 
     def validated(penalty: float) -> float:
         lost = 0.0
         for fold in range(fusion.folds):
             seen, held = fold_n != fold, fold_n == fold
             weights_F = _weights(values_nCF[seen], there_nC[seen], right_n[seen], penalty * relative_F)
-            lost += held.sum() * _loss(weights_F, values_nCF[held], there_nC[held], right_n[held], 0 * relative_F)[0]
+            lost += held.sum() * _loss(weights_F, values_nCF[held], there_nC[held], right_n[held], free_F)[0]
         return float(lost)
 
     penalty = min(fusion.penalties, key=validated)

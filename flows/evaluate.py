@@ -21,8 +21,8 @@ def evaluate(params: Params) -> dict[str, Details]:
         prepared, scored = (DATA / stage / name for stage in ("prepare", "score"))
         results[name], hits = evaluation.evaluate(name, params, prepared, scored, target)
         variants = ablations.ablate(name, params, prepared, scored)
-        taken_apart[name] = ablations.with_intervals(name, params, prepared, variants)
         examples = read_examples(prepared / "examples.parquet", "test")
+        taken_apart[name] = ablations.with_intervals(params, examples, variants)
         data[name] = claims.Answers(params.datasets[name].kind, examples, hits, variants)
         return {}
 

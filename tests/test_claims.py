@@ -135,7 +135,7 @@ def test_from_evidence_to_files(params: Params, prepared: Path, cached: Path, tm
     score("scenes-com", params, prepared, cached, trained, scored)
     results, hits = evaluate("scenes-com", params, prepared, scored, tmp_path)
     variants = ablate("scenes-com", params, prepared, scored)
-    found = with_intervals("scenes-com", params, prepared, variants)
+    found = with_intervals(params, read_examples(prepared / "examples.parquet", "test"), variants)
     changes = list(values(params.ablations))
     assert len(variants) == 2 * len(changes) + len(params.ablations.parts)
     # A value that the method has anyway gives the method's own result.

@@ -16,7 +16,6 @@ from dsd.engine import score
 from dsd.evaluation import evaluate
 from dsd.evidence import UNCONDITIONAL, Evidence
 from dsd.fusion import (
-    Seen,
     _loss,
     _weights,
     contests,
@@ -193,5 +192,5 @@ def test_scores_are_the_weighted_sum() -> None:
     row = method("denoising")
     names, pairs, values = features(plain, prompted, row, ["logsumexp"])
     fitted = fit(names, values, [([0, 1], 1)] * 10, PARAMS)
-    found = scores(fitted, Seen([], plain, prompted), row, ["logsumexp"])
+    found = scores(fitted, plain, prompted, row, ["logsumexp"])
     assert found == pytest.approx({pair: float(v @ fitted.weights_F) for pair, v in zip(pairs, values, strict=True)})

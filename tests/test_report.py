@@ -120,7 +120,7 @@ def write_results(params: Params, data: Path) -> None:
     metrics, variants = {}, {}
     for name, found in answers.items():
         metrics[name] = {method: intervals(params, found.examples, hits) for method, hits in found.methods.items()}
-        variants[name] = ablations.with_intervals(name, params, data / "prepare" / name, found.variants)
+        variants[name] = ablations.with_intervals(params, found.examples, found.variants)
     write_metrics(metrics, data / "evaluate")
     ablations.write(variants, data / "evaluate")
     claims.write(*claims.judge(params, answers), data / "evaluate")
