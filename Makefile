@@ -7,13 +7,16 @@ READY := $(VENV)/ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test bench readme clean
+.PHONY: help reproduce studies test bench readme clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 reproduce: $(READY) ## From a clone to data/report/index.html; a second time it does only what has changed
 	@$(BIN)/python -m flows.reproduce
+
+studies: $(READY) ## Searches, other samples and shares, other forward passes: what is missing of them, some hours
+	@$(BIN)/python -m flows.studies
 
 test: $(READY) ## Lint, contracts, types and tests
 	$(BIN)/ruff check .

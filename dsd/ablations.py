@@ -40,10 +40,13 @@ ATTENTION, FUSION = ("pooling", "heads", "layers", "levels"), ("parts",)  # the 
 
 
 def values(ablations: AblationParams, keys: Sequence[str] = ATTENTION) -> Iterator[tuple[str, str, Any]]:
-    """(key, value as text, value) of every change."""
+    """(key, value as text, value) of every change; a number of random heads is tried averaged and weighted."""
     for key in keys:
         for value in getattr(ablations, key):
-            yield key, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value), value
+            if key == "heads" and isinstance(value, int):
+                yield from ((key, f"{value} {how}", (value, how)) for how in ("mean", "weighted"))
+            else:
+                yield key, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value), value
 
 
 def subsets(evidence: Evidence, heads: int, count: int, seed: int) -> Iterator[NDArray[np.bool_]]:
@@ -81,10 +84,11 @@ def ablate(name: str, params: Params, prepared: Path, scored: Path) -> VariantHi
         assert isinstance(method, CrossAttentionMethod)  # params refuses anything else
         evidence = read(method.prompt)
         for key, text, value in values(ablations):
-            if key == "heads" and isinstance(value, int):
-                plain = method.model_copy(update={"heads": "mean"})
-                choices = subsets(evidence, value, ablations.subsets, params.seed)
-                several = [hits(attention_scores(evidence, plain, poolings, chosen_LH)) for chosen_LH in choices]
+            if key == "heads" and isinstance(value, tuple):
+                number, how = value
+                row_of = method.model_copy(update={"heads": how})
+                choices = subsets(evidence, number, ablations.subsets, params.seed)
+                several = [hits(attention_scores(evidence, row_of, poolings, chosen_LH)) for chosen_LH in choices]
                 found[Variant(row, key, text)] = mean(several)
             else:
                 changed_row = method.model_copy(update={key: value})

@@ -91,7 +91,7 @@ def quality(params: Params, target: Path) -> Results:
         benchmark(row.kind).download(row, seed=there.seed, folder=raw, workers=there.runtime.workers)
         prepare(name, there, raw, prepared)
         encode(name, there, prepared, cached)
-        score(name, there, prepared, cached, cached, scored)
+        score(name, there, prepared, cached, cached, scored, split="test")
         return evaluate(name, there, prepared, scored, Path(folder)).results
 
 

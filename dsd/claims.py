@@ -100,19 +100,20 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
     listed: dict[str, list[str]] = {}
     for key, text, _ in values(params.ablations):
         listed.setdefault(key, []).append(text)
-    numbers = {key: [text for text in texts if text.isdigit()] for key, texts in listed.items()}
+    last = [text for text in listed["layers"] if text != "all"]
+    some = [text for text in listed["heads"] if text.endswith(" mean")]
     together = max(listed["levels"], key=len)
     return {
         1: ("few-shot DSD is ahead of tuned CLIP on image choices, every slot and average", ahead(matching, *tuned)),
         2: ("few-shot DSD is ahead of tuned CLIP on referring expressions", ahead(referring, *tuned)),
         3: ("few-shot DSD is ahead of tuned CLIP on questions: binary, other, all", ahead(answering, *tuned)),
         4: ("few-shot DSD is ahead of zero-shot DSD", ahead([*matching, *referring, *answering], *bare)),
-        5: ("all layers are ahead of the last few", chain("layers", *(("all", last) for last in numbers["layers"]))),
+        5: ("all layers are ahead of the last few", chain("layers", *(("all", few) for few in last))),
         6: (
             "LogSumExp is ahead of the maximum, and that of the cosine",
             chain("pooling", ("logsumexp", "maximum"), ("maximum", "cosine")),
         ),
-        7: ("all heads are ahead of subsets of them", chain("heads", *(("mean", some) for some in numbers["heads"]))),
+        7: ("all heads are ahead of subsets of them", chain("heads", *(("mean", few) for few in some))),
         8: ("weighted heads are ahead of averaged heads", chain("heads", ("weighted", "mean"))),
         9: (
             "the ensemble of noise levels is ahead of each alone",

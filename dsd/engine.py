@@ -27,7 +27,7 @@ from dsd.encoding import (
 )
 from dsd.evidence import Request, Shard, normalises, plan, requests, write_index
 from dsd.fusion import fitting_entry, fitting_examples
-from dsd.matching import Pair, pairs, read_examples
+from dsd.matching import MatchingExample, Pair, pairs, read_examples
 from dsd.params import ContrastiveMethod, EvidenceParams, FusionMethod, Params, noise_of, prompted
 from dsd.pictures import Pictures
 from dsd.progress import progress
@@ -145,10 +145,10 @@ def cosines(head: contrastive.Head, asked: Sequence[Pair], batch_size: int) -> n
 
 
 def score_contrastive(
-    params: Params, prepared: Path, cached: Path, trained: Path, store: Store
+    params: Params, examples: Sequence[MatchingExample], prepared: Path, cached: Path, trained: Path, store: Store
 ) -> dict[str, list[str]]:
     """Stores the cosines of every contrastive method in a shard each; returns the shard of each method."""
-    asked = pairs(read_examples(prepared / "examples.parquet", "test"))
+    asked = pairs(examples)
     pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
     keys: dict[str, list[str]] = {}
     for row in clip_backbones(params):
@@ -164,14 +164,16 @@ def score_contrastive(
     return keys
 
 
-def score(name: str, params: Params, prepared: Path, cached: Path, trained: Path, target: Path) -> dict[str, Any]:
-    """Stores the evidence of the test examples of dataset `name` for every method; resumes where it was stopped.
+def score(
+    name: str, params: Params, prepared: Path, cached: Path, trained: Path, target: Path, *, split: str
+) -> dict[str, Any]:
+    """Stores the evidence of a split of dataset `name` for every method; resumes where it was stopped.
 
     Where evidence is fused, also that of the few-shot examples that its weights are fitted on.
     `trained` is where the stage `train` has left a folder for each method that learns.
     """
     store, device = Store(target), device_of(params.runtime.device)
-    examples, fitting = read_examples(prepared / "examples.parquet", "test"), fitting_examples(params, prepared)
+    examples, fitting = read_examples(prepared / "examples.parquet", split), fitting_examples(params, prepared)
     pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
     backbone = load_diffusion(params.backbones[params.backbone], device)
     tables = diffusion_encodings(backbone, pictures, texts, params.images.resolution, Store(cached))
@@ -189,7 +191,7 @@ def score(name: str, params: Params, prepared: Path, cached: Path, trained: Path
             computed += engine.fill(shards, store, f"score {name}, prompt {entry}")
             keys[entry] = [shard.key for shard in shards]
             total += len(rows)
-    keys |= score_contrastive(params, prepared, cached, trained, store)
+    keys |= score_contrastive(params, examples, prepared, cached, trained, store)
     store.prune({key for some in keys.values() for key in some})
     write_index(target, keys, backbone.layers, tables[0](pictures.ids[:1])["latents"][0].size)
     return {"pairs": len(pairs(examples)), "rows": total, "computed": computed, "corrupt": store.corrupt}

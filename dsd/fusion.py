@@ -18,8 +18,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from scipy.special import logsumexp
 
+from dsd.errors import DataError
 from dsd.evidence import Evidence, normalises, read_evidence, unconditional
 from dsd.matching import MatchingExample, Pair, read_examples
 from dsd.params import FusionMethod, FusionParams, Params, noise_of
@@ -84,9 +87,16 @@ def fitted_on(name: str, params: Params, prepared: Path, scored: Path) -> Seen:
 
 
 def learn(seen: Seen, method: FusionMethod, params: Params) -> Fitted:
-    """The weights of a method."""
+    """The weights of a method.
+
+    Raises:
+        DataError: the examples cannot be parted for cross-validation.
+    """
     names, pairs, values_EF = features(seen.plain, seen.prompted, method, params.evidence.poolings)
-    return fit(names, values_EF, list(contests(seen.examples, pairs)), params.fusion)
+    asked, group_n = list(contests(seen.examples, pairs)), related(seen.examples)
+    if len(np.unique(group_n)) < 2:
+        raise DataError("fusion: the few-shot examples all share pictures, so none can be held out; raise few_shot")
+    return fit(names, values_EF, asked, group_n, params.fusion)
 
 
 def scores(
@@ -143,8 +153,23 @@ def contests(examples: Sequence[MatchingExample], pairs: Sequence[Pair]) -> Iter
                 yield [row[Pair(example.images[i], text)] for text in example.texts], t
 
 
-def fit(names: list[str], values_EF: Floats, asked: Sequence[tuple[list[int], int]], fusion: FusionParams) -> Fitted:
-    """The weights under the penalty with the best cross-validated likelihood.
+def related(examples: Sequence[MatchingExample]) -> NDArray[np.int64]:
+    """[n] the group of each contest: examples that share an image, or are linked by others that do, are one."""
+    number = {image: n for n, image in enumerate(dict.fromkeys(i for e in examples for i in e.images))}
+    row, column = zip(*((n, number[image]) for n, e in enumerate(examples) for image in e.images), strict=True)
+    shows = coo_array((np.ones(len(row)), (row, column)), shape=(len(examples), len(number)))
+    _, group = connected_components(shows @ shows.T, directed=False)
+    return np.repeat(group, [len(example.answer) for example in examples])
+
+
+def fit(
+    names: list[str],
+    values_EF: Floats,
+    asked: Sequence[tuple[list[int], int]],
+    group_n: NDArray[np.int64],
+    fusion: FusionParams,
+) -> Fitted:
+    """The weights under the penalty with the best cross-validated likelihood; a group is held out as a whole.
 
     Denoising has few features, each of which tells much: its weights are held back less, by the factor
     `fusion.denoising`.
@@ -159,11 +184,11 @@ def fit(names: list[str], values_EF: Floats, asked: Sequence[tuple[list[int], in
     unit_F[unit_F <= 1e-9 * np.abs(values_EF).max(0)] = np.inf
     values_nCF = centred_nCF / unit_F
     relative_F = np.array([fusion.denoising if "denoising" in name else 1.0 for name in names])
-    fold_n, free_F = np.arange(len(asked)) % fusion.folds, np.zeros_like(relative_F)
+    fold_n, free_F = group_n % fusion.folds, np.zeros_like(relative_F)
 
     def validated(penalty: float) -> float:
         lost = 0.0
-        for fold in range(fusion.folds):
+        for fold in np.unique(fold_n):
             seen, held = fold_n != fold, fold_n == fold
             weights_F = _weights(values_nCF[seen], there_nC[seen], right_n[seen], penalty * relative_F)
             lost += held.sum() * _loss(weights_F, values_nCF[held], there_nC[held], right_n[held], free_F)[0]

@@ -94,6 +94,7 @@ METRICS: dict[str, Callable[[Ranks, Sequence[str]], dict[str, Hits]]] = {
     "recall": recall,
     "answers": answers,
 }
+HEADLINES = {"slots": "macro", "recall": "top1", "answers": "all"}  # the one number of each
 
 
 def _checked(scores: ArrayLike, answer: Answer) -> NDArray[np.float64]:

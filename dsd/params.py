@@ -182,6 +182,15 @@ class AblationParams(_Params):
     subsets: Positive
 
 
+class StudyParams(_Params):
+    """What `dsd.study` runs: these methods on each dataset, once a variant with the keys that it changes."""
+
+    split: Literal["validation", "test"]
+    datasets: tuple[str, ...]
+    methods: tuple[str, ...]
+    variants: dict[Annotated[str, Field(pattern="^[^/]+$")], dict[str, bool | int | float | str | None]]
+
+
 class ReportParams(_Params):
     gallery: Positive
 
@@ -236,6 +245,7 @@ class Params(_Params):
     fusion: FusionParams
     evaluate: EvaluateParams
     ablations: AblationParams
+    studies: dict[str, StudyParams]
     report: ReportParams
     pretrain: PretrainParams
 
@@ -273,6 +283,18 @@ class Params(_Params):
         for level in {level for levels in self.ablations.levels for level in levels}:
             if level not in self.noise.levels:
                 raise ValueError(f"ablations.levels: {level} is not among noise.levels {list(self.noise.levels)}")
+        return self
+
+    @model_validator(mode="after")
+    def _studies_have_rows(self) -> Params:
+        for name, study in self.studies.items():
+            for kind, asked, there in (
+                ("dataset", study.datasets, self.datasets),
+                ("method", study.methods, self.methods),
+            ):
+                for row in asked:
+                    if row not in there:
+                        raise ValueError(f"studies.{name}.{kind}s: {unknown(kind, row, there)}")
         return self
 
     @model_validator(mode="after")

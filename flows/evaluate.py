@@ -9,7 +9,7 @@ from flows.stage import Details, each, main, stage, unit
 
 @stage
 def evaluate(params: Params) -> dict[str, Details]:
-    from dsd import ablations, claims, evaluation
+    from dsd import ablations, claims, evaluation, variants
     from dsd.matching import read_examples
 
     target = DATA / "evaluate"
@@ -30,6 +30,7 @@ def evaluate(params: Params) -> dict[str, Details]:
     evaluation.write_metrics(results, target)
     ablations.write(taken_apart, target)
     claims.write(*claims.judge(params, data), target)
+    variants.write({study: variants.compare(params, study, DATA / "studies", data) for study in params.studies}, target)
     return details
 
 

@@ -13,7 +13,7 @@ def score(params: Params) -> dict[str, Details]:
 
     def dataset(name: str) -> Details:
         stages = ("prepare", "cache", "train", "score")
-        return engine.score(name, params, *(DATA / stage / name for stage in stages))
+        return engine.score(name, params, *(DATA / stage / name for stage in stages), split="test")
 
     prune(DATA / "score", params.datasets)
     return each(unit(dataset), params.datasets)

@@ -132,7 +132,7 @@ def test_from_evidence_to_files(params: Params, prepared: Path, cached: Path, tm
     trained, scored = tmp_path / "train", tmp_path / "score"
     for method in params.training:
         list(train("scenes-com", method, params, prepared, cached, trained / method))
-    score("scenes-com", params, prepared, cached, trained, scored)
+    score("scenes-com", params, prepared, cached, trained, scored, split="test")
     results, hits = evaluate("scenes-com", params, prepared, scored, tmp_path)
     variants = ablate("scenes-com", params, prepared, scored)
     found = with_intervals(params, read_examples(prepared / "examples.parquet", "test"), variants)
@@ -145,7 +145,7 @@ def test_from_evidence_to_files(params: Params, prepared: Path, cached: Path, tm
     write({"scenes-com": found}, tmp_path)
     written = json.loads((tmp_path / "ablations.json").read_text())
     assert set(written["scenes-com"]["dsd"]) == {"pooling", "heads", "layers", "levels"}
-    assert set(written["scenes-com"]["dsd"]["heads"]["1"]["micro"]) == {"value", "low", "high", "n"}
+    assert set(written["scenes-com"]["dsd"]["heads"]["1 mean"]["micro"]) == {"value", "low", "high", "n"}
 
     asked = read_examples(prepared / "examples.parquet", "test")
     judged, measured = judge(params, {"scenes-com": Answers("scenes-com", asked, hits, variants)})

@@ -117,7 +117,7 @@ def evidence(params: Params, prepared: Path, target: Path) -> dict[str, np.ndarr
 def test_an_interrupted_run_ends_with_the_same_bits(
     zero_shot: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "whole")
+    score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "whole", split="test")
     compute, left = Engine.compute, [2]
 
     def stops(self: Engine, rows: object) -> object:
@@ -128,9 +128,9 @@ def test_an_interrupted_run_ends_with_the_same_bits(
 
     monkeypatch.setattr(Engine, "compute", stops)
     with pytest.raises(KeyboardInterrupt):
-        score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "cut")
+        score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "cut", split="test")
     monkeypatch.setattr(Engine, "compute", compute)
-    counts = score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "cut")
+    counts = score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "cut", split="test")
     assert 0 < counts["computed"] < counts["rows"]
     whole, cut = (evidence(zero_shot, prepared, tmp_path / name) for name in ("whole", "cut"))
     for name, array in whole.items():
@@ -141,20 +141,20 @@ def test_an_interrupted_run_ends_with_the_same_bits(
 def test_a_corrupt_shard_is_computed_again(
     damage: Callable[[bytes], bytes], zero_shot: Params, prepared: Path, cached: Path, tmp_path: Path
 ) -> None:
-    score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "s")
+    score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "s", split="test")
     before = evidence(zero_shot, prepared, tmp_path / "s")
     shard = sorted((tmp_path / "s").glob("evidence-*.safetensors"))[0]
     shard.write_bytes(damage(shard.read_bytes()))
-    counts = score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "s")
+    counts = score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "s", split="test")
     assert counts["computed"] > 0
     after = evidence(zero_shot, prepared, tmp_path / "s")
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
 def test_shards_of_other_params_are_removed(zero_shot: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
-    score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "s")
+    score("scenes-com", zero_shot, prepared, cached, tmp_path, tmp_path / "s", split="test")
     other = zero_shot.model_copy(update={"evidence": zero_shot.evidence.model_copy(update={"scale": 5.0})})
-    score("scenes-com", other, prepared, cached, tmp_path, tmp_path / "s")
+    score("scenes-com", other, prepared, cached, tmp_path, tmp_path / "s", split="test")
     named = json.loads((tmp_path / "s" / INDEX).read_text())
     assert set(Store(tmp_path / "s").keys()) == {key for keys in named["shards"].values() for key in keys}
 

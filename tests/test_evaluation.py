@@ -67,7 +67,7 @@ def test_the_whole_way(params: Params, prepared: Path, cached: Path, tmp_path: P
     trained, scored = tmp_path / "train", tmp_path / "score"
     for method in params.training:
         list(train("scenes-com", method, params, prepared, cached, trained / method))
-    counts = score("scenes-com", params, prepared, cached, trained, scored)
+    counts = score("scenes-com", params, prepared, cached, trained, scored, split="test")
     assert counts["computed"] == counts["rows"] > 0
     results = {"scenes-com": evaluate("scenes-com", params, prepared, scored, tmp_path).results}
     assert list(results["scenes-com"]) == list(params.methods)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ from sklearn.linear_model import LogisticRegression
 
 from dsd.draws import Draw
 from dsd.engine import score
+from dsd.errors import DataError
 from dsd.evaluation import evaluate
 from dsd.evidence import UNCONDITIONAL, Evidence
 from dsd.fusion import (
+    Seen,
     _loss,
     _weights,
     contests,
@@ -25,6 +28,7 @@ from dsd.fusion import (
     fitting_examples,
     learn,
     narrowed,
+    related,
     scores,
 )
 from dsd.matching import MatchingExample, Pair
@@ -72,8 +76,8 @@ def test_the_unit_of_a_feature_is_of_no_account() -> None:
     values_nCF, _, right_n = problem(60, 3, 4)
     flat = values_nCF.reshape(-1, 4)
     asked = [([3 * n, 3 * n + 1, 3 * n + 2], int(right)) for n, right in enumerate(right_n)]
-    plain = fit(list("abcd"), flat, asked, PARAMS)
-    scaled = fit(list("abcd"), flat * [1, 1000, 1e-6, 7], asked, PARAMS)
+    plain = fit(list("abcd"), flat, asked, np.arange(len(asked)), PARAMS)
+    scaled = fit(list("abcd"), flat * [1, 1000, 1e-6, 7], asked, np.arange(len(asked)), PARAMS)
     assert scaled.weights_F * [1, 1000, 1e-6, 7] == pytest.approx(plain.weights_F, rel=1e-3, abs=1e-5)
     assert np.abs(plain.weights_F).argmax() == 0
 
@@ -82,7 +86,8 @@ def test_what_all_candidates_share_gets_no_weight() -> None:
     values_nCF, _, right_n = problem(40, 2, 2)
     flat = values_nCF.reshape(-1, 2)
     flat[:, 1] = np.repeat(np.random.default_rng(2).random(40), 2)
-    fitted = fit(["told", "shared"], flat, [([2 * n, 2 * n + 1], int(r)) for n, r in enumerate(right_n)], PARAMS)
+    asked = [([2 * n, 2 * n + 1], int(r)) for n, r in enumerate(right_n)]
+    fitted = fit(["told", "shared"], flat, asked, np.arange(40), PARAMS)
     assert fitted.weights_F[1] == 0 and fitted.weights_F[0] > 0
 
 
@@ -91,7 +96,10 @@ def test_noise_is_held_back_more_than_evidence() -> None:
     asked = [([2 * n, 2 * n + 1], int(r)) for n, r in enumerate(right)]
     noise = np.random.default_rng(5).normal(size=(160, 30))
     names = list(map(str, range(30)))
-    assert fit(names, noise, asked, PARAMS).penalty > fit(names, told.reshape(-1, 30), asked, PARAMS).penalty
+    assert (
+        fit(names, noise, asked, np.arange(len(asked)), PARAMS).penalty
+        > fit(names, told.reshape(-1, 30), asked, np.arange(len(asked)), PARAMS).penalty
+    )
 
 
 def test_denoising_is_held_back_less() -> None:
@@ -99,7 +107,9 @@ def test_denoising_is_held_back_less() -> None:
     values_nCF[..., 1] = values_nCF[..., 0]
     asked = [([2 * n, 2 * n + 1], int(r)) for n, r in enumerate(right_n)]
     less = PARAMS.model_copy(update={"denoising": 0.01})
-    denoising, attention = fit(["denoising", "attention"], values_nCF.reshape(-1, 2), asked, less).weights_F
+    denoising, attention = fit(
+        ["denoising", "attention"], values_nCF.reshape(-1, 2), asked, np.arange(len(asked)), less
+    ).weights_F
     assert denoising == pytest.approx(100 * attention, rel=1e-2)
 
 
@@ -125,6 +135,33 @@ def test_contests_are_what_the_test_asks() -> None:
     pairs = [Pair(f"i{i}", f"t {t}") for i in range(2) for t in range(3)]
     assert list(contests([squares], pairs)) == [([0, 3], 1), ([1, 4], 0)]
     assert list(contests([choice], pairs)) == [([0, 1, 2], 2)]
+
+
+def test_what_shares_a_picture_is_held_out_together() -> None:
+    """Copies of a contest beside each other: only where they stay together does the fit see that they tell nothing."""
+
+    def showing(*images: str) -> MatchingExample:
+        return MatchingExample("x", images, ("t", "u"), ((0, 0), (1, 1)), "c")
+
+    chain = [showing("a", "b"), showing("c", "d"), showing("b", "e"), showing("e", "f"), showing("g", "h")]
+    assert related(chain).tolist() == [0, 0, 1, 1, 0, 0, 0, 0, 2, 2]
+    assert list(np.repeat([0, 1], 2)) == related([showing("a", "b"), showing("c", "d")]).tolist()
+    values = np.random.default_rng(0).normal(size=(40, 30)).repeat(5, 0).reshape(40, 5, 30).transpose(1, 0, 2)
+    asked = [([2 * n, 2 * n + 1], n % 20 % 2) for n in range(100)]
+    names, flat = list(map(str, range(30))), values.reshape(-1, 30)
+    together, torn = np.arange(100) % 20, np.arange(100) // 20
+    assert fit(names, flat, asked, together, PARAMS).penalty > fit(names, flat, asked, torn, PARAMS).penalty
+
+
+def test_examples_that_all_share_a_picture_are_an_error(params: Params) -> None:
+    one = [example(2, 2, (0, 0), (1, 1))] * 3
+    plain, prompted = by_hand()
+    with pytest.raises(DataError, match="raise few_shot"):
+        learn(
+            Seen([replace(e, images=("i", "j"), texts=("a b",), answer=((0, 0),)) for e in one], plain, prompted),
+            method("denoising"),
+            params,
+        )
 
 
 def by_hand() -> tuple[Evidence, Evidence]:
@@ -168,7 +205,7 @@ def test_the_whole_way(params: Params, prepared: Path, cached: Path, tmp_path: P
     trained, scored = tmp_path / "train", tmp_path / "score"
     for name in params.training:
         list(train("scenes-com", name, params, prepared, cached, trained / name))
-    score("scenes-com", params, prepared, cached, trained, scored)
+    score("scenes-com", params, prepared, cached, trained, scored, split="test")
     evaluated = evaluate("scenes-com", params, prepared, scored, tmp_path)
     assert set(evaluated.results["dsd-plus"]) == {"subject", "object", "predicate", "micro", "macro"}
     row = params.methods["dsd-plus"]
@@ -191,6 +228,6 @@ def test_scores_are_the_weighted_sum() -> None:
     plain, prompted = by_hand()
     row = method("denoising")
     names, pairs, values = features(plain, prompted, row, ["logsumexp"])
-    fitted = fit(names, values, [([0, 1], 1)] * 10, PARAMS)
+    fitted = fit(names, values, [([0, 1], 1)] * 10, np.arange(10), PARAMS)
     found = scores(fitted, plain, prompted, row, ["logsumexp"])
     assert found == pytest.approx({pair: float(v @ fitted.weights_F) for pair, v in zip(pairs, values, strict=True)})

@@ -75,7 +75,7 @@ def transcription(backbone: StableDiffusion, latents: Tensor, text: str, draw: D
 def test_scores_are_those_of_a_direct_transcription(
     alone: Params, backbone: StableDiffusion, prepared: Path, cached: Path, tmp_path: Path
 ) -> None:
-    score("scenes-com", alone, prepared, cached, tmp_path, tmp_path)
+    score("scenes-com", alone, prepared, cached, tmp_path, tmp_path, split="test")
     examples, noise = read_examples(prepared / "examples.parquet", "test"), noise_of(alone, "scenes-com")
     found = dict(method_scores("scenes-com", alone, examples, prepared, tmp_path))
     texts, pictures = all_texts(read_all(prepared)), Pictures(prepared / "images.parquet")
@@ -164,7 +164,7 @@ def test_the_method_asks_for_what_it_needs(alone: Params, tmp_path: Path) -> Non
 def test_evidence_names_the_layers_of_the_backbone(
     alone: Params, backbone: StableDiffusion, prepared: Path, cached: Path, tmp_path: Path
 ) -> None:
-    score("scenes-com", alone, prepared, cached, tmp_path, tmp_path)
+    score("scenes-com", alone, prepared, cached, tmp_path, tmp_path, split="test")
     examples = read_examples(prepared / "examples.parquet", "test")
     found = read_evidence(tmp_path, "none", examples, noise_of(alone, "scenes-com"), alone.seed, normalised=True)
     assert found.layers == backbone.layers and found.latent == 4 * 4 * 4

@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dsd import ablations, claims
+from dsd import ablations, claims, variants
 from dsd.errors import DataError
-from dsd.evaluation import SCHEMA, hits_of, intervals, write_metrics
+from dsd.evaluation import SCHEMA, Results, hits_of, intervals, write_metrics
 from dsd.matcher import Heatmap
 from dsd.matching import MatchingExample, write_examples
 from dsd.metrics import SLOTS, rank
-from dsd.params import FusionMethod, Params, load, trained
+from dsd.params import FusionMethod, Params, StudyParams, load, trained
 from dsd.report import build
 from dsd.report.figures import smooth
 from dsd.report.gallery import BackboneHeatMaps, choose, decimals, overlay
@@ -44,6 +44,27 @@ SKILL = {
     "clip-zero-shot": 0.6,
     "clip-finetune": 0.7,
 }  # of the true candidate's score
+STUDIES = {
+    "search": {
+        "split": "validation",
+        "datasets": NAMES,
+        "methods": ("dsd",),
+        "variants": {"one": {"prompt.rank": 3}, "two": {"prompt.rank": 16}},
+    },
+    "samples": {
+        "split": "test",
+        "datasets": NAMES[:2],
+        "methods": ("dsd", "clip-finetune"),
+        "variants": {"1": {"dataset.sample": 1}, "2": {"dataset.sample": 2}},
+    },
+    "shares": {
+        "split": "test",
+        "datasets": NAMES,
+        "methods": ("dsd",),
+        "variants": {"1 %": {"dataset.few_shot": 0.01}, "10 %": {"dataset.few_shot": 0.1}},
+    },
+}
+METRICS_OF = {"scenes-com": "macro", "scenes-ref": "top1", "scenes-vqa": "all"}
 VOID = {"meta", "img", "br"}
 
 
@@ -117,13 +138,38 @@ def write_dataset(name: str, params: Params, data: Path) -> claims.Answers:
 def write_results(params: Params, data: Path) -> None:
     """Everything that the stages before the report leave of all datasets."""
     answers = {name: write_dataset(name, params, data) for name in params.datasets}
-    metrics, variants = {}, {}
+    metrics, taken_apart = {}, {}
     for name, found in answers.items():
         metrics[name] = {method: intervals(params, found.examples, hits) for method, hits in found.methods.items()}
-        variants[name] = ablations.with_intervals(params, found.examples, found.variants)
+        taken_apart[name] = ablations.with_intervals(params, found.examples, found.variants)
     write_metrics(metrics, data / "evaluate")
-    ablations.write(variants, data / "evaluate")
+    ablations.write(taken_apart, data / "evaluate")
     claims.write(*claims.judge(params, answers), data / "evaluate")
+    variants.write(told_studies(params, metrics), data / "evaluate")
+
+
+def told_studies(params: Params, metrics: dict[str, Results]) -> dict[str, object]:
+    """Every variant of every study has the results of the method itself; that of the first is of other params."""
+    told: dict[str, object] = {}
+    for name, row in params.studies.items():
+        told[name] = {
+            variant: {
+                dataset: {
+                    "params": "other" if n == 0 else variants.params_key(params, name, dataset, variant),
+                    "methods": {
+                        method: {
+                            metric: v.as_dict()
+                            | {"difference": {"value": 0.1, "low": 0, "high": 0.2, "p": 0.01, "n": v.n}}
+                            for metric, v in metrics[dataset][method].items()
+                        }
+                        for method in row.methods
+                    },
+                }
+                for dataset in row.datasets
+            }
+            for n, variant in enumerate(row.variants)
+        }
+    return told
 
 
 class FakeHeatMaps:
@@ -146,6 +192,7 @@ def params() -> Params:
             "datasets": {name: shipped.datasets[name] for name in NAMES},
             "evaluate": shipped.evaluate.model_copy(update={"resamples": 200}),
             "report": shipped.report.model_copy(update={"gallery": 3}),
+            "studies": {name: StudyParams.model_validate(row) for name, row in STUDIES.items()},
         }
     )
 
@@ -301,6 +348,45 @@ def test_claims_are_told_with_what_they_rest_on(page: str, data: Path) -> None:
     told = tables["Claims of the first paper"][1:]
     assert [(row[0], row[1], row[2]) for row in told] == [(n, c["claim"], c["verdict"]) for n, c in claims.items()]
     assert len(tables["What the claims rest on"]) == 1 + sum(map(len, rows.values()))
+
+
+def test_studies_are_told(page: str, data: Path) -> None:
+    parsed = Parsed(page)
+    metrics = json.loads((data / "evaluate" / "metrics.json").read_text())
+    head, *rows = parsed.tables["search: validation split"]
+    assert head[1] == "scenes-commacro, n = 36" and [row[0] for row in rows] == ["one (other params)", "two"]
+    assert "dsd: of 2 the best by the mean is “one”; params.yaml has “two”." in parsed.text
+    headlines = {name: METRICS_OF[name] for name in NAMES}
+    found = [metrics[name]["dsd"][metric]["value"] for name, metric in headlines.items()]
+    assert rows[0][-1] == f"{100 * sum(found) / 3:.1f}"
+    _, *rows = parsed.tables["samples: test split"]
+    assert [row[:2] for row in rows[:4]] == [
+        ["as params.yaml has it", "dsd"],
+        ["1 (other params)", "dsd"],
+        ["2", "dsd"],
+        ["as params.yaml has it", "clip-finetune"],
+    ]
+    assert "+10.0, p 0.010" in rows[1][2] and "p " not in rows[0][2]
+    assert rows[-2][0] == "mean ± standard deviation" and "± 0.0, 3 samples" in rows[-2][2]
+    assert len([value for _, name, value in parsed.attributes if name == "aria-label" and "few_shot" in value]) == 3
+
+
+def test_the_papers_own_numbers_are_named_as_its_own(page: str, data: Path) -> None:
+    tables = Parsed(page).tables
+    metrics = json.loads((data / "evaluate" / "metrics.json").read_text())
+    head, *rows = tables["Table 1 of the paper, and the same here"]
+    assert head[2:] == ["subject", "object", "predicate", "average", "top-1", "top-5"]
+    assert rows[4][:3] == ["DSD", "the paper", "80.81 ComVG"] and rows[5][:2] == ["DSD", "here (dsd)"]
+    own = metrics["scenes-com"]["dsd"]["subject"]["value"]
+    assert rows[5][2].startswith(f"{100 * own:.1f} [") and rows[5][2].endswith("scenes-com")
+    assert rows[3][2] == "–"  # clip-prompt is not among the methods here
+    assert [row[-1] for row in tables["Table 2 of the paper, and the same here"][1::2]] == [
+        "17.86 VQAv2",
+        "18.03 VQAv2",
+        "20.43 VQAv2",
+    ]
+    drawn = [v for _, name, v in Parsed(page).attributes if name == "aria-label" and v.startswith("Figure")]
+    assert [text.split(":")[0] for text in drawn] == [f"Figure {n} of the paper, redrawn" for n in (3, 4, 5, 6)]
 
 
 def test_gallery_is_drawn_by_the_seed(params: Params, data: Path) -> None:

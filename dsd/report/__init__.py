@@ -10,9 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dsd.params import FusionMethod, Params, noise_of, prompted, trained, twin
 from dsd.progress import progress
-from dsd.report import figures, findings, tables
+from dsd.report import figures, findings, paper, studies, tables
 from dsd.report.gallery import MAPPED, BackboneHeatMaps, HeatMaps, gallery
-from dsd.report.inputs import Dataset, read_claims, read_datasets, read_timings
+from dsd.report.inputs import Dataset, read_claims, read_datasets, read_studies, read_timings
 from dsd.store import write_atomic
 
 __all__ = ["build"]
@@ -55,10 +55,14 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
             comparisons=[row for name, rows in sides.items() for row in _comparisons(name, rows, params)],
             tests=sum(len(rows) for side in sides.values() for rows in side.values()),
             claims=[tables.claims(judged), tables.claim_comparisons(judged)] if judged else [],
+            paper=list(paper.tables(params, datasets)),
+            redrawn=paper.drawings(params, datasets),
+            reasons=findings.reasons(judged, datasets, params),
             subsets=params.ablations.subsets,
             fitting=params.fusion,
             parts=findings.names([part for row in params.methods.values() for part in getattr(row, "parts", ())]),
             figures=_figures(datasets, params),
+            studies=list(studies.studies(params, read_studies(data), datasets, _series(params))),
             galleries=[gallery(d, params, data / "prepare" / d.name, heat) for d in progress(shown, desc="gallery")],
             mapped=MAPPED,
             lost=tables.lost(datasets),

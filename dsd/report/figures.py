@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from dsd.report.findings import best_interval, names
 from dsd.report.inputs import Dataset
 from dsd.report.tables import chance
+from dsd.statistics import Interval
 
 INK = "#ab00ff"  # stands in for the page's text colour
 SERIES = [f"#ab000{number}" for number in range(8)]  # stand in for --series-0 … --series-7
@@ -154,6 +155,57 @@ def ablations(dataset: Dataset, methods: Sequence[str], series: Series) -> Drawi
     said = names([f"{key} {value}" for key, value in best.items()])
     alt = f"Ablations on {dataset.name}, {dataset.headline}; the best of each key for {methods[-1]}: {said}."
     return Drawing(to_svg(figure, f"ablations-{'-'.join(methods)}-{slug(dataset.name)}", alt), dataset.name)
+
+
+def curve(
+    dataset: Dataset, study: str, key: str, lines: Mapping[str, Sequence[tuple[float, Interval]]], series: Series
+) -> Drawing:
+    """The headline metric over the amounts of a key, with intervals, a line a method; a dashed line is chance."""
+    figure, (ax,) = _figure(2.9)
+    for number, (method, places) in enumerate(lines.items()):
+        _line(
+            ax,
+            [x * (1 + 0.02 * (number - (len(lines) - 1) / 2)) for x, _ in places],
+            [v for _, v in places],
+            look(series[method]),
+        )
+    ax.axhline(100 * chance(dataset)[dataset.headline], color=INK, alpha=0.7, lw=1, ls=(0, (3, 2)))
+    ticks = sorted({x for places in lines.values() for x, _ in places})
+    ax.set_xscale("log")
+    ax.minorticks_off()
+    ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    ax.set(xlabel=key.removeprefix("dataset."), ylabel=f"{dataset.headline}, %")
+    ax.grid(axis="y")
+    said = names([f"{m} {100 * p[0][1].value:.1f} to {100 * p[-1][1].value:.1f} %" for m, p in lines.items() if p])
+    alt = f"{dataset.name}, {dataset.headline} over {key}: {said}."
+    return Drawing(to_svg(figure, f"study-{slug(study)}-{slug(dataset.name)}", alt), dataset.name)
+
+
+def redrawn(name: str, title: str, lines: Mapping[str, Mapping[str, Interval]]) -> Drawing:
+    """Values with intervals over named settings, joined by lines: a figure of the paper from our data."""
+    figure, (ax,) = _figure(3.4)
+    settings = list(next(iter(lines.values())))
+    for number, (label, values) in enumerate(lines.items()):
+        shift = 0.06 * (number - (len(lines) - 1) / 2)
+        places = [settings.index(setting) + shift for setting in values]
+        _line(ax, places, list(values.values()), look(number), label)
+    ax.set_xticks(range(len(settings)), settings)
+    ax.set(xlabel=title, ylabel="right answers, %", ylim=(0, None))
+    ax.grid(axis="y")
+    ax.legend(frameon=False, fontsize=8.5, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    best = names([f"{label}: {max(values, key=lambda v: values[v].value)}" for label, values in lines.items()])
+    alt = f"{name} of the paper, redrawn: {title}; the best is {best}."
+    return Drawing(to_svg(figure, slug(name), alt), f"{name}: {title}")
+
+
+def _line(
+    ax: Axes, xs: Sequence[float], values: Sequence[Interval], look: tuple[str, str], label: str | None = None
+) -> None:
+    """Values joined by a line, each with its interval."""
+    colour, marker = look
+    ax.plot(xs, [100 * v.value for v in values], marker=marker, color=colour, lw=1.4, ms=5, mew=0, label=label)
+    for x, v in zip(xs, values, strict=True):
+        ax.plot([x, x], [100 * v.low, 100 * v.high], color=colour, lw=1.6, alpha=0.6, solid_capstyle="round")
 
 
 def smooth(values: ArrayLike, window: int) -> NDArray[np.float64]:

@@ -6,11 +6,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dsd.params import ContrastiveMethod, Params, prompted, twin
-from dsd.report.inputs import Dataset
+from dsd.params import ContrastiveMethod, DenoisingMethod, Params, prompted, twin
+from dsd.report.inputs import Claims, Dataset
 from dsd.report.tables import Comparison, chance, compare, interval, percent, points
 
 Compared = Mapping[str, Sequence[Comparison]]  # opponent → comparisons with the trained method, over all datasets
+
+KEYS = {
+    "5": "layers",
+    "6": "pooling",
+    "7": "heads",
+    "8": "heads",
+    "9": "levels",
+}  # what a claim is about, by its number
 
 
 @dataclass(frozen=True)
@@ -137,3 +145,27 @@ def best_interval(dataset: Dataset, method: str) -> str:
     """A method's headline with its interval, for alternative texts."""
     found = dataset.results[method][dataset.headline]
     return f"{method} {percent(found.value)} % {interval(found)}"
+
+
+def reasons(judged: Claims, datasets: Sequence[Dataset], params: Params) -> list[str]:
+    """For each claim that does not hold, what else the same evidence tells."""
+    ours, found = prompted(params), []
+    denoisers = [name for name, row in params.methods.items() if isinstance(row, DenoisingMethod)]
+    for number, claim, rows in judged:
+        if claim.verdict == "holds":
+            continue
+        weakest = min(rows, key=lambda row: float(row["value"]))
+        dataset = next(d for d in datasets if d.name == weakest["dataset"])
+        place = f"Claim {number} ({claim.verdict}) fails first on {dataset.name}, {weakest['metric']}"
+        key = KEYS.get(number)
+        if key is not None and ours in dataset.ablations:
+            values = dataset.ablations[ours][key]
+            best = max(values, key=lambda value: values[value][dataset.headline].value)
+            v = values[best][dataset.headline]
+            found.append(f"{place}: of its variants by {key}, “{best}” is highest, {percent(v.value)} % {interval(v)}.")
+            continue
+        told = names([best_interval(dataset, name) for name in [ours, *denoisers] if name in dataset.results])
+        found.append(
+            f"{place}, where {weakest['a']} is compared with {weakest['b']}; {dataset.headline} there: {told}."
+        )
+    return found

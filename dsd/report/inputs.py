@@ -21,13 +21,12 @@ from dsd.claims import Judgement
 from dsd.datasets import benchmark
 from dsd.errors import DataError, unknown
 from dsd.matching import MatchingExample, read_examples
-from dsd.metrics import METRICS, Hits
+from dsd.metrics import HEADLINES, METRICS, Hits
 from dsd.params import DatasetParams, Params, trained
 from dsd.statistics import Interval
 
 # In the order in which they run. The report's own time is not known while it is written.
 STAGES = ("pretrain", "download", "prepare", "cache", "train", "score", "evaluate")
-HEADLINES = {"slots": "macro", "recall": "top1", "answers": "all"}  # the one number of each family of metrics
 SPLITS = ("train", "validation", "test")
 Timings = dict[str, dict[str, Any]]  # stage → its record in data/timings
 Claims = list[tuple[str, Judgement, list[dict[str, Any]]]]  # number, judgement, rows of comparisons.json
@@ -108,6 +107,11 @@ def read_claims(data: Path) -> Claims:
         return [(number, Judgement(**claim), rows[number]) for number, claim in claims.items()]
     except (KeyError, TypeError):
         raise DataError(f"{folder / 'claims.json'}: not judged claims; run the stage `evaluate` again") from None
+
+
+def read_studies(data: Path) -> dict[str, Any]:
+    """What dsd.variants.compare tells of each study."""
+    return dict(read_json(data / "evaluate" / "studies.json", "evaluate"))
 
 
 def _ablations(path: Path) -> dict[str, Ablations]:
