@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from dsd import fusion
 from dsd.datasets import benchmark
+from dsd.errors import DataError
 from dsd.evidence import Evidence, normalises, read_evidence, read_shards, unconditional
 from dsd.fusion import Scores
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
@@ -107,8 +108,15 @@ def ranked(examples: Sequence[MatchingExample], found: Sequence[np.ndarray]) -> 
 
 
 def hits_of(kind: str, examples: Sequence[MatchingExample], ranks_n: NDArray[np.int64]) -> dict[str, Hits]:
-    """Hits and groups of every metric of a dataset kind."""
-    return METRICS[benchmark(kind).metrics](ranks_n, [example.category for example in examples])
+    """Hits and groups of every metric of a dataset kind.
+
+    Raises:
+        DataError: a metric counts examples of a category that none has.
+    """
+    try:
+        return METRICS[benchmark(kind).metrics](ranks_n, [example.category for example in examples])
+    except ValueError as error:
+        raise DataError(f"{kind}, {len(examples)} examples: {error}") from None
 
 
 def intervals(params: Params, examples: Sequence[MatchingExample], hits: Mapping[str, Hits]) -> dict[str, Interval]:

@@ -10,12 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from dsd.datasets import RawExample, benchmark
 from dsd.datasets.raw import IMAGES
 from dsd.errors import DataError, ImageError, ParamsError, unknown
 from dsd.fewshot import SPLITS
 from dsd.images import Quarantine, image_id, load_image, resize, to_array
 from dsd.matching import MatchingExample, write_examples
+from dsd.metrics import METRICS
 from dsd.params import Params
 from dsd.pictures import Picture, PictureWriter
 from dsd.progress import progress
@@ -42,7 +45,8 @@ def prepare(name: str, params: Params, source: Path, target: Path) -> dict[str, 
 
     Raises:
         ParamsError: no such dataset.
-        DataError: annotations that cannot be read or make no sense, or a split without examples.
+        DataError: annotations that cannot be read or make no sense, a split without examples, or a test split that
+            lacks a category which its metrics need.
     """
     if name not in params.datasets:
         raise ParamsError(unknown("dataset", name, params.datasets))
@@ -72,6 +76,7 @@ def prepare(name: str, params: Params, source: Path, target: Path) -> dict[str, 
     for split in SPLITS:
         if not counts[split] and any(example.split == split for example in raw):
             raise DataError(f"{source}: no example is left for {split}, {len(quarantine)} files quarantined")
+    _check_categories(name, row.kind, [example for split, example in apart if split == "test"])
     write_examples(target / "examples.parquet", apart)
     summary: dict[str, int] = {
         **{str(split): counts[split] for split in SPLITS},
@@ -89,12 +94,23 @@ def _check(name: str, example: RawExample) -> None:
     images, texts = len(example.images), len(example.texts)
     if not images or not texts:
         raise DataError(f"{name}: example {example.id}: {images} images and {texts} texts, needs both")
+    if images * texts == 1:
+        raise DataError(f"{name}: example {example.id}: one image and one text leave nothing to choose")
     if not all(text.strip() for text in example.texts):
         raise DataError(f"{name}: example {example.id}: a text is empty")
     if not example.answer or not all(0 <= i < images and 0 <= t < texts for i, t in example.answer):
         raise DataError(
             f"{name}: example {example.id}: answer {example.answer} outside {images} images × {texts} texts"
         )
+
+
+def _check_categories(name: str, kind: str, test: Sequence[MatchingExample]) -> None:
+    """Before anything is scored: every metric needs an example."""
+    if test:
+        try:
+            METRICS[benchmark(kind).metrics](np.ones(len(test), dtype=int), [example.category for example in test])
+        except ValueError as error:
+            raise DataError(f"{name}: the test split: {error}; raise datasets.{name}.test") from None
 
 
 def _decode(folder: Path, max_pixels: int, side: int, file: str) -> Picture | ImageError:

@@ -186,6 +186,7 @@ def test_an_unknown_dataset(params: Params, tmp_path: Path) -> None:
     [
         (dict(texts=("a", " ")), r"^scenes-cls: example scenes-cls/0/9: a text is empty$"),
         (dict(texts=()), r"^scenes-cls: example scenes-cls/0/9: 1 images and 0 texts, needs both$"),
+        (dict(texts=("a",)), r"^scenes-cls: example scenes-cls/0/9: one image and one text leave nothing to choose$"),
         (
             dict(answer=((0, 2),)),
             r"^scenes-cls: example scenes-cls/0/9: answer .* outside 1 images × 2 texts$",
@@ -208,6 +209,19 @@ def test_examples_that_make_no_sense(params: Params, broken: dict[str, object], 
     with pytest.raises(DataError, match=message):
         prepare(NAME, params, source, target)
     assert not target.exists()
+
+
+def test_a_slot_without_test_examples_is_told_before_anything_is_scored(params: Params, tmp_path: Path) -> None:
+    source, name = tmp_path / "raw", "scenes-com"
+    dataset(source, 2)
+    some = [
+        RawExample(f"{name}/0/{slot}", "test", ("0.png", "1.png"), ("a",), ((0, 0),), slot)
+        for slot in ("subject", "predicate")
+    ]
+    write_annotations(source, some)
+    told = r"^scenes-com: the test split: no examples of category 'object'; raise datasets\.scenes-com\.test$"
+    with pytest.raises(DataError, match=told):
+        prepare(name, params, source, tmp_path / "prepared")
 
 
 def test_a_split_that_loses_all_its_pictures(params: Params, tmp_path: Path) -> None:
