@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from dsd.draws import Draw
 from dsd.errors import DataError
-from dsd.matching import MatchingExample
+from dsd.matching import MatchingExample, read_examples
 from dsd.params import Params
-from dsd.training import ContrastiveLearner, Trainer, accuracy, matching_loss, shape, table, train
+from dsd.training import ContrastiveLearner, Trainer, accuracy, learner, matching_loss, shape, table, train
 
 EXAMPLE = MatchingExample("x", ("i",), ("a", "b", "c", "d"), ((0, 2),), "all")
 SQUARE = MatchingExample("y", ("i", "j"), ("a", "b"), ((1, 0), (0, 1)), "all")
@@ -79,6 +80,42 @@ def test_softmax_and_hinge_by_hand(params: Params) -> None:
     assert torch.allclose(matching_loss(scores, ROW, softmax), expected)
     hinge = params.training["dsd"].model_copy(update={"loss": "hinge", "temperature": 0.5, "margin": 0.7})
     assert matching_loss(scores, ROW, hinge).item() == pytest.approx((0.7 + 0.5 - 1.0) / 0.5)
+
+
+def test_binary_by_hand(params: Params) -> None:
+    binary = params.training["dsd"].model_copy(update={"loss": "binary", "temperature": 0.5})
+    logits = [2 * (score - 0.5) for score in (1.0, 0.5, 0.0)]  # over the example's mean
+    expected = np.mean([np.log(1 + np.exp(-logits[0])), *(np.log(1 + np.exp(logit)) for logit in logits[1:])])
+    assert matching_loss(torch.tensor([[[1.0, 0.5, 0.0]]]), ROW, binary).item() == pytest.approx(expected)
+
+
+def test_the_prompts_gradient_is_that_of_the_score(params: Params, prepared: Path, cached: Path) -> None:
+    """Its length against the finite difference along it, through every layer of the U-Net."""
+    plain = params.methods["dsd"].model_copy(update={"heads": "mean"})  # eq. 7 holds the weights fixed
+    of = params.model_copy(update={"methods": {**params.methods, "dsd": plain}})
+    learns = learner("dsd", of, prepared, cached)
+    weights = list(learns.module.parameters())
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights:
+        weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
+    examples = read_examples(prepared / "examples.parquet", "train")[:2]
+    tables = [table(example, 2, 2, Random(0))[0] for example in examples]
+    draws = [Draw(0.2, 1), Draw(0.6, 2)]
+    signs = torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]])
+
+    def value() -> torch.Tensor:
+        return (learns.scores(tables, draws) * signs).sum()
+
+    slopes = torch.autograd.grad(value(), weights)
+    length = torch.cat([slope.flatten() for slope in slopes]).norm()
+    sums = []
+    with torch.no_grad():
+        for step in (2e-2, -4e-2):
+            for weight, slope in zip(weights, slopes, strict=True):
+                weight += step * slope / length
+            sums.append(value())
+    assert length > 0
+    assert ((sums[0] - sums[1]) / 4e-2).item() == pytest.approx(length.item(), rel=0.03)
 
 
 def test_a_square_is_four_choices(params: Params) -> None:
