@@ -51,23 +51,27 @@ def tables(params: Params, datasets: Sequence[Dataset]) -> Iterator[Table]:
     """Tables 1 and 2: a row of the paper's numbers, on its data, over one of ours, on ours."""
     for name, tasks in LAYOUT.items():
         columns = [(task, metric) for task in tasks for metric in THEIRS[task][1] if of_task(datasets, task)]
-        head = ["method", "numbers of", *(HEADS.get(metric, metric) for _, metric in columns)]
+        heads = [f"{HEADS.get(m, m)}\n{THEIRS[task][0]} / {_name(of_task(datasets, task))}" for task, m in columns]
         rows = []
         for number, row in enumerate(ROWS):
-            theirs = [Cell(f"{THEIRS[task][1][metric][number]:.2f}", THEIRS[task][0]) for task, metric in columns]
+            theirs = [Cell(f"{THEIRS[task][1][metric][number]:.2f}") for task, metric in columns]
             rows.append(Row(row, [Cell("the paper"), *theirs], "chance"))
             method = ours(params)[row]
             found = [_cell(of_task(datasets, task), method, metric) for task, metric in columns]
             rows.append(Row(row, [Cell(f"here ({method})"), *found]))
         if columns:
-            yield Table(f"{name} of the paper, and the same here", head, rows)
+            yield Table(f"{name} of the paper, and the same here", ["method", "numbers of", *heads], rows)
 
 
 def _cell(dataset: Dataset | None, method: str | None, metric: str) -> Cell:
     if dataset is None or method not in dataset.results:
         return Cell(NONE)
     value = dataset.results[method][metric]
-    return Cell(percent(value.value), f"{interval(value)} {dataset.name}")
+    return Cell(percent(value.value), interval(value))
+
+
+def _name(dataset: Dataset | None) -> str:
+    return NONE if dataset is None else dataset.name
 
 
 def drawings(params: Params, datasets: Sequence[Dataset]) -> list[figures.Drawing]:
