@@ -9,6 +9,7 @@ Shapes: C candidates, K draws in all, k draws seen; n races.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -56,8 +57,12 @@ def staged(to_keep: Sequence[int], n_samples: Sequence[int]) -> Schedule:
     """
     if len(to_keep) != len(n_samples) or any(b > a for a, b in pairwise(to_keep)):
         raise ValueError(f"to_keep {list(to_keep)} must fall and be as long as n_samples {list(n_samples)}")
-    number = dict(zip(n_samples, to_keep, strict=True))
-    return Schedule(tuple(n_samples), lambda values_Ck, kept_C: best(values_Ck, kept_C, number[values_Ck.shape[1]]))
+
+    def keep(values_Ck: Floats, kept_C: Mask) -> Mask:
+        stage = bisect_left(n_samples, values_Ck.shape[1])  # a draw less than asked for, where one was left out
+        return best(values_Ck, kept_C, to_keep[stage])
+
+    return Schedule(tuple(n_samples), keep)
 
 
 def hierarchical(timesteps: int, samples: int, beam_factor: float, patience: int) -> Schedule:

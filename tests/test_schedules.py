@@ -88,6 +88,7 @@ def test_evidence_that_is_not_finite_is_left_out_for_all_and_counted() -> None:
     race = run(broken, all_draws(8))
     assert race.dropped == 2 and race.evaluations == 40
     assert race.ranking().tolist() == np.argsort(-np.delete(values, [2, 5], 1).mean(1)).tolist()
+    assert run(broken, staged((5, 2, 1), (1, 4, 8))).dropped == 1
     assert run(np.full((3, 8), np.nan), racing(8, 1.0)).ranking().tolist() == [0, 1, 2]
 
 
