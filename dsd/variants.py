@@ -139,7 +139,7 @@ def compare(params: Params, study: str, folder: Path, data: Mapping[str, Answers
     told: dict[str, Any] = {}
     for variant, dataset in ((v, d) for v in row.variants for d in row.datasets):
         entry, answers = found.get(variant, {}).get(dataset), data[dataset]
-        if entry is None:
+        if entry is None or set(entry["ranks"]) != set(row.methods):  # not run, or when the study had other methods
             continue
         metrics = {method: {m: dict(v) for m, v in of.items()} for method, of in entry["metrics"].items()}
         if entry["examples"] == ids(answers.examples):

@@ -92,6 +92,7 @@ def test_a_piece_is_run_once_and_told_beside_the_unchanged(params: Params, tmp_p
     # Another few-shot sample is measured on the same test examples.
     assert "difference" in told["other"][DATASET]["methods"]["dsd"]["micro"]
     assert told["other"][DATASET]["params"] == keys("some", "other", DATASET, of)["params"]
+    assert compare(with_study(params, methods=("denoising",), plain={}), "some", tmp_path, answers) == {}
     fewer = {DATASET: answers[DATASET]._replace(examples=examples[1:])}
     assert "difference" not in compare(of, "some", tmp_path, fewer)["plain"][DATASET]["methods"]["dsd"]["micro"]
 
