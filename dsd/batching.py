@@ -1,0 +1,95 @@
+"""Races side by side: batches are filled with what all of them still want, and stay full while candidates drop out.
+
+No model is run here: `compute` is whatever turns requests into values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from dsd.draws import Draw
+from dsd.evidence import Request
+from dsd.matching import Pair
+from dsd.schedules import Race
+
+
+@dataclass(eq=False)
+class Entry:
+    """A race over the pairs of one example at draws in the order in which the schedule counts them."""
+
+    id: str
+    race: Race
+    pairs: Sequence[Pair]
+    draws: Sequence[Draw]
+
+    def wants(self) -> list[Request]:
+        """The requests of the next round, in the order in which the race is told their values."""
+        return [(self.pairs[candidate], self.draws[draw]) for candidate, draw in self.race.asks()]
+
+
+@dataclass
+class Filled:
+    """How full the batches were, until nothing was left to begin."""
+
+    rows: int = 0  # that were computed
+    places: int = 0  # in the batches before the last race had begun
+    taken: int = 0  # of these places
+
+    @property
+    def share(self) -> float:
+        return self.taken / self.places if self.places else 1.0
+
+
+def side_by_side(
+    entries: Iterable[Entry], compute: Callable[[list[Request]], ArrayLike], size: int, filled: Filled
+) -> Iterator[Entry]:
+    """Runs all races to their ends, in batches of `size` requests; yields each entry when its race is over.
+
+    A request that several open races have in common is computed once. Which requests share a batch depends on the order
+    of the entries and on `size`; what a race is told does not, so neither does its answer.
+    """
+    queue: dict[Request, None] = {}  # to be computed, oldest first
+    known: dict[Request, float] = {}
+    users: dict[Request, int] = {}  # how many rounds under way have asked for it
+    under_way: dict[Entry, list[Request]] = {}
+    coming, more = iter(entries), True
+
+    def ask(entry: Entry) -> bool:
+        wanted = entry.wants()
+        for request in wanted:
+            users[request] = users.get(request, 0) + 1
+            if request not in known:
+                queue[request] = None
+        if wanted:
+            under_way[entry] = wanted
+        return bool(wanted)
+
+    while more or under_way:
+        while more and len(queue) < size:
+            entry = next(coming, None)
+            more = entry is not None
+            if entry is not None and not ask(entry):
+                yield entry
+        batch = list(queue)[:size]
+        if batch:
+            known |= zip(batch, np.asarray(compute(batch), dtype=np.float64).tolist(), strict=True)
+            for request in batch:
+                del queue[request]
+            filled.rows += len(batch)
+            if more:
+                filled.places, filled.taken = filled.places + size, filled.taken + len(batch)
+        for entry, wanted in list(under_way.items()):
+            if all(request in known for request in wanted):
+                entry.race.tell([known[request] for request in wanted])
+                del under_way[entry]
+                again = ask(entry)
+                for request in wanted:
+                    users[request] -= 1
+                    if not users[request]:
+                        del users[request], known[request]
+                if not again:
+                    yield entry
