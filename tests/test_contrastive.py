@@ -14,7 +14,7 @@ from dsd.backbones import Clip, load_clip
 from dsd.encoding import all_texts, contrastive_encodings, read_all
 from dsd.engine import cosines, score_contrastive
 from dsd.errors import CheckpointError, TextError
-from dsd.matching import Pair
+from dsd.matching import Pair, read_examples
 from dsd.params import Params
 from dsd.pictures import Pictures
 from dsd.scorers.contrastive import ContextPrompt, Features, Head, Projections, learned, untrained
@@ -170,11 +170,12 @@ def test_other_weights_are_other_scores_of_their_method_alone(
     two = params.model_copy(update={"methods": {m: params.methods[m] for m in ("clip-zero-shot", "clip-finetune")}})
     pictures, store = Pictures(prepared / "images.parquet"), Store(tmp_path / "score")
     head = Projections(clip, *contrastive_encodings(clip, pictures, all_texts(read_all(prepared)), Store(cached)))
+    examples = read_examples(prepared / "examples.parquet", "test")
     (tmp_path / "clip-finetune").mkdir()
     found = []
     for change in (lambda head: head, moved):
         change(head).save(tmp_path / "clip-finetune" / head.file)
-        keys = score_contrastive(two, prepared, cached, tmp_path, store)
+        keys = score_contrastive(two, examples, prepared, cached, tmp_path, store)
         found.append({method: (key, store.read(key)) for method, [key] in keys.items()})
     before, after = found
     assert before["clip-zero-shot"][0] == after["clip-zero-shot"][0]
