@@ -188,7 +188,7 @@ class StudyParams(_Params):
     split: Literal["validation", "test"]
     datasets: tuple[str, ...]
     methods: tuple[str, ...]
-    variants: dict[Annotated[str, Field(pattern="^[^/]+$")], dict[str, bool | int | float | str | None]]
+    variants: dict[str, dict[str, bool | int | float | str | None]]
 
 
 class ReportParams(_Params):
@@ -391,13 +391,14 @@ def _tag(member: Any) -> str | None:
     return None if scorer is None else str(get_args(scorer.annotation)[0])
 
 
-def _line(error: ErrorDetails, path: Path) -> str:
+def mistake(error: ErrorDetails, where: object) -> str:
+    """One line for an error of pydantic's: where, which key, and what would be right."""
     key, known = _place(error["loc"])
     location = ".".join(key)
     if error["type"] == "extra_forbidden":
-        return f"{path}: {unknown('key', location, ['.'.join([*key[:-1], other]) for other in known])}"
+        return f"{where}: {unknown('key', location, ['.'.join([*key[:-1], other]) for other in known])}"
     found = "" if error["type"] == "missing" or not location else f", found {error['input']!r}"
-    return f"{path}: {location + ': ' if location else ''}{error['msg'].removeprefix('Value error, ')}{found}"
+    return f"{where}: {location + ': ' if location else ''}{error['msg'].removeprefix('Value error, ')}{found}"
 
 
 def load(path: Path | str = "params.yaml") -> Params:
@@ -410,4 +411,4 @@ def load(path: Path | str = "params.yaml") -> Params:
     except yaml.YAMLError as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
-        raise ParamsError(_line(error.errors()[0], path)) from None
+        raise ParamsError(mistake(error.errors()[0], path)) from None

@@ -36,8 +36,7 @@ def answer(name: str, split: str, params: Params, data: Path, folder: Path) -> d
         shutil.rmtree(raw)
     encode(name, params, prepared, cached)
     for method in params.training:
-        for _ in train(name, method, params, prepared, cached, trained / method):
-            pass
+        list(train(name, method, params, prepared, cached, trained / method))
     score(name, params, prepared, cached, trained, scored, split=split)
     examples = read_examples(prepared / "examples.parquet", split)
     ranks = {

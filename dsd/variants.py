@@ -19,7 +19,7 @@ from dsd.errors import ParamsError, unknown
 from dsd.evaluation import hits_of, intervals
 from dsd.matching import MatchingExample
 from dsd.metrics import Hits
-from dsd.params import Params
+from dsd.params import Params, mistake
 from dsd.statistics import Difference, paired_difference
 from dsd.store import digest, write_atomic
 
@@ -39,10 +39,7 @@ def changed(params: Params, study: str, dataset: str, variant: str) -> Params:
     try:
         whole = Params.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ParamsError(
-            f"studies.{study}.variants.{variant}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        ) from None
+        raise ParamsError(mistake(error.errors()[0], f"studies.{study}.variants.{variant}")) from None
     methods = params.studies[study].methods
     return whole.model_copy(
         update={

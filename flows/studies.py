@@ -22,15 +22,19 @@ def run() -> None:
     for name in asked:
         if name not in params.studies:
             raise DsdError(unknown("study", name, params.studies))
+    pieces = {
+        f"{name}: {variant}, {dataset}": (name, variant, dataset)
+        for name in asked or params.studies
+        for variant, dataset in study.missing(name, params, target)
+    }
 
-    def piece(name: str) -> Details:
-        of, variant, dataset = name.split("/")
-        study.run(of, variant, dataset, params, target, DATA / "work" / of)
+    def piece(label: str) -> Details:
+        name, variant, dataset = pieces[label]
+        study.run(name, variant, dataset, params, target, DATA / "unfinished" / name)
         return {}
 
-    for name in asked or params.studies:
-        each(unit(piece), ["/".join((name, *parts)) for parts in study.missing(name, params, target)])
-        shutil.rmtree(DATA / "work" / name, ignore_errors=True)
+    each(unit(piece), pieces)
+    shutil.rmtree(DATA / "unfinished", ignore_errors=True)
 
 
 if __name__ == "__main__":

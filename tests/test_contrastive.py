@@ -14,11 +14,12 @@ from dsd.backbones import Clip, load_clip
 from dsd.encoding import all_texts, contrastive_encodings, read_all
 from dsd.engine import cosines, score_contrastive
 from dsd.errors import CheckpointError, TextError
-from dsd.matching import Pair
+from dsd.matching import Pair, read_examples
 from dsd.params import Params
 from dsd.pictures import Pictures
 from dsd.scorers.contrastive import ContextPrompt, Features, Head, Projections, learned, untrained
 from dsd.store import Store
+from tests.gradients import check_gradient
 
 IMAGES = ["i", "j", "k"]
 TEXTS = ["", "a red circle", "a blue star left of a green ring"]
@@ -75,16 +76,7 @@ def test_fine_tuning_starts_at_the_zero_shot_score(
 def test_only_what_is_tuned_learns(name: str, params: Params, clip: Clip, features: tuple[Features, Features]) -> None:
     """The length of the gradient against the finite difference along it."""
     head = moved(start(name, params, clip, features))
-    weights = list(head.parameters())
-    slopes = torch.autograd.grad(head(PAIRS).sum(), weights)
-    length = torch.cat([slope.flatten() for slope in slopes]).norm()
-    sums = []
-    with torch.no_grad():
-        for step in (5e-3, -1e-2):
-            for weight, slope in zip(weights, slopes, strict=True):
-                weight += step * slope / length
-            sums.append(head(PAIRS).sum())
-    assert ((sums[0] - sums[1]) / 1e-2).item() == pytest.approx(length.item(), rel=0.02)
+    check_gradient(lambda: head(PAIRS).sum(), list(head.parameters()), step=5e-3, rel=0.02)
     assert not any(weight.requires_grad for weight in clip.model.parameters())
 
 
@@ -170,11 +162,12 @@ def test_other_weights_are_other_scores_of_their_method_alone(
     two = params.model_copy(update={"methods": {m: params.methods[m] for m in ("clip-zero-shot", "clip-finetune")}})
     pictures, store = Pictures(prepared / "images.parquet"), Store(tmp_path / "score")
     head = Projections(clip, *contrastive_encodings(clip, pictures, all_texts(read_all(prepared)), Store(cached)))
+    examples = read_examples(prepared / "examples.parquet", "test")
     (tmp_path / "clip-finetune").mkdir()
     found = []
     for change in (lambda head: head, moved):
         change(head).save(tmp_path / "clip-finetune" / head.file)
-        keys = score_contrastive(two, prepared, cached, tmp_path, store)
+        keys = score_contrastive(two, examples, prepared, cached, tmp_path, store)
         found.append({method: (key, store.read(key)) for method, [key] in keys.items()})
     before, after = found
     assert before["clip-zero-shot"][0] == after["clip-zero-shot"][0]

@@ -354,7 +354,7 @@ def test_studies_are_told(page: str, data: Path) -> None:
     parsed = Parsed(page)
     metrics = json.loads((data / "evaluate" / "metrics.json").read_text())
     head, *rows = parsed.tables["search: validation split"]
-    assert head[1] == "scenes-commacro, n = 36" and [row[0] for row in rows] == ["one (other params)", "two"]
+    assert head[2] == "scenes-commacro, n = 36" and [row[0] for row in rows] == ["one (other params)", "two"]
     assert "dsd: of 2 the best by the mean is “one”; params.yaml has “two”." in parsed.text
     headlines = {name: METRICS_OF[name] for name in NAMES}
     found = [metrics[name]["dsd"][metric]["value"] for name, metric in headlines.items()]

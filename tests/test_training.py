@@ -16,6 +16,7 @@ from dsd.errors import DataError
 from dsd.matching import MatchingExample, read_examples
 from dsd.params import Params
 from dsd.training import ContrastiveLearner, Trainer, accuracy, learner, matching_loss, shape, table, train
+from tests.gradients import check_gradient
 
 EXAMPLE = MatchingExample("x", ("i",), ("a", "b", "c", "d"), ((0, 2),), "all")
 SQUARE = MatchingExample("y", ("i", "j"), ("a", "b"), ((1, 0), (0, 1)), "all")
@@ -106,16 +107,7 @@ def test_the_prompts_gradient_is_that_of_the_score(params: Params, prepared: Pat
     def value() -> torch.Tensor:
         return (learns.scores(tables, draws) * signs).sum()
 
-    slopes = torch.autograd.grad(value(), weights)
-    length = torch.cat([slope.flatten() for slope in slopes]).norm()
-    sums = []
-    with torch.no_grad():
-        for step in (2e-2, -4e-2):
-            for weight, slope in zip(weights, slopes, strict=True):
-                weight += step * slope / length
-            sums.append(value())
-    assert length > 0
-    assert ((sums[0] - sums[1]) / 4e-2).item() == pytest.approx(length.item(), rel=0.03)
+    check_gradient(value, weights, step=2e-2, rel=0.03)
 
 
 def test_a_square_is_four_choices(params: Params) -> None:

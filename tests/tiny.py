@@ -59,6 +59,7 @@ def small(models: Path, **changes: object) -> Params:
                 for name, method in params.methods.items()
             },
             "training": training,
+            "studies": {},
             "evidence": params.evidence.model_copy(update={"shard": 16}),
             "evaluate": params.evaluate.model_copy(update={"resamples": 50}),
             "runtime": params.runtime.model_copy(update={"batch_size": 8, "workers": 1, "device": "cpu"}),

@@ -90,21 +90,12 @@ class _Study:
             cells = [self._cell(variant, dataset, method) for dataset in self.datasets]
             total = self.mean(variant, method)
             mark = "best" if self.row.split == "validation" and variant == self.best(method) else ""
-            head = method if len(self.row.methods) > 1 else ""
-            rows.append(
-                Row(
-                    variant + (" (other params)" if self.stale(variant) else ""),
-                    [
-                        *([Cell(head)] if head else []),
-                        *cells,
-                        Cell(NONE if total is None else percent(total), mark=mark),
-                    ],
-                )
-            )
-        rows += self._spread()
-        several = ["method"] if len(self.row.methods) > 1 else []
+            head = variant + (" (other params)" if self.stale(variant) else "")
+            last = Cell(NONE if total is None else percent(total), mark=mark)
+            rows.append(Row(head, [Cell(method), *cells, last]))
         heads = [f"{d.name}\n{d.headline}, n = {self._n(d)}" for d in self.datasets]
-        return Table(f"{self.name}: {self.row.split} split", ["variant", *several, *heads, "mean"], rows)
+        caption = f"{self.name}: {self.row.split} split"
+        return Table(caption, ["variant", "method", *heads, "mean"], [*rows, *self._spread()])
 
     def _n(self, dataset: Dataset) -> str:
         found = [self.value(variant, dataset, method) for method, variant in self.rows]
@@ -125,15 +116,12 @@ class _Study:
         for method in self.row.methods:
             cells = []
             for dataset in self.datasets:
-                found = [v.value for v in (self.value(variant, dataset, method) for _, variant in self.of(method)) if v]
-                spread = f"± {percent(stdev(found))}" if len(found) > 1 else ""
-                cells.append(Cell(percent(mean(found)), f"{spread}, {len(found)} samples"))
-            head = [Cell(method)] if len(self.row.methods) > 1 else []
-            rows.append(Row("mean ± standard deviation", [*head, *cells, Cell("")], "total"))
+                several = [self.value(variant, dataset, method) for variant in (AS_IS, *self.told)]
+                found = [v.value for v in several if v]
+                spread = f"± {percent(stdev(found))}, {len(found)} samples" if len(found) > 1 else ""
+                cells.append(Cell(percent(mean(found)) if found else NONE, spread))
+            rows.append(Row("mean ± standard deviation", [Cell(method), *cells, Cell("")], "total"))
         return rows
-
-    def of(self, method: str) -> list[tuple[str, str]]:
-        return [row for row in self.rows if row[0] == method]
 
     def amounts(self, key: str) -> dict[str, float]:
         """The amount that each variant gives to the key; nothing unless all change this key alone."""
