@@ -85,10 +85,12 @@ class ContextParams(_Params):
 
 
 class TrainingParams(_Params):
-    """How a method is trained on the few-shot split; `epochs` count its examples."""
+    """How a method is trained on the few-shot split; `epochs` count its examples, and a small split has as many steps
+    as `least_steps` all the same."""
 
     loss: Literal["softmax", "binary", "hinge"]
     epochs: Annotated[float, Field(gt=0)]
+    least_steps: Annotated[int, Field(ge=0)]
     examples_per_step: Positive
     candidates: Annotated[int, Field(ge=2)]
     learning_rate: Annotated[float, Field(gt=0)]

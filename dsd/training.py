@@ -218,7 +218,8 @@ class Trainer:
         self.shape = shape(examples, training.candidates)
         self.batch = min(training.examples_per_step, len(examples))
         # Rounded first: 0.07 × 100 is a little more than 7.
-        self.steps = max(1, math.ceil(round(training.epochs * len(examples) / self.batch, 6)))
+        seen = math.ceil(round(training.epochs * len(examples) / self.batch, 6))
+        self.steps = max(1, training.least_steps, seen)
         self.weights = list(learner.module.parameters())
         self.optimizer = torch.optim.AdamW(self.weights, lr=training.learning_rate, weight_decay=0.0)
         self.step = 0

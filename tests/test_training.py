@@ -158,10 +158,14 @@ def test_a_state_of_other_params_is_not_resumed(params: Params, prepared: Path, 
 
 
 @pytest.mark.parametrize(
-    ("steps", "examples", "batch", "epochs"), [(4, 6, 3, 2), (7, 100, 1, 0.07), (1, 6, 3, 0.1), (5, 6, 99, 5)]
+    ("steps", "examples", "batch", "epochs", "least"),
+    [(4, 6, 3, 2, 0), (7, 100, 1, 0.07, 7), (1, 6, 3, 0.1, 0), (5, 6, 99, 5, 4), (9, 6, 3, 2, 9)],
 )
-def test_steps_are_epochs_of_the_examples(steps: int, examples: int, batch: int, epochs: float, params: Params) -> None:
-    row = params.training["dsd"].model_copy(update={"epochs": epochs, "examples_per_step": batch})
+def test_steps_are_epochs_of_the_examples(
+    steps: int, examples: int, batch: int, epochs: float, least: int, params: Params
+) -> None:
+    change = {"epochs": epochs, "examples_per_step": batch, "least_steps": least}
+    row = params.training["dsd"].model_copy(update=change)
     nothing = SimpleNamespace(module=torch.nn.Linear(1, 1))
     assert Trainer("x", row, 0, nothing, [EXAMPLE] * examples).steps == steps  # type: ignore[arg-type]
 

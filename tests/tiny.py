@@ -45,7 +45,8 @@ def small(models: Path, **changes: object) -> Params:
     com = params.datasets["scenes-com"].model_copy(
         update={"size": 60, "few_shot": 0.1, "validation": 0.05, "test": 9, "draws_per_level": 2}
     )
-    steps = {"epochs": 2.0, "examples_per_step": 3, "checkpoint_every": 1}  # 4 steps: 6 examples are the few-shot split
+    # 4 steps: 6 examples are the few-shot split
+    steps = {"epochs": 2.0, "least_steps": 0, "examples_per_step": 3, "checkpoint_every": 1}
     training = {name: row.model_copy(update=steps) for name, row in params.training.items()}
     return params.model_copy(
         update={
