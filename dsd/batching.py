@@ -5,30 +5,50 @@ No model is run here: `compute` is whatever turns requests into values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from dsd.draws import Draw
-from dsd.evidence import Request
+from dsd.evidence import UNCONDITIONAL, Request
 from dsd.matching import Pair
 from dsd.schedules import Race
 
 
 @dataclass(eq=False)
 class Entry:
-    """A race over the pairs of one example at draws in the order in which the schedule counts them."""
+    """A race over the pairs of one example at draws in the order in which the schedule counts them.
+
+    `normalised`: a pair's value is set off against that of its image without a text.
+    """
 
     id: str
     race: Race
     pairs: Sequence[Pair]
     draws: Sequence[Draw]
+    normalised: bool
 
     def wants(self) -> list[Request]:
-        """The requests of the next round, in the order in which the race is told their values."""
+        """The requests of the next round, none when the race is over."""
+        asked = self._rows()
+        return asked + (list(dict.fromkeys(map(without_text, asked))) if self.normalised else [])
+
+    def tell(self, known: Mapping[Request, float]) -> None:
+        """The values of what it wants."""
+        rows = self._rows()
+        self.race.tell([known[row] - (known[without_text(row)] if self.normalised else 0.0) for row in rows])
+
+    def _rows(self) -> list[Request]:
         return [(self.pairs[candidate], self.draws[draw]) for candidate, draw in self.race.asks()]
+
+
+def without_text(request: Request) -> Request:
+    """The unconditional pass of the same picture at the same draw."""
+    pair, draw = request
+    return Pair(pair.image, UNCONDITIONAL), draw
 
 
 @dataclass
@@ -45,15 +65,21 @@ class Filled:
 
 
 def side_by_side(
-    entries: Iterable[Entry], compute: Callable[[list[Request]], ArrayLike], size: int, filled: Filled
+    entries: Iterable[Entry],
+    compute: Callable[[list[Request]], ArrayLike],
+    size: int,
+    filled: Filled,
+    stored: dict[Request, float],
 ) -> Iterator[Entry]:
     """Runs all races to their ends, in batches of `size` requests; yields each entry when its race is over.
 
-    A request that several open races have in common is computed once. Which requests share a batch depends on the order
-    of the entries and on `size`; what a race is told does not, so neither does its answer.
+    What is `stored` is not computed, and a request that several open races have in common is computed once. Which
+    requests share a batch depends on the order of the entries and on `size`; what a race is told does not, so neither
+    does its answer.
     """
     queue: dict[Request, None] = {}  # to be computed, oldest first
-    known: dict[Request, float] = {}
+    computed: dict[Request, float] = {}
+    known = ChainMap(computed, stored)
     users: dict[Request, int] = {}  # how many rounds under way have asked for it
     under_way: dict[Entry, list[Request]] = {}
     coming, more = iter(entries), True
@@ -76,7 +102,7 @@ def side_by_side(
                 yield entry
         batch = list(queue)[:size]
         if batch:
-            known |= zip(batch, np.asarray(compute(batch), dtype=np.float64).tolist(), strict=True)
+            computed |= zip(batch, np.asarray(compute(batch), dtype=np.float64).tolist(), strict=True)
             for request in batch:
                 del queue[request]
             filled.rows += len(batch)
@@ -84,12 +110,13 @@ def side_by_side(
                 filled.places, filled.taken = filled.places + size, filled.taken + len(batch)
         for entry, wanted in list(under_way.items()):
             if all(request in known for request in wanted):
-                entry.race.tell([known[request] for request in wanted])
+                entry.tell(known)
                 del under_way[entry]
                 again = ask(entry)
                 for request in wanted:
                     users[request] -= 1
                     if not users[request]:
-                        del users[request], known[request]
+                        del users[request]
+                        computed.pop(request, None)
                 if not again:
                     yield entry

@@ -5,7 +5,7 @@ Shapes: B rows of a batch, R rows of a shard, P poolings, L layers, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -86,13 +86,22 @@ class Engine:
         found = {"attention": attention, "attribution": attribution, "error": error}
         return {name: tensor.float().cpu().contiguous().numpy() for name, tensor in found.items()}
 
-    def fill(self, shards: Sequence[Shard], store: Store, title: str) -> int:
-        """Computes the shards that the store lacks or holds damaged; returns how many (pair, draw) rows it computed."""
+    def fill(
+        self,
+        shards: Sequence[Shard],
+        store: Store,
+        title: str,
+        keep: Callable[[Arrays], Arrays] = lambda arrays: arrays,
+    ) -> int:
+        """Computes the shards that the store lacks or holds damaged; returns how many (pair, draw) rows it computed.
+
+        `keep` says what of the evidence is stored.
+        """
         computed = 0
         bar = progress(total=sum(len(shard.rows) for shard in shards), desc=title, unit="row", unit_scale=True)
         for shard in shards:
             if shard.key not in store or store.read(shard.key) is None:
-                store.write(shard.key, self.compute(shard.rows))
+                store.write(shard.key, keep(self.compute(shard.rows)))
                 computed += len(shard.rows)
             bar.update(len(shard.rows))
         bar.close()

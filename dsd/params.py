@@ -193,6 +193,46 @@ class StudyParams(_Params):
     variants: dict[str, dict[str, bool | int | float | str | None]]
 
 
+class ExhaustiveSettings(_Params):
+    draws: tuple[Positive, ...]
+
+
+class StagedSettings(_Params):
+    to_keep: tuple[tuple[Positive, ...], ...]
+    first: tuple[Positive, ...]
+    growth: tuple[Annotated[int, Field(ge=2)], ...]
+
+
+class HierarchicalSettings(_Params):
+    direction: tuple[Literal["clean", "noisy", "middle"], ...]
+    samples: tuple[Positive, ...]
+    beam_factor: tuple[Annotated[float, Field(ge=1)], ...]
+    patience: tuple[Positive, ...]
+    shrinking: tuple[bool, ...]
+
+
+class RacingSettings(_Params):
+    threshold: tuple[Annotated[float, Field(gt=0)], ...]
+    proposer: tuple[str | None, ...]
+    rivals: Positive
+    deltas: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+
+
+class RacesParams(_Params):
+    """Which schedules `dsd.races` compares, at which settings, on evidence at every draw of these levels."""
+
+    datasets: dict[str, tuple[str, ...]]
+    examples: Positive
+    levels: tuple[Level, ...]
+    draws_per_level: Positive
+    within: Share
+    exhaustive: ExhaustiveSettings
+    staged: StagedSettings
+    hierarchical: HierarchicalSettings
+    racing: RacingSettings
+
+
 class ReportParams(_Params):
     gallery: Positive
 
@@ -248,6 +288,7 @@ class Params(_Params):
     evaluate: EvaluateParams
     ablations: AblationParams
     studies: dict[str, StudyParams]
+    races: RacesParams
     report: ReportParams
     pretrain: PretrainParams
 

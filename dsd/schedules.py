@@ -3,7 +3,8 @@
 A race is one example: its candidates are seen at the same draws, in rounds, and after each round the schedule says
 which are kept. Evidence is higher for a better candidate.
 
-Shapes: C candidates, K draws in all, k draws seen; n races.
+Shapes: C candidates, K draws in all, k draws seen; J columns: that of a proposer, if there is one, and the draws seen;
+D differences between a winner and a rival.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binom
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-Keep = Callable[[Floats, Mask], Mask]
 
 
 def exhaustive(pairs: int, draws: int) -> NDArray[np.int64]:
@@ -28,24 +29,57 @@ def exhaustive(pairs: int, draws: int) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a race has seen when a round is over.
+
+    values_CJ: the evidence, NaN where a candidate was not asked; the first column is the proposer's, if there is one.
+    kept_C: who was in the race during the round.
+    draws: how many draws were asked for; more than there are columns where one was lost.
+    proposed: whether there is a proposer's column.
+    """
+
+    values_CJ: Floats
+    kept_C: Mask
+    draws: int
+    proposed: bool
+
+    @property
+    def drawn_Ck(self) -> Floats:
+        return self.values_CJ[:, int(self.proposed) :]
+
+    @property
+    def lost(self) -> bool:
+        return self.drawn_Ck.shape[1] < self.draws
+
+
+def mean(seen: Seen) -> Floats:
+    """[C] the mean over the draws of those who are kept, and the proposer's word before the first; −∞ of the others."""
+    columns_Ck = seen.drawn_Ck if seen.drawn_Ck.shape[1] else seen.values_CJ
+    return np.where(seen.kept_C, columns_Ck.mean(1), -np.inf)
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Rounds of draws, and who is kept after each.
 
-    ends: how many draws a kept candidate has been seen at after each round, rising.
-    keep: (evidence [C, k], kept so far [C]) to kept from now on [C]; what was dropped before is NaN in its later draws.
+    ends: how many draws a kept candidate has been seen at after each round, rising; from 0 on with a proposer, whose
+        word is then the first round.
+    keep: what was seen to who is kept from now on [C].
+    standing: what was seen to how the candidates stand [C], which is what the answer is read from at any time.
     """
 
     ends: tuple[int, ...]
-    keep: Keep
+    keep: Callable[[Seen], Mask]
+    standing: Callable[[Seen], Floats] = mean
 
     def __post_init__(self) -> None:
-        if not self.ends or any(b <= a for a, b in pairwise((0, *self.ends))):
-            raise ValueError(f"the draws after each round must rise from 1 on, not {self.ends}")
+        if not self.ends or self.ends[0] < 0 or any(b <= a for a, b in pairwise(self.ends)):
+            raise ValueError(f"the draws after each round must rise, not {self.ends}")
 
 
 def all_draws(draws: int) -> Schedule:
     """Every candidate at every draw."""
-    return Schedule((draws,), lambda values_Ck, kept_C: kept_C)
+    return Schedule((draws,), lambda seen: seen.kept_C)
 
 
 def staged(to_keep: Sequence[int], n_samples: Sequence[int]) -> Schedule:
@@ -58,26 +92,26 @@ def staged(to_keep: Sequence[int], n_samples: Sequence[int]) -> Schedule:
     if len(to_keep) != len(n_samples) or any(b > a for a, b in pairwise(to_keep)):
         raise ValueError(f"to_keep {list(to_keep)} must fall and be as long as n_samples {list(n_samples)}")
 
-    def keep(values_Ck: Floats, kept_C: Mask) -> Mask:
-        stage = bisect_left(n_samples, values_Ck.shape[1])  # a draw less than asked for, where one was left out
-        return best(values_Ck, kept_C, to_keep[stage])
+    def keep(seen: Seen) -> Mask:
+        return best(mean(seen), seen.kept_C, to_keep[bisect_left(n_samples, seen.draws)])
 
     return Schedule(tuple(n_samples), keep)
 
 
-def hierarchical(timesteps: int, samples: int, beam_factor: float, patience: int) -> Schedule:
-    """Algorithm 1 of the second paper: `samples` draws at each timestep, after which the best 1 / beam_factor of the
+def hierarchical(timesteps: int, samples: int, beam_factor: float, patience: int, *, shrinking: bool) -> Schedule:
+    """Algorithm 1 of the second paper: `samples` draws at each timestep, after which the best C / beam_factor of all C
     classes are kept; it ends when one class has led for `patience` further draws.
 
-    The direction is that of the draws: from clean, from noisy or from the middle.
+    The direction is that of the draws: from clean, from noisy or from the middle. `shrinking` is the other reading, of
+    the paper's Figure 2: after each timestep the best 1 / beam_factor of those that are left.
     """
     if beam_factor < 1 or patience < 1:
         raise ValueError(f"beam_factor {beam_factor} and patience {patience} must be at least 1")
 
-    def keep(values_Ck: Floats, kept_C: Mask) -> Mask:
-        kept_C = best(values_Ck, kept_C, math.ceil(kept_C.sum() / beam_factor))
-        running_Ck = np.where(kept_C[:, None], values_Ck, -np.inf).cumsum(1)
-        leaders_k = running_Ck.argmax(0)
+    def keep(seen: Seen) -> Mask:
+        beam = (seen.kept_C.sum() if shrinking else len(seen.kept_C)) / beam_factor
+        kept_C = best(mean(seen), seen.kept_C, math.ceil(beam))
+        leaders_k = np.where(kept_C[:, None], seen.drawn_Ck, -np.inf).cumsum(1).argmax(0)
         changes = np.flatnonzero(np.diff(leaders_k))
         led = len(leaders_k) - 1 - (int(changes[-1]) + 1 if len(changes) else 0)
         return np.arange(len(kept_C)) == leaders_k[-1] if led >= patience else kept_C
@@ -85,73 +119,155 @@ def hierarchical(timesteps: int, samples: int, beam_factor: float, patience: int
     return Schedule(tuple(samples * (number + 1) for number in range(timesteps)), keep)
 
 
-def racing(draws: int, threshold: float, first: int = 1) -> Schedule:
-    """Drops a candidate once it lies further behind the leader than chance at the draws to come can make good.
+def shortlisted(schedule: Schedule, number: int) -> Schedule:
+    """The schedule over the candidates that the proposer puts first, so many of them."""
 
-    With k of K draws seen, the mean that all K will give lies about the mean so far with a deviation in proportion to
-    √(1/k − 1/K): it is zero at the end, where the leader is the winner. The unit is the race's own: the deviation
-    between its candidates at the first round. `calibrate` finds the threshold that keeps an error rate.
+    def keep(seen: Seen) -> Mask:
+        return schedule.keep(seen) if seen.draws else best(mean(seen), seen.kept_C, number)
+
+    return Schedule((0, *schedule.ends), keep, schedule.standing)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What racing knows of a kind of race before it starts: see `learn`.
+
+    order: [K] the draws, the most telling first.
+    weights: of J columns, [J], those that foretell a candidate's mean over all draws; from the first J on.
+    spread: for each of these, by how much it misses: the deviation of the difference between the winner and a rival.
+    proposed: whether the first column is a proposer's; then J is the number of draws and 1.
     """
-    ends = tuple(range(first, draws + 1))
 
-    def keep(values_Ck: Floats, kept_C: Mask) -> Mask:
-        behind_C = standardised(values_Ck, kept_C, draws, first)
-        return kept_C & (behind_C <= threshold)
-
-    return Schedule(ends, keep)
+    order: tuple[int, ...]
+    weights: tuple[tuple[float, ...], ...]
+    spread: tuple[float, ...]
+    proposed: bool
 
 
-def standardised(values_Ck: Floats, kept_C: Mask, draws: int, first: int) -> Floats:
-    """[C] how far each candidate's mean lies behind the leader's, in units of what the remaining draws may change.
+def racing(learned: Learned, threshold: float) -> Schedule:
+    """Drops a candidate once it is foretold to end more than `threshold` spreads behind the leader.
 
-    Where nothing remains, those behind are infinitely far.
+    Draws are to be asked for in the order that was learned. A race that has lost one keeps all that it has: for what is
+    left of the draws nothing was learned.
     """
-    means_C = np.where(kept_C, values_Ck.mean(1), -np.inf)
-    behind_C = means_C.max() - means_C
-    seen = values_Ck.shape[1]
-    unit = float(values_Ck[:, :first].mean(1).std()) * math.sqrt(max(0.0, 1 / seen - 1 / draws))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(behind_C == 0, 0.0, behind_C / unit)
+
+    def standing(seen: Seen) -> Floats:
+        if seen.lost:
+            return mean(seen)
+        weights_J = np.array(learned.weights[seen.values_CJ.shape[1] - 1])
+        return np.where(seen.kept_C, np.nan_to_num(seen.values_CJ) @ weights_J, -np.inf)
+
+    def keep(seen: Seen) -> Mask:
+        if seen.lost:
+            return seen.kept_C
+        standing_C = standing(seen)
+        return standing_C >= standing_C.max() - threshold * learned.spread[seen.values_CJ.shape[1] - 1]
+
+    return Schedule(tuple(range(0 if learned.proposed else 1, len(learned.order) + 1)), keep, standing)
 
 
-def calibrate(races: Sequence[ArrayLike], delta: float, first: int = 1) -> float:
-    """The threshold under which `racing` picks another winner than all draws would in at most a share delta of races.
+def learn(
+    races: Sequence[Floats], level_K: Sequence[float], rivals: int, proposals: Sequence[Floats] | None
+) -> Learned:
+    """In which order draws tell most, and how the first of them foretell the mean of all.
 
     Args:
-        races: evidence [C, K] of example races at all draws, exchangeable with those to come.
-        delta: the error rate, in (0, 1).
+        races: evidence [C, K] of example races at all draws.
+        level_K: the noise level of each draw; draws of one level differ by chance alone.
+        rivals: how many of those that come nearest to the winner count; to tell these apart is what a race is about.
+        proposals: [C] of each race what the proposer says, which is known before any draw; None without a proposer.
 
-    Split conformal prediction (Vovk et al. 2005): the winner of a race is kept throughout where the threshold is at
-    least the largest standardised distance that it ever lies behind. The ⌈(n + 1)(1 − δ)⌉-th smallest of these over n
-    races is exceeded by a further race with probability δ at most, whatever the evidence is distributed like. Distances
-    are taken from the leader of all candidates, which is never behind that of those still kept.
-
-    Raises:
-        ValueError: delta outside (0, 1), or too few races to promise it: at least 1/δ − 1 are needed.
+    The forecast is linear in the mean of each level seen so far, by least squares on the differences between winner
+    and rivals. The next draw is of the level that leaves the least of them unexplained.
     """
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must lie between 0 and 1, not {delta}")
-    worst = sorted(_worst(np.asarray(race, dtype=np.float64), first) for race in races)
-    place = math.ceil((len(worst) + 1) * (1 - delta))
-    if place > len(worst):
-        raise ValueError(f"{len(worst)} races cannot promise an error rate of {delta}; {math.ceil(1 / delta) - 1} can")
-    return worst[place - 1]
+    behind_D, seen_DK, proposed_D1 = _differences(races, rivals, proposals)
+    draws_of = {level: [k for k, other in enumerate(level_K) if other == level] for level in dict.fromkeys(level_K)}
+    count = dict.fromkeys(draws_of, 0)  # of each level, how many draws are in the order
+    order: list[int] = []
+    found: list[tuple[float, tuple[float, ...]]] = []  # spread and weights of the columns so far
+
+    def fit(chosen: Sequence[int]) -> tuple[float, tuple[float, ...]]:
+        groups = [[k for k in chosen if level_K[k] == level] for level in dict.fromkeys(level_K[k] for k in chosen)]
+        design_DF = np.hstack([proposed_D1, *(seen_DK[:, group].mean(1, keepdims=True) for group in groups)])
+        weights_F = np.linalg.lstsq(design_DF, behind_D, rcond=None)[0]
+        own, of_groups = weights_F[: proposed_D1.shape[1]], weights_F[proposed_D1.shape[1] :]
+        of_draw = {k: w / len(group) for w, group in zip(of_groups, groups, strict=True) for k in group}
+        return float((behind_D - design_DF @ weights_F).std()), tuple(map(float, [*own, *(of_draw[k] for k in chosen)]))
+
+    if proposals is not None:
+        found.append(fit([]))
+    while len(order) < len(level_K):
+        options = {level: [*order, of[count[level]]] for level, of in draws_of.items() if count[level] < len(of)}
+        fitted = {level: fit(chosen) for level, chosen in options.items()}
+        level = min(fitted, key=lambda level: fitted[level][0])
+        order, count[level] = options[level], count[level] + 1
+        found.append(fitted[level])
+    spread, weights = zip(*found, strict=True)
+    return Learned(tuple(order), weights, spread, proposals is not None)
 
 
-def _worst(values_CK: Floats, first: int) -> float:
-    C, K = values_CK.shape
-    winner = int(values_CK.mean(1).argmax())
-    everyone = np.ones(C, dtype=bool)
-    return max(
-        (float(standardised(values_CK[:, :k], everyone, K, first)[winner]) for k in range(first, K)), default=0.0
+def _differences(
+    races: Sequence[Floats], rivals: int, proposals: Sequence[Floats] | None
+) -> tuple[Floats, Floats, Floats]:
+    """How far rivals lie behind winners: in the end, [D], at each draw, [D, K], and for the proposer, [D, 1]."""
+    behind, seen, proposed = [], [], []
+    for number, values_CK in enumerate(races):
+        means_C = values_CK.mean(1)
+        winner, *others = np.argsort(-means_C, kind="stable")[: rivals + 1]
+        behind.append(means_C[winner] - means_C[others])
+        seen.append(values_CK[winner] - values_CK[others])
+        if proposals is not None:
+            proposed.append(proposals[number][winner] - proposals[number][others])
+    behind_D = np.concatenate(behind)
+    return (
+        behind_D,
+        np.concatenate(seen),
+        np.concatenate(proposed)[:, None] if proposed else np.empty((len(behind_D), 0)),
     )
 
 
-def best(values_Ck: Floats, kept_C: Mask, number: int) -> Mask:
-    """The kept candidates with the highest means, at most so many; of equal ones the first."""
-    means_C = np.where(kept_C, values_Ck.mean(1), -np.inf)
+def calibrate(
+    wrong: Callable[[float], Sequence[bool]], thresholds: Sequence[float], delta: float, confidence: float
+) -> float:
+    """The boldest threshold whose races pick another winner than all draws would at a rate of at most delta.
+
+    Args:
+        wrong: of a threshold, whether each of the example races ended with another winner; races that nothing was
+            learned from, exchangeable with those to come.
+        thresholds: to be tried, the most careful first.
+        delta, confidence: in (0, 1): with this confidence in the example races the rate holds for those to come,
+            whatever their evidence is distributed like.
+
+    Learn then test (Angelopoulos et al. 2021), in a fixed sequence: as long as the binomial test rejects that the rate
+    is above delta, a bolder threshold is tried.
+
+    Raises:
+        ValueError: delta or confidence outside (0, 1), or too few races for what is to be promised.
+    """
+    for name, value in (("delta", delta), ("confidence", confidence)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, not {value}")
+    kept = None
+    for threshold in thresholds:
+        errors = wrong(threshold)
+        if binom.cdf(sum(errors), len(errors), delta) > 1 - confidence:
+            if kept is None:
+                least = math.ceil(math.log(1 - confidence) / math.log(1 - delta))
+                raise ValueError(
+                    f"{sum(errors)} of {len(errors)} races went wrong even at threshold {threshold:g}: an error rate of "
+                    f"{delta} cannot be promised; it takes {least} races without an error"
+                )
+            return kept
+        kept = threshold
+    if kept is None:
+        raise ValueError("no thresholds to try")
+    return kept
+
+
+def best(standing_C: Floats, kept_C: Mask, number: int) -> Mask:
+    """The kept candidates that stand highest, at most so many; of equal ones the first."""
     chosen_C = np.zeros_like(kept_C)
-    chosen_C[np.argsort(-means_C, kind="stable")[: max(1, number)]] = True
+    chosen_C[np.argsort(-standing_C, kind="stable")[: max(1, number)]] = True
     return chosen_C & kept_C
 
 
@@ -164,14 +280,16 @@ class Race:
 
     candidates: int
     schedule: Schedule
+    proposal: ArrayLike | None = None  # [C] what the proposer says of each candidate
     budget: int | None = None  # of (candidate, draw) rows; None is no limit
     evaluations: int = 0
     dropped: int = 0
-    _values: list[Floats] = field(default_factory=list)  # [C] a draw, NaN for who was not asked
+    _columns: list[Floats] = field(default_factory=list)  # [C] the proposer's and those of draws, NaN if not asked
     _round: int = 0
     _asked: int = 0  # draws that were asked for
     _kept: Mask = field(init=False)
     _until: NDArray[np.int64] = field(init=False)  # [C] the round after which each was dropped
+    _standing: Floats = field(init=False)  # [C] how each stood when it was last asked
 
     def __post_init__(self) -> None:
         if self.candidates < 1:
@@ -182,6 +300,13 @@ class Race:
             )
         self._kept = np.ones(self.candidates, dtype=bool)
         self._until = np.full(self.candidates, len(self.schedule.ends))
+        self._standing = np.zeros(self.candidates)
+        if self.proposal is not None:
+            self._columns.append(np.asarray(self.proposal, dtype=np.float64))
+        if self.schedule.ends[0] == 0:
+            if self.proposal is None:
+                raise ValueError("the schedule starts with a proposal, and there is none")
+            self._judge()
 
     @property
     def done(self) -> bool:
@@ -205,21 +330,24 @@ class Race:
             if np.isfinite(column).all():
                 draw_C = np.full(self.candidates, np.nan)
                 draw_C[kept] = column
-                self._values.append(draw_C)
+                self._columns.append(draw_C)
             else:
                 self.dropped += 1
         self.evaluations += told.size
         self._asked += told.shape[1]
-        whole = self._asked == self.schedule.ends[self._round]
-        if whole and self._values:
-            after = self.schedule.keep(np.stack(self._values, 1), self._kept.copy())
-            self._until[self._kept & ~after] = self._round
-            self._kept = after
-        self._round += whole
+        self._judge()
+
+    def _judge(self) -> None:
+        over = self._asked == self.schedule.ends[self._round]
+        if self._columns:
+            seen = Seen(np.stack(self._columns, 1), self._kept, self._asked, self.proposal is not None)
+            self._standing = np.where(self._kept, self.schedule.standing(seen), self._standing)
+            if over:
+                after = self.schedule.keep(seen)
+                self._until[self._kept & ~after] = self._round
+                self._kept = after
+        self._round += over
 
     def ranking(self) -> NDArray[np.int64]:
-        """[C] candidates, best first: who was kept longer, then who has the higher mean over the draws both saw."""
-        if not self._values:
-            return np.arange(self.candidates)
-        means_C = np.nanmean(np.stack(self._values, 1), 1)
-        return np.lexsort((-means_C, -self._until))
+        """[C] candidates, best first: who was kept longer, then who stood higher."""
+        return np.lexsort((-self._standing, -self._until))

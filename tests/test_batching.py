@@ -11,9 +11,15 @@ from dsd.draws import Draw
 from dsd.evidence import Request
 from dsd.matching import Pair
 from dsd.schedules import Race, Schedule, all_draws, hierarchical, racing, staged
+from tests.test_schedules import simple
 
 DRAWS = [Draw(0.5, number) for number in range(8)]
-SCHEDULES = [all_draws(8), staged((5, 2, 1), (1, 4, 8)), hierarchical(4, 2, 2, 3), racing(8, 1.5)]
+SCHEDULES = [
+    all_draws(8),
+    staged((5, 2, 1), (1, 4, 8)),
+    hierarchical(4, 2, 2, 3, shrinking=False),
+    racing(simple(8), 1.5),
+]
 
 
 def value(request: Request) -> float:
@@ -23,27 +29,33 @@ def value(request: Request) -> float:
     return float(np.random.default_rng(seed).normal() + len(pair.text) / 3)
 
 
-def entries(count: int, candidates: int, schedule: Schedule) -> list[Entry]:
+def values(batch: list[Request]) -> list[float]:
+    return [value(request) for request in batch]
+
+
+def entries(count: int, candidates: int, schedule: Schedule, normalised: bool = False) -> list[Entry]:
     found = []
     for number in range(count):
         pairs = [Pair(f"i{number}", "t" * (c + 1) + str(number % 3)) for c in range(candidates)]
-        found.append(Entry(str(number), Race(candidates, schedule), pairs, DRAWS))
+        found.append(Entry(str(number), Race(candidates, schedule), pairs, DRAWS, normalised))
     return found
 
 
 def alone(entry: Entry) -> list[int]:
     while wanted := entry.wants():
-        entry.race.tell([value(request) for request in wanted])
+        entry.tell({request: value(request) for request in wanted})
     return [int(candidate) for candidate in entry.race.ranking()]
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 64), st.sampled_from(range(4)), st.randoms())
+@given(
+    st.integers(1, 30), st.integers(1, 9), st.integers(1, 64), st.sampled_from(range(4)), st.booleans(), st.randoms()
+)
 def test_answers_depend_on_neither_batch_nor_order(
-    count: int, candidates: int, size: int, which: int, random: object
+    count: int, candidates: int, size: int, which: int, normalised: bool, random: object
 ) -> None:
-    expected = {entry.id: alone(entry) for entry in entries(count, candidates, SCHEDULES[which])}
-    shuffled = entries(count, candidates, SCHEDULES[which])
+    expected = {entry.id: alone(entry) for entry in entries(count, candidates, SCHEDULES[which], normalised)}
+    shuffled = entries(count, candidates, SCHEDULES[which], normalised)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     asked: list[Request] = []
 
@@ -53,24 +65,33 @@ def test_answers_depend_on_neither_batch_nor_order(
         return [value(request) for request in batch]
 
     filled = Filled()
-    found = {entry.id: entry.race.ranking().tolist() for entry in side_by_side(shuffled, compute, size, filled)}
+    found = {entry.id: entry.race.ranking().tolist() for entry in side_by_side(shuffled, compute, size, filled, {})}
     assert found == expected
     assert len(asked) == len(set(asked)) == filled.rows
 
 
 def test_batches_stay_full_until_the_last_races() -> None:
     filled = Filled()
-    done = list(side_by_side(entries(300, 9, racing(8, 1.0)), lambda batch: [value(r) for r in batch], 96, filled))
+    done = list(side_by_side(entries(300, 9, racing(simple(8), 1.0)), values, 96, filled, {}))
     assert len(done) == 300 and filled.share == 1.0
     assert filled.rows == sum(entry.race.evaluations for entry in done)
 
 
 def test_what_races_share_is_computed_once() -> None:
-    twins = [Entry(str(n), Race(2, all_draws(4)), [Pair("i", "a"), Pair("i", "b")], DRAWS) for n in range(3)]
+    twins = [Entry(str(n), Race(2, all_draws(4)), [Pair("i", "a"), Pair("i", "b")], DRAWS, False) for n in range(3)]
     filled = Filled()
-    assert len(list(side_by_side(twins, lambda batch: [value(r) for r in batch], 5, filled))) == 3
+    assert len(list(side_by_side(twins, values, 5, filled, {}))) == 3
     assert filled.rows == 8
 
 
 def test_nothing_to_run() -> None:
-    assert list(side_by_side([], lambda batch: [], 4, Filled())) == []
+    assert list(side_by_side([], values, 4, Filled(), {})) == []
+
+
+def test_what_is_stored_is_not_computed() -> None:
+    stored = {(Pair("i0", "t0"), draw): 1.0 for draw in DRAWS}
+    filled = Filled()
+    (entry,) = side_by_side(entries(1, 2, all_draws(8)), values, 4, filled, stored)
+    assert filled.rows == 8 and entry.race.evaluations == 16
+    entry = next(iter(side_by_side(entries(1, 1, all_draws(8)), values, 4, filled, stored)))
+    assert filled.rows == 8 and entry.race.done

@@ -1,0 +1,27 @@
+"""Beside the stages: evidence at every draw, and what each schedule would have asked for of it. Some hours."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from dsd.params import load
+from flows import DATA
+from flows.stage import Details, each, main, unit
+
+
+@flow(name="races", persist_result=False)
+def run() -> None:
+    """Runs what is missing of the races of params.yaml; goes on where it was stopped."""
+    from dsd import races
+
+    params = load()
+
+    def dataset(name: str) -> Details:
+        stages = ("prepare", "cache", "train", "races")
+        return races.run(name, params, *(DATA / stage / name for stage in stages))
+
+    each(unit(dataset), params.races.datasets)
+
+
+if __name__ == "__main__":
+    main(run)
