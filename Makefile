@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce studies test bench readme clean
+.PHONY: help reproduce studies races test bench readme clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ reproduce: $(READY) ## From a clone to data/report/index.html; a second time it 
 
 studies: $(READY) ## Searches, other samples and shares, other forward passes: what is missing of them, some hours
 	@$(BIN)/python -m flows.studies
+
+races: $(READY) ## Evidence at every draw, and what each schedule would have asked for of it: some hours
+	@$(BIN)/python -m flows.races
 
 test: $(READY) ## Lint, contracts, types and tests
 	$(BIN)/ruff check .

@@ -5,17 +5,19 @@ Shapes: B rows of a batch, R rows of a shard, P poolings, L layers, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsd.attention import Recording, during
 from dsd.backbones import StableDiffusion, device_of, load_clip, load_diffusion
+from dsd.batching import Entry, Filled, side_by_side
 from dsd.encoding import (
     Arrays,
     Encodings,
@@ -28,12 +30,24 @@ from dsd.encoding import (
 from dsd.evidence import Request, Shard, normalises, plan, requests, write_index
 from dsd.fusion import fitting_entry, fitting_examples
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
-from dsd.params import ContrastiveMethod, EvidenceParams, FusionMethod, Params, noise_of, prompted
+from dsd.params import (
+    ContrastiveMethod,
+    CrossAttentionMethod,
+    DenoisingMethod,
+    EvidenceParams,
+    FusionMethod,
+    Params,
+    noise_of,
+    prompted,
+)
 from dsd.pictures import Pictures
 from dsd.progress import progress
 from dsd.prompts import PROMPT, AttentionPrompt, pooled_latent
-from dsd.scorers import contrastive
+from dsd.scorers import contrastive, cross_attention
 from dsd.store import Store, digest, file_digest
+
+RacedMethod = DenoisingMethod | CrossAttentionMethod  # whose score is a mean over draws
+Values = NDArray[np.float32]
 
 
 class Engine:
@@ -86,6 +100,18 @@ class Engine:
         found = {"attention": attention, "attribution": attribution, "error": error}
         return {name: tensor.float().cpu().contiguous().numpy() for name, tensor in found.items()}
 
+    def race(
+        self, entries: Iterable[Entry], method: RacedMethod, filled: Filled, stored: dict[Request, float]
+    ) -> Iterator[Entry]:
+        """Runs races side by side, in batches that are full until the last of them; see `side_by_side`."""
+        on_processors = self.backbone.device.type == "cpu"
+        size = self.batch_size * (torch.get_num_threads() if on_processors else 1)
+
+        def compute(rows: list[Request]) -> Values:
+            return row_values(self.compute(rows), method, self.evidence.poolings)
+
+        return side_by_side(entries, compute, size, filled, stored)
+
     def fill(
         self,
         shards: Sequence[Shard],
@@ -129,6 +155,15 @@ def observe(
     with during(backbone.attention, recording, prompt, pooled_latent(latents), texts):
         predicted = backbone.predict_noise(backbone.add_noise(latents, noise, timesteps), timesteps, hidden)
     return *recording.stacked(), (noise - predicted).square().mean((1, 2, 3))
+
+
+def row_values(arrays: Arrays, method: RacedMethod, poolings: Sequence[str]) -> Values:
+    """[R] what each row of evidence says for its pair; the score of a pair is their mean over draws."""
+    if isinstance(method, DenoisingMethod):
+        return -arrays["error"]
+    pooled = arrays["attention"][:, list(poolings).index(method.pooling)]
+    found: Values = cross_attention.reduce(pooled, arrays["attribution"], layers=method.layers, heads=method.heads)
+    return found
 
 
 def source_digest(params: Params, backbone: StableDiffusion, trained: Path | None) -> str:

@@ -211,6 +211,13 @@ class HierarchicalSettings(_Params):
     shrinking: tuple[bool, ...]
 
 
+class PublishedSettings(_Params):
+    samples: Positive
+    beam_factor: Annotated[float, Field(ge=1)]
+    patience: Positive
+    shrinking: bool
+
+
 class RacingSettings(_Params):
     threshold: tuple[Annotated[float, Field(gt=0)], ...]
     proposer: tuple[str | None, ...]
@@ -227,9 +234,11 @@ class RacesParams(_Params):
     levels: tuple[Level, ...]
     draws_per_level: Positive
     within: Share
+    timed: Positive
     exhaustive: ExhaustiveSettings
     staged: StagedSettings
     hierarchical: HierarchicalSettings
+    published: PublishedSettings
     racing: RacingSettings
 
 

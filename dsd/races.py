@@ -1,351 +1,206 @@
-"""Schedules compared: evidence of every candidate at every draw, and what each schedule would have asked for of it.
+"""Schedules compared: evidence of every candidate at every draw is collected, replayed under each schedule, and the
+best are run live for what they cost in seconds.
 
-Shapes: n races of C candidates, K draws; R rows, E pairs.
+Shapes: n races of C candidates, K draws; E pairs.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from itertools import product
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.stats import qmc
 
 from dsd.backbones import device_of, load_clip, load_diffusion
-from dsd.draws import draws
-from dsd.encoding import Arrays, all_texts, contrastive_encodings, diffusion_encodings, read_all
-from dsd.engine import Engine, cosines, source_digest
-from dsd.errors import ParamsError
+from dsd.batching import Entry, Filled
+from dsd.draws import Draw, draws
+from dsd.encoding import all_texts, contrastive_encodings, diffusion_encodings, read_all
+from dsd.engine import Engine, RacedMethod, Values, cosines, row_values, source_digest
+from dsd.errors import ParamsError, unknown
 from dsd.evidence import UNCONDITIONAL, plan, requests, wanted
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
-from dsd.params import ContrastiveMethod, CrossAttentionMethod, DenoisingMethod, NoiseParams, Params, prompted
+from dsd.params import ContrastiveMethod, DenoisingMethod, NoiseParams, Params, prompted
 from dsd.pictures import Pictures
 from dsd.prompts import PROMPT, AttentionPrompt
-from dsd.schedules import (
-    Floats,
-    Learned,
-    Race,
-    Schedule,
-    all_draws,
-    calibrate,
-    hierarchical,
-    learn,
-    racing,
-    staged,
-)
-from dsd.scorers import contrastive, cross_attention
-from dsd.statistics import clustered_mean, paired_difference
+from dsd.replay import LEARNED_FROM, MEASURED_ON, Course, Entrants, compare, replay
+from dsd.schedules import Floats, Race
+from dsd.scorers import contrastive
 from dsd.store import Store, digest, write_atomic
 
-RacedMethod = DenoisingMethod | CrossAttentionMethod
-Values = NDArray[np.float32]
-Setting = dict[str, Any]
-LEARNED_FROM, MEASURED_ON = "train", "test"
+
+class Folders(NamedTuple):
+    """What the stages have left of a dataset."""
+
+    prepared: Path
+    cached: Path
+    trained: Path
+
+    def examples(self, split: str) -> list[MatchingExample]:
+        return read_examples(self.prepared / "examples.parquet", split)
+
+    def inputs(self) -> tuple[Pictures, list[str]]:
+        return Pictures(self.prepared / "images.parquet"), all_texts(read_all(self.prepared))
 
 
-def row_values(arrays: Arrays, method: RacedMethod, poolings: Sequence[str]) -> Values:
-    """[R] what each row of evidence says for its pair; the score of a pair is their mean over draws."""
-    if isinstance(method, DenoisingMethod):
-        return -arrays["error"]
-    pooled = arrays["attention"][:, list(poolings).index(method.pooling)]
-    found: Values = cross_attention.reduce(pooled, arrays["attribution"], layers=method.layers, heads=method.heads)
+def run(
+    name: str, params: Params, prepared: Path, cached: Path, trained: Path, seen: Path, target: Path
+) -> dict[str, Any]:
+    """Compares the schedules on dataset `name` for every method that is raced there.
+
+    Writes `<name>.json` under target: method → what `dsd.replay.compare` tells, and what the chosen schedules take when
+    they are run live. The evidence stays in the folder `seen`; what is there is not computed again.
+    """
+    folders, store = Folders(prepared, cached, trained), Store(seen)
+    raced = methods(name, params)
+    splits = {split: folders.examples(split)[: params.races.examples] for split in (LEARNED_FROM, MEASURED_ON)}
+    said = {
+        split: {p: proposals(p, examples, params, folders) for p in params.races.racing.proposer if p}
+        for split, examples in splits.items()
+    }
+    told = {}
+    for row, method in raced.items():
+        track = Track.of(method, params, folders)
+        learning, measured = (
+            entrants(examples, track.collect(examples, store, f"races of {row} on {name} ({split})"), said[split])
+            for split, examples in splits.items()
+        )
+        compared = compare(learning, measured, [draw.level for draw in track.draws], params)
+        for schedule, course in compared.chosen.items():
+            compared.told["chosen"][schedule]["live"] = track.live(course, splits[MEASURED_ON], measured)
+        told[row] = {"examples": digest([example.id for example in splits[MEASURED_ON]]), **compared.told}
+    write_atomic(target / f"{name}.json", (json.dumps(told, indent=1) + "\n").encode())
+    return {"races": sum(map(len, splits.values()))}
+
+
+def methods(dataset: str, params: Params) -> dict[str, RacedMethod]:
+    """The methods raced on a dataset.
+
+    Raises:
+        ParamsError: params.yaml has no such method, or its score is not a mean over draws.
+    """
+    found: dict[str, RacedMethod] = {}
+    for name in params.races.datasets[dataset]:
+        method = params.methods.get(name)
+        if not isinstance(method, RacedMethod):
+            fitting = [other for other, row in params.methods.items() if isinstance(row, RacedMethod)]
+            raise ParamsError(f"races.datasets.{dataset}: {unknown('method by means over draws', name, fitting)}")
+        found[name] = method
     return found
 
 
-def noise_of_races(params: Params) -> NoiseParams:
-    return NoiseParams(levels=params.races.levels, draws_per_level=params.races.draws_per_level)
+def entrants(
+    examples: Sequence[MatchingExample], values: Sequence[Values], proposed: dict[str, list[Floats]]
+) -> Entrants:
+    wide = [values_CK.astype(np.float64) for values_CK in values]
+    return Entrants(wide, proposed, [right(example) for example in examples], [e.cluster for e in examples])
 
 
-def examples_of(split: str, params: Params, prepared: Path) -> list[MatchingExample]:
-    return read_examples(prepared / "examples.parquet", split)[: params.races.examples]
+def right(example: MatchingExample) -> int:
+    """Which of the example's pairs is right."""
+    ((image, text),) = example.answer
+    return pairs([example]).index(Pair(example.images[image], example.texts[text]))
 
 
-def collect(
-    name: str, split: str, params: Params, prepared: Path, cached: Path, trained: Path, store: Store
-) -> dict[str, list[Values]]:
-    """For each method raced on dataset `name`, the values [C, K] of every example of a split; goes on where it stopped.
+def proposals(proposer: str, examples: Sequence[MatchingExample], params: Params, folders: Folders) -> list[Floats]:
+    """What a contrastive method says of the candidates [C] of each example.
 
-    Candidates are the pairs of an example; draws are those of `dsd.draws`, level by level.
+    Raises:
+        ParamsError: params.yaml has no such method, or it sees its pairs with the U-Net itself.
     """
-    examples = examples_of(split, params, prepared)
-    backbone = load_diffusion(params.backbones[params.backbone], device_of(params.runtime.device))
-    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
-    tables = diffusion_encodings(backbone, pictures, texts, params.images.resolution, Store(cached))
-    noise = noise_of_races(params)
-    found: dict[str, list[Values]] = {}
-    for prompt, methods in by_prompt(name, params).items():
-        normalised = any(isinstance(method, DenoisingMethod) for method in methods.values())
-        rows = requests(examples, noise, params.seed, normalised)
-        file = trained / prompted(params) / PROMPT if prompt == "few-shot" else None
+    method = params.methods.get(proposer)
+    if not isinstance(method, ContrastiveMethod):
+        fitting = [name for name, other in params.methods.items() if isinstance(other, ContrastiveMethod)]
+        raise ParamsError(f"races.racing.proposer: {unknown('contrastive method', proposer, fitting)}")
+    clip = load_clip(params.backbones[method.backbone], device_of(params.runtime.device))
+    tables = contrastive_encodings(clip, *folders.inputs(), Store(folders.cached))
+    head = contrastive.learned(method, clip, *tables, folders.trained / proposer)
+    asked = pairs(examples)
+    found = dict(zip(asked, cosines(head, asked, params.runtime.batch_size).astype(float).tolist(), strict=True))
+    return [np.array([found[pair] for pair in pairs([example])]) for example in examples]
+
+
+@dataclass(frozen=True)
+class Track:
+    """What the races of one method on one dataset are run with."""
+
+    method: RacedMethod
+    engine: Engine
+    source: str  # digest of all but the rows that evidence depends on
+    noise: NoiseParams
+    params: Params
+
+    @classmethod
+    def of(cls, method: RacedMethod, params: Params, folders: Folders) -> Track:
+        backbone = load_diffusion(params.backbones[params.backbone], device_of(params.runtime.device))
+        tables = diffusion_encodings(backbone, *folders.inputs(), params.images.resolution, Store(folders.cached))
+        file = folders.trained / prompted(params) / PROMPT if method.prompt == "few-shot" else None
         learned = AttentionPrompt.load(file, backbone.digest) if file else None
         engine = Engine(backbone, learned, params.evidence, *tables, params.runtime.batch_size)
+        source = digest(source_digest(params, backbone, file), method.model_dump(exclude={"levels", "schedule"}))
+        noise = NoiseParams(levels=params.races.levels, draws_per_level=params.races.draws_per_level)
+        return cls(method, engine, source, noise, params)
 
-        def keep(arrays: Arrays, methods: Mapping[str, RacedMethod] = methods) -> Arrays:
-            return {row: row_values(arrays, method, params.evidence.poolings) for row, method in methods.items()}
+    @property
+    def draws(self) -> list[Draw]:
+        return draws(self.noise, self.params.seed)
 
-        settings = {row: method.model_dump(exclude={"levels"}) for row, method in methods.items()}
-        shards = plan(rows, digest(source_digest(params, backbone, file), settings), params.evidence.shard)
-        engine.fill(shards, store, f"races on {name} ({split}), prompt {prompt}", keep)
-        parts = [store.read(shard.key) for shard in shards]
-        for row, method in methods.items():
-            values = np.concatenate([part[row] for part in parts if part is not None])
-            asked = wanted(examples, normalised)
-            found[row] = by_example(examples, asked, values.reshape(len(asked), -1), method)
-    return found
+    def set_off(self, example: MatchingExample) -> bool:
+        """Whether a pair's value is set off against that of its image without a text: where images are compared."""
+        return isinstance(self.method, DenoisingMethod) and len(example.images) > 1
 
+    def collect(self, examples: Sequence[MatchingExample], store: Store, title: str) -> list[Values]:
+        """The values [C, K] of every example; goes on where it was stopped.
 
-def by_prompt(dataset: str, params: Params) -> dict[str, dict[str, RacedMethod]]:
-    """The methods raced on a dataset, under each prompt."""
-    found: dict[str, dict[str, RacedMethod]] = {}
-    for name in params.races.datasets[dataset]:
-        method = params.methods[name]
-        if not isinstance(method, RacedMethod):
-            raise ParamsError(f"races.datasets.{dataset}: {name} is not a mean over draws, which a race goes by")
-        found.setdefault(method.prompt, {})[name] = method
-    return found
+        Candidates are the pairs of an example, draws those of `dsd.draws`, level by level.
+        """
+        normalised, poolings = isinstance(self.method, DenoisingMethod), self.params.evidence.poolings
+        rows = requests(examples, self.noise, self.params.seed, normalised)
+        shards = plan(rows, self.source, self.params.evidence.shard)
+        self.engine.fill(shards, store, title, lambda arrays: {"values": row_values(arrays, self.method, poolings)})
+        parts = [part["values"] for part in (store.read(shard.key) for shard in shards) if part is not None]
+        asked = wanted(examples, normalised)
+        values_EK, place = np.concatenate(parts).reshape(len(asked), -1), {pair: n for n, pair in enumerate(asked)}
+        found = []
+        for example in examples:
+            candidates = pairs([example])
+            values_CK = values_EK[[place[pair] for pair in candidates]]
+            if self.set_off(example):
+                values_CK = values_CK - values_EK[[place[Pair(pair.image, UNCONDITIONAL)] for pair in candidates]]
+            found.append(values_CK)
+        return found
 
+    def live(self, course: Course, examples: Sequence[MatchingExample], races: Entrants) -> dict[str, float]:
+        """Runs a schedule on the first examples, `timed` evaluations at most by what each example may cost.
 
-def by_example(
-    examples: Sequence[MatchingExample], asked: Sequence[Pair], values_EK: Values, method: RacedMethod
-) -> list[Values]:
-    """The values [C, K] of each example's pairs; where images are compared, denoising is set off against no text."""
-    row = {pair: n for n, pair in enumerate(asked)}
-    found = []
-    for example in examples:
-        candidates = pairs([example])
-        values = values_EK[[row[pair] for pair in candidates]]
-        if isinstance(method, DenoisingMethod) and len(example.images) > 1:
-            values = values - values_EK[[row[Pair(pair.image, UNCONDITIONAL)] for pair in candidates]]
-        found.append(values)
-    return found
+        Returns: images, seconds an image, evaluations an image, how full the batches were, and how many answers differ
+        from those on the stored evidence, which other batches have left.
+        """
+        ordered = [self.draws[k] for k in course.order]
+        outcome = replay(course, races)
+        costs = [share * values_CK.size for share, values_CK in zip(outcome.share, races.values, strict=True)]
+        count = max(1, int(np.searchsorted(np.cumsum(costs), self.params.races.timed)))
+        filled, answers = Filled(), {}
 
+        def entry(number: int, example: MatchingExample) -> Entry:
+            proposal = races.proposals[course.proposer][number] if course.proposer else None
+            candidates = pairs([example])
+            race = Race(len(candidates), course.schedule, proposal)
+            return Entry(example.id, race, candidates, ordered, self.set_off(example))
 
-def proposals(
-    proposer: str, examples: Sequence[MatchingExample], params: Params, prepared: Path, cached: Path, trained: Path
-) -> list[Floats]:
-    """What a contrastive method says of the candidates [C] of each example."""
-    method = params.methods[proposer]
-    if not isinstance(method, ContrastiveMethod):
-        raise ParamsError(f"races.racing.proposer: {proposer} needs the U-Net itself; name a contrastive method")
-    clip = load_clip(params.backbones[method.backbone], device_of(params.runtime.device))
-    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
-    head = contrastive.learned(
-        method, clip, *contrastive_encodings(clip, pictures, texts, Store(cached)), trained / proposer
-    )
-    asked = pairs(examples)
-    of = dict(zip(asked, cosines(head, asked, params.runtime.batch_size).astype(float).tolist(), strict=True))
-    return [np.array([of[pair] for pair in pairs([example])]) for example in examples]
-
-
-class Entrants(NamedTuple):
-    """The races of a split: their evidence, what each proposer says, and which candidate is right."""
-
-    values: list[Floats]  # [C, K] each
-    proposals: dict[str, list[Floats]]
-    answers: list[int]
-    clusters: list[str]
-
-    def some(self, chosen: Sequence[int]) -> Entrants:
-        return Entrants(
-            [self.values[i] for i in chosen],
-            {name: [said[i] for i in chosen] for name, said in self.proposals.items()},
-            [self.answers[i] for i in chosen],
-            [self.clusters[i] for i in chosen],
-        )
-
-
-class Course(NamedTuple):
-    """A schedule with the order of its draws, and whose proposal it starts from."""
-
-    order: list[int]
-    schedule: Schedule
-    proposer: str | None
-
-
-class Outcome(NamedTuple):
-    """How races ended, [n] each: rightly, as all draws would have, and at what share of the evaluations of all draws."""
-
-    hits: NDArray[np.bool_]
-    agrees: NDArray[np.bool_]
-    share: Floats
-
-
-def replay(course: Course, races: Entrants) -> Outcome:
-    """What the races would have ended with."""
-    found = []
-    for number, values_CK in enumerate(races.values):
-        proposal = races.proposals[course.proposer][number] if course.proposer else None
-        ordered_CK = values_CK[:, course.order]
-        race = Race(len(ordered_CK), course.schedule, proposal)
-        while len(asked := race.asks()):
-            race.tell(ordered_CK[asked[:, 0], asked[:, 1]])
-        winner = race.ranking()[0]
-        exhaustive = values_CK.mean(1).argmax()
-        found.append((winner == races.answers[number], winner == exhaustive, race.evaluations / values_CK.size))
-    hits, agrees, share = (np.array(column) for column in zip(*found, strict=True))
-    return Outcome(hits, agrees, share)
-
-
-def evenly(levels: int, per_level: int) -> list[int]:
-    """Draws in an order whose every beginning is spread over the levels, as in the published code of `staged`."""
-    points = qmc.VanDerCorput(1, scramble=False).fast_forward(1).random(8 * levels)
-    spread = list(dict.fromkeys((points.ravel() * levels).astype(int).tolist()))
-    return [level * per_level + number for number in range(per_level) for level in spread]
-
-
-def directed(direction: str, levels: Sequence[float], samples: int, per_level: int) -> list[int]:
-    """The first `samples` draws of each level, level by level: from clean, from noisy or from the middle outwards."""
-    middle = (min(levels) + max(levels)) / 2
-    keys: dict[str, Callable[[int], float]] = {
-        "clean": lambda n: levels[n],
-        "noisy": lambda n: -levels[n],
-        "middle": lambda n: abs(levels[n] - middle),
-    }
-    return [
-        n * per_level + number for n in sorted(range(len(levels)), key=keys[direction]) for number in range(samples)
-    ]
-
-
-def courses(params: Params, learned: Mapping[str | None, Learned]) -> Iterator[tuple[str, Setting, Course]]:
-    """(kind, setting, course) of every setting of every schedule."""
-    races = params.races
-    levels, per_level = races.levels, races.draws_per_level
-    spread = evenly(len(levels), per_level)
-    for count in races.exhaustive.draws:
-        yield "exhaustive", {"draws": count}, Course(spread[:count], all_draws(count), None)
-    for kept, first, growth in product(races.staged.to_keep, races.staged.first, races.staged.growth):
-        samples = [first * growth**stage for stage in range(len(kept))]
-        if samples[-1] <= len(spread):
-            yield "staged", {"to_keep": kept, "n_samples": samples}, Course(spread, staged(kept, samples), None)
-    for setting in grid(races.hierarchical.model_dump()):
-        samples_each = setting["samples"]
-        if samples_each <= per_level:
-            order = directed(setting["direction"], levels, samples_each, per_level)
-            rest = {key: setting[key] for key in ("beam_factor", "patience", "shrinking")}
-            yield "hierarchical", setting, Course(order, hierarchical(len(levels), samples_each, **rest), None)
-    for proposer, threshold in product(races.racing.proposer, races.racing.threshold):
-        setting = {"proposer": proposer, "threshold": threshold}
-        yield "racing", setting, raced(learned[proposer], threshold, proposer)
-
-
-def raced(learned: Learned, threshold: float, proposer: str | None) -> Course:
-    return Course(list(learned.order), racing(learned, threshold), proposer)
-
-
-def grid(values: Mapping[str, Iterable[Any]]) -> Iterator[Setting]:
-    """Every choice of one value for each key."""
-    for chosen in product(*values.values()):
-        yield dict(zip(values, chosen, strict=True))
-
-
-def compare(learning: Entrants, measured: Entrants, params: Params) -> dict[str, Any]:
-    """What every setting costs and keeps on both splits, the best of each schedule, and the racing that promises.
-
-    Racing learns from a random half of the learning races and is calibrated, and judged, on the other.
-    """
-    racing_params, noise = params.races.racing, noise_of_races(params)
-    levels = [draw.level for draw in draws(noise, params.seed)]
-    half = np.random.default_rng(params.seed).permutation(len(learning.values))
-    known, fresh = (learning.some(sorted(part.tolist())) for part in np.array_split(half, 2))
-    learned = {
-        proposer: learn(known.values, levels, racing_params.rivals, known.proposals.get(proposer) if proposer else None)
-        for proposer in racing_params.proposer
-    }
-    whole = replay(Course(list(range(len(levels))), all_draws(len(levels)), None), measured)
-    settings = dict(params.evaluate.model_dump(), seed=params.seed)
-
-    def told(outcome: Outcome) -> dict[str, float]:
+        start = time.perf_counter()
+        some = (entry(number, example) for number, example in enumerate(examples[:count]))
+        for ended in self.engine.race(some, self.method, filled, {}):
+            answers[ended.id] = int(ended.race.ranking()[0])
+        seconds = time.perf_counter() - start
+        differ = sum(answers[e.id] != winner for e, winner in zip(examples, outcome.winners[:count], strict=False))
         return {
-            "accuracy": float(outcome.hits.mean()),
-            "disagreement": float(1 - outcome.agrees.mean()),
-            "evaluations": float(outcome.share.mean() * len(levels)),
+            "images": count,
+            "seconds": seconds / count,
+            "evaluations": filled.rows / count,
+            "fill": filled.share,
+            "differ": int(differ),
         }
-
-    def judged(outcome: Outcome) -> dict[str, Any]:
-        values: dict[str, ArrayLike] = {
-            "accuracy": outcome.hits,
-            "disagreement": ~outcome.agrees,
-            "share": outcome.share,
-        }
-        intervals = {
-            key: clustered_mean(np.asarray(value, dtype=float), measured.clusters, **settings).as_dict()
-            for key, value in values.items()
-        }
-        difference = paired_difference(outcome.hits, whole.hits, measured.clusters, **settings)
-        return {
-            **intervals,
-            "difference": difference.as_dict(),
-            "hits": "".join("01"[int(hit)] for hit in outcome.hits),
-        }
-
-    runs: list[dict[str, Any]] = []
-    best: dict[str, tuple[float, Setting, Course]] = {}
-    floor = replay(Course(list(range(len(levels))), all_draws(len(levels)), None), learning).hits.mean()
-    for kind, setting, course in courses(params, learned):
-        outcome = replay(course, fresh if kind == "racing" else learning)
-        runs.append(
-            {
-                "schedule": kind,
-                "setting": setting,
-                LEARNED_FROM: told(outcome),
-                MEASURED_ON: told(replay(course, measured)),
-            }
-        )
-        cost = float(outcome.share.mean())
-        if outcome.hits.mean() >= floor - params.races.within and cost < best.get(kind, (np.inf,))[0]:
-            best[kind] = (cost, setting, course)
-    promised = []
-    for proposer, delta in product(racing_params.proposer, racing_params.deltas):
-        threshold = calibrate(
-            lambda threshold, proposer=proposer: ~replay(raced(learned[proposer], threshold, proposer), fresh).agrees,
-            racing_params.threshold, delta, racing_params.confidence,
-        )  # fmt: skip
-        setting = {"proposer": proposer, "delta": delta, "threshold": threshold}
-        promised.append({"setting": setting, **judged(replay(raced(learned[proposer], threshold, proposer), measured))})
-    return {
-        "races": {
-            LEARNED_FROM: len(learning.values),
-            "calibration": len(fresh.values),
-            MEASURED_ON: len(measured.values),
-        },
-        "candidates": float(np.mean([len(values) for values in measured.values])),
-        "draws": len(levels),
-        "learned": {str(proposer): asdict(found) for proposer, found in learned.items()},
-        "exhaustive": judged(whole),
-        "best": {
-            kind: {"setting": setting, **judged(replay(course, measured))}
-            for kind, (_, setting, course) in best.items()
-        },
-        "promised": promised,
-        "runs": runs,
-    }
-
-
-def run(name: str, params: Params, prepared: Path, cached: Path, trained: Path, folder: Path) -> dict[str, Any]:
-    """Compares the schedules on dataset `name` for every method that is raced there; writes `<folder>.json`."""
-    store, told = Store(folder), {}
-    found = {s: collect(name, s, params, prepared, cached, trained, store) for s in (LEARNED_FROM, MEASURED_ON)}
-    examples = {split: examples_of(split, params, prepared) for split in found}
-    asked = [proposer for proposer in params.races.racing.proposer if proposer]
-    said = {
-        split: {proposer: proposals(proposer, of, params, prepared, cached, trained) for proposer in asked}
-        for split, of in examples.items()
-    }
-    for method in params.races.datasets[name]:
-        splits = {
-            split: Entrants(
-                [values.astype(float) for values in found[split][method]],
-                said[split],
-                [pairs([e]).index(Pair(e.images[e.answer[0][0]], e.texts[e.answer[0][1]])) for e in of],
-                [e.cluster for e in of],
-            )
-            for split, of in examples.items()
-        }
-        told[method] = compare(splits[LEARNED_FROM], splits[MEASURED_ON], params)
-    write_atomic(folder.with_suffix(".json"), (json.dumps(told, indent=1) + "\n").encode())
-    return {"races": sum(len(of) for of in examples.values())}

@@ -254,7 +254,7 @@ def calibrate(
             if kept is None:
                 least = math.ceil(math.log(1 - confidence) / math.log(1 - delta))
                 raise ValueError(
-                    f"{sum(errors)} of {len(errors)} races went wrong even at threshold {threshold:g}: an error rate of "
+                    f"{sum(errors)} of {len(errors)} races went wrong even at threshold {threshold:g}: a rate of "
                     f"{delta} cannot be promised; it takes {least} races without an error"
                 )
             return kept

@@ -129,6 +129,28 @@ def paired_difference(
     return Difference(value, low, high, _sign_flip_p(shares_C, resamples, seed), n)
 
 
+def difference_above(
+    a: ArrayLike, b: ArrayLike, clusters: Clusters, least: float, *, resamples: int, confidence: float, seed: int
+) -> Difference:
+    """By how much the mean of a - b over the same examples exceeds `least`, with a clustered bootstrap interval.
+
+    Args:
+        a, b, clusters, resamples, confidence, seed: as in `paired_difference`.
+        least: below 0, a loss that is put up with (a test of non-inferiority); above 0, a gain that is asked for.
+
+    The p-value is two-sided, of the t-test of the clusters' mean differences against `least`: swapping the two methods,
+    as `paired_difference` does, is no null hypothesis here. It is 1 where all clusters differ alike.
+
+    Raises:
+        ValueError: as `clustered_mean`.
+    """
+    found = paired_difference(a, b, clusters, resamples=resamples, confidence=confidence, seed=seed)
+    sums_CG, counts_CG, _ = _by_cluster(_unit(a, "a") - _unit(b, "b"), clusters, [np.ones(found.n, dtype=bool)])
+    means_C = (sums_CG / counts_CG)[:, 0]
+    p = float(stats.ttest_1samp(means_C, least).pvalue) if np.ptp(means_C) > 0 else 1.0
+    return Difference(found.value - least, found.low - least, found.high - least, p, found.n)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for their number (Holm 1979, "A simple sequentially rejective multiple test procedure").
 

@@ -9,8 +9,10 @@ from flows.stage import Details, each, main, stage, unit
 
 @stage
 def evaluate(params: Params) -> dict[str, Details]:
-    from dsd import ablations, claims, evaluation, variants
+    from dsd import ablations, claims, evaluation, replay, variants
+    from dsd.datasets import benchmark
     from dsd.matching import read_examples
+    from dsd.metrics import HEADLINES
 
     target = DATA / "evaluate"
     results: dict[str, evaluation.Results] = {}
@@ -23,7 +25,9 @@ def evaluate(params: Params) -> dict[str, Details]:
         variants = ablations.ablate(name, params, prepared, scored)
         examples = read_examples(prepared / "examples.parquet", "test")
         taken_apart[name] = ablations.with_intervals(params, examples, variants)
-        data[name] = claims.Answers(params.datasets[name].kind, examples, hits, variants)
+        kind = params.datasets[name].kind
+        raced = replay.read_hits(DATA / "races" / f"{name}.json", HEADLINES[benchmark(kind).metrics], examples)
+        data[name] = claims.Answers(kind, examples, {**hits, **raced}, variants)
         return {}
 
     details = each(unit(dataset), params.datasets)

@@ -17,8 +17,8 @@ def run() -> None:
     params = load()
 
     def dataset(name: str) -> Details:
-        stages = ("prepare", "cache", "train", "races")
-        return races.run(name, params, *(DATA / stage / name for stage in stages))
+        folders = ("prepare", "cache", "train", "draws")
+        return races.run(name, params, *(DATA / folder / name for folder in folders), DATA / "races")
 
     each(unit(dataset), params.races.datasets)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dsd.statistics import Difference, Interval, clustered_mean, cohens_h, holm, paired_difference
+from dsd.statistics import Difference, Interval, clustered_mean, cohens_h, difference_above, holm, paired_difference
 
 OPTIONS: Any = {"confidence": 0.95, "seed": 7}
 
@@ -282,3 +282,17 @@ def test_cohens_h_by_hand() -> None:
     assert cohens_h(0.75, 0.25) == pytest.approx(np.pi / 3)  # asin √¾ − asin √¼ = 60° − 30°
     assert cohens_h(0.25, 0.75) == -cohens_h(0.75, 0.25)
     assert cohens_h(0.99, 0.94) > cohens_h(0.55, 0.5)
+
+
+def test_a_difference_above_a_margin_is_the_t_test_of_the_clusters() -> None:
+    rng = np.random.default_rng(0)
+    a, b = (rng.random(80) < share for share in (0.8, 0.75))
+    clusters = [str(n // 2) for n in range(80)]
+    plain = paired_difference(a, b, clusters, resamples=500, confidence=0.95, seed=0)
+    found = difference_above(a, b, clusters, -0.04, resamples=500, confidence=0.95, seed=0)
+    means = (a.astype(float) - b).reshape(-1, 2).mean(1)
+    assert found.p == pytest.approx(stats.ttest_1samp(means, -0.04).pvalue)
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (plain.value + 0.04, plain.low + 0.04, plain.high + 0.04)
+    )
+    assert difference_above(a, a, clusters, -0.04, resamples=500, confidence=0.95, seed=0).p == 1.0

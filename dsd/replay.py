@@ -1,0 +1,260 @@
+"""Schedules compared on evidence that is there for every candidate at every draw: what each would have asked for of it,
+and how it would have ended. No model is run here.
+
+Shapes: n races of C candidates, K draws.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import qmc
+
+from dsd.matching import MatchingExample
+from dsd.metrics import Hits
+from dsd.params import Params, RacesParams
+from dsd.schedules import (
+    Floats,
+    Learned,
+    Race,
+    Schedule,
+    all_draws,
+    calibrate,
+    hierarchical,
+    learn,
+    racing,
+    staged,
+)
+from dsd.statistics import clustered_mean, paired_difference
+from dsd.store import digest
+
+Setting = dict[str, Any]
+Proposer = str | None
+LEARNED_FROM, MEASURED_ON = "train", "test"
+EXHAUSTIVE = "exhaustive, all draws"
+DIRECTIONS = ("clean", "noisy", "middle")
+SPARED = "spared evaluations"
+
+
+class Entrants(NamedTuple):
+    """The races of a split: their evidence, what each proposer says, and which candidate is right."""
+
+    values: list[Floats]  # [C, K] each
+    proposals: dict[str, list[Floats]]  # by proposer, [C] each
+    answers: list[int]
+    clusters: list[str]
+
+    def some(self, chosen: Iterable[int]) -> Entrants:
+        rows = sorted(chosen)
+        return Entrants(
+            [self.values[i] for i in rows],
+            {proposer: [said[i] for i in rows] for proposer, said in self.proposals.items()},
+            [self.answers[i] for i in rows],
+            [self.clusters[i] for i in rows],
+        )
+
+
+class Course(NamedTuple):
+    """A schedule, the order of its draws, and whose proposal it starts from."""
+
+    order: list[int]
+    schedule: Schedule
+    proposer: Proposer
+
+
+class Outcome(NamedTuple):
+    """How races ended, [n] each: with whom, rightly, as all draws would have it, and at what share of their cost."""
+
+    winners: NDArray[np.int64]
+    hits: NDArray[np.bool_]
+    agrees: NDArray[np.bool_]
+    share: Floats
+
+
+def replay(course: Course, races: Entrants) -> Outcome:
+    """How the races would have ended."""
+    found = []
+    for number, values_CK in enumerate(races.values):
+        proposal = races.proposals[course.proposer][number] if course.proposer else None
+        ordered_CK = values_CK[:, course.order]
+        race = Race(len(ordered_CK), course.schedule, proposal)
+        while len(asked := race.asks()):
+            race.tell(ordered_CK[asked[:, 0], asked[:, 1]])
+        winner = race.ranking()[0]
+        agrees = winner == values_CK.mean(1).argmax()
+        found.append((winner, winner == races.answers[number], agrees, race.evaluations / values_CK.size))
+    return Outcome(*(np.array(column) for column in zip(*found, strict=True)))
+
+
+def evenly(levels: int, per_level: int) -> list[int]:
+    """Draws in an order whose every beginning is spread over the levels, as in the published code of `staged`."""
+    points = qmc.Halton(1, scramble=False).fast_forward(1).random(8 * levels)
+    spread = list(dict.fromkeys((points.ravel() * levels).astype(int).tolist()))
+    return [level * per_level + number for number in range(per_level) for level in spread]
+
+
+def published(direction: str) -> str:
+    """The name of the second paper's own setting, from one of the three sides."""
+    return f"hierarchical as published, from {direction}"
+
+
+def directed(direction: str, levels: Sequence[float], samples: int, per_level: int) -> list[int]:
+    """The first `samples` draws of each level, level by level: from clean, from noisy or from the middle outwards."""
+    middle = (min(levels) + max(levels)) / 2
+    keys: dict[str, Callable[[int], float]] = {
+        "clean": lambda n: levels[n],
+        "noisy": lambda n: -levels[n],
+        "middle": lambda n: abs(levels[n] - middle),
+    }
+    walked = sorted(range(len(levels)), key=keys[direction])
+    return [n * per_level + number for n in walked for number in range(samples)]
+
+
+def courses(races: RacesParams, learned: Mapping[Proposer, Learned]) -> Iterator[tuple[str, Setting, Course]]:
+    """(schedule, setting, course) of every setting of every schedule that the draws suffice for."""
+    levels, per_level = races.levels, races.draws_per_level
+    spread = evenly(len(levels), per_level)
+    for draws in races.exhaustive.draws:
+        yield "exhaustive", {"draws": draws}, Course(spread[:draws], all_draws(draws), None)
+    for kept, first, growth in product(races.staged.to_keep, races.staged.first, races.staged.growth):
+        samples = [first * growth**stage for stage in range(len(kept))]
+        if samples[-1] <= len(spread):
+            yield "staged", {"to_keep": kept, "n_samples": samples}, Course(spread, staged(kept, samples), None)
+    for setting in grid(races.hierarchical.model_dump()):
+        if setting["samples"] <= per_level:
+            yield "hierarchical", setting, pruned(races, setting)
+    for proposer, threshold in product(races.racing.proposer, races.racing.threshold):
+        setting = {"proposer": proposer, "threshold": threshold}
+        yield "racing", setting, raced(learned, proposer, threshold)
+
+
+def pruned(races: RacesParams, setting: Setting) -> Course:
+    levels, rest = races.levels, {key: value for key, value in setting.items() if key != "direction"}
+    order = directed(setting["direction"], levels, setting["samples"], races.draws_per_level)
+    return Course(order, hierarchical(len(levels), **rest), None)
+
+
+def raced(learned: Mapping[Proposer, Learned], proposer: Proposer, threshold: float) -> Course:
+    return Course(list(learned[proposer].order), racing(learned[proposer], threshold), proposer)
+
+
+def grid(values: Mapping[str, Iterable[Any]]) -> Iterator[Setting]:
+    """Every choice of one value for each key."""
+    for chosen in product(*values.values()):
+        yield dict(zip(values, chosen, strict=True))
+
+
+class Compared(NamedTuple):
+    """The courses that were chosen on the learning races, by name, and all that is to be told of all of them."""
+
+    chosen: dict[str, Course]
+    told: dict[str, Any]
+
+
+def compare(learning: Entrants, measured: Entrants, level_K: Sequence[float], params: Params) -> Compared:
+    """What every setting of every schedule costs and keeps, the best of each schedule, and racing with its promises.
+
+    Best is the cheapest setting whose accuracy on the learning races is at most `within` below that of all draws; where
+    there is none, the most accurate one.
+    Racing learns from a random half of the learning races; it is calibrated, and judged there, on the other half.
+    """
+    races, K = params.races, len(level_K)
+    halves = np.array_split(np.random.default_rng(params.seed).permutation(len(learning.values)), 2)
+    known, fresh = (learning.some(half.tolist()) for half in halves)
+    learned = {
+        proposer: learn(known.values, level_K, races.racing.rivals, known.proposals[proposer] if proposer else None)
+        for proposer in races.racing.proposer
+    }
+    everything = Course(list(range(K)), all_draws(K), None)
+    whole, floor = replay(everything, measured), replay(everything, learning).hits.mean() - races.within
+
+    def summary(outcome: Outcome) -> dict[str, float]:
+        return {
+            "accuracy": float(outcome.hits.mean()),
+            "disagreement": float(1 - outcome.agrees.mean()),
+            "evaluations": float(outcome.share.mean() * K),  # for each candidate
+        }
+
+    def judged(course: Course) -> dict[str, Any]:
+        options = dict(params.evaluate.model_dump(), seed=params.seed)
+        outcome = replay(course, measured)
+        columns = {"accuracy": outcome.hits, "disagreement": ~outcome.agrees, "share": outcome.share}
+        everyone = [np.ones(len(measured.values), dtype=bool)]
+        told = {
+            name: clustered_mean(column.astype(float), measured.clusters, everyone, **options).as_dict()
+            for name, column in columns.items()
+        }
+        difference = paired_difference(outcome.hits, whole.hits, measured.clusters, **options)
+        evaluations = (
+            round(share * values_CK.size) for share, values_CK in zip(outcome.share, measured.values, strict=True)
+        )
+        each = {  # of each race, for paired tests
+            "hits": "".join("01"[int(hit)] for hit in outcome.hits),
+            "evaluations": " ".join(map(str, evaluations)),
+        }
+        return {**told, "difference": difference.as_dict(), "each": each}
+
+    chosen: dict[str, Course] = {EXHAUSTIVE: everything}
+    settings: dict[str, Setting] = {EXHAUSTIVE: {"draws": K}}
+    for direction in DIRECTIONS:
+        setting = {"direction": direction, **races.published.model_dump()}
+        chosen[published(direction)], settings[published(direction)] = pruned(races, setting), setting
+    merit: dict[str, tuple[float, float]] = {}  # by how much accuracy falls short, and the cost
+    runs = []
+    for schedule, setting, course in courses(races, learned):
+        seen = replay(course, fresh if schedule == "racing" else learning)
+        both = {LEARNED_FROM: summary(seen), MEASURED_ON: summary(replay(course, measured))}
+        runs.append({"schedule": schedule, "setting": setting, **both})
+        found = (max(0.0, floor - float(seen.hits.mean())), float(seen.share.mean()))
+        if schedule not in merit or found < merit[schedule]:
+            merit[schedule], chosen[schedule], settings[schedule] = found, course, setting
+
+    for proposer, delta in product(races.racing.proposer, races.racing.deltas):
+
+        def wrong(threshold: float, proposer: Proposer = proposer) -> list[bool]:
+            return (~replay(raced(learned, proposer, threshold), fresh).agrees).tolist()
+
+        threshold = calibrate(wrong, races.racing.threshold, delta, races.racing.confidence)
+        name = f"racing, δ = {delta:g}" + (f", {proposer} first" if proposer else "")
+        chosen[name] = raced(learned, proposer, threshold)
+        settings[name] = {"proposer": proposer, "delta": delta, "threshold": threshold}
+    counts = {LEARNED_FROM: len(learning.values), "calibration": len(fresh.values), MEASURED_ON: len(measured.values)}
+    told = {
+        "races": counts,
+        "candidates": float(np.mean([len(values_CK) for values_CK in measured.values])),
+        "draws": K,
+        "learned": {str(proposer): asdict(found) for proposer, found in learned.items()},
+        "chosen": {name: {"setting": settings[name], **judged(course)} for name, course in chosen.items()},
+        "runs": runs,
+    }
+    return Compared(chosen, told)
+
+
+def read_hits(file: Path, metric: str, examples: Sequence[MatchingExample]) -> dict[str, dict[str, Hits]]:
+    """Of every chosen schedule, as `<method>, <schedule>`: whether each example was answered rightly, by the headline
+    metric, and which share of the evaluations of all draws it was spared, `SPARED`.
+
+    Nothing where the races were not run, or not on these examples.
+    """
+    everyone = [np.ones(len(examples), dtype=bool)]
+    found = {}
+    for method, told in read(file).items():
+        if told["examples"] == digest([example.id for example in examples]):
+            for schedule, row in told["chosen"].items():
+                hits_n = np.array([int(hit) for hit in row["each"]["hits"]], dtype=float)
+                asked_n = np.array(row["each"]["evaluations"].split(), dtype=float)
+                whole_n = np.array(told["chosen"][EXHAUSTIVE]["each"]["evaluations"].split(), dtype=float)
+                found[f"{method}, {schedule}"] = {metric: (hits_n, everyone), SPARED: (1 - asked_n / whole_n, everyone)}
+    return found
+
+
+def read(file: Path) -> dict[str, Any]:
+    """What the races of a dataset have told, by method; nothing where they were not run."""
+    return dict(json.loads(file.read_text())) if file.exists() else {}

@@ -1,0 +1,151 @@
+"""Schedules on evidence that is there: what they would have asked for, which is chosen, what racing promises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsd.claims import Answers, judge
+from dsd.matching import MatchingExample
+from dsd.metrics import HEADLINES, METRICS
+from dsd.params import Params
+from dsd.replay import (
+    EXHAUSTIVE,
+    SPARED,
+    Course,
+    Entrants,
+    Outcome,
+    compare,
+    courses,
+    directed,
+    evenly,
+    grid,
+    published,
+    read_hits,
+    replay,
+)
+from dsd.schedules import Learned, all_draws, staged
+from dsd.store import digest
+
+LEVELS = (0.1, 0.4, 0.7, 0.9)
+
+
+@pytest.fixture
+def raced(params: Params) -> Params:
+    """Four levels of two draws, few settings."""
+    races = params.races
+    small = {
+        "levels": LEVELS,
+        "draws_per_level": 2,
+        "exhaustive": races.exhaustive.model_copy(update={"draws": (1, 4, 8)}),
+        "staged": races.staged.model_copy(update={"to_keep": ((1,), (3, 1)), "first": (1, 2), "growth": (2,)}),
+        "hierarchical": races.hierarchical.model_copy(update={"samples": (1, 2), "patience": (4,)}),
+        "published": races.published.model_copy(update={"samples": 2}),
+        "racing": races.racing.model_copy(update={"proposer": (None, "clip-zero-shot"), "deltas": (0.1,)}),
+    }
+    return params.model_copy(update={"races": races.model_copy(update=small)})
+
+
+def entrants(count: int, seed: int = 0) -> Entrants:
+    """The first candidate is right; clean levels tell much, the noisiest nothing; the proposer is a noisy look."""
+    rng = np.random.default_rng(seed)
+    worth = rng.normal(size=(count, 12)) + np.eye(12)[0] * 3
+    tells, noise = np.repeat([1.0, 0.7, 0.3, 0.0], 2), np.repeat([0.5, 0.5, 0.5, 0.5], 2)
+    values = worth[:, :, None] * tells + rng.normal(size=(count, 12, 8)) * noise
+    said = worth + rng.normal(size=worth.shape)
+    return Entrants(list(values), {"clip-zero-shot": list(said)}, [0] * count, [str(n) for n in range(count)])
+
+
+def test_all_draws_agree_with_themselves() -> None:
+    races = entrants(20)
+    outcome = replay(Course(list(range(8)), all_draws(8), None), races)
+    assert outcome.agrees.all() and (outcome.share == 1).all()
+    assert outcome.hits.tolist() == [values.mean(1).argmax() == 0 for values in races.values]
+
+
+def test_a_replay_asks_in_the_order_of_the_course() -> None:
+    races = entrants(5)
+    last = replay(Course([7, 6], staged((3, 1), (1, 2)), None), races)
+    assert last.share == pytest.approx([(12 + 3) / 96] * 5)
+    assert last.winners.tolist() == [
+        max(np.argsort(-v[:, 7], kind="stable")[:3].tolist(), key=lambda c: v[c, 6] + v[c, 7])
+        for v in races.values
+    ]  # fmt: skip
+
+
+def test_every_beginning_is_spread_over_the_levels() -> None:
+    order = evenly(8, 4)
+    assert sorted(order) == list(range(32))
+    assert [k // 4 for k in order[:8]] == [4, 2, 6, 1, 5, 3, 7, 0] and {k % 4 for k in order[:8]} == {0}
+
+
+def test_directions() -> None:
+    walked = {side: [k // 2 for k in directed(side, LEVELS, 1, 2)] for side in ("clean", "noisy", "middle")}
+    assert walked == {"clean": [0, 1, 2, 3], "noisy": [3, 2, 1, 0], "middle": [1, 2, 0, 3]}
+    assert directed("clean", LEVELS, 2, 2) == list(range(8))
+
+
+def test_a_grid_is_every_choice() -> None:
+    assert list(grid({"a": [1, 2], "b": "x"})) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
+
+
+def test_the_cheapest_that_keeps_accuracy_is_chosen(raced: Params) -> None:
+    chosen, told = compare(entrants(200), entrants(100, seed=1), np.repeat(LEVELS, 2).tolist(), raced)
+    floor = told["chosen"][EXHAUSTIVE]
+    whole = next(run for run in told["runs"] if run["setting"] == {"draws": 8})["train"]["accuracy"]
+    for schedule in ("exhaustive", "staged", "hierarchical"):
+        own = [run for run in told["runs"] if run["schedule"] == schedule]
+        chosen_one = next(run for run in own if run["setting"] == told["chosen"][schedule]["setting"])["train"]
+        kept = [run["train"] for run in own if run["train"]["accuracy"] >= whole - raced.races.within]
+        most = max(run["train"]["accuracy"] for run in own)
+        rivals = kept or [run["train"] for run in own if run["train"]["accuracy"] == most]
+        assert chosen_one["evaluations"] == min(run["evaluations"] for run in rivals)
+    assert floor["share"]["value"] == 1 and floor["difference"]["value"] == 0 and floor["disagreement"]["value"] == 0
+    promised = [told["chosen"][name] for name in chosen if "δ" in name]
+    assert len(promised) == 2 and all(row["disagreement"]["low"] <= 0.1 for row in promised)
+    assert told["races"] == {"train": 200, "calibration": 100, "test": 100}
+    assert [len(row["each"]["hits"]) for row in told["chosen"].values()] == [100] * len(chosen)
+    json.dumps(told)
+
+
+def test_racing_is_not_judged_on_what_it_has_learned_from(raced: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def spy(course: Course, races: Entrants) -> Outcome:
+        seen.append(len(races.values))
+        return replay(course, races)
+
+    monkeypatch.setattr("dsd.replay.replay", spy)
+    compare(entrants(100), entrants(60, seed=1), np.repeat(LEVELS, 2).tolist(), raced)
+    assert set(seen) == {100, 60, 50}
+
+
+def test_settings_that_ask_for_more_draws_than_there_are_are_left_out(raced: Params) -> None:
+    greedy = raced.races.staged.model_copy(update={"first": (8,), "to_keep": ((5, 1),)})
+    races = raced.races.model_copy(update={"staged": greedy})
+    learned = Learned(tuple(range(8)), ((1.0,),) * 8, (1.0,) * 8, False)
+    assert "staged" not in {kind for kind, _, _ in courses(races, {None: learned, "clip-zero-shot": learned})}
+
+
+def test_claims_of_the_second_paper_rest_on_the_published_setting(raced: Params, tmp_path: Path) -> None:
+    asked = [MatchingExample(str(n), (str(n),), tuple("abcdefghijkl"), ((0, 0),), "all") for n in range(100)]
+    _, told = compare(entrants(100), entrants(100, seed=1), np.repeat(LEVELS, 2).tolist(), raced)
+    file = tmp_path / "scenes-cls.json"
+    file.write_text(json.dumps({"denoising": {"examples": digest([e.id for e in asked]), **told}}))
+    hits = read_hits(file, HEADLINES["recall"], asked)
+    clean = hits[f"denoising, {published('clean')}"]
+    assert set(clean) == {"top1", SPARED} and clean["top1"][0].shape == (100,)
+    assert clean[SPARED][0].mean() == pytest.approx(1 - told["chosen"][published("clean")]["share"]["value"])
+    assert not read_hits(file, "top1", asked[:50]) and not read_hits(tmp_path / "none.json", "top1", asked)
+
+    clip = METRICS["recall"](np.full(100, 2), ["all"] * 100)
+    judged, measured = judge(raced, {"scenes-cls": Answers("scenes-cls", asked, {"clip-zero-shot": clip, **hits}, {})})
+    assert set(judged) == {11, 12, 13}
+    assert judged[12].verdict == "holds" and measured[13][0].difference.low > 0.1
+    kept, spared = measured[11]
+    whole, pruned = hits[f"denoising, {EXHAUSTIVE}"]["top1"][0], clean["top1"][0]
+    assert kept.difference.value == pytest.approx(pruned.mean() - whole.mean() + 0.04)
+    assert spared.difference.value == pytest.approx(clean[SPARED][0].mean() - 0.42)
