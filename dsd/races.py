@@ -46,15 +46,13 @@ class Folders(NamedTuple):
         return Pictures(self.prepared / "images.parquet"), all_texts(read_all(self.prepared))
 
 
-def run(
-    name: str, params: Params, prepared: Path, cached: Path, trained: Path, seen: Path, target: Path
-) -> dict[str, Any]:
+def run(name: str, params: Params, folders: Folders, seen: Path, target: Path) -> dict[str, Any]:
     """Compares the schedules on dataset `name` for every method that is raced there.
 
     Writes `<name>.json` under target: method → what `dsd.replay.compare` tells, and what the chosen schedules take when
     they are run live. The evidence stays in the folder `seen`; what is there is not computed again.
     """
-    folders, store = Folders(prepared, cached, trained), Store(seen)
+    store = Store(seen)
     raced = methods(name, params)
     splits = {split: folders.examples(split)[: params.races.examples] for split in (LEARNED_FROM, MEASURED_ON)}
     said = {

@@ -17,8 +17,8 @@ def run() -> None:
     params = load()
 
     def dataset(name: str) -> Details:
-        folders = ("prepare", "cache", "train", "draws")
-        return races.run(name, params, *(DATA / folder / name for folder in folders), DATA / "races")
+        folders = races.Folders(*(DATA / stage / name for stage in ("prepare", "cache", "train")))
+        return races.run(name, params, folders, DATA / "draws" / name, DATA / "races")
 
     each(unit(dataset), params.races.datasets)
 

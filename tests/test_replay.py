@@ -29,34 +29,12 @@ from dsd.replay import (
 )
 from dsd.schedules import Learned, all_draws, staged
 from dsd.store import digest
-
-LEVELS = (0.1, 0.4, 0.7, 0.9)
+from tests.raced import LEVELS, entrants, few
 
 
 @pytest.fixture
 def raced(params: Params) -> Params:
-    """Four levels of two draws, few settings."""
-    races = params.races
-    small = {
-        "levels": LEVELS,
-        "draws_per_level": 2,
-        "exhaustive": races.exhaustive.model_copy(update={"draws": (1, 4, 8)}),
-        "staged": races.staged.model_copy(update={"to_keep": ((1,), (3, 1)), "first": (1, 2), "growth": (2,)}),
-        "hierarchical": races.hierarchical.model_copy(update={"samples": (1, 2), "patience": (4,)}),
-        "published": races.published.model_copy(update={"samples": 2}),
-        "racing": races.racing.model_copy(update={"proposer": (None, "clip-zero-shot"), "deltas": (0.1,)}),
-    }
-    return params.model_copy(update={"races": races.model_copy(update=small)})
-
-
-def entrants(count: int, seed: int = 0) -> Entrants:
-    """The first candidate is right; clean levels tell much, the noisiest nothing; the proposer is a noisy look."""
-    rng = np.random.default_rng(seed)
-    worth = rng.normal(size=(count, 12)) + np.eye(12)[0] * 3
-    tells, noise = np.repeat([1.0, 0.7, 0.3, 0.0], 2), np.repeat([0.5, 0.5, 0.5, 0.5], 2)
-    values = worth[:, :, None] * tells + rng.normal(size=(count, 12, 8)) * noise
-    said = worth + rng.normal(size=worth.shape)
-    return Entrants(list(values), {"clip-zero-shot": list(said)}, [0] * count, [str(n) for n in range(count)])
+    return params.model_copy(update={"races": few(params.races)})
 
 
 def test_all_draws_agree_with_themselves() -> None:

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -26,12 +26,15 @@ from dsd.matcher import Heatmap
 from dsd.matching import MatchingExample, write_examples
 from dsd.metrics import SLOTS, rank
 from dsd.params import FusionMethod, Params, StudyParams, load, trained
+from dsd.replay import compare as compare_schedules
 from dsd.report import build
 from dsd.report.figures import smooth
 from dsd.report.gallery import BackboneHeatMaps, choose, decimals, overlay
 from dsd.report.inputs import read_datasets
+from dsd.report.races import front, paper
 from dsd.report.tables import Comparison, chance, compare, duration, points
 from dsd.statistics import Difference
+from tests.raced import LEVELS, entrants, few
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = """<script>alert("1")</script> & 'more'"""
@@ -146,6 +149,17 @@ def write_results(params: Params, data: Path) -> None:
     ablations.write(taken_apart, data / "evaluate")
     claims.write(*claims.judge(params, answers), data / "evaluate")
     variants.write(told_studies(params, metrics), data / "evaluate")
+    write_races(params, data)
+
+
+def write_races(params: Params, data: Path) -> None:
+    """The races of denoising on questions, run live but for the proposed ones."""
+    _, told = compare_schedules(entrants(100), entrants(60, seed=1), np.repeat(LEVELS, 2).tolist(), params)
+    live = {"images": 5, "seconds": 0.25, "evaluations": 30.0, "fill": 0.97, "differ": 0}
+    for row in told["chosen"].values():
+        if not row["setting"].get("proposer"):
+            row["live"] = live
+    write(data / "races" / "scenes-vqa.json", {"denoising": {"examples": "", **told}})
 
 
 def told_studies(params: Params, metrics: dict[str, Results]) -> dict[str, object]:
@@ -192,6 +206,7 @@ def params() -> Params:
             "datasets": {name: shipped.datasets[name] for name in NAMES},
             "evaluate": shipped.evaluate.model_copy(update={"resamples": 200}),
             "report": shipped.report.model_copy(update={"gallery": 3}),
+            "races": few(shipped.races),
             "studies": {name: StudyParams.model_validate(row) for name, row in STUDIES.items()},
         }
     )
@@ -345,9 +360,45 @@ def test_claims_are_told_with_what_they_rest_on(page: str, data: Path) -> None:
     claims, rows = (json.loads((data / "evaluate" / f"{name}.json").read_text()) for name in ("claims", "comparisons"))
     assert list(claims) == [str(number) for number in range(1, 11)]
     tables = Parsed(page).tables
-    told = tables["Claims of the first paper"][1:]
+    told = tables["Claims of the papers"][1:]
     assert [(row[0], row[1], row[2]) for row in told] == [(n, c["claim"], c["verdict"]) for n, c in claims.items()]
     assert len(tables["What the claims rest on"]) == 1 + sum(map(len, rows.values()))
+
+
+def test_races_are_told(page: str, data: Path, params: Params) -> None:
+    parsed, told = Parsed(page), json.loads((data / "races" / "scenes-vqa.json").read_text())["denoising"]
+    rows = {row[0]: row[1:] for row in parsed.tables["scenes-vqa: denoising"][1:]}
+    assert list(rows) == list(told["chosen"])
+    cells, found = rows["staged"], told["chosen"]["staged"]
+    assert cells[0].startswith("to keep ") and cells[1].startswith(f"{100 * found['accuracy']['value']:.1f} %")
+    assert cells[4].startswith(f"{8 * found['share']['value']:.2f} [") and cells[6:] == ["0.25 5 images", "97.0 %"]
+    assert rows["exhaustive, all draws"][5] == "1.0×"
+    proposed = rows["racing, δ = 0.1, clip-zero-shot first"]
+    assert "proposer clip-zero-shot" in proposed[0] and proposed[6] == "–"
+    assert "Its stated error rate was kept by" in parsed.text
+    assert len([v for _, name, v in parsed.attributes if name == "aria-label" and "evaluations a candidate" in v]) == 2
+
+
+def test_a_front_is_chosen_on_what_was_learned_from() -> None:
+    def run(cost: float, learned: float, measured: float) -> dict[str, dict[str, float]]:
+        return {
+            "train": {"evaluations": cost, "accuracy": learned},
+            "test": {"evaluations": cost, "accuracy": measured},
+        }
+
+    runs = [run(4, 0.8, 0.9), run(1, 0.5, 0.4), run(2, 0.5, 0.95), run(3, 0.7, 0.6)]
+    assert front(runs) == [(1, 0.4), (3, 0.6), (4, 0.9)]
+
+
+def test_the_second_papers_tables_have_its_numbers_and_ours(params: Params, data: Path) -> None:
+    told = json.loads((data / "races" / "scenes-vqa.json").read_text())
+    (dataset,) = (d for d in read_datasets(params, data, {}) if d.name == "scenes-vqa")
+    classes = replace(dataset, kind="scenes-cls")
+    first, second = paper({"scenes-vqa": told}, [classes], "clip-zero-shot")
+    assert [cell.text for cell in first.rows[0].cells] == ["the paper", "86.6", "110 h", "85.5", "57 h"]
+    ours = told["denoising"]["chosen"]["hierarchical as published, from clean"]["accuracy"]["value"]
+    assert first.rows[-1].cells[3].text == second.rows[-1].cells[2].text == f"{100 * ours:.1f}"
+    assert list(paper({}, [classes], "clip-zero-shot")) == []
 
 
 def test_studies_are_told(page: str, data: Path) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from dsd.params import FusionMethod, Params, noise_of, prompted, trained, twin
+from dsd.params import ContrastiveMethod, FusionMethod, Params, noise_of, prompted, trained, twin
 from dsd.progress import progress
-from dsd.report import figures, findings, paper, studies, tables
+from dsd.report import figures, findings, paper, races, studies, tables
 from dsd.report.gallery import MAPPED, BackboneHeatMaps, HeatMaps, gallery
-from dsd.report.inputs import Dataset, read_claims, read_datasets, read_studies, read_timings
+from dsd.report.inputs import Dataset, read_claims, read_datasets, read_races, read_studies, read_timings
 from dsd.store import write_atomic
 
 __all__ = ["build"]
@@ -37,6 +37,8 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
     # What is fused is compared with the trained method once, from its own side.
     compared = sides[method] = {other: rows for other, rows in sides[method].items() if other not in fused}
     judged = read_claims(data)
+    raced = read_races(params, data)
+    clips = [name for name, row in params.methods.items() if isinstance(row, ContrastiveMethod) and row.tuned == "none"]
     shown = [d for d in datasets if method in d.results]
     page = (
         _environment()
@@ -62,6 +64,8 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
             fitting=params.fusion,
             parts=findings.names([part for row in params.methods.values() for part in getattr(row, "parts", ())]),
             figures=_figures(datasets, params),
+            races=list(races.races(raced)),
+            second=list(races.paper(raced, datasets, next(iter(clips), None))),
             studies=list(studies.studies(params, read_studies(data), datasets, _series(params))),
             galleries=[gallery(d, params, data / "prepare" / d.name, heat) for d in progress(shown, desc="gallery")],
             mapped=MAPPED,

@@ -198,6 +198,28 @@ def redrawn(name: str, title: str, lines: Mapping[str, Mapping[str, Interval]]) 
     return Drawing(to_svg(figure, slug(name), alt), f"{name}: {title}")
 
 
+def costs(name: str, caption: str, fronts: Mapping[str, Sequence[tuple[float, float]]], whole: Interval) -> Drawing:
+    """Right answers over U-Net evaluations a candidate, a line for each; the band is the interval of all draws."""
+    figure, (ax,) = _figure(3.4)
+    ax.axhspan(100 * whole.low, 100 * whole.high, color=INK, alpha=0.08, lw=0)
+    ax.axhline(100 * whole.value, color=INK, alpha=0.7, lw=1, ls=(0, (3, 2)))
+    for number, (label, places) in enumerate(fronts.items()):
+        colour, marker = look(number)
+        xs, ys = [cost for cost, _ in places], [100 * share for _, share in places]
+        ax.plot(xs, ys, marker=marker, color=colour, lw=1.4, ms=5, mew=0, label=label)
+    ax.set_xscale("log")
+    ax.minorticks_off()
+    most = max((cost for places in fronts.values() for cost, _ in places), default=1.0)
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if tick <= 1.5 * most]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set(xlabel="U-Net evaluations a candidate", ylabel="right answers, %")
+    ax.grid(axis="y")
+    ax.legend(frameon=False, fontsize=8.5, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    said = names([f"{label} from {min(c for c, _ in places):.2g}" for label, places in fronts.items() if places])
+    alt = f"{caption}: right answers over evaluations a candidate; {said}; all draws {100 * whole.value:.1f} %."
+    return Drawing(to_svg(figure, name, alt), caption)
+
+
 def _line(
     ax: Axes, xs: Sequence[float], values: Sequence[Interval], look: tuple[str, str], label: str | None = None
 ) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from dsd import replay
 from dsd.ablations import Ablations
 from dsd.claims import Judgement
 from dsd.datasets import benchmark
@@ -112,6 +113,12 @@ def read_claims(data: Path) -> Claims:
 def read_studies(data: Path) -> dict[str, Any]:
     """What dsd.variants.compare tells of each study."""
     return dict(read_json(data / "evaluate" / "studies.json", "evaluate"))
+
+
+def read_races(params: Params, data: Path) -> dict[str, dict[str, Any]]:
+    """What `dsd.races` has told, by dataset and method; a dataset whose races were not run is absent."""
+    found = {name: replay.read(data / "races" / f"{name}.json") for name in params.races.datasets}
+    return {name: told for name, told in found.items() if told}
 
 
 def _ablations(path: Path) -> dict[str, Ablations]:

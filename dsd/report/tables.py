@@ -164,7 +164,7 @@ MARKS = {"holds": "higher", "contradicted": "lower", "not shown": "no"}
 
 
 def claims(found: Claims) -> Table:
-    """The verdict on each claim of the first paper."""
+    """The verdict on each claim of the papers."""
     rows = [
         Row(
             number,
@@ -179,7 +179,7 @@ def claims(found: Claims) -> Table:
         for number, claim, rows in found
     ]
     head = ["claim", "", "verdict", "smallest difference\npercentage points", "p\ncorrected", "comparisons"]
-    return Table("Claims of the first paper", head, rows)
+    return Table("Claims of the papers", head, rows)
 
 
 def claim_comparisons(found: Claims) -> Table:
