@@ -153,31 +153,42 @@ class Matcher:
     def heatmap(self, image: ImageSource, text: str) -> Heatmap:
         """Cross-attention of each word over the picture, averaged over layers, heads and draws."""
         picture = self._picture(image)
-        latents = self.backbone.encode_images(picture[None])
-        hidden, content = self._encode([text])
-        total = torch.zeros(int(content.sum()), *picture.shape[:2])
-        for draw in self._draws:
-            recording = Recording.of(self._evidence, content, keep_maps=True)
-            timesteps = torch.tensor([draw.timestep(self.backbone.schedule_length)], device=latents.device)
-            noised = self.backbone.add_noise(
-                latents, draw.noise(tuple(latents.shape[1:]))[None].to(latents.device), timesteps
-            )
-            with during(self.backbone.attention, recording, self.prompt, pooled_latent(latents)):
-                self.backbone.predict_noise(noised, timesteps, hidden)
-            assert recording.maps is not None
-            for attn_BHNM in recording.maps:
-                side = round(attn_BHNM.shape[-2] ** 0.5)
-                maps = attn_BHNM[0].mean(0).T[content[0]].reshape(1, -1, side, side)
-                total += torch.nn.functional.interpolate(maps, picture.shape[:2], mode="bicubic")[0].cpu()
-        low, high = total.amin((1, 2), keepdim=True), total.amax((1, 2), keepdim=True)
-        pieces = self.backbone.tokenizer.convert_ids_to_tokens(
-            self.backbone.tokenizer(text, truncation=True, max_length=self.backbone.max_tokens).input_ids[1:-1]
-        )
-        return Heatmap(
-            [piece.removesuffix("</w>") for piece in pieces],
-            ((total - low) / (high - low).clamp(min=1e-9)).numpy(),
-            picture,
-        )
+        latents, (hidden, content) = self.backbone.encode_images(picture[None]), self._encode([text])
+        maps = [self._maps(latents, hidden, content, draw, picture.shape[0])[0] for draw in self._draws]
+        return Heatmap(self._words(text), _stretched(torch.stack(maps).sum(0)), picture)
+
+    @torch.inference_mode()
+    def heatmaps(self, image: ImageSource, text: str) -> dict[float, Heatmap]:
+        """By noise level, at the first draw of each: what the model sees, decoded, and where each word looks in it."""
+        picture = self._picture(image)
+        latents, (hidden, content) = self.backbone.encode_images(picture[None]), self._encode([text])
+        first = {draw.level: draw for draw in reversed(self._draws)}
+        found = {}
+        for level, draw in sorted(first.items()):
+            maps, noised = self._maps(latents, hidden, content, draw, picture.shape[0])
+            found[level] = Heatmap(self._words(text), _stretched(maps), self.backbone.decode_images(noised)[0])
+        return found
+
+    def _maps(self, latents: Tensor, hidden: Tensor, content: Tensor, draw: Draw, side: int) -> tuple[Tensor, Tensor]:
+        """Of one draw, the attention of each word summed over layers [M, R, R], and the noised latents [1, C, r, r]."""
+        recording = Recording.of(self._evidence, content, keep_maps=True)
+        timesteps = torch.tensor([draw.timestep(self.backbone.schedule_length)], device=latents.device)
+        noise = draw.noise(tuple(latents.shape[1:]))[None].to(latents.device)
+        noised = self.backbone.add_noise(latents, noise, timesteps)
+        with during(self.backbone.attention, recording, self.prompt, pooled_latent(latents)):
+            self.backbone.predict_noise(noised, timesteps, hidden)
+        assert recording.maps is not None
+        total = torch.zeros(int(content.sum()), side, side)
+        for attn_BHNM in recording.maps:
+            own = round(attn_BHNM.shape[-2] ** 0.5)
+            maps = attn_BHNM[0].mean(0).T[content[0]].reshape(1, -1, own, own)
+            total += torch.nn.functional.interpolate(maps, (side, side), mode="bicubic")[0].cpu()
+        return total, noised
+
+    def _words(self, text: str) -> list[str]:
+        """The content tokens of a text."""
+        ids = self.backbone.tokenizer(text, truncation=True, max_length=self.backbone.max_tokens).input_ids[1:-1]
+        return [piece.removesuffix("</w>") for piece in self.backbone.tokenizer.convert_ids_to_tokens(ids)]
 
     def _picture(self, image: ImageSource) -> np.ndarray:
         loaded = load_image(image, max_pixels=40_000_000)
@@ -199,3 +210,9 @@ class Matcher:
                     stacklevel=3,
                 )
         return out.hidden, out.content
+
+
+def _stretched(maps: Tensor) -> np.ndarray:
+    """Each map [M, R, R] to 0…1 of its own range."""
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return ((maps - low) / (high - low).clamp(min=1e-9)).numpy()

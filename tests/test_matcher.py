@@ -62,3 +62,13 @@ def test_mistakes_are_one_line(models: Path, pictures: list[Image.Image], tmp_pa
         matcher.score(tmp_path / "broken.png", "a red circle")
     with pytest.warns(UserWarning, match="24 tokens"):
         matcher.score(pictures[0], "a red circle " * 20)
+
+
+def test_maps_of_a_level_are_those_of_that_level_alone(models: Path) -> None:
+    matcher = Matcher.from_pretrained(models / "embedded", device="cpu", levels=(0.6, 0.2))
+    picture = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    found = matcher.heatmaps(picture, "a red circle")
+    alone = Matcher.from_pretrained(models / "embedded", device="cpu", levels=(0.6,)).heatmap(picture, "a red circle")
+    assert list(found) == [0.2, 0.6] and found[0.6].words == alone.words
+    np.testing.assert_allclose(found[0.6].maps, alone.maps, atol=1e-5)
+    assert found[0.2].picture.shape == (32, 32, 3) and not np.array_equal(found[0.2].picture, found[0.6].picture)

@@ -29,7 +29,7 @@ from dsd.params import FusionMethod, Params, StudyParams, load, trained
 from dsd.replay import compare as compare_schedules
 from dsd.report import build
 from dsd.report.figures import smooth
-from dsd.report.gallery import BackboneHeatMaps, choose, decimals, overlay
+from dsd.report.gallery import BackboneHeatMaps, choose, decimals, noisy, overlay
 from dsd.report.inputs import read_datasets
 from dsd.report.races import front, paper
 from dsd.report.tables import Comparison, chance, compare, duration, points
@@ -194,6 +194,9 @@ class FakeHeatMaps:
         return Heatmap(
             words, np.stack([np.roll(ramp, 5 * n) for n in range(len(words))]), np.array(image.resize((64, 64)))
         )
+
+    def by_level(self, dataset: str, image: Image.Image, text: str) -> dict[float, Heatmap]:
+        return {level: self(dataset, image, text) for level in (0.2, 0.8)}
 
 
 @pytest.fixture(scope="module")
@@ -377,6 +380,16 @@ def test_races_are_told(page: str, data: Path, params: Params) -> None:
     assert "proposer clip-zero-shot" in proposed[0] and proposed[6] == "–"
     assert "Its stated error rate was kept by" in parsed.text
     assert len([v for _, name, v in parsed.attributes if name == "aria-label" and "evaluations a candidate" in v]) == 2
+
+
+def test_the_first_example_is_shown_at_rising_noise(params: Params, data: Path) -> None:
+    (dataset,) = (d for d in read_datasets(params, data, {}) if d.name == "scenes-vqa")
+    shown = noisy(dataset, params, data / "prepare" / "scenes-vqa", FakeHeatMaps())
+    example = dataset.examples[0]
+    assert shown.text == example.texts[example.answer[0][1]]
+    assert [(level, len(words)) for level, _, words in shown.levels] == [
+        (n, len(shown.text.split())) for n in (0.2, 0.8)
+    ]
 
 
 def test_a_front_is_chosen_on_what_was_learned_from() -> None:

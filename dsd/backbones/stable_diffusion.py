@@ -101,6 +101,12 @@ class StableDiffusion:
         return (latents * self.vae.config.scaling_factor).float()
 
     @torch.inference_mode()
+    def decode_images(self, latents: Tensor) -> np.ndarray:
+        """Scaled latents [B, C, r, r] to uint8 [B, R, R, 3]; noisy ones give a noisy picture."""
+        pixels = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.dtype)).sample.float()
+        return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+    @torch.inference_mode()
     def encode_texts(self, texts: list[str]) -> TextEmbeddings:
         """Padded to the model's maximum, as in its training. A text over the limit is cut, and `truncated` says so."""
         limit = self.max_tokens

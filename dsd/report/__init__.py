@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from dsd.params import ContrastiveMethod, FusionMethod, Params, noise_of, prompted, trained, twin
 from dsd.progress import progress
 from dsd.report import figures, findings, paper, races, studies, tables
-from dsd.report.gallery import MAPPED, BackboneHeatMaps, HeatMaps, gallery
+from dsd.report.gallery import MAPPED, BackboneHeatMaps, HeatMaps, gallery, noisy
 from dsd.report.inputs import Dataset, read_claims, read_datasets, read_races, read_studies, read_timings
 from dsd.store import write_atomic
 
@@ -66,6 +66,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
             figures=_figures(datasets, params),
             races=list(races.races(raced)),
             second=list(races.paper(raced, datasets, next(iter(clips), None))),
+            noisy=[noisy(d, params, data / "prepare" / d.name, heat) for d in races.classified(raced, shown)],
             studies=list(studies.studies(params, read_studies(data), datasets, _series(params))),
             galleries=[gallery(d, params, data / "prepare" / d.name, heat) for d in progress(shown, desc="gallery")],
             mapped=MAPPED,

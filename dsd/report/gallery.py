@@ -41,6 +41,10 @@ class HeatMaps(Protocol):
 
     def __call__(self, dataset: str, image: Image.Image, text: str) -> Heatmap: ...
 
+    def by_level(self, dataset: str, image: Image.Image, text: str) -> dict[float, Heatmap]:
+        """At each noise level: the noisy latent, decoded, and where the text looks in it."""
+        ...
+
 
 class BackboneHeatMaps:
     """Heat maps of the method with the attention prompt: one backbone, and the prompt of each dataset."""
@@ -58,11 +62,17 @@ class BackboneHeatMaps:
         return str(self._backbone.digest)
 
     def __call__(self, dataset: str, image: Image.Image, text: str) -> Heatmap:
-        if dataset not in self._matchers:
-            self._matchers[dataset] = self._matcher(dataset)
-        return self._matchers[dataset].heatmap(image, text)
+        return self._matcher(dataset).heatmap(image, text)
+
+    def by_level(self, dataset: str, image: Image.Image, text: str) -> dict[float, Heatmap]:
+        return self._matcher(dataset).heatmaps(image, text)
 
     def _matcher(self, dataset: str) -> Matcher:
+        if dataset not in self._matchers:
+            self._matchers[dataset] = self._opened(dataset)
+        return self._matchers[dataset]
+
+    def _opened(self, dataset: str) -> Matcher:
         prompt = AttentionPrompt.load(self._trained / dataset / self._name / PROMPT, self._backbone.digest)
         return Matcher(
             self._backbone,
@@ -191,6 +201,25 @@ def _card(
     text = example.texts[0] if len(example.texts) == 1 else None
     shared = None if several else uri(pictures[example.images[0]], PICTURE)
     return Card(example.id, example.category, text, shared, candidates, len(order) - len(listed))
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """One test example at rising noise: what the model sees, and where each word of the right text looks."""
+
+    dataset: str
+    text: str
+    levels: list[tuple[float, str, list[Word]]]  # level, the noisy picture, maps
+
+
+def noisy(dataset: Dataset, params: Params, prepared: Path, heat: HeatMaps) -> Noisy:
+    """The first test example, so that nobody picked it."""
+    example = dataset.examples[0]
+    image, text = example.answer[0]
+    picture = Pictures(prepared / "images.parquet")[example.images[image]]
+    found = heat.by_level(dataset.name, picture, example.texts[text])
+    levels = [(level, uri(Image.fromarray(seen.picture), OVERLAY), _words(seen)) for level, seen in found.items()]
+    return Noisy(dataset.name, example.texts[text], levels)
 
 
 def _words(found: Heatmap) -> list[Word]:

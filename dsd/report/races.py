@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dsd.claims import TASKS
 from dsd.replay import DIRECTIONS, EXHAUSTIVE, LEARNED_FROM, MEASURED_ON, published
 from dsd.report import figures
 from dsd.report.inputs import Dataset
@@ -130,13 +131,17 @@ def front(runs: Iterable[Mapping[str, Any]]) -> list[tuple[float, float]]:
     return found
 
 
+def classified(found: Mapping[str, Mapping[str, Told]], datasets: Sequence[Dataset]) -> list[Dataset]:
+    """The datasets that stand for those of the second paper, as far as they were raced."""
+    return [dataset for dataset in datasets if dataset.kind in TASKS["classifying"] and dataset.name in found]
+
+
 def paper(found: Mapping[str, Mapping[str, Told]], datasets: Sequence[Dataset], clip: str | None) -> Iterator[Table]:
     """Tables 1 and 2: the paper's numbers, on its data, over ours, on ours."""
     ours = [
         (dataset, method, told["chosen"])
-        for dataset in datasets
-        if dataset.kind == "scenes-cls"
-        for method, told in found.get(dataset.name, {}).items()
+        for dataset in classified(found, datasets)
+        for method, told in found[dataset.name].items()
     ]
     if not ours:
         return
