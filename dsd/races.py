@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,9 @@ class Folders(NamedTuple):
     trained: Path
 
     def examples(self, split: str) -> list[MatchingExample]:
-        return read_examples(self.prepared / "examples.parquet", split)
+        """Those of a split, a square as a choice among its images for each of its texts."""
+        whole = read_examples(self.prepared / "examples.parquet", split)
+        return [choice for example in whole for choice in choices(example)]
 
     def inputs(self) -> tuple[Pictures, list[str]]:
         return Pictures(self.prepared / "images.parquet"), all_texts(read_all(self.prepared))
@@ -88,6 +90,15 @@ def methods(dataset: str, params: Params) -> dict[str, RacedMethod]:
             raise ParamsError(f"races.datasets.{dataset}: {unknown('method by means over draws', name, fitting)}")
         found[name] = method
     return found
+
+
+def choices(example: MatchingExample) -> list[MatchingExample]:
+    """The example itself where it has one right pair, else one for each right pair: the images of its text."""
+    if len(example.answer) == 1:
+        return [example]
+    return [
+        replace(example, id=f"{example.id}/{t}", texts=(example.texts[t],), answer=((i, 0),)) for i, t in example.answer
+    ]
 
 
 def entrants(

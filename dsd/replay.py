@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import qmc
 
+from dsd.errors import DataError
 from dsd.matching import MatchingExample
 from dsd.metrics import Hits
 from dsd.params import Params, RacesParams
@@ -88,7 +89,7 @@ def replay(course: Course, races: Entrants) -> Outcome:
         while len(asked := race.asks()):
             race.tell(ordered_CK[asked[:, 0], asked[:, 1]])
         winner = race.ranking()[0]
-        agrees = winner == values_CK.mean(1).argmax()
+        agrees = winner == np.nanmean(values_CK, 1).argmax()
         found.append((winner, winner == races.answers[number], agrees, race.evaluations / values_CK.size))
     return Outcome(*(np.array(column) for column in zip(*found, strict=True)))
 
@@ -221,7 +222,10 @@ def compare(learning: Entrants, measured: Entrants, level_K: Sequence[float], pa
         def wrong(threshold: float, proposer: Proposer = proposer) -> list[bool]:
             return (~replay(raced(learned, proposer, threshold), fresh).agrees).tolist()
 
-        threshold = calibrate(wrong, races.racing.threshold, delta, races.racing.confidence)
+        try:
+            threshold = calibrate(wrong, races.racing.threshold, delta, races.racing.confidence)
+        except ValueError as error:
+            raise DataError(f"races: {error}; raise few_shot, or leave that δ out of races.racing.deltas") from None
         name = f"racing, δ = {delta:g}" + (f", {proposer} first" if proposer else "")
         chosen[name] = raced(learned, proposer, threshold)
         settings[name] = {"proposer": proposer, "delta": delta, "threshold": threshold}
