@@ -10,25 +10,33 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks import plain
 from benchmarks.setting import PREPARED, engine_over
+from dsd import replay
 from dsd.attention import Recording, during
+from dsd.batching import Filled
 from dsd.draws import Draw, draws
 from dsd.errors import DataError
 from dsd.evidence import Request, requests
 from dsd.matching import MatchingExample, Pair, read_examples
-from dsd.params import load
+from dsd.params import DenoisingMethod, load
 from dsd.pictures import Pictures
+from dsd.races import Folders, Track
+from dsd.replay import EXHAUSTIVE, Course
+from dsd.schedules import Floats, Learned, Race, learn, racing
 from dsd.store import write_atomic
 
 RESULTS = Path("benchmarks/results.json")
+RACES, CLASSES = Path("data/races"), "scenes-cls"
+PROMISED, PROPOSED = "racing, δ = 0.05", "racing, δ = 0.05, clip-zero-shot first"  # names of what was chosen
 Result = dict[str, float | str | bool]
 
 
@@ -111,6 +119,76 @@ def score_memory_growth() -> Result:
     return at_most(peak(1000) / peak(100), "times", 1.1)
 
 
+def races() -> dict[str, Result]:
+    """What racing spares on classes, by the replays of `make races`, and how the engine keeps up with it here.
+
+    Raises:
+        DataError: the races were not run, or the stages that they need.
+    """
+    told = replay.read(RACES / f"{CLASSES}.json").get("denoising")
+    if told is None:
+        raise DataError(f"{RACES / CLASSES}.json: no races of denoising; run `make races` first")
+    chosen, draws_ = told["chosen"], told["draws"]
+    share = {name: row["share"]["value"] for name, row in chosen.items()}
+    own, promised = share[PROMISED], chosen[PROMISED]
+    return {
+        "racing_vs_exhaustive_evaluations": at_least(1 / own, "times", 20),
+        "racing_vs_staged_evaluations": at_least(share["staged"] / own, "times", 1.5),
+        "racing_vs_hierarchical_evaluations": at_least(share["hierarchical"] / own, "times", 1.5),
+        "proposer_evaluations_per_candidate": at_most(draws_ * share[PROPOSED], "", 0.3),
+        "racing_disagreement": at_most(
+            chosen[PROMISED]["disagreement"]["value"], "", chosen[PROMISED]["setting"]["delta"]
+        ),
+        "racing_seconds_vs_evaluations": at_least(
+            chosen[EXHAUSTIVE]["live"]["seconds"] / promised["live"]["seconds"] * own, "", 0.8
+        ),
+        "evaluations_per_candidate_of_3129": at_most(of_many(3129), "", 1.3),
+        **race_engine(told),
+    }
+
+
+def race_engine(told: Mapping[str, Any]) -> dict[str, Result]:
+    """How full the batches of many races are, and images a second over those of the same races one by one."""
+    params, folders = load(), Folders(*(Path("data") / stage / CLASSES for stage in ("prepare", "cache", "train")))
+    method = params.methods["denoising"]
+    assert isinstance(method, DenoisingMethod)
+    track, examples = Track.of(method, params, folders), folders.examples("test")[:48]
+    learned = Learned(**told["learned"]["None"])
+    course = Course(list(learned.order), racing(learned, told["chosen"][PROMISED]["setting"]["threshold"]), None)
+    filled = Filled()
+
+    def together() -> None:
+        list(track.engine.race(track.entries(course, examples, None), method, filled, {}))
+
+    def one_by_one() -> None:
+        """As public code does it: the candidates of one image are a batch, which both cores share."""
+        size = params.runtime.batch_size
+        for entry in track.entries(course, examples[:12], None):
+            while rows := entry.wants():
+                batches = (rows[first : first + size] for first in range(0, len(rows), size))
+                errors = [track.engine.compute_batch(batch)["error"] for batch in batches]
+                entry.tell(dict(zip(rows, -np.concatenate(errors), strict=True)))
+
+    one_by_one()  # warm
+    ratio = (seconds(one_by_one) / 12) / (seconds(together) / len(examples))
+    return {"engine_vs_single_image": at_least(ratio, "times", 3), "batch_fill": at_least(filled.share, "", 0.9)}
+
+
+def of_many(candidates: int) -> float:
+    """Evaluations a candidate of racing over so many, of known worth and seen through heavy tails."""
+    rng = np.random.default_rng(candidates)
+
+    def evidence(count: int) -> Floats:
+        return rng.standard_t(4, size=(count, 1)) + 0.5 * rng.standard_t(4, size=(count, 64))
+
+    learned = learn([evidence(100) for _ in range(200)], [0] * 64, 10, None)
+    values, course = evidence(candidates), racing(learned, 2.0)
+    race = Race(candidates, course)
+    while len(rows := race.asks()):
+        race.tell(values[rows[:, 0], rows[:, 1]])
+    return race.evaluations / candidates
+
+
 def reproduction() -> dict[str, Result]:
     """The seconds of the last whole reproduction of this workspace, and of one more with nothing changed."""
     path = Path("data/reproduction.json")
@@ -133,6 +211,7 @@ def main() -> None:
         results[measure.__name__] = measure()
         sys.stdout.write(f"{measure.__name__}: {results[measure.__name__]}\n")
     try:
+        results |= races()
         results |= reproduction()
     except DataError as error:
         sys.exit(f"bench: {error}")
@@ -140,7 +219,7 @@ def main() -> None:
         write_atomic(RESULTS, (json.dumps(results, indent=2) + "\n").encode())
     for name, result in results.items():
         verdict = "ok" if result["ok"] else "MISSED"
-        sys.stdout.write(f"{name:28} {result['value']:>9} {result['unit']:6} target {result['target']:>6} {verdict}\n")
+        sys.stdout.write(f"{name:34} {result['value']:>9} {result['unit']:6} target {result['target']:>6} {verdict}\n")
 
 
 if __name__ == "__main__":

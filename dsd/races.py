@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,9 +109,11 @@ def entrants(
 
 
 def right(example: MatchingExample) -> int:
-    """Which of the example's pairs is right."""
+    """Which of the example's pairs is right; −1 where a wrong candidate is the same, a tie, which is never right."""
     ((image, text),) = example.answer
-    return pairs([example]).index(Pair(example.images[image], example.texts[text]))
+    candidates = [Pair(i, t) for i in example.images for t in example.texts]
+    answer = Pair(example.images[image], example.texts[text])
+    return pairs([example]).index(answer) if candidates.count(answer) == 1 else -1
 
 
 def proposals(proposer: str, examples: Sequence[MatchingExample], params: Params, folders: Folders) -> list[Floats]:
@@ -182,34 +184,35 @@ class Track:
             found.append(values_CK)
         return found
 
+    def entries(
+        self, course: Course, examples: Sequence[MatchingExample], proposals: Sequence[Floats] | None
+    ) -> Iterator[Entry]:
+        """The examples as races of a schedule; `proposals` are those of its proposer, None without one."""
+        ordered = [self.draws[k] for k in course.order]
+        for number, example in enumerate(examples):
+            candidates = pairs([example])
+            race = Race(len(candidates), course.schedule, proposals[number] if proposals else None)
+            yield Entry(example.id, race, candidates, ordered, self.set_off(example))
+
     def live(self, course: Course, examples: Sequence[MatchingExample], races: Entrants) -> dict[str, float]:
-        """Runs a schedule on the first examples, `timed` evaluations at most by what each example may cost.
+        """Runs a schedule on the first examples, as many as `timed` evaluations suffice for.
 
         Returns: images, seconds an image, evaluations an image, how full the batches were, and how many answers differ
         from those on the stored evidence, which other batches have left.
         """
-        ordered = [self.draws[k] for k in course.order]
         outcome = replay(course, races)
         costs = [share * values_CK.size for share, values_CK in zip(outcome.share, races.values, strict=True)]
         count = max(1, int(np.searchsorted(np.cumsum(costs), self.params.races.timed)))
-        filled, answers = Filled(), {}
-
-        def entry(number: int, example: MatchingExample) -> Entry:
-            proposal = races.proposals[course.proposer][number] if course.proposer else None
-            candidates = pairs([example])
-            race = Race(len(candidates), course.schedule, proposal)
-            return Entry(example.id, race, candidates, ordered, self.set_off(example))
-
-        start = time.perf_counter()
-        some = (entry(number, example) for number, example in enumerate(examples[:count]))
-        for ended in self.engine.race(some, self.method, filled, {}):
-            answers[ended.id] = int(ended.race.ranking()[0])
+        said = races.proposals[course.proposer] if course.proposer else None
+        start, filled = time.perf_counter(), Filled()
+        ended = list(self.engine.race(self.entries(course, examples[:count], said), self.method, filled, {}))
         seconds = time.perf_counter() - start
-        differ = sum(answers[e.id] != winner for e, winner in zip(examples, outcome.winners[:count], strict=False))
+        answers = {entry.id: int(entry.race.ranking()[0]) for entry in ended}
+        differ = sum(answers[examples[n].id] != outcome.winners[n] for n in range(count))
         return {
             "images": count,
             "seconds": seconds / count,
             "evaluations": filled.rows / count,
             "fill": filled.share,
-            "differ": int(differ),
+            "differ": differ,
         }

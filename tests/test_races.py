@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,7 @@ def test_a_square_is_two_choices() -> None:
 def test_the_right_pair_is_found_among_texts_that_repeat() -> None:
     example = MatchingExample("x", ("i",), ("a", "a", "b"), ((0, 2),), "all")
     assert pairs([example]) == [Pair("i", "a"), Pair("i", "b")] and right(example) == 1
+    assert right(replace(example, answer=((0, 1),))) == -1  # a tie
 
 
 @pytest.mark.parametrize("name", ["dsd-plus", "clip-zero-shot", "denoisin"])
