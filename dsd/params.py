@@ -350,6 +350,22 @@ class Params(_Params):
         return self
 
     @model_validator(mode="after")
+    def _races_have_rows_and_draws(self) -> Params:
+        races = self.races
+        for name, methods in races.datasets.items():
+            if name not in self.datasets:
+                raise ValueError(f"races.datasets: {unknown('dataset', name, self.datasets)}")
+            for method in methods:
+                if method not in self.methods:
+                    raise ValueError(f"races.datasets.{name}: {unknown('method', method, self.methods)}")
+        draws = len(races.levels) * races.draws_per_level
+        if max(races.exhaustive.draws) > draws:
+            raise ValueError(f"races.exhaustive.draws: {max(races.exhaustive.draws)}, but there are {draws} in all")
+        if races.published.samples > races.draws_per_level:
+            raise ValueError(f"races.published.samples: more than the {races.draws_per_level} of races.draws_per_level")
+        return self
+
+    @model_validator(mode="after")
     def _what_learns_is_trained(self) -> Params:
         if not (attentive := _prompted(self.methods)):
             raise ValueError("methods: none of the cross-attention methods has prompt: few-shot; one must")

@@ -20,7 +20,7 @@ from dsd.batching import Entry, Filled
 from dsd.draws import Draw, draws
 from dsd.encoding import all_texts, contrastive_encodings, diffusion_encodings, read_all
 from dsd.engine import Engine, RacedMethod, Values, cosines, row_values, source_digest
-from dsd.errors import ParamsError, unknown
+from dsd.errors import DataError, ParamsError, unknown
 from dsd.evidence import UNCONDITIONAL, plan, requests, wanted
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
 from dsd.params import ContrastiveMethod, DenoisingMethod, NoiseParams, Params, prompted
@@ -40,8 +40,15 @@ class Folders(NamedTuple):
     trained: Path
 
     def examples(self, split: str) -> list[MatchingExample]:
-        """Those of a split, a square as a choice among its images for each of its texts."""
-        whole = read_examples(self.prepared / "examples.parquet", split)
+        """Those of a split, a square as a choice among its images for each of its texts.
+
+        Raises:
+            DataError: nothing was prepared.
+        """
+        file = self.prepared / "examples.parquet"
+        if not file.exists():
+            raise DataError(f"{file}: no such file; run `make reproduce` first")
+        whole = read_examples(file, split)
         return [choice for example in whole for choice in choices(example)]
 
     def inputs(self) -> tuple[Pictures, list[str]]:

@@ -40,7 +40,7 @@ def one_dataset(workspace: Path) -> Path:
     """The workspace with a single dataset, and two stages of its own beside those of the project."""
     settings = yaml.safe_load(Path("params.yaml").read_text())
     settings["datasets"] = {"scenes-com": settings["datasets"]["scenes-com"]}
-    settings["studies"] = {}
+    settings["studies"], settings["races"]["datasets"] = {}, {}
     Path("params.yaml").write_text(yaml.safe_dump(settings))
     pipeline = yaml.safe_load(Path("dvc.yaml").read_text())
     pipeline["stages"] |= {"work": {"params": ["seed", "datasets"]}, "fail": {"params": ["seed"]}}

@@ -56,6 +56,17 @@ def move(settings: Settings, old: str, new: str) -> None:
             lambda s: s["methods"]["dsd"].update(prompt="none"),
             "methods: none of the cross-attention methods has prompt:",
         ),
+        (
+            lambda s: s["races"]["datasets"].update({"scenes-clss": ["denoising"]}),
+            "races.datasets: unknown dataset 'scenes-clss': did you mean 'scenes-cls'",
+        ),
+        (
+            lambda s: s["races"]["datasets"].update({"scenes-cls": ["denoisin"]}),
+            "races.datasets.scenes-cls: unknown method 'denoisin': did you mean 'denoising'",
+        ),
+        (lambda s: s["races"]["exhaustive"]["draws"].append(65), "races.exhaustive.draws: 65, but there are 64 in all"),
+        (lambda s: s["races"]["published"].update(samples=9), "races.published.samples: more than the 8 of"),
+        (lambda s: s["races"]["racing"].update(deltas=[1.0]), "races.racing.deltas.0: Input should be less than 1"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(

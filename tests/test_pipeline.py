@@ -30,7 +30,8 @@ def fill(folder: Path) -> Path:
     (folder / ".dvc").mkdir()
     shutil.copy(ROOT / ".dvc" / "config", folder / ".dvc")
     save_checkpoints(folder / "models")
-    (folder / "data" / "studies").mkdir(parents=True)
+    for results in ("studies", "races"):
+        (folder / "data" / results).mkdir(parents=True)
     settings = small(Path("models")).model_dump(mode="json")
     (folder / "params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     (folder / "data" / "timings").mkdir(parents=True)

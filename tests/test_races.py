@@ -119,6 +119,11 @@ def test_a_proposer_that_needs_the_unet_is_refused(raced: Params, folders: Folde
         proposals("denoising", folders.examples("test"), raced, folders)
 
 
+def test_without_preparation_there_is_one_line(raced: Params, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"examples\.parquet: no such file; run `make reproduce` first"):
+        run(DATASET, raced, Folders(tmp_path, tmp_path, tmp_path), tmp_path, tmp_path)
+
+
 def test_too_few_races_for_a_promise_are_one_line(raced: Params, folders: Folders, tmp_path: Path) -> None:
     racing = raced.races.racing.model_copy(update={"deltas": (0.01,), "confidence": 0.95})
     races = raced.races.model_copy(update={"racing": racing, "datasets": {DATASET: ("denoising",)}})

@@ -17,6 +17,7 @@ from dsd.pretraining import (
     tokenizer,
 )
 from dsd.scenes.captions import vocabulary
+from tests.raced import few
 
 FIT = FitParams(steps=2, batch=2, learning_rate=1e-3, warmup=1, weight_decay=0.0, ema=0.5)
 SIZES = PretrainParams(
@@ -61,6 +62,7 @@ def small(models: Path, **changes: object) -> Params:
             },
             "training": training,
             "studies": {},
+            "races": few(params.races).model_copy(update={"datasets": {"scenes-com": ("denoising",)}}),
             "evidence": params.evidence.model_copy(update={"shard": 16}),
             "evaluate": params.evaluate.model_copy(update={"resamples": 50}),
             "runtime": params.runtime.model_copy(update={"batch_size": 8, "workers": 1, "device": "cpu"}),
