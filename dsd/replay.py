@@ -192,6 +192,8 @@ def compare(learning: Entrants, measured: Entrants, level_K: Sequence[float], pa
             name: clustered_mean(column.astype(float), measured.clusters, everyone, **options).as_dict()
             for name, column in columns.items()
         }
+        if np.ptp(outcome.share) == 0:  # what a schedule always costs is known for certain
+            told["share"] |= {"low": told["share"]["value"], "high": told["share"]["value"]}
         difference = paired_difference(outcome.hits, whole.hits, measured.clusters, **options)
         evaluations = (
             round(share * values_CK.size) for share, values_CK in zip(outcome.share, measured.values, strict=True)

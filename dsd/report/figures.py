@@ -209,8 +209,8 @@ def costs(name: str, caption: str, fronts: Mapping[str, Sequence[tuple[float, fl
         ax.plot(xs, ys, marker=marker, color=colour, lw=1.4, ms=5, mew=0, label=label)
     ax.set_xscale("log")
     ax.minorticks_off()
-    most = max((cost for places in fronts.values() for cost, _ in places), default=1.0)
-    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if tick <= 1.5 * most]
+    seen = [cost for places in fronts.values() for cost, _ in places]
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if min(seen) / 1.5 <= t <= 1.5 * max(seen)]
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.set(xlabel="U-Net evaluations a candidate", ylabel="right answers, %")
     ax.grid(axis="y")

@@ -63,7 +63,6 @@ def table(title: str, told: Told) -> Table:
             Row(
                 name,
                 [
-                    Cell(setting(row["setting"])),
                     Cell(f"{percent(row['accuracy']['value'])} %", interval(_interval(row["accuracy"]))),
                     Cell(points(row["difference"]["value"]), _range(row["difference"], points)),
                     Cell(f"{percent(row['disagreement']['value'])} %", interval(_interval(row["disagreement"]))),
@@ -71,12 +70,12 @@ def table(title: str, told: Told) -> Table:
                     Cell(f"{1 / share['value']:.1f}×"),
                     Cell(f"{live['seconds']:.2f}", f"{live['images']} images") if live else Cell(NONE),
                     Cell(f"{percent(live['fill'])} %") if live else Cell(NONE),
+                    Cell(setting(row["setting"])),
                 ],
             )
         )
     head = [
         "schedule",
-        "setting",
         "right answers",
         "minus that of all draws\npercentage points",
         "another winner\nthan all draws",
@@ -84,14 +83,15 @@ def table(title: str, told: Told) -> Table:
         "fewer than\nall draws",
         "seconds\nan image",
         "batches\nfull",
+        "setting",
     ]
     return Table(title, head, rows)
 
 
 def setting(values: Mapping[str, Any]) -> str:
     """A setting as words, what is null or false left out."""
-    told = {key.replace("_", " "): value for key, value in values.items() if value not in (None, False)}
-    return ", ".join(f"{key} {_plain(value)}" for key, value in told.items())
+    told = {key.replace("_", " "): value for key, value in values.items() if value is not None and value is not False}
+    return ", ".join(key if value is True else f"{key} {_plain(value)}" for key, value in told.items())
 
 
 def drawings(dataset: str, method: str, told: Told) -> list[figures.Drawing]:
