@@ -20,7 +20,7 @@ from scipy.stats import qmc
 from dsd.errors import DataError
 from dsd.matching import MatchingExample
 from dsd.metrics import Hits
-from dsd.params import Params, RacesParams
+from dsd.params import Params, RacesParams, RacingSettings
 from dsd.schedules import (
     Floats,
     Learned,
@@ -174,73 +174,89 @@ def compare(learning: Entrants, measured: Entrants, level_K: Sequence[float], pa
         for proposer in races.racing.proposer
     }
     everything = Course(list(range(K)), all_draws(K), None)
-    whole, floor = replay(everything, measured), replay(everything, learning).hits.mean() - races.within
-
-    def summary(outcome: Outcome) -> dict[str, float]:
-        return {
-            "accuracy": float(outcome.hits.mean()),
-            "disagreement": float(1 - outcome.agrees.mean()),
-            "evaluations": float(outcome.share.mean() * K),  # for each candidate
-        }
-
-    def judged(course: Course) -> dict[str, Any]:
-        options = dict(params.evaluate.model_dump(), seed=params.seed)
-        outcome = replay(course, measured)
-        columns = {"accuracy": outcome.hits, "disagreement": ~outcome.agrees, "share": outcome.share}
-        everyone = [np.ones(len(measured.values), dtype=bool)]
-        told = {
-            name: clustered_mean(column.astype(float), measured.clusters, everyone, **options).as_dict()
-            for name, column in columns.items()
-        }
-        if np.ptp(outcome.share) == 0:  # what a schedule always costs is known for certain
-            told["share"] |= {"low": told["share"]["value"], "high": told["share"]["value"]}
-        difference = paired_difference(outcome.hits, whole.hits, measured.clusters, **options)
-        evaluations = (
-            round(share * values_CK.size) for share, values_CK in zip(outcome.share, measured.values, strict=True)
-        )
-        each = {  # of each race, for paired tests
-            "hits": "".join("01"[int(hit)] for hit in outcome.hits),
-            "evaluations": " ".join(map(str, evaluations)),
-        }
-        return {**told, "difference": difference.as_dict(), "each": each}
-
-    chosen: dict[str, Course] = {EXHAUSTIVE: everything}
-    settings: dict[str, Setting] = {EXHAUSTIVE: {"draws": K}}
+    chosen: dict[str, tuple[Setting, Course]] = {EXHAUSTIVE: ({"draws": K}, everything)}
     for direction in DIRECTIONS:
         setting = {"direction": direction, **races.published.model_dump()}
-        chosen[published(direction)], settings[published(direction)] = pruned(races, setting), setting
-    merit: dict[str, tuple[float, float]] = {}  # by how much accuracy falls short, and the cost
+        chosen[published(direction)] = setting, pruned(races, setting)
+
     runs = []
+    merits: dict[str, tuple[float, float]] = {}  # of the best so far: by how much accuracy falls short, and the cost
+    whole_accuracy = {name: replay(everything, own).hits.mean() for name, own in (("all", learning), ("fresh", fresh))}
     for schedule, setting, course in courses(races, learned):
         seen = replay(course, fresh if schedule == "racing" else learning)
-        both = {LEARNED_FROM: summary(seen), MEASURED_ON: summary(replay(course, measured))}
+        both = {LEARNED_FROM: summary(seen, K), MEASURED_ON: summary(replay(course, measured), K)}
         runs.append({"schedule": schedule, "setting": setting, **both})
-        found = (max(0.0, floor - float(seen.hits.mean())), float(seen.share.mean()))
-        if schedule not in merit or found < merit[schedule]:
-            merit[schedule], chosen[schedule], settings[schedule] = found, course, setting
+        floor = whole_accuracy["fresh" if schedule == "racing" else "all"] - races.within
+        merit = (max(0.0, float(floor - seen.hits.mean())), float(seen.share.mean()))
+        if schedule not in merits or merit < merits[schedule]:
+            merits[schedule], chosen[schedule] = merit, (setting, course)
 
     for proposer, delta in product(races.racing.proposer, races.racing.deltas):
-
-        def wrong(threshold: float, proposer: Proposer = proposer) -> list[bool]:
-            return (~replay(raced(learned, proposer, threshold), fresh).agrees).tolist()
-
-        try:
-            threshold = calibrate(wrong, races.racing.threshold, delta, races.racing.confidence)
-        except ValueError as error:
-            raise DataError(f"races: {error}; raise few_shot, or leave that δ out of races.racing.deltas") from None
+        threshold = promised(delta, proposer, learned, fresh, races.racing)
         name = f"racing, δ = {delta:g}" + (f", {proposer} first" if proposer else "")
-        chosen[name] = raced(learned, proposer, threshold)
-        settings[name] = {"proposer": proposer, "delta": delta, "threshold": threshold}
+        setting = {"proposer": proposer, "delta": delta, "threshold": threshold}
+        chosen[name] = setting, raced(learned, proposer, threshold)
+
+    whole = replay(everything, measured)
     counts = {LEARNED_FROM: len(learning.values), "calibration": len(fresh.values), MEASURED_ON: len(measured.values)}
     told = {
         "races": counts,
         "candidates": float(np.mean([len(values_CK) for values_CK in measured.values])),
         "draws": K,
         "learned": {str(proposer): asdict(found) for proposer, found in learned.items()},
-        "chosen": {name: {"setting": settings[name], **judged(course)} for name, course in chosen.items()},
+        "chosen": {
+            name: {"setting": setting, **judged(replay(course, measured), whole, measured, params)}
+            for name, (setting, course) in chosen.items()
+        },
         "runs": runs,
     }
-    return Compared(chosen, told)
+    return Compared({name: course for name, (_, course) in chosen.items()}, told)
+
+
+def summary(outcome: Outcome, draws: int) -> dict[str, float]:
+    """Accuracy, share of other winners than all draws have, and evaluations of each candidate."""
+    return {
+        "accuracy": float(outcome.hits.mean()),
+        "disagreement": float(1 - outcome.agrees.mean()),
+        "evaluations": float(outcome.share.mean() * draws),
+    }
+
+
+def judged(outcome: Outcome, whole: Outcome, races: Entrants, params: Params) -> dict[str, Any]:
+    """Accuracy, disagreement and share of the evaluations with their intervals, the difference from all draws, and for
+    paired tests the hits and evaluations of each race."""
+    options = dict(params.evaluate.model_dump(), seed=params.seed)
+    everyone = [np.ones(len(races.values), dtype=bool)]
+    columns = {"accuracy": outcome.hits, "disagreement": ~outcome.agrees, "share": outcome.share}
+    told = {
+        name: clustered_mean(column.astype(float), races.clusters, everyone, **options).as_dict()
+        for name, column in columns.items()
+    }
+    if np.ptp(outcome.share) == 0:  # what a schedule always costs is known for certain
+        told["share"] |= {"low": told["share"]["value"], "high": told["share"]["value"]}
+    difference = paired_difference(outcome.hits, whole.hits, races.clusters, **options).as_dict()
+    sizes = (values_CK.size for values_CK in races.values)
+    evaluations = " ".join(str(round(share * size)) for share, size in zip(outcome.share, sizes, strict=True))
+    hits = "".join("01"[int(hit)] for hit in outcome.hits)
+    return {**told, "difference": difference, "each": {"hits": hits, "evaluations": evaluations}}
+
+
+def promised(
+    delta: float, proposer: Proposer, learned: Mapping[Proposer, Learned], fresh: Entrants, settings: RacingSettings
+) -> float:
+    """The threshold that keeps an error rate.
+
+    Raises:
+        DataError: the races are too few for it.
+    """
+
+    def wrong(threshold: float) -> list[bool]:
+        return (~replay(raced(learned, proposer, threshold), fresh).agrees).tolist()
+
+    try:
+        return calibrate(wrong, settings.threshold, delta, settings.confidence)
+    except ValueError as error:
+        raise DataError(f"races: {error}; raise few_shot, or leave that δ out of races.racing.deltas") from None
 
 
 def read_hits(file: Path, metric: str, examples: Sequence[MatchingExample]) -> dict[str, dict[str, Hits]]:

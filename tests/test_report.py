@@ -29,6 +29,7 @@ from dsd.params import FusionMethod, Params, StudyParams, load, trained
 from dsd.replay import compare as compare_schedules
 from dsd.report import build
 from dsd.report.figures import smooth
+from dsd.report.findings import names, unbeaten
 from dsd.report.gallery import BackboneHeatMaps, choose, decimals, noisy, overlay
 from dsd.report.inputs import read_datasets
 from dsd.report.races import front, paper
@@ -357,6 +358,24 @@ def test_comparisons_are_paired_and_told(page: str, params: Params, data: Path) 
         assert difference == f"{points(c.difference.value)} [{points(c.difference.low)}, {points(c.difference.high)}]"
         assert verdict == c.verdict
         assert overlap == ("apart" if own.low > other.high or other.low > own.high else "overlap")
+
+
+def test_what_fusion_does_not_beat_is_said_with_its_parts(params: Params, data: Path) -> None:
+    (dataset,) = (d for d in read_datasets(params, data, {}) if d.name == "scenes-ref")
+    rows = {
+        other: compare(dataset, "dsd-plus", other, [dataset.headline], params)
+        for other in dataset.methods
+        if other != "dsd-plus"
+    }
+    behind = [other for other, (row,) in rows.items() if row.verdict != "higher"]
+    (sentence,) = unbeaten("dsd-plus", rows, [dataset], params)
+    assert behind and sentence.startswith(
+        f"dsd-plus is not shown to be ahead of {names(behind)} on scenes-ref (top1): "
+    )
+    alone = dataset.ablations["dsd-plus"]["parts"]["denoising"]["top1"]
+    assert f"its parts have denoising {100 * alone.value:.1f} % [" in sentence
+    ahead = {other: found for other, found in rows.items() if other not in behind}
+    assert unbeaten("dsd-plus", ahead, [dataset], params) == []
 
 
 def test_claims_are_told_with_what_they_rest_on(page: str, data: Path) -> None:

@@ -141,6 +141,15 @@ def _answers(
         ("Does it tell right from wrong untrained?", findings.above_chance(datasets, params)),
         ("Does few-shot prompting help?", [tallies[helps]] if helps in tallies else []),
         ("How does it compare?", [tally for pair, tally in tallies.items() if pair != helps]),
+        (
+            "What does fusion not beat, and why?",
+            [
+                sentence
+                for method, compared in sides.items()
+                if method != prompted(params)
+                for sentence in findings.unbeaten(method, compared, datasets, params)
+            ],
+        ),
     ]
     return [(question, sentences) for question, sentences in answers if sentences]
 

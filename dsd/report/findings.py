@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dsd.params import ContrastiveMethod, DenoisingMethod, Params, prompted, twin
+from dsd.params import ContrastiveMethod, DenoisingMethod, FusionMethod, Params, prompted, twin
 from dsd.report.inputs import Claims, Dataset
 from dsd.report.tables import Comparison, chance, compare, interval, percent, points
 
@@ -145,6 +145,29 @@ def best_interval(dataset: Dataset, method: str) -> str:
     """A method's headline with its interval, for alternative texts."""
     found = dataset.results[method][dataset.headline]
     return f"{method} {percent(found.value)} % {interval(found)}"
+
+
+def unbeaten(method: str, compared: Compared, datasets: Sequence[Dataset], params: Params) -> list[str]:
+    """By dataset, over whom a fusion's lead on the headline is not shown, and what each of its parts has alone."""
+    row, found = params.methods[method], []
+    assert isinstance(row, FusionMethod)
+    for d in datasets:
+        rivals = [
+            opponent
+            for opponent, rows in compared.items()
+            if any((c.dataset, c.metric) == (d.name, d.headline) and c.verdict != "higher" for c in rows)
+        ]
+        if not rivals:
+            continue
+        tried = d.ablations.get(method, {}).get("parts", {})
+        alone = [
+            f"{part} {percent(v.value)} % {interval(v)}"
+            for part in row.parts
+            if (v := tried.get(part, {}).get(d.headline))
+        ]
+        why = f": alone, its parts have {names(alone)}" if alone else ""
+        found.append(f"{method} is not shown to be ahead of {names(rivals)} on {d.name} ({d.headline}){why}.")
+    return found
 
 
 def reasons(judged: Claims, datasets: Sequence[Dataset], params: Params) -> list[str]:
