@@ -29,10 +29,10 @@ from dsd.evidence import Request, requests
 from dsd.matching import MatchingExample, Pair, read_examples
 from dsd.params import DenoisingMethod, load
 from dsd.pictures import Pictures
-from dsd.races import Folders, Track
 from dsd.replay import EXHAUSTIVE, Course
 from dsd.schedules import Floats, Learned, Race, learn, racing
 from dsd.store import write_atomic
+from dsd.tracks import Folders, Track
 
 RESULTS = Path("benchmarks/results.json")
 RACES, CLASSES = Path("data/races"), "scenes-cls"
@@ -152,7 +152,7 @@ def race_engine(told: Mapping[str, Any]) -> dict[str, Result]:
     params, folders = load(), Folders(*(Path("data") / stage / CLASSES for stage in ("prepare", "cache", "train")))
     method = params.methods["denoising"]
     assert isinstance(method, DenoisingMethod)
-    track, examples = Track.of(method, params, folders), folders.examples("test")[:48]
+    track, examples = Track.of(CLASSES, method, params, folders), folders.examples("test")[:48]
     learned = Learned(**told["learned"]["None"])
     course = Course(list(learned.order), racing(learned, told["chosen"][PROMISED]["setting"]["threshold"]), None)
     filled = Filled()

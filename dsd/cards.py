@@ -15,11 +15,11 @@ from safetensors import safe_open
 
 from dsd.datasets import benchmark
 from dsd.encoding import encode
-from dsd.engine import score
 from dsd.evaluation import Results, evaluate
 from dsd.params import ContrastiveMethod, Params
 from dsd.preparation import prepare
 from dsd.scenes.captions import caption, pretraining_scene
+from dsd.scoring import score
 
 CARD = Template(
     """---

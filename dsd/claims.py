@@ -18,7 +18,7 @@ import numpy as np
 from dsd.ablations import Variant, values
 from dsd.matching import MatchingExample
 from dsd.metrics import Hits
-from dsd.params import ContrastiveMethod, DenoisingMethod, Params, prompted, trained, twin
+from dsd.params import ContrastiveMethod, DenoisingMethod, Params, prompted, raced, trained, twin
 from dsd.replay import DIRECTIONS, EXHAUSTIVE, SPARED, published
 from dsd.statistics import Difference, cohens_h, difference_above, holm, paired_difference
 from dsd.store import write_atomic
@@ -100,7 +100,8 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
         [d for d in data if data[d].kind in kinds] for kinds in TASKS.values()
     )
     clip = next((n for n, m in params.methods.items() if isinstance(m, ContrastiveMethod) and m.tuned == "none"), "")
-    denoiser = next((n for n, m in params.methods.items() if isinstance(m, DenoisingMethod)), "")
+    others = raced(params)
+    denoiser = next((n for n, m in params.methods.items() if isinstance(m, DenoisingMethod) and n not in others), "")
     clean, noisy, middle = (f"{denoiser}, {published(direction)}" for direction in DIRECTIONS)
     exhaustive = f"{denoiser}, {EXHAUSTIVE}"
 

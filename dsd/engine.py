@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,33 +15,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsd.attention import Recording, during
-from dsd.backbones import StableDiffusion, device_of, load_clip, load_diffusion
+from dsd.backbones import StableDiffusion
 from dsd.batching import Entry, Filled, side_by_side
 from dsd.encoding import (
     Arrays,
     Encodings,
-    all_texts,
-    clip_backbones,
-    contrastive_encodings,
-    diffusion_encodings,
-    read_all,
 )
-from dsd.evidence import Request, Shard, normalises, plan, requests, write_index
-from dsd.fusion import fitting_entry, fitting_examples
-from dsd.matching import MatchingExample, Pair, pairs, read_examples
+from dsd.evidence import Request, Shard
+from dsd.matching import Pair
 from dsd.params import (
-    ContrastiveMethod,
     CrossAttentionMethod,
     DenoisingMethod,
     EvidenceParams,
-    FusionMethod,
     Params,
-    noise_of,
-    prompted,
 )
-from dsd.pictures import Pictures
 from dsd.progress import progress
-from dsd.prompts import PROMPT, AttentionPrompt, pooled_latent
+from dsd.prompts import AttentionPrompt, pooled_latent
 from dsd.scorers import contrastive, cross_attention
 from dsd.store import Store, digest, file_digest
 
@@ -177,69 +165,9 @@ def source_digest(params: Params, backbone: StableDiffusion, trained: Path | Non
     return digest(backbone.digest, prompt, settings, params.images.resolution, str(backbone.dtype))
 
 
-def prompts(params: Params) -> list[str]:
-    """The prompts ("none", "few-shot") that the methods need evidence under."""
-    diffusion = [m for m in params.methods.values() if not isinstance(m, ContrastiveMethod)]
-    both = {"none"} if any(isinstance(method, FusionMethod) for method in diffusion) else set()
-    return sorted(both | {method.prompt for method in diffusion}, reverse=True)
-
-
 @torch.inference_mode()
 def cosines(head: contrastive.Head, asked: Sequence[Pair], batch_size: int) -> np.ndarray:
     """CLIP's cosine [E] of every pair."""
     batches = [asked[i : i + batch_size] for i in range(0, len(asked), batch_size)]
     bar = progress(batches, desc="cosines", unit="batch", leave=False)
     return np.concatenate([head(batch).float().cpu().numpy() for batch in bar])
-
-
-def score_contrastive(
-    params: Params, examples: Sequence[MatchingExample], prepared: Path, cached: Path, trained: Path, store: Store
-) -> dict[str, list[str]]:
-    """Stores the cosines of every contrastive method in a shard each; returns the shard of each method."""
-    asked = pairs(examples)
-    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
-    keys: dict[str, list[str]] = {}
-    for row in clip_backbones(params):
-        clip = load_clip(params.backbones[row], device_of(params.runtime.device))
-        tables = contrastive_encodings(clip, pictures, texts, Store(cached))
-        for name, method in params.methods.items():
-            if isinstance(method, ContrastiveMethod) and method.backbone == row:
-                head = contrastive.learned(method, clip, *tables, trained / name)
-                weights = None if method.tuned == "none" else file_digest(trained / name / head.file)
-                keys[name] = [f"cosines-{digest(clip.digest, weights, asked)}"]
-                if store.read(keys[name][0]) is None:
-                    store.write(keys[name][0], {"cosine": cosines(head, asked, params.runtime.batch_size)})
-    return keys
-
-
-def score(
-    name: str, params: Params, prepared: Path, cached: Path, trained: Path, target: Path, *, split: str
-) -> dict[str, Any]:
-    """Stores the evidence of a split of dataset `name` for every method; resumes where it was stopped.
-
-    Where evidence is fused, also that of the few-shot examples that its weights are fitted on.
-    `trained` is where the stage `train` has left a folder for each method that learns.
-    """
-    store, device = Store(target), device_of(params.runtime.device)
-    examples, fitting = read_examples(prepared / "examples.parquet", split), fitting_examples(params, prepared)
-    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
-    backbone = load_diffusion(params.backbones[params.backbone], device)
-    tables = diffusion_encodings(backbone, pictures, texts, params.images.resolution, Store(cached))
-    keys: dict[str, list[str]] = {}
-    total, computed = 0, 0
-    for prompt in prompts(params):
-        file = trained / prompted(params) / PROMPT if prompt == "few-shot" else None
-        learned = AttentionPrompt.load(file, backbone.digest) if file else None
-        source, normalised = source_digest(params, backbone, file), normalises(params.methods, prompt)
-        engine = Engine(backbone, learned, params.evidence, *tables, params.runtime.batch_size)
-        asked = {prompt: examples} | ({fitting_entry(prompt): fitting} if fitting else {})
-        for entry, some in asked.items():
-            rows = requests(some, noise_of(params, name), params.seed, normalised)
-            shards = plan(rows, source, params.evidence.shard)
-            computed += engine.fill(shards, store, f"score {name}, prompt {entry}")
-            keys[entry] = [shard.key for shard in shards]
-            total += len(rows)
-    keys |= score_contrastive(params, examples, prepared, cached, trained, store)
-    store.prune({key for some in keys.values() for key in some})
-    write_index(target, keys, backbone.layers, tables[0](pictures.ids[:1])["latents"][0].size)
-    return {"pairs": len(pairs(examples)), "rows": total, "computed": computed, "corrupt": store.corrupt}

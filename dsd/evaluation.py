@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dsd import fusion
 from dsd.datasets import benchmark
 from dsd.errors import DataError
-from dsd.evidence import Evidence, normalises, read_evidence, read_shards, unconditional
+from dsd.evidence import Evidence, normalises, read_evidence, read_places, read_shards, unconditional
 from dsd.fusion import Scores
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
 from dsd.metrics import METRICS, Hits, rank
@@ -33,6 +33,7 @@ from dsd.params import (
     Params,
     ReleasedMethod,
     noise_of,
+    raced,
 )
 from dsd.scorers import cross_attention, denoising, released
 from dsd.statistics import Interval, clustered_mean
@@ -137,12 +138,34 @@ def reader(name: str, params: Params, examples: Sequence[MatchingExample], score
     return read
 
 
+def method_tables(
+    name: str, params: Params, examples: Sequence[MatchingExample], prepared: Path, scored: Path
+) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """(method, scores [I, T] of every example), method by method."""
+    exhaustive = method_scores(name, params, examples, prepared, scored)
+    others = raced(params)
+    for row in params.methods:
+        yield row, raced_tables(scored, row, examples) if row in others else tables(examples, next(exhaustive)[1])
+
+
+def raced_tables(scored: Path, method: str, examples: Sequence[MatchingExample]) -> list[np.ndarray]:
+    """Of a method with a schedule, minus the place that each candidate ended at: a race ranks, and no more."""
+    places = read_places(scored, method, examples)
+    return [
+        table(example, dict(zip(pairs([example]), (-place_C.astype(float)).tolist(), strict=True)))
+        for example, place_C in zip(examples, places, strict=True)
+    ]
+
+
 def method_scores(
     name: str, params: Params, examples: Sequence[MatchingExample], prepared: Path, scored: Path
 ) -> Iterator[tuple[str, Scores]]:
-    """(method, scores of every pair of the examples), method by method."""
+    """(method, scores of every pair of the examples), for every method whose schedule is exhaustive."""
     read, poolings = reader(name, params, examples, scored), params.evidence.poolings
+    others = raced(params)
     for row, method in params.methods.items():
+        if row in others:
+            continue
         if isinstance(method, ContrastiveMethod):
             yield row, clip_scores(scored, row, pairs(examples))
         elif isinstance(method, CrossAttentionMethod):
@@ -172,8 +195,7 @@ def evaluate(name: str, params: Params, prepared: Path, scored: Path, target: Pa
     examples = read_examples(prepared / "examples.parquet", "test")
     hits: dict[str, dict[str, Hits]] = {}
     rows = []
-    for method, scores in method_scores(name, params, examples, prepared, scored):
-        found = tables(examples, scores)
+    for method, found in method_tables(name, params, examples, prepared, scored):
         ranks = ranked(examples, found)
         hits[method] = hits_of(params.datasets[name].kind, examples, ranks)
         rows += [

@@ -16,12 +16,13 @@ import numpy as np
 from dsd.draws import Draw, draws
 from dsd.errors import DataError
 from dsd.matching import MatchingExample, Pair, pairs
-from dsd.params import DenoisingMethod, FusionMethod, MethodParams, NoiseParams, ReleasedMethod
+from dsd.params import EXHAUSTIVE, DenoisingMethod, FusionMethod, MethodParams, NoiseParams, ReleasedMethod
 from dsd.schedules import exhaustive
 from dsd.store import Store, digest, write_atomic
 
 UNCONDITIONAL = ""  # the text of the unconditional pass
 INDEX = "index.json"  # written last: it names the shards that hold all the evidence of the params, and the layers
+RACES = "races"  # the folder, beside the evidence, of what races have ended with
 Request = tuple[Pair, Draw]
 
 
@@ -60,7 +61,9 @@ def normalises(methods: Mapping[str, MethodParams], prompt: str) -> bool:
     def does(method: MethodParams) -> bool:
         if isinstance(method, FusionMethod):
             return prompt == "none"
-        return isinstance(method, DenoisingMethod | ReleasedMethod) and method.prompt == prompt
+        if isinstance(method, DenoisingMethod | ReleasedMethod):
+            return method.prompt == prompt and method.schedule == EXHAUSTIVE
+        return False
 
     return any(map(does, methods.values()))
 
@@ -134,3 +137,21 @@ def read_evidence(
         raise DataError(f"{scored}: {len(arrays['error'])} rows for {len(asked)} pairs; run the stage `score` again")
     shaped = {name: array.reshape(len(asked), len(seen), *array.shape[1:]) for name, array in arrays.items()}
     return Evidence(asked, seen, **shaped, layers=index["layers"], latent=index["latent"])
+
+
+def read_places(scored: Path, method: str, examples: Sequence[MatchingExample]) -> list[np.ndarray]:
+    """Of a method with a schedule, the place of every candidate [C] of each example, from 1.
+
+    Raises:
+        DataError: the stage `score` has run no such races, or a shard of them is damaged.
+    """
+    store, path = Store(scored / RACES), scored / RACES / INDEX
+    keys = json.loads(path.read_text()).get(method) if path.exists() else None
+    parts = [store.read(key) for key in keys or ()]
+    if not parts or None in [part if part is None else 0 for part in parts]:
+        raise DataError(f"{path}: no races of {method}, or damaged ones; run the stage `score` again")
+    whole = np.concatenate([part["place"] for part in parts if part is not None])
+    sizes = [len(pairs([example])) for example in examples]
+    if len(whole) != sum(sizes):
+        raise DataError(f"{path}: {len(whole)} candidates of {method} for {sum(sizes)}; run the stage `score` again")
+    return np.split(whole, np.cumsum(sizes)[:-1])

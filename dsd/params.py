@@ -115,14 +115,49 @@ TrainingRow = Annotated[
 ]
 
 
+EXHAUSTIVE = "exhaustive"  # the schedule that needs no row: every pair at every draw of `noise`, all evidence kept
+
+
+class _Schedule(_Params):
+    """A row of `schedules`. Its draws are those of `races`; `budget` counts evaluations a candidate."""
+
+    budget: Annotated[float, Field(ge=1)] | None
+
+
+class StagedSchedule(_Schedule):
+    kind: Literal["staged"]
+    to_keep: tuple[Positive, ...]
+    n_samples: tuple[Positive, ...]
+
+
+class HierarchicalSchedule(_Schedule):
+    kind: Literal["hierarchical"]
+    direction: Literal["clean", "noisy", "middle"]
+    samples: Positive
+    beam_factor: Annotated[float, Field(ge=1)]
+    patience: Positive
+    shrinking: bool
+
+
+class RacingSchedule(_Schedule):
+    """By what `make races` has learned for methods of the same score, and calibrated for this δ."""
+
+    kind: Literal["racing"]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    proposer: str | None
+
+
+ScheduleParams = Annotated[StagedSchedule | HierarchicalSchedule | RacingSchedule, Field(discriminator="kind")]
+
+
 class _Diffusion(_Params):
     prompt: Literal["none", "few-shot"]
-    schedule: Literal["exhaustive"]
     levels: tuple[Level, ...]
 
 
 class CrossAttentionMethod(_Diffusion):
     scorer: Literal["cross-attention"]
+    schedule: str
     pooling: Pooling
     layers: Literal["all"] | Positive
     heads: Literal["weighted", "mean"]
@@ -130,10 +165,12 @@ class CrossAttentionMethod(_Diffusion):
 
 class DenoisingMethod(_Diffusion):
     scorer: Literal["denoising"]
+    schedule: str
 
 
 class ReleasedMethod(_Diffusion):
     scorer: Literal["released"]
+    schedule: Literal["exhaustive"]
     denoising: bool
 
 
@@ -142,6 +179,7 @@ class FusionMethod(_Diffusion):
 
     scorer: Literal["fusion"]
     prompt: Literal["few-shot"]
+    schedule: Literal["exhaustive"]
     pooling: Pooling
     heads: Literal["weighted", "mean"]
     parts: tuple[Part, ...]
@@ -292,6 +330,7 @@ class Params(_Params):
     prompt: PromptParams
     context: ContextParams
     training: dict[str, TrainingRow]
+    schedules: dict[str, ScheduleParams]
     methods: dict[str, MethodParams]
     fusion: FusionParams
     evaluate: EvaluateParams
@@ -312,6 +351,8 @@ class Params(_Params):
             if name not in self.backbones:
                 raise ValueError(f"{key}: {unknown('backbone', name, self.backbones)}")
         for name, method in self.methods.items():
+            if name in _raced(self.methods):
+                continue
             if isinstance(method, _Diffusion) and not set(method.levels) <= set(self.noise.levels):
                 raise ValueError(
                     f"methods.{name}.levels: {list(method.levels)} is not among noise.levels {list(self.noise.levels)}"
@@ -329,6 +370,8 @@ class Params(_Params):
                 raise ValueError(f"ablations.methods: {unknown('method', name, self.methods)}")
             if not isinstance(self.methods[name], CrossAttentionMethod | FusionMethod):
                 raise ValueError(f"ablations.methods: {name} has neither cross-attention nor parts to take apart")
+            if name in _raced(self.methods):
+                raise ValueError(f"ablations.methods: {name} has a schedule, which leaves no evidence to take apart")
         for pooling in self.ablations.pooling:
             if pooling not in self.evidence.poolings:
                 raise ValueError(f"ablations.pooling: {pooling!r} is not among evidence.poolings")
@@ -347,6 +390,26 @@ class Params(_Params):
                 for row in asked:
                     if row not in there:
                         raise ValueError(f"studies.{name}.{kind}s: {unknown(kind, row, there)}")
+            for row in _raced(self.methods):
+                if row in study.methods:
+                    raise ValueError(f"studies.{name}.methods: {row} has a schedule that was learned for other params")
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_have_rows_and_draws(self) -> Params:
+        known = [EXHAUSTIVE, *self.schedules]
+        for name, method in _raced(self.methods).items():
+            if method.schedule not in known:
+                raise ValueError(f"methods.{name}.schedule: {unknown('schedule', method.schedule, known)}")
+            if method.levels != self.races.levels:
+                raise ValueError(f"methods.{name}.levels: a schedule goes by those of races, {list(self.races.levels)}")
+        for name, row in self.schedules.items():
+            fitting = [other for other, method in self.methods.items() if isinstance(method, ContrastiveMethod)]
+            if isinstance(row, RacingSchedule) and row.proposer not in (None, *fitting):
+                told = unknown("contrastive method", str(row.proposer), fitting)
+                raise ValueError(f"schedules.{name}.proposer: {told}")
+            if isinstance(row, StagedSchedule) and len(row.to_keep) != len(row.n_samples):
+                raise ValueError(f"schedules.{name}.to_keep: must be as long as n_samples")
         return self
 
     @model_validator(mode="after")
@@ -396,6 +459,11 @@ def backbone_of(params: Params, method: str) -> str:
     return row.backbone if isinstance(row, ContrastiveMethod) else params.backbone
 
 
+def raced(params: Params) -> dict[str, CrossAttentionMethod | DenoisingMethod]:
+    """The methods whose schedule is another than exhaustive; they leave rankings and no evidence."""
+    return _raced(params.methods)
+
+
 def prompted(params: Params) -> str:
     """The method whose score trains the attention prompt: the first cross-attention method with prompt: few-shot.
 
@@ -415,8 +483,20 @@ def trained(params: Params) -> list[str]:
     return _trained(params.methods)
 
 
+def _raced(methods: Mapping[str, MethodParams]) -> dict[str, CrossAttentionMethod | DenoisingMethod]:
+    return {
+        name: row
+        for name, row in methods.items()
+        if isinstance(row, CrossAttentionMethod | DenoisingMethod) and row.schedule != EXHAUSTIVE
+    }
+
+
 def _prompted(methods: Mapping[str, MethodParams]) -> list[str]:
-    return [n for n, m in methods.items() if isinstance(m, CrossAttentionMethod) and m.prompt == "few-shot"]
+    return [
+        name
+        for name, row in methods.items()
+        if isinstance(row, CrossAttentionMethod) and row.prompt == "few-shot" and row.schedule == EXHAUSTIVE
+    ]
 
 
 def _trained(methods: Mapping[str, MethodParams]) -> list[str]:
@@ -451,12 +531,13 @@ def _bare(kind: Any) -> Any:
 
 
 def _tag(member: Any) -> str | None:
-    """The name of a union's member in a location: its Tag, or the value of its field `scorer`."""
+    """The name of a union's member in a location: its Tag, or the value of its field `scorer` or `kind`."""
     for note in getattr(member, "__metadata__", ()):
         if isinstance(note, Tag):
             return note.tag
-    scorer = getattr(member, "model_fields", {}).get("scorer")
-    return None if scorer is None else str(get_args(scorer.annotation)[0])
+    fields = getattr(member, "model_fields", {})
+    names = (fields[key] for key in ("scorer", "kind") if key in fields)
+    return next((str(get_args(field.annotation)[0]) for field in names), None)
 
 
 def mistake(error: ErrorDetails, where: object) -> str:

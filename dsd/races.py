@@ -8,51 +8,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from dsd.backbones import device_of, load_clip, load_diffusion
-from dsd.batching import Entry, Filled
-from dsd.draws import Draw, draws
-from dsd.encoding import all_texts, contrastive_encodings, diffusion_encodings, read_all
-from dsd.engine import Engine, RacedMethod, Values, cosines, row_values, source_digest
-from dsd.errors import DataError, ParamsError, unknown
-from dsd.evidence import UNCONDITIONAL, plan, requests, wanted
-from dsd.matching import MatchingExample, Pair, pairs, read_examples
-from dsd.params import ContrastiveMethod, DenoisingMethod, NoiseParams, Params, prompted
-from dsd.pictures import Pictures
-from dsd.prompts import PROMPT, AttentionPrompt
+from dsd.batching import Filled
+from dsd.engine import RacedMethod, Values
+from dsd.errors import ParamsError, unknown
+from dsd.matching import MatchingExample
+from dsd.params import Params
 from dsd.replay import LEARNED_FROM, MEASURED_ON, Course, Entrants, compare, replay
-from dsd.schedules import Floats, Race
-from dsd.scorers import contrastive
+from dsd.schedules import Floats
 from dsd.store import Store, digest, write_atomic
-
-
-class Folders(NamedTuple):
-    """What the stages have left of a dataset."""
-
-    prepared: Path
-    cached: Path
-    trained: Path
-
-    def examples(self, split: str) -> list[MatchingExample]:
-        """Those of a split, a square as a choice among its images for each of its texts.
-
-        Raises:
-            DataError: nothing was prepared.
-        """
-        file = self.prepared / "examples.parquet"
-        if not file.exists():
-            raise DataError(f"{file}: no such file; run `make reproduce` first")
-        whole = read_examples(file, split)
-        return [choice for example in whole for choice in choices(example)]
-
-    def inputs(self) -> tuple[Pictures, list[str]]:
-        return Pictures(self.prepared / "images.parquet"), all_texts(read_all(self.prepared))
+from dsd.tracks import Folders, Track, proposals, right
 
 
 def run(name: str, params: Params, folders: Folders, seen: Path, target: Path) -> dict[str, Any]:
@@ -70,15 +40,19 @@ def run(name: str, params: Params, folders: Folders, seen: Path, target: Path) -
     }
     told = {}
     for row, method in raced.items():
-        track = Track.of(method, params, folders)
+        track = Track.of(name, method, params, folders)
         learning, measured = (
             entrants(examples, track.collect(examples, store, f"races of {row} on {name} ({split})"), said[split])
             for split, examples in splits.items()
         )
         compared = compare(learning, measured, [draw.level for draw in track.draws], params)
         for schedule, course in compared.chosen.items():
-            compared.told["chosen"][schedule]["live"] = track.live(course, splits[MEASURED_ON], measured)
-        told[row] = {"examples": digest([example.id for example in splits[MEASURED_ON]]), **compared.told}
+            compared.told["chosen"][schedule]["live"] = live(track, course, splits[MEASURED_ON], measured)
+        told[row] = {
+            "key": track.key,
+            "examples": digest([example.id for example in splits[MEASURED_ON]]),
+            **compared.told,
+        }
     write_atomic(target / f"{name}.json", (json.dumps(told, indent=1) + "\n").encode())
     return {"races": sum(map(len, splits.values()))}
 
@@ -99,15 +73,6 @@ def methods(dataset: str, params: Params) -> dict[str, RacedMethod]:
     return found
 
 
-def choices(example: MatchingExample) -> list[MatchingExample]:
-    """The example itself where it has one right pair, else one for each right pair: the images of its text."""
-    if len(example.answer) == 1:
-        return [example]
-    return [
-        replace(example, id=f"{example.id}/{t}", texts=(example.texts[t],), answer=((i, 0),)) for i, t in example.answer
-    ]
-
-
 def entrants(
     examples: Sequence[MatchingExample], values: Sequence[Values], proposed: dict[str, list[Floats]]
 ) -> Entrants:
@@ -115,111 +80,25 @@ def entrants(
     return Entrants(wide, proposed, [right(example) for example in examples], [e.cluster for e in examples])
 
 
-def right(example: MatchingExample) -> int:
-    """Which of the example's pairs is right; −1 where a wrong candidate is the same, a tie, which is never right."""
-    ((image, text),) = example.answer
-    candidates = [Pair(i, t) for i in example.images for t in example.texts]
-    answer = Pair(example.images[image], example.texts[text])
-    return pairs([example]).index(answer) if candidates.count(answer) == 1 else -1
+def live(track: Track, course: Course, examples: Sequence[MatchingExample], races: Entrants) -> dict[str, float]:
+    """Runs a schedule on the first examples, as many as `timed` evaluations suffice for.
 
-
-def proposals(proposer: str, examples: Sequence[MatchingExample], params: Params, folders: Folders) -> list[Floats]:
-    """What a contrastive method says of the candidates [C] of each example.
-
-    Raises:
-        ParamsError: params.yaml has no such method, or it sees its pairs with the U-Net itself.
+    Returns: images, seconds an image, evaluations an image, how full the batches were, and how many answers differ
+    from those on the stored evidence, which other batches have left.
     """
-    method = params.methods.get(proposer)
-    if not isinstance(method, ContrastiveMethod):
-        fitting = [name for name, other in params.methods.items() if isinstance(other, ContrastiveMethod)]
-        raise ParamsError(f"races.racing.proposer: {unknown('contrastive method', proposer, fitting)}")
-    clip = load_clip(params.backbones[method.backbone], device_of(params.runtime.device))
-    tables = contrastive_encodings(clip, *folders.inputs(), Store(folders.cached))
-    head = contrastive.learned(method, clip, *tables, folders.trained / proposer)
-    asked = pairs(examples)
-    found = dict(zip(asked, cosines(head, asked, params.runtime.batch_size).astype(float).tolist(), strict=True))
-    return [np.array([found[pair] for pair in pairs([example])]) for example in examples]
-
-
-@dataclass(frozen=True)
-class Track:
-    """What the races of one method on one dataset are run with."""
-
-    method: RacedMethod
-    engine: Engine
-    source: str  # digest of all but the rows that evidence depends on
-    noise: NoiseParams
-    params: Params
-
-    @classmethod
-    def of(cls, method: RacedMethod, params: Params, folders: Folders) -> Track:
-        backbone = load_diffusion(params.backbones[params.backbone], device_of(params.runtime.device))
-        tables = diffusion_encodings(backbone, *folders.inputs(), params.images.resolution, Store(folders.cached))
-        file = folders.trained / prompted(params) / PROMPT if method.prompt == "few-shot" else None
-        learned = AttentionPrompt.load(file, backbone.digest) if file else None
-        engine = Engine(backbone, learned, params.evidence, *tables, params.runtime.batch_size)
-        source = digest(source_digest(params, backbone, file), method.model_dump(exclude={"levels", "schedule"}))
-        noise = NoiseParams(levels=params.races.levels, draws_per_level=params.races.draws_per_level)
-        return cls(method, engine, source, noise, params)
-
-    @property
-    def draws(self) -> list[Draw]:
-        return draws(self.noise, self.params.seed)
-
-    def set_off(self, example: MatchingExample) -> bool:
-        """Whether a pair's value is set off against that of its image without a text: where images are compared."""
-        return isinstance(self.method, DenoisingMethod) and len(example.images) > 1
-
-    def collect(self, examples: Sequence[MatchingExample], store: Store, title: str) -> list[Values]:
-        """The values [C, K] of every example; goes on where it was stopped.
-
-        Candidates are the pairs of an example, draws those of `dsd.draws`, level by level.
-        """
-        normalised, poolings = isinstance(self.method, DenoisingMethod), self.params.evidence.poolings
-        rows = requests(examples, self.noise, self.params.seed, normalised)
-        shards = plan(rows, self.source, self.params.evidence.shard)
-        self.engine.fill(shards, store, title, lambda arrays: {"values": row_values(arrays, self.method, poolings)})
-        parts = [part["values"] for part in (store.read(shard.key) for shard in shards) if part is not None]
-        asked = wanted(examples, normalised)
-        values_EK, place = np.concatenate(parts).reshape(len(asked), -1), {pair: n for n, pair in enumerate(asked)}
-        found = []
-        for example in examples:
-            candidates = pairs([example])
-            values_CK = values_EK[[place[pair] for pair in candidates]]
-            if self.set_off(example):
-                values_CK = values_CK - values_EK[[place[Pair(pair.image, UNCONDITIONAL)] for pair in candidates]]
-            found.append(values_CK)
-        return found
-
-    def entries(
-        self, course: Course, examples: Sequence[MatchingExample], proposals: Sequence[Floats] | None
-    ) -> Iterator[Entry]:
-        """The examples as races of a schedule; `proposals` are those of its proposer, None without one."""
-        ordered = [self.draws[k] for k in course.order]
-        for number, example in enumerate(examples):
-            candidates = pairs([example])
-            race = Race(len(candidates), course.schedule, proposals[number] if proposals else None)
-            yield Entry(example.id, race, candidates, ordered, self.set_off(example))
-
-    def live(self, course: Course, examples: Sequence[MatchingExample], races: Entrants) -> dict[str, float]:
-        """Runs a schedule on the first examples, as many as `timed` evaluations suffice for.
-
-        Returns: images, seconds an image, evaluations an image, how full the batches were, and how many answers differ
-        from those on the stored evidence, which other batches have left.
-        """
-        outcome = replay(course, races)
-        costs = [share * values_CK.size for share, values_CK in zip(outcome.share, races.values, strict=True)]
-        count = max(1, int(np.searchsorted(np.cumsum(costs), self.params.races.timed)))
-        said = races.proposals[course.proposer] if course.proposer else None
-        start, filled = time.perf_counter(), Filled()
-        ended = list(self.engine.race(self.entries(course, examples[:count], said), self.method, filled, {}))
-        seconds = time.perf_counter() - start
-        answers = {entry.id: int(entry.race.ranking()[0]) for entry in ended}
-        differ = sum(answers[examples[n].id] != outcome.winners[n] for n in range(count))
-        return {
-            "images": count,
-            "seconds": seconds / count,
-            "evaluations": filled.rows / count,
-            "fill": filled.share,
-            "differ": differ,
-        }
+    outcome = replay(course, races)
+    costs = [share * values_CK.size for share, values_CK in zip(outcome.share, races.values, strict=True)]
+    count = max(1, int(np.searchsorted(np.cumsum(costs), track.params.races.timed)))
+    said = races.proposals[course.proposer] if course.proposer else None
+    start, filled = time.perf_counter(), Filled()
+    ended = list(track.engine.race(track.entries(course, examples[:count], said), track.method, filled, {}))
+    seconds = time.perf_counter() - start
+    answers = {entry.id: int(entry.race.ranking()[0]) for entry in ended}
+    differ = sum(answers[examples[n].id] != int(outcome.winners[n]) for n in range(count))
+    return {
+        "images": count,
+        "seconds": seconds / count,
+        "evaluations": filled.rows / count,
+        "fill": filled.share,
+        "differ": differ,
+    }

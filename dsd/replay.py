@@ -20,7 +20,7 @@ from scipy.stats import qmc
 from dsd.errors import DataError
 from dsd.matching import MatchingExample
 from dsd.metrics import Hits
-from dsd.params import Params, RacesParams, RacingSettings
+from dsd.params import HierarchicalSchedule, Params, RacesParams, RacingSettings, ScheduleParams, StagedSchedule
 from dsd.schedules import (
     Floats,
     Learned,
@@ -146,6 +146,27 @@ def raced(learned: Mapping[Proposer, Learned], proposer: Proposer, threshold: fl
     return Course(list(learned[proposer].order), racing(learned[proposer], threshold), proposer)
 
 
+def course_of(row: ScheduleParams, races: RacesParams, told: Mapping[str, Any]) -> Course:
+    """The course of a row of `schedules`; `told` is what races of the same score have told, which only racing needs.
+
+    Raises:
+        DataError: racing was not calibrated for this δ with this proposer.
+    """
+    if isinstance(row, StagedSchedule):
+        order = evenly(len(races.levels), races.draws_per_level)
+        return Course(order, staged(row.to_keep, row.n_samples), None)
+    if isinstance(row, HierarchicalSchedule):
+        return pruned(races, row.model_dump(exclude={"kind", "budget"}))
+    for promise in told.get("promised", []):
+        if (promise["proposer"], promise["delta"]) == (row.proposer, row.delta):
+            learned = Learned(**told["learned"][str(row.proposer)])
+            return raced({row.proposer: learned}, row.proposer, promise["threshold"])
+    after = f" after {row.proposer}" if row.proposer else ""
+    raise DataError(
+        f"racing{after} was not calibrated for δ = {row.delta:g}; add it to races.racing and run `make races`"
+    )
+
+
 def grid(values: Mapping[str, Iterable[Any]]) -> Iterator[Setting]:
     """Every choice of one value for each key."""
     for chosen in product(*values.values()):
@@ -191,11 +212,12 @@ def compare(learning: Entrants, measured: Entrants, level_K: Sequence[float], pa
         if schedule not in merits or merit < merits[schedule]:
             merits[schedule], chosen[schedule] = merit, (setting, course)
 
+    promises: list[Setting] = []
     for proposer, delta in product(races.racing.proposer, races.racing.deltas):
         threshold = promised(delta, proposer, learned, fresh, races.racing)
+        promises.append({"proposer": proposer, "delta": delta, "threshold": threshold})
         name = f"racing, δ = {delta:g}" + (f", {proposer} first" if proposer else "")
-        setting = {"proposer": proposer, "delta": delta, "threshold": threshold}
-        chosen[name] = setting, raced(learned, proposer, threshold)
+        chosen[name] = promises[-1], raced(learned, proposer, threshold)
 
     whole = replay(everything, measured)
     counts = {LEARNED_FROM: len(learning.values), "calibration": len(fresh.values), MEASURED_ON: len(measured.values)}
@@ -204,6 +226,7 @@ def compare(learning: Entrants, measured: Entrants, level_K: Sequence[float], pa
         "candidates": float(np.mean([len(values_CK) for values_CK in measured.values])),
         "draws": K,
         "learned": {str(proposer): asdict(found) for proposer, found in learned.items()},
+        "promised": promises,
         "chosen": {
             name: {"setting": setting, **judged(replay(course, measured), whole, measured, params)}
             for name, (setting, course) in chosen.items()

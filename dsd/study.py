@@ -11,11 +11,11 @@ from dsd import variants
 from dsd.backbones.checkpoint import locate
 from dsd.datasets import benchmark
 from dsd.encoding import encode
-from dsd.engine import score
 from dsd.evaluation import method_scores, ranked, tables
 from dsd.matching import read_examples
 from dsd.params import Params, backbone_of
 from dsd.preparation import prepare
+from dsd.scoring import score
 from dsd.store import digest, write_atomic
 from dsd.training import train
 

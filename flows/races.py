@@ -13,11 +13,12 @@ from flows.stage import Details, each, main, unit
 def run() -> None:
     """Runs what is missing of the races of params.yaml; goes on where it was stopped."""
     from dsd import races
+    from dsd.tracks import Folders
 
     params = load()
 
     def dataset(name: str) -> Details:
-        folders = races.Folders(*(DATA / stage / name for stage in ("prepare", "cache", "train")))
+        folders = Folders(*(DATA / stage / name for stage in ("prepare", "cache", "train")))
         return races.run(name, params, folders, DATA / "draws" / name, DATA / "races")
 
     each(unit(dataset), params.races.datasets)

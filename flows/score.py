@@ -9,11 +9,16 @@ from flows.stage import Details, each, main, prune, stage, unit
 
 @stage
 def score(params: Params) -> dict[str, Details]:
-    from dsd import engine
+    from dsd import scoring
+    from dsd.tracks import Folders
 
     def dataset(name: str) -> Details:
-        stages = ("prepare", "cache", "train", "score")
-        return engine.score(name, params, *(DATA / stage / name for stage in stages), split="test")
+        folders, target = (
+            Folders(*(DATA / part / name for part in ("prepare", "cache", "train"))),
+            DATA / "score" / name,
+        )
+        counts = scoring.score(name, params, *folders, target, split="test")
+        return counts | {"raced": scoring.score_raced(name, params, folders, DATA / "races", target, split="test")}
 
     prune(DATA / "score", params.datasets)
     return each(unit(dataset), params.datasets)

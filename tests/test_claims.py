@@ -12,12 +12,12 @@ from dsd.ablations import Variant, ablate, mean, subsets, values, with_intervals
 from dsd.claims import Answers, Comparison, judge, measure, stated, uncorrected
 from dsd.claims import write as write_claims
 from dsd.draws import Draw
-from dsd.engine import score
 from dsd.evaluation import evaluate
 from dsd.evidence import Evidence
 from dsd.matching import MatchingExample, Pair, read_examples
 from dsd.metrics import slots
 from dsd.params import Params
+from dsd.scoring import score
 from dsd.training import train
 
 SENTENCES = 60

@@ -12,12 +12,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dsd.backbones import Clip, load_clip
 from dsd.encoding import all_texts, contrastive_encodings, read_all
-from dsd.engine import cosines, score_contrastive
+from dsd.engine import cosines
 from dsd.errors import CheckpointError, TextError
 from dsd.matching import Pair, read_examples
 from dsd.params import Params
 from dsd.pictures import Pictures
 from dsd.scorers.contrastive import ContextPrompt, Features, Head, Projections, learned, untrained
+from dsd.scoring import score_contrastive
 from dsd.store import Store
 from tests.gradients import check_gradient
 

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from dsd.backbones import load_diffusion
 from dsd.draws import Draw, draws
 from dsd.encoding import all_texts, diffusion_encodings, read_all
-from dsd.engine import Engine, score
+from dsd.engine import Engine
 from dsd.errors import DataError
 from dsd.evidence import INDEX, UNCONDITIONAL, plan, read_evidence, requests, wanted
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
 from dsd.params import NoiseParams, Params, noise_of, trained
 from dsd.pictures import Pictures
 from dsd.schedules import exhaustive
+from dsd.scoring import score
 from dsd.store import Store
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from dsd.draws import Draw
-from dsd.engine import score
 from dsd.evaluation import attention_scores, denoising_scores, evaluate, table, write_metrics
 from dsd.evidence import UNCONDITIONAL, Evidence
 from dsd.matching import MatchingExample, Pair
 from dsd.params import CrossAttentionMethod, DenoisingMethod, Params
+from dsd.scoring import score
 from dsd.statistics import Interval
 from dsd.training import train
 

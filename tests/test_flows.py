@@ -19,7 +19,7 @@ import yaml
 from dvc.repo import Repo
 from prefect.testing.utilities import prefect_test_harness
 
-from dsd import encoding, engine, evaluation, pretraining, report, training
+from dsd import encoding, evaluation, pretraining, report, scoring, training
 from dsd.datasets import DATASETS
 from dsd.errors import DataError
 from dsd.params import Params
@@ -167,7 +167,8 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
     monkeypatch.setattr(encoding, "encode", note({"images": 1}))
     monkeypatch.setattr(training, "training_key", lambda *_: "key")
     monkeypatch.setattr(training, "train", note([{"step": 1, "loss": 0.5, "accuracy": 1.0}]))
-    monkeypatch.setattr(engine, "score", note({"computed": 1}))
+    monkeypatch.setattr(scoring, "score", note({"computed": 1}))
+    monkeypatch.setattr(scoring, "score_raced", note({}))
     monkeypatch.setattr(evaluation, "evaluate", note(evaluation.Evaluated({"dsd": {}}, {})))
     # What is made of the same evidence has tests of its own.
     for function, answer in {

@@ -13,7 +13,6 @@ from scipy.optimize import check_grad
 from sklearn.linear_model import LogisticRegression
 
 from dsd.draws import Draw
-from dsd.engine import score
 from dsd.errors import DataError
 from dsd.evaluation import evaluate
 from dsd.evidence import UNCONDITIONAL, Evidence
@@ -33,6 +32,7 @@ from dsd.fusion import (
 )
 from dsd.matching import MatchingExample, Pair
 from dsd.params import FusionMethod, FusionParams, Params
+from dsd.scoring import score
 from dsd.training import train
 
 PARAMS = FusionParams(examples=100, candidates=4, folds=5, penalties=(0.001, 0.01, 0.1, 1.0, 10.0), denoising=1.0)

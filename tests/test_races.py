@@ -11,13 +11,16 @@ import pytest
 
 from dsd.engine import Engine
 from dsd.errors import DataError, ParamsError
-from dsd.evidence import UNCONDITIONAL
-from dsd.matching import MatchingExample, Pair, pairs
+from dsd.evaluation import raced_tables
+from dsd.evidence import UNCONDITIONAL, read_places
+from dsd.matching import MatchingExample, Pair, pairs, read_examples
 from dsd.params import Params
-from dsd.races import Folders, Track, choices, entrants, methods, proposals, right, run
+from dsd.races import entrants, live, methods, run
 from dsd.replay import Course, replay
 from dsd.schedules import all_draws, hierarchical, shortlisted, staged
+from dsd.scoring import score_raced
 from dsd.store import Store
+from dsd.tracks import Folders, Track, choices, proposals, right
 from tests.raced import few
 
 DATASET, K = "scenes-com", 8
@@ -38,7 +41,7 @@ def folders(prepared: Path, cached: Path, tmp_path: Path) -> Folders:
 
 
 def test_values_are_those_of_single_passes(raced: Params, folders: Folders, tmp_path: Path) -> None:
-    track = Track.of(raced.methods["denoising"], raced, folders)  # type: ignore[arg-type]
+    track = Track.of(DATASET, raced.methods["denoising"], raced, folders)  # type: ignore[arg-type]
     examples = folders.examples("test")
     values = track.collect(examples, Store(tmp_path / "seen"), "x")
     pair, draw = pairs(examples[2:3])[1], track.draws[5]
@@ -49,7 +52,7 @@ def test_values_are_those_of_single_passes(raced: Params, folders: Folders, tmp_
 def test_nothing_is_seen_twice(
     raced: Params, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    track, store = Track.of(raced.methods["denoising"], raced, folders), Store(tmp_path / "seen")  # type: ignore[arg-type]
+    track, store = Track.of(DATASET, raced.methods["denoising"], raced, folders), Store(tmp_path / "seen")  # type: ignore[arg-type]
     examples = folders.examples("test")
     first = track.collect(examples, store, "x")
     monkeypatch.setattr(Engine, "compute", None)
@@ -74,12 +77,12 @@ def test_live_races_end_as_replayed(
     """In other batches, beside others, and with room made as races end."""
     runtime = raced.runtime.model_copy(update={"batch_size": batch_size})
     raced = raced.model_copy(update={"runtime": runtime})
-    track, examples = Track.of(raced.methods[row], raced, folders), folders.examples("test")  # type: ignore[arg-type]
+    track, examples = Track.of(DATASET, raced.methods[row], raced, folders), folders.examples("test")  # type: ignore[arg-type]
     said = {"clip-zero-shot": proposals("clip-zero-shot", examples, raced, folders)}
     races = entrants(examples, track.collect(examples, Store(tmp_path / "seen"), "x"), said)
-    live = track.live(course, examples, races)
-    assert live["differ"] == 0 and 1 <= live["images"] <= len(examples)
-    assert 0 < live["fill"] <= 1 and live["seconds"] > 0
+    found = live(track, course, examples, races)
+    assert found["differ"] == 0 and 1 <= found["images"] <= len(examples)
+    assert 0 < found["fill"] <= 1 and found["seconds"] > 0
 
 
 def test_a_run_tells_of_every_method(raced: Params, folders: Folders, tmp_path: Path) -> None:
@@ -133,9 +136,65 @@ def test_too_few_races_for_a_promise_are_one_line(raced: Params, folders: Folder
 
 
 def test_values_that_are_not_finite_are_dropped_and_counted(raced: Params, folders: Folders, tmp_path: Path) -> None:
-    track, examples = Track.of(raced.methods["denoising"], raced, folders), folders.examples("test")  # type: ignore[arg-type]
+    track, examples = Track.of(DATASET, raced.methods["denoising"], raced, folders), folders.examples("test")  # type: ignore[arg-type]
     values = track.collect(examples, Store(tmp_path / "seen"), "x")
     values[0][0, 3] = np.nan
     outcome = replay(Course(list(range(K)), all_draws(K), None), entrants(examples, values, {}))
     kept = np.delete(values[0], 3, 1).mean(1)
     assert outcome.winners[0] == kept.argmax()
+
+
+def with_schedule(raced: Params, **rows: dict[str, object]) -> Params:
+    """Methods `denoising-<row>` beside those that are raced, of schedules by their rows."""
+    content = raced.model_dump(mode="json")
+    kept = {name: content["methods"][name] for name in ("dsd-zero-shot", "dsd", "denoising", "clip-zero-shot")}
+    levels = content["races"]["levels"]
+    own = {f"denoising-{row}": {**kept["denoising"], "schedule": row, "levels": levels} for row in rows}
+    content |= {"schedules": rows, "methods": kept | own, "training": {"dsd": content["training"]["dsd"]}}
+    content["ablations"]["methods"] = ["dsd-zero-shot"]
+    return Params.model_validate(content)
+
+
+def test_methods_with_a_schedule_are_ranked_by_their_races(
+    raced: Params, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(DATASET, raced, folders, tmp_path / "draws", tmp_path / "races")
+    params = with_schedule(
+        raced,
+        staged={"kind": "staged", "to_keep": [2, 1], "n_samples": [2, 8], "budget": None},
+        racing={"kind": "racing", "delta": 0.9, "proposer": "clip-zero-shot", "budget": None},
+        cut={"kind": "staged", "to_keep": [2, 1], "n_samples": [2, 8], "budget": 3.0},
+    )
+    monkeypatch.setattr("dsd.scoring.GROUP", 4)
+    target = tmp_path / "score"
+    costs = score_raced(DATASET, params, folders, tmp_path / "races", target, split="test")
+    assert costs["denoising-staged"] == 2 * 8 and costs["denoising-cut"] == 2 * 3
+    examples = read_examples(folders.prepared / "examples.parquet", "test")
+    track = Track.of(DATASET, raced.methods["denoising"], raced, folders)  # type: ignore[arg-type]
+    values = track.collect(examples, Store(tmp_path / "draws"), "x")
+    places = read_places(target, "denoising-staged", examples)
+    assert [place.argmin() for place in places] == [v.mean(1).argmax() for v in values]
+    assert all(sorted(place.tolist()) == [1, 2] for place in read_places(target, "denoising-racing", examples))
+    (example_table, *_) = raced_tables(target, "denoising-staged", examples)
+    assert example_table.ravel().tolist() == (-places[0]).tolist()
+
+    monkeypatch.setattr(Engine, "compute", None)  # what has ended is not run again
+    again = score_raced(DATASET, params, folders, tmp_path / "races", target, split="test")
+    assert again == costs
+
+
+def test_racing_that_was_not_learned_is_one_line(raced: Params, folders: Folders, tmp_path: Path) -> None:
+    def score(delta: float) -> None:
+        params = with_schedule(raced, racing={"kind": "racing", "delta": delta, "proposer": None, "budget": None})
+        score_raced(DATASET, params, folders, tmp_path / "races", tmp_path / "score", split="test")
+
+    with pytest.raises(DataError, match=r"no races that denoising-racing could learn from"):
+        score(0.9)
+    run(DATASET, raced, folders, tmp_path / "draws", tmp_path / "races")
+    score(0.9)
+    with pytest.raises(DataError, match=r"racing was not calibrated for δ = 0\.3"):
+        score(0.3)
+    other = raced.model_copy(update={"seed": 5})
+    with pytest.raises(DataError, match=r"no races that denoising-racing could learn from"):
+        params = with_schedule(other, racing={"kind": "racing", "delta": 0.9, "proposer": None, "budget": None})
+        score_raced(DATASET, params, folders, tmp_path / "races", tmp_path / "other", split="test")

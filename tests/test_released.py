@@ -17,7 +17,6 @@ from dsd.attention import Recording, cross_attention_layers, during, logits_pool
 from dsd.backbones import StableDiffusion, load_diffusion
 from dsd.draws import Draw, draws
 from dsd.encoding import all_texts, diffusion_encodings, read_all
-from dsd.engine import score
 from dsd.errors import ParamsError
 from dsd.evaluation import method_scores, released_scores
 from dsd.evidence import UNCONDITIONAL, Evidence, normalises, read_evidence
@@ -25,6 +24,7 @@ from dsd.matching import Pair, pairs, read_examples
 from dsd.params import Params, ReleasedMethod, load, noise_of
 from dsd.pictures import Pictures
 from dsd.scorers import released
+from dsd.scoring import score
 from dsd.store import Store
 from tests.conftest import ROOT
 

@@ -1,0 +1,162 @@
+"""The stage score: what every method asks of a split of a dataset is computed and stored, each once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsd import replay
+from dsd.backbones import device_of, load_clip, load_diffusion
+from dsd.batching import Filled
+from dsd.encoding import Arrays, all_texts, clip_backbones, contrastive_encodings, diffusion_encodings, read_all
+from dsd.engine import Engine, cosines, source_digest
+from dsd.errors import DataError
+from dsd.evidence import INDEX, RACES, normalises, plan, requests, write_index
+from dsd.fusion import fitting_entry, fitting_examples
+from dsd.matching import MatchingExample, pairs, read_examples
+from dsd.params import ContrastiveMethod, FusionMethod, Params, RacingSchedule, noise_of, prompted, raced
+from dsd.pictures import Pictures
+from dsd.progress import progress
+from dsd.prompts import PROMPT, AttentionPrompt
+from dsd.replay import course_of
+from dsd.schedules import Race
+from dsd.scorers import contrastive
+from dsd.store import Store, digest, file_digest, write_atomic
+from dsd.tracks import Folders, Track, proposals
+
+GROUP = 256  # examples whose races are stored together
+
+
+def prompts(params: Params) -> list[str]:
+    """The prompts ("none", "few-shot") that the methods need evidence under."""
+    others = raced(params)
+    diffusion = [m for n, m in params.methods.items() if not isinstance(m, ContrastiveMethod) and n not in others]
+    both = {"none"} if any(isinstance(method, FusionMethod) for method in diffusion) else set()
+    return sorted(both | {method.prompt for method in diffusion}, reverse=True)
+
+
+def score_contrastive(
+    params: Params, examples: Sequence[MatchingExample], prepared: Path, cached: Path, trained: Path, store: Store
+) -> dict[str, list[str]]:
+    """Stores the cosines of every contrastive method in a shard each; returns the shard of each method."""
+    asked = pairs(examples)
+    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
+    keys: dict[str, list[str]] = {}
+    for row in clip_backbones(params):
+        clip = load_clip(params.backbones[row], device_of(params.runtime.device))
+        tables = contrastive_encodings(clip, pictures, texts, Store(cached))
+        for name, method in params.methods.items():
+            if isinstance(method, ContrastiveMethod) and method.backbone == row:
+                head = contrastive.learned(method, clip, *tables, trained / name)
+                weights = None if method.tuned == "none" else file_digest(trained / name / head.file)
+                keys[name] = [f"cosines-{digest(clip.digest, weights, asked)}"]
+                if store.read(keys[name][0]) is None:
+                    store.write(keys[name][0], {"cosine": cosines(head, asked, params.runtime.batch_size)})
+    return keys
+
+
+def score(
+    name: str, params: Params, prepared: Path, cached: Path, trained: Path, target: Path, *, split: str
+) -> dict[str, Any]:
+    """Stores the evidence of a split of dataset `name` for every method; resumes where it was stopped.
+
+    Where evidence is fused, also that of the few-shot examples that its weights are fitted on.
+    `trained` is where the stage `train` has left a folder for each method that learns.
+    """
+    store, device = Store(target), device_of(params.runtime.device)
+    examples, fitting = read_examples(prepared / "examples.parquet", split), fitting_examples(params, prepared)
+    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
+    backbone = load_diffusion(params.backbones[params.backbone], device)
+    tables = diffusion_encodings(backbone, pictures, texts, params.images.resolution, Store(cached))
+    keys: dict[str, list[str]] = {}
+    total, computed = 0, 0
+    for prompt in prompts(params):
+        file = trained / prompted(params) / PROMPT if prompt == "few-shot" else None
+        learned = AttentionPrompt.load(file, backbone.digest) if file else None
+        source, normalised = source_digest(params, backbone, file), normalises(params.methods, prompt)
+        engine = Engine(backbone, learned, params.evidence, *tables, params.runtime.batch_size)
+        asked = {prompt: examples} | ({fitting_entry(prompt): fitting} if fitting else {})
+        for entry, some in asked.items():
+            rows = requests(some, noise_of(params, name), params.seed, normalised)
+            shards = plan(rows, source, params.evidence.shard)
+            computed += engine.fill(shards, store, f"score {name}, prompt {entry}")
+            keys[entry] = [shard.key for shard in shards]
+            total += len(rows)
+    keys |= score_contrastive(params, examples, prepared, cached, trained, store)
+    store.prune({key for some in keys.values() for key in some})
+    write_index(target, keys, backbone.layers, tables[0](pictures.ids[:1])["latents"][0].size)
+    return {"pairs": len(pairs(examples)), "rows": total, "computed": computed, "corrupt": store.corrupt}
+
+
+def score_raced(
+    name: str, params: Params, folders: Folders, races: Path, target: Path, *, split: str
+) -> dict[str, float]:
+    """Runs the races of every method with a schedule on a split of dataset `name`; resumes where it was stopped.
+
+    Args:
+        races: where `make races` has left its results.
+    Returns: evaluations an example, by method.
+
+    A shard has, for some examples one after the other, the place of each candidate, from 1, and for each example the
+    evaluations and the draws that were lost. Races of several shards run side by side; a shard is written once its last
+    race has ended.
+
+    Raises:
+        DataError: the races that a schedule learns from were not run, or under other params.
+    """
+    store, examples = Store(target / RACES), read_examples(folders.prepared / "examples.parquet", split)
+    keys: dict[str, list[str]] = {}
+    costs: dict[str, float] = {}
+    for row, method in raced(params).items():
+        schedule = params.schedules[method.schedule]
+        track = Track.of(name, method, params, folders)
+        told = learned_from(races / f"{name}.json", row, track.key) if isinstance(schedule, RacingSchedule) else {}
+        course = course_of(schedule, params.races, told)
+        settings = [schedule.model_dump(), told.get("learned"), told.get("promised")]
+        groups = [examples[first : first + GROUP] for first in range(0, len(examples), GROUP)]
+        keys[row] = [f"races-{digest(track.source, settings, [astuple(e) for e in group])}" for group in groups]
+        missing = {key: group for key, group in zip(keys[row], groups, strict=True) if store.read(key) is None}
+        some = [example for group in missing.values() for example in group]
+        said = proposals(course.proposer, some, params, folders) if course.proposer and some else None
+        entries = track.entries(course, some, said, schedule.budget)
+        ended: dict[str, Race] = {}
+        bar = progress(total=len(some), desc=f"races of {row} on {name}", unit="example")
+        for entry in track.engine.race(entries, method, Filled(), {}):
+            ended[entry.id] = entry.race
+            bar.update()
+            for key, group in list(missing.items()):
+                if all(example.id in ended for example in group):
+                    store.write(key, places([ended.pop(example.id) for example in group]))
+                    del missing[key]
+        bar.close()
+        parts = [part for part in map(store.read, keys[row]) if part is not None]
+        costs[row] = float(np.concatenate([part["evaluations"] for part in parts]).mean())
+    store.prune({key for some in keys.values() for key in some})
+    write_atomic(store.root / INDEX, json.dumps(keys, indent=1).encode())
+    return costs
+
+
+def places(races: Sequence[Race]) -> Arrays:
+    """The places of all candidates, one race after the other, and of each race evaluations and lost draws."""
+    return {
+        "place": np.concatenate([race.ranking().argsort() + 1 for race in races]).astype(np.int32),
+        "evaluations": np.array([race.evaluations for race in races], dtype=np.int32),
+        "lost": np.array([race.dropped for race in races], dtype=np.int32),
+    }
+
+
+def learned_from(file: Path, row: str, key: str) -> dict[str, Any]:
+    """What races of the score of method `row` have told.
+
+    Raises:
+        DataError: there were none under these params and models.
+    """
+    for told in replay.read(file).values():
+        if told["key"] == key:
+            return dict(told)
+    raise DataError(f"{file}: no races that {row} could learn from; see races.datasets, then `make races`")
