@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dsd.params import ContrastiveMethod, DenoisingMethod, FusionMethod, Params, prompted, twin
 from dsd.report.inputs import Claims, Dataset
 from dsd.report.tables import Comparison, chance, compare, interval, percent, points
+from dsd.statistics import Interval
 
 Compared = Mapping[str, Sequence[Comparison]]  # opponent → comparisons with the trained method, over all datasets
 
@@ -144,11 +145,16 @@ def overlaps(found: Sequence[Comparison]) -> list[str]:
 def best_interval(dataset: Dataset, method: str) -> str:
     """A method's headline with its interval, for alternative texts."""
     found = dataset.results[method][dataset.headline]
-    return f"{method} {percent(found.value)} % {interval(found)}"
+    return told(method, found)
+
+
+def told(name: str, found: Interval) -> str:
+    return f"{name} {percent(found.value)} % {interval(found)}"
 
 
 def unbeaten(method: str, compared: Compared, datasets: Sequence[Dataset], params: Params) -> list[str]:
-    """By dataset, over whom a fusion's lead on the headline is not shown, and what each of its parts has alone."""
+    """By dataset, over whom a fusion's lead on the headline is not shown, and what each of its parts has when it is
+    fitted alone: a weight for each noise level, so denoising is not quite the method of that name."""
     row, found = params.methods[method], []
     assert isinstance(row, FusionMethod)
     for d in datasets:
@@ -160,12 +166,8 @@ def unbeaten(method: str, compared: Compared, datasets: Sequence[Dataset], param
         if not rivals:
             continue
         tried = d.ablations.get(method, {}).get("parts", {})
-        alone = [
-            f"{part} {percent(v.value)} % {interval(v)}"
-            for part in row.parts
-            if (v := tried.get(part, {}).get(d.headline))
-        ]
-        why = f": alone, its parts have {names(alone)}" if alone else ""
+        alone = [told(part, tried[part][d.headline]) for part in row.parts if part in tried]
+        why = f": fitted alone, its parts have {names(alone)}" if alone else ""
         found.append(f"{method} is not shown to be ahead of {names(rivals)} on {d.name} ({d.headline}){why}.")
     return found
 
