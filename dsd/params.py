@@ -18,6 +18,7 @@ Positive = Annotated[int, Field(gt=0)]
 Part = Literal["attention", "prompted-attention", "denoising", "prompted-denoising"]
 Pooling = Literal["logsumexp", "maximum", "cosine", "logits"]
 Level = Annotated[float, Field(gt=0, lt=1)]
+Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]  # {} stands for the name of a class
 
 
 class _Params(BaseModel):
@@ -45,7 +46,7 @@ class ImageParams(_Params):
 
 
 class DatasetParams(_Params):
-    """A row of `datasets`; `candidates` and `binary` are asked for by the kinds that use them.
+    """A row of `datasets`; `candidates`, `binary` and `template` are asked for by the kinds that use them.
 
     `draws_per_level`, where it is given, stands for that of `noise`: what a draw costs grows with the candidates.
     """
@@ -58,6 +59,7 @@ class DatasetParams(_Params):
     test: Positive
     candidates: Positive | None = Field(default=None)
     binary: Share | None = Field(default=None)
+    template: Template | None = Field(default=None)
     draws_per_level: Positive | None = Field(default=None)
 
 

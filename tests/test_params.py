@@ -61,6 +61,10 @@ def move(settings: Settings, old: str, new: str) -> None:
             "races.datasets: unknown dataset 'scenes-clss': did you mean 'scenes-cls'",
         ),
         (
+            lambda s: s["datasets"]["scenes-cls"].update(template="a photo"),
+            "datasets.scenes-cls.template: String should match pattern",
+        ),
+        (
             lambda s: s["races"]["datasets"].update({"scenes-cls": ["denoisin"]}),
             "races.datasets.scenes-cls: unknown method 'denoisin': did you mean 'denoising'",
         ),

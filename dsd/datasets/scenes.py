@@ -37,8 +37,8 @@ class Item(NamedTuple):
 # Makes an item of a split from its name and index; the examples' ids start with the name.
 Compose = Callable[[str, int, Split, DatasetParams], Item]
 
-# The optional fields of a dataset's row that a kind needs, with the least and the most that each may be.
-Requires = Mapping[str, tuple[int, int]]
+# The optional fields of a dataset's row that a kind needs, with the least and the most that each number may be.
+Requires = Mapping[str, tuple[int, int] | None]
 
 
 def embedded(
@@ -146,11 +146,11 @@ def _download(
     Raises:
         ParamsError: a field that the kind needs is missing or out of range, or size is too small.
     """
-    for field, (least, most) in requires.items():
-        value = getattr(row, field)
-        if value is None or not least <= value <= most:
+    for field, limits in requires.items():
+        value, needed = getattr(row, field), f"{limits[0]} to {limits[1]}" if limits else "one"
+        if value is None or (limits and not limits[0] <= value <= limits[1]):
             found = "it is missing" if value is None else f"found {value}"
-            raise ParamsError(f"datasets.{folder.name}.{field}: {row.kind} needs {least} to {most}, {found}")
+            raise ParamsError(f"datasets.{folder.name}.{field}: {row.kind} needs {needed}, {found}")
     items, images = _items(row, folder.name, seed, examples), folder / IMAGES
     (folder / ANNOTATIONS).unlink(missing_ok=True)
     work = partial(_paint, compose, row, images)

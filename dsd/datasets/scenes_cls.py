@@ -9,23 +9,25 @@ from dsd.datasets.raw import RawExample
 from dsd.datasets.scenes import Item, embedded, picture
 from dsd.fewshot import Split
 from dsd.params import DatasetParams
-from dsd.scenes.captions import class_text
+from dsd.scenes.captions import a
 from dsd.scenes.world import COLOURS, SHAPES, Noun, sample_single
 
 CLASSES = [Noun(colour, shape) for colour, shape in product(COLOURS, SHAPES)]
-TEXTS = tuple(class_text(noun) for noun in CLASSES)
 
 
 def compose(name: str, index: int, split: Split, row: DatasetParams) -> Item:
     """A picture with one example; classes take turns, so that each has as many examples as another."""
     true = index % len(CLASSES)
     scene = sample_single(Random(name), name, CLASSES[true])
-    example = RawExample(name, split, (picture(index),), TEXTS, ((0, true),), CLASSES[true].shape)
+    assert row.template is not None
+    texts = tuple(row.template.format(a(noun)) for noun in CLASSES)
+    example = RawExample(name, split, (picture(index),), texts, ((0, true),), CLASSES[true].shape)
     return Item({picture(index): scene}, [example])
 
 
 BENCHMARK = embedded(
     compose,
+    requires={"template": None},
     metrics="recall",
     citation="drawn, after CIFAR-10: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
 )
