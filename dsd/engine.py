@@ -5,6 +5,7 @@ Shapes: B rows of a batch, R rows of a shard, P poolings, L layers, H heads.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,22 +18,16 @@ from torch import Tensor
 from dsd.attention import Recording, during
 from dsd.backbones import StableDiffusion
 from dsd.batching import Entry, Filled, side_by_side
-from dsd.encoding import (
-    Arrays,
-    Encodings,
-)
+from dsd.encoding import Arrays, Encodings
 from dsd.evidence import Request, Shard
 from dsd.matching import Pair
-from dsd.params import (
-    CrossAttentionMethod,
-    DenoisingMethod,
-    EvidenceParams,
-    Params,
-)
+from dsd.params import CrossAttentionMethod, DenoisingMethod, EvidenceParams, Params
 from dsd.progress import progress
 from dsd.prompts import AttentionPrompt, pooled_latent
 from dsd.scorers import contrastive, cross_attention
 from dsd.store import Store, digest, file_digest
+
+log = logging.getLogger(__name__)
 
 RacedMethod = DenoisingMethod | CrossAttentionMethod  # whose score is a mean over draws
 Values = NDArray[np.float32]
@@ -58,7 +53,18 @@ class Engine:
         """The evidence of the rows: attention [R, P, L, H], attribution [R, L, H], error [R]; float32.
 
         On processors each core has a batch of its own: at the sizes of a batch that is faster than to share one.
+        Where memory does not suffice for a batch, it is halved, from then on, until it does.
         """
+        while True:
+            try:
+                return self._compute(rows)
+            except torch.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise
+                self.batch_size //= 2
+                log.warning("out of memory: batches of %d from now on (runtime.batch_size)", self.batch_size)
+
+    def _compute(self, rows: Sequence[Request]) -> Arrays:
         chunks = (rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size))
         inputs = map(self._inputs, chunks)  # in this thread: what the cache lacks is computed while it is read
         if self.backbone.device.type == "cpu":

@@ -266,6 +266,12 @@ class RacingSettings(_Params):
     confidence: Annotated[float, Field(gt=0, lt=1)]
 
 
+class GrowthSettings(_Params):
+    candidates: tuple[Annotated[int, Field(ge=2)], ...]
+    races: Positive
+    delta: Annotated[float, Field(gt=0, lt=1)]
+
+
 class RacesParams(_Params):
     """Which schedules `dsd.races` compares, at which settings, on evidence at every draw of these levels."""
 
@@ -280,6 +286,7 @@ class RacesParams(_Params):
     hierarchical: HierarchicalSettings
     published: PublishedSettings
     racing: RacingSettings
+    growth: GrowthSettings
 
 
 class ReportParams(_Params):

@@ -42,6 +42,8 @@ LEARNED_FROM, MEASURED_ON = "train", "test"
 EXHAUSTIVE = "exhaustive, all draws"
 DIRECTIONS = ("clean", "noisy", "middle")
 SPARED = "spared evaluations"
+AGREED = "the winner of all draws"
+SHORTLISTS = (1, 2, 5, 10, 20, 50)
 
 
 class Entrants(NamedTuple):
@@ -104,6 +106,11 @@ def evenly(levels: int, per_level: int) -> list[int]:
 def published(direction: str) -> str:
     """The name of the second paper's own setting, from one of the three sides."""
     return f"hierarchical as published, from {direction}"
+
+
+def promising(delta: float, proposer: Proposer) -> str:
+    """The name of racing that is calibrated for an error rate."""
+    return f"racing, δ = {delta:g}" + (f", {proposer} first" if proposer else "")
 
 
 def directed(direction: str, levels: Sequence[float], samples: int, per_level: int) -> list[int]:
@@ -216,8 +223,7 @@ def compare(learning: Entrants, measured: Entrants, level_K: Sequence[float], pa
     for proposer, delta in product(races.racing.proposer, races.racing.deltas):
         threshold = promised(delta, proposer, learned, fresh, races.racing)
         promises.append({"proposer": proposer, "delta": delta, "threshold": threshold})
-        name = f"racing, δ = {delta:g}" + (f", {proposer} first" if proposer else "")
-        chosen[name] = promises[-1], raced(learned, proposer, threshold)
+        chosen[promising(delta, proposer)] = promises[-1], raced(learned, proposer, threshold)
 
     whole = replay(everything, measured)
     counts = {LEARNED_FROM: len(learning.values), "calibration": len(fresh.values), MEASURED_ON: len(measured.values)}
@@ -225,6 +231,7 @@ def compare(learning: Entrants, measured: Entrants, level_K: Sequence[float], pa
         "races": counts,
         "candidates": float(np.mean([len(values_CK) for values_CK in measured.values])),
         "draws": K,
+        "recall": {proposer: recall(said, whole.winners) for proposer, said in measured.proposals.items()},
         "learned": {str(proposer): asdict(found) for proposer, found in learned.items()},
         "promised": promises,
         "chosen": {
@@ -234,6 +241,13 @@ def compare(learning: Entrants, measured: Entrants, level_K: Sequence[float], pa
         "runs": runs,
     }
     return Compared({name: course for name, (_, course) in chosen.items()}, told)
+
+
+def recall(said: Sequence[Floats], winners: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:
+    """What is lost where a proposer alone says which candidates are seen at all: by how many of them, the share of
+    races in which the winner of all draws is among those that it puts first."""
+    places = np.array([(said_C > said_C[w]).sum() + 1 for said_C, w in zip(said, winners, strict=True)])
+    return {str(kept): float((places <= kept).mean()) for kept in SHORTLISTS if kept < max(map(len, said))}
 
 
 def summary(outcome: Outcome, draws: int) -> dict[str, float]:
@@ -247,7 +261,7 @@ def summary(outcome: Outcome, draws: int) -> dict[str, float]:
 
 def judged(outcome: Outcome, whole: Outcome, races: Entrants, params: Params) -> dict[str, Any]:
     """Accuracy, disagreement and share of the evaluations with their intervals, the difference from all draws, and for
-    paired tests the hits and evaluations of each race."""
+    paired tests of each race: its hit, whether it agrees with all draws, its evaluations."""
     options = dict(params.evaluate.model_dump(), seed=params.seed)
     everyone = [np.ones(len(races.values), dtype=bool)]
     columns = {"accuracy": outcome.hits, "disagreement": ~outcome.agrees, "share": outcome.share}
@@ -260,8 +274,9 @@ def judged(outcome: Outcome, whole: Outcome, races: Entrants, params: Params) ->
     difference = paired_difference(outcome.hits, whole.hits, races.clusters, **options).as_dict()
     sizes = (values_CK.size for values_CK in races.values)
     evaluations = " ".join(str(round(share * size)) for share, size in zip(outcome.share, sizes, strict=True))
-    hits = "".join("01"[int(hit)] for hit in outcome.hits)
-    return {**told, "difference": difference, "each": {"hits": hits, "evaluations": evaluations}}
+    hits, agrees = ("".join("01"[int(bit)] for bit in bits) for bits in (outcome.hits, outcome.agrees))
+    each = {"hits": hits, "agrees": agrees, "evaluations": evaluations}
+    return {**told, "difference": difference, "each": each}
 
 
 def promised(
@@ -284,7 +299,7 @@ def promised(
 
 def read_hits(file: Path, metric: str, examples: Sequence[MatchingExample]) -> dict[str, dict[str, Hits]]:
     """Of every chosen schedule, as `<method>, <schedule>`: whether each example was answered rightly, by the headline
-    metric, and which share of the evaluations of all draws it was spared, `SPARED`.
+    metric, whether as all draws would, `AGREED`, and which share of their evaluations it was spared, `SPARED`.
 
     Nothing where the races were not run, or not on these examples.
     """
@@ -293,10 +308,11 @@ def read_hits(file: Path, metric: str, examples: Sequence[MatchingExample]) -> d
     for method, told in read(file).items():
         if told["examples"] == digest([example.id for example in examples]):
             for schedule, row in told["chosen"].items():
-                hits_n = np.array([int(hit) for hit in row["each"]["hits"]], dtype=float)
-                asked_n = np.array(row["each"]["evaluations"].split(), dtype=float)
-                whole_n = np.array(told["chosen"][EXHAUSTIVE]["each"]["evaluations"].split(), dtype=float)
-                found[f"{method}, {schedule}"] = {metric: (hits_n, everyone), SPARED: (1 - asked_n / whole_n, everyone)}
+                each, whole = row["each"], told["chosen"][EXHAUSTIVE]["each"]
+                asked_n, whole_n = (np.array(side["evaluations"].split(), dtype=float) for side in (each, whole))
+                hits_n, agrees_n = (np.array(list(each[bits]), dtype=float) for bits in ("hits", "agrees"))
+                columns = {metric: hits_n, AGREED: agrees_n, SPARED: 1 - asked_n / whole_n}
+                found[f"{method}, {schedule}"] = {key: (column, everyone) for key, column in columns.items()}
     return found
 
 

@@ -139,15 +139,20 @@ def difference_above(
         least: below 0, a loss that is put up with (a test of non-inferiority); above 0, a gain that is asked for.
 
     The p-value is two-sided, of the t-test of the clusters' mean differences against `least`: swapping the two methods,
-    as `paired_difference` does, is no null hypothesis here. It is 1 where all clusters differ alike.
+    as `paired_difference` does, is no null hypothesis here. Where `a` only ever loses, and that by 1, it is that of the
+    binomial test for so many losses; elsewhere it is 1 where all clusters differ alike.
 
     Raises:
         ValueError: as `clustered_mean`.
     """
     found = paired_difference(a, b, clusters, resamples=resamples, confidence=confidence, seed=seed)
-    sums_CG, counts_CG, _ = _by_cluster(_unit(a, "a") - _unit(b, "b"), clusters, [np.ones(found.n, dtype=bool)])
+    difference_n = _unit(a, "a") - _unit(b, "b")
+    sums_CG, counts_CG, _ = _by_cluster(difference_n, clusters, [np.ones(found.n, dtype=bool)])
     means_C = (sums_CG / counts_CG)[:, 0]
-    p = float(stats.ttest_1samp(means_C, least).pvalue) if np.ptp(means_C) > 0 else 1.0
+    if least < 0 and len(means_C) == found.n and np.isin(difference_n, (-1, 0)).all():
+        p = float(stats.binomtest(int(-difference_n.sum()), found.n, -least).pvalue)
+    else:
+        p = float(stats.ttest_1samp(means_C, least).pvalue) if np.ptp(means_C) > 0 else 1.0
     return Difference(found.value - least, found.low - least, found.high - least, p, found.n)
 
 

@@ -12,7 +12,7 @@ from flows.stage import Details, each, main, unit
 @flow(name="races", persist_result=False)
 def run() -> None:
     """Runs what is missing of the races of params.yaml; goes on where it was stopped."""
-    from dsd import races
+    from dsd import growth, races
     from dsd.tracks import Folders
 
     params = load()
@@ -22,6 +22,7 @@ def run() -> None:
         return races.run(name, params, folders, DATA / "draws" / name, DATA / "races")
 
     each(unit(dataset), params.races.datasets)
+    growth.grow(params, DATA / "races")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def few(races: RacesParams) -> RacesParams:
             "staged": races.staged.model_copy(update={"to_keep": ((1,), (3, 1)), "first": (1, 2), "growth": (2,)}),
             "hierarchical": races.hierarchical.model_copy(update={"samples": (1, 2), "patience": (4,)}),
             "published": races.published.model_copy(update={"samples": 2}),
+            "growth": races.growth.model_copy(update={"candidates": (10, 40), "races": 30, "delta": 0.2}),
             "racing": races.racing.model_copy(update={"proposer": (None, "clip-zero-shot"), "deltas": (0.1,)}),
         }
     )

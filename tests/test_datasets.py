@@ -41,7 +41,11 @@ COUNT = {"scenes-com": 400, "scenes-ref": 500, "scenes-vqa": 500, "scenes-cls": 
 def row(kind: str, **changes: object) -> DatasetParams:
     """A small dataset of a kind: 3 train, 3 validation and 3 test examples."""
     fields = dict(kind=kind, size=60, few_shot=0.05, sample=0, validation=0.05, test=3)
-    optional = {"scenes-ref": {"candidates": 10}, "scenes-vqa": {"binary": 0.5}, "scenes-cls": {"template": "there is {} inside"}}
+    optional = {
+        "scenes-ref": {"candidates": 10},
+        "scenes-vqa": {"binary": 0.5},
+        "scenes-cls": {"template": "there is {} inside"},
+    }
     return DatasetParams.model_validate(fields | optional.get(kind, {}) | changes)
 
 

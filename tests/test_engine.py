@@ -12,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+import dsd.engine
 from dsd.backbones import load_diffusion
 from dsd.draws import Draw, draws
 from dsd.encoding import all_texts, diffusion_encodings, read_all
@@ -49,6 +51,31 @@ def test_scores_do_not_depend_on_batch_size_or_order(params: Params, prepared: P
     together = make(params, prepared, cached, 12)[0].compute(rows[::-1])
     for name, array in alone.items():
         np.testing.assert_allclose(array, together[name][::-1], atol=1e-5)
+
+
+def test_batches_are_halved_until_memory_suffices(
+    params: Params, prepared: Path, cached: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, examples = make(params, prepared, cached, 12)
+    rows = requests(examples, params.noise, params.seed, normalised=True)[:12]
+    expected, observed = engine.compute(rows), dsd.engine.observe
+
+    def limited(most: int) -> None:
+        def attempt(*arguments: Tensor) -> object:
+            if len(arguments[-1]) > most:
+                raise torch.OutOfMemoryError("no room")
+            return observed(*arguments)
+
+        monkeypatch.setattr(dsd.engine, "observe", attempt)
+
+    limited(3)
+    for name, array in engine.compute(rows).items():
+        np.testing.assert_allclose(array, expected[name], atol=1e-5)
+    assert engine.batch_size == 3
+    assert "batches of 3 from now on" in caplog.messages[-1]
+    limited(0)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        engine.compute(rows)
 
 
 def test_evidence_equals_the_plain_loop(params: Params, prepared: Path, cached: Path) -> None:

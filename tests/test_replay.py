@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from dsd.claims import Answers, judge
 from dsd.matching import MatchingExample
 from dsd.metrics import HEADLINES, METRICS
 from dsd.params import Params
 from dsd.replay import (
+    AGREED,
     EXHAUSTIVE,
     SPARED,
     Course,
@@ -23,6 +25,7 @@ from dsd.replay import (
     directed,
     evenly,
     grid,
+    promising,
     published,
     read_hits,
     replay,
@@ -34,7 +37,9 @@ from tests.raced import LEVELS, entrants, few
 
 @pytest.fixture
 def raced(params: Params) -> Params:
-    return params.model_copy(update={"races": few(params.races)})
+    return params.model_copy(
+        update={"races": few(params.races).model_copy(update={"datasets": {"scenes-cls": ("denoising",)}})}
+    )
 
 
 def test_all_draws_agree_with_themselves() -> None:
@@ -115,15 +120,27 @@ def test_claims_of_the_second_paper_rest_on_the_published_setting(raced: Params,
     file.write_text(json.dumps({"denoising": {"examples": digest([e.id for e in asked]), **told}}))
     hits = read_hits(file, HEADLINES["recall"], asked)
     clean = hits[f"denoising, {published('clean')}"]
-    assert set(clean) == {"top1", SPARED} and clean["top1"][0].shape == (100,)
+    assert set(clean) == {"top1", AGREED, SPARED} and clean["top1"][0].shape == (100,)
     assert clean[SPARED][0].mean() == pytest.approx(1 - told["chosen"][published("clean")]["share"]["value"])
     assert not read_hits(file, "top1", asked[:50]) and not read_hits(tmp_path / "none.json", "top1", asked)
 
     clip = METRICS["recall"](np.full(100, 2), ["all"] * 100)
     judged, measured = judge(raced, {"scenes-cls": Answers("scenes-cls", asked, {"clip-zero-shot": clip, **hits}, {})})
-    assert set(judged) == {11, 12, 13}
+    assert set(judged) == {11, 12, 13, 14, 15}
     assert judged[12].verdict == "holds" and measured[13][0].difference.low > 0.1
     kept, spared = measured[11]
     whole, pruned = hits[f"denoising, {EXHAUSTIVE}"]["top1"][0], clean["top1"][0]
     assert kept.difference.value == pytest.approx(pruned.mean() - whole.mean() + 0.04)
     assert spared.difference.value == pytest.approx(clean[SPARED][0].mean() - 0.42)
+
+    promises = [promising(0.1, None), promising(0.1, "clip-zero-shot")]
+    assert [found.comparison.a for found in measured[14]] == [f"denoising, {name}" for name in promises]
+    for found, name in zip(measured[14], promises, strict=True):
+        wrong = told["chosen"][name]["disagreement"]["value"]
+        assert found.difference.value == pytest.approx(0.1 - wrong)
+        assert found.difference.p == pytest.approx(binomtest(round(100 * wrong), 100, 0.1).pvalue)
+    accurate, *thrifty = measured[15]
+    assert accurate.comparison[1:] == ("top1", "denoising, racing", f"denoising, {EXHAUSTIVE}", None, -0.04)
+    for found, other in zip(thrifty, ("staged", "hierarchical"), strict=True):
+        shares = [told["chosen"][name]["share"]["value"] for name in (other, "racing")]
+        assert found.difference.value == pytest.approx(shares[0] - shares[1])

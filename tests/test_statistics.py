@@ -296,3 +296,19 @@ def test_a_difference_above_a_margin_is_the_t_test_of_the_clusters() -> None:
         (plain.value + 0.04, plain.low + 0.04, plain.high + 0.04)
     )
     assert difference_above(a, a, clusters, -0.04, resamples=500, confidence=0.95, seed=0).p == 1.0
+
+
+def test_losses_of_one_are_counted_exactly() -> None:
+    whole = np.ones(200)
+    for losses in (0, 3, 12):
+        found = difference_above(
+            whole - (np.arange(200) < losses),
+            whole,
+            [str(n) for n in range(200)],
+            -0.05,
+            resamples=50,
+            confidence=0.95,
+            seed=0,
+        )
+        assert found.value == pytest.approx(0.05 - losses / 200)
+        assert found.p == pytest.approx(stats.binomtest(losses, 200, 0.05).pvalue)

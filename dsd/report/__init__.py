@@ -12,7 +12,7 @@ from dsd.params import ContrastiveMethod, FusionMethod, Params, noise_of, prompt
 from dsd.progress import progress
 from dsd.report import figures, findings, paper, races, studies, tables
 from dsd.report.gallery import MAPPED, BackboneHeatMaps, HeatMaps, gallery, noisy
-from dsd.report.inputs import Dataset, read_claims, read_datasets, read_races, read_studies, read_timings
+from dsd.report.inputs import Dataset, read_claims, read_datasets, read_growth, read_races, read_studies, read_timings
 from dsd.store import write_atomic
 
 __all__ = ["build"]
@@ -65,6 +65,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
             parts=findings.names([part for row in params.methods.values() for part in getattr(row, "parts", ())]),
             figures=_figures(datasets, params),
             races=list(races.races(raced)),
+            growth=races.growth(read_growth(data)),
             second=list(races.paper(raced, datasets, next(iter(clips), None))),
             noisy=[noisy(d, params, data / "prepare" / d.name, heat) for d in races.classified(raced, shown)],
             studies=list(studies.studies(params, read_studies(data), datasets, _series(params))),

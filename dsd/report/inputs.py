@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dsd import replay
+from dsd import growth, replay
 from dsd.ablations import Ablations
 from dsd.claims import Judgement
 from dsd.datasets import benchmark
@@ -119,6 +119,12 @@ def read_races(params: Params, data: Path) -> dict[str, dict[str, Any]]:
     """What `dsd.races` has told, by dataset and method; a dataset whose races were not run is absent."""
     found = {name: replay.read(data / "races" / f"{name}.json") for name in params.races.datasets}
     return {name: told for name, told in found.items() if told}
+
+
+def read_growth(data: Path) -> list[dict[str, Any]]:
+    """What `dsd.growth` has told; nothing where it was not run."""
+    path = data / "races" / growth.FILE
+    return list(json.loads(path.read_text())) if path.exists() else []
 
 
 def _ablations(path: Path) -> dict[str, Ablations]:

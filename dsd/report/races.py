@@ -46,11 +46,17 @@ def note(told: Told) -> str:
     """How many races there were, of what, and whether the promise was kept."""
     counts, promised = told["races"], {n: r for n, r in told["chosen"].items() if "delta" in r["setting"]}
     kept = [name for name, row in promised.items() if row["disagreement"]["value"] <= row["setting"]["delta"]]
+    alone = "".join(
+        f" {proposer} alone has the winner of all draws among its first "
+        + ", ".join(f"{kept} in {percent(share)} %" for kept, share in shares.items())
+        + " of races."
+        for proposer, shares in told["recall"].items()
+    )
     return (
         f"{count(counts[MEASURED_ON])} test races of {told['candidates']:g} candidates, {told['draws']} draws. "
         f"Settings were chosen on {count(counts[LEARNED_FROM])} few-shot races; racing learned from "
         f"{count(counts[LEARNED_FROM] - counts['calibration'])} of them and was calibrated on the other "
-        f"{count(counts['calibration'])}. Its stated error rate was kept by {len(kept)} of {len(promised)}."
+        f"{count(counts['calibration'])}. Its stated error rate was kept by {len(kept)} of {len(promised)}.{alone}"
     )
 
 
@@ -58,7 +64,6 @@ def table(title: str, told: Told) -> Table:
     rows = []
     for name, row in told["chosen"].items():
         share, live = row["share"], row.get("live", {})
-        cost = told["draws"] * share["value"]
         rows.append(
             Row(
                 name,
@@ -66,7 +71,7 @@ def table(title: str, told: Told) -> Table:
                     Cell(f"{percent(row['accuracy']['value'])} %", interval(_interval(row["accuracy"]))),
                     Cell(points(row["difference"]["value"]), _range(row["difference"], points)),
                     Cell(f"{percent(row['disagreement']['value'])} %", interval(_interval(row["disagreement"]))),
-                    Cell(f"{cost:.2f}", _range(share, lambda value: f"{told['draws'] * value:.2f}")),
+                    _cost(told["draws"], share),
                     Cell(f"{1 / share['value']:.1f}×"),
                     Cell(f"{live['seconds']:.2f}", f"{live['images']} images") if live else Cell(NONE),
                     Cell(f"{percent(live['fill'])} %") if live else Cell(NONE),
@@ -92,6 +97,22 @@ def setting(values: Mapping[str, Any]) -> str:
     """A setting as words, what is null or false left out."""
     told = {key.replace("_", " "): value for key, value in values.items() if value is not None and value is not False}
     return ", ".join(key if value is True else f"{key} {_plain(value)}" for key, value in told.items())
+
+
+def growth(rows: Sequence[Told]) -> Table | None:
+    """Evaluations a candidate of racing as candidates grow, for each kind of noise; None where it was not run."""
+    if not rows:
+        return None
+    noises = list(dict.fromkeys(row["noise"] for row in rows))
+    lines = []
+    for candidates in dict.fromkeys(row["candidates"] for row in rows):
+        cells = []
+        for row in (row for row in rows if row["candidates"] == candidates):
+            wrong = _interval(row["disagreement"])
+            cells += [_cost(row["draws"], row["share"]), Cell(f"{percent(wrong.value)} %", interval(wrong))]
+        lines.append(Row(count(candidates), cells))
+    head = [part for noise in noises for part in (f"evaluations a candidate\n{noise} noise", "another winner")]
+    return Table("Racing as candidates grow, on synthetic evidence", ["candidates", *head], lines)
 
 
 def drawings(dataset: str, method: str, told: Told) -> list[figures.Drawing]:
@@ -177,6 +198,11 @@ def _pair(row: Mapping[str, Any]) -> list[Cell]:
     accuracy, live = _interval(row["accuracy"]), row.get("live")
     time = Cell(f"{live['seconds']:.2f} s an image", f"{live['evaluations']:.0f} evaluations") if live else Cell(NONE)
     return [Cell(percent(accuracy.value), interval(accuracy)), time]
+
+
+def _cost(draws: int, share: Mapping[str, Any]) -> Cell:
+    """Evaluations a candidate, of a share of those at all draws."""
+    return Cell(f"{draws * share['value']:.2f}", _range(share, lambda value: f"{draws * value:.2f}"))
 
 
 def _interval(value: Mapping[str, Any]) -> Interval:

@@ -1,0 +1,31 @@
+"""Racing among many: costs fall towards a draw each, and the promise is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsd.growth import FILE, NOISES, grow, synthetic
+from dsd.params import Params
+from tests.raced import few
+
+
+def test_costs_of_each_noise_and_number(params: Params, tmp_path: Path) -> None:
+    grow(params.model_copy(update={"races": few(params.races)}), tmp_path)
+    told = json.loads((tmp_path / FILE).read_text())
+    assert [(row["noise"], row["candidates"]) for row in told] == [(n, c) for n in NOISES for c in (10, 40)]
+    for row in told:
+        assert row["share"]["n"] == row["disagreement"]["n"] == 30
+        assert 1 / row["draws"] <= row["share"]["value"] <= 1 and row["disagreement"]["low"] <= 0.2
+    few_of, many_of = told[:2]
+    assert many_of["share"]["value"] < few_of["share"]["value"]
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_draws_share_a_worth(noise: str) -> None:
+    values = synthetic(np.random.default_rng(0), (2000, 64), NOISES[noise])
+    own, other = values[:, :32].mean(1), values[:, 32:].mean(1)
+    assert np.corrcoef(own, other)[0, 1] > 0.95
