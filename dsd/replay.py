@@ -47,7 +47,7 @@ SHORTLISTS = (1, 2, 5, 10, 20, 50)
 
 
 class Entrants(NamedTuple):
-    """The races of a split: their evidence, what each proposer says, and which candidate is right."""
+    """The races of a split: their evidence, what each proposer says, and which candidate is right, −1 in a tie."""
 
     values: list[Floats]  # [C, K] each
     proposals: dict[str, list[Floats]]  # by proposer, [C] each
@@ -231,6 +231,7 @@ def compare(learning: Entrants, measured: Entrants, level_K: Sequence[float], pa
         "races": counts,
         "candidates": float(np.mean([len(values_CK) for values_CK in measured.values])),
         "draws": K,
+        "ties": sum(answer < 0 for answer in measured.answers),
         "recall": {proposer: recall(said, whole.winners) for proposer, said in measured.proposals.items()},
         "learned": {str(proposer): asdict(found) for proposer, found in learned.items()},
         "promised": promises,

@@ -16,12 +16,14 @@ from dsd.evidence import UNCONDITIONAL, read_places
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
 from dsd.params import Params
 from dsd.races import entrants, live, methods, run
-from dsd.replay import Course, replay
+from dsd.replay import Course, compare, replay
+from dsd.report.races import note
 from dsd.schedules import all_draws, hierarchical, shortlisted, staged
 from dsd.scoring import score_raced
 from dsd.store import Store
 from dsd.tracks import Folders, Track, choices, proposals, right
-from tests.raced import few
+from tests.raced import LEVELS, few
+from tests.raced import entrants as made
 
 DATASET, K = "scenes-com", 8
 
@@ -47,6 +49,15 @@ def test_values_are_those_of_single_passes(raced: Params, folders: Folders, tmp_
     pair, draw = pairs(examples[2:3])[1], track.draws[5]
     error, nothing = track.engine.compute([(pair, draw), (Pair(pair.image, UNCONDITIONAL), draw)])["error"]
     assert values[2].shape == (2, K) and values[2][1, 5] == pytest.approx(nothing - error, abs=1e-6)
+
+
+def test_a_duplicate_of_the_right_answer_is_seen_once_and_its_tie_is_told(raced: Params) -> None:
+    twice = MatchingExample("1", ("i",), ("a", "b", "a"), ((0, 0),), "all")
+    assert len(pairs([twice])) == 2 and right(twice) == -1
+    races = made(40)
+    told = compare(races, races._replace(answers=[-1, *races.answers[1:]]), np.repeat(LEVELS, 2).tolist(), raced).told
+    assert told["ties"] == 1
+    assert "In 1 a wrong candidate is the same as the right one" in note(told)
 
 
 def test_nothing_is_seen_twice(

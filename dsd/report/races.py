@@ -52,11 +52,14 @@ def note(told: Told) -> str:
         + " of races."
         for proposer, shares in told["recall"].items()
     )
+    ties = f" In {count(told['ties'])} a wrong candidate is the same as the right one: a tie, never right."
+    ties = ties if told["ties"] else ""
     return (
         f"{count(counts[MEASURED_ON])} test races of {told['candidates']:g} candidates, {told['draws']} draws. "
         f"Settings were chosen on {count(counts[LEARNED_FROM])} few-shot races; racing learned from "
         f"{count(counts[LEARNED_FROM] - counts['calibration'])} of them and was calibrated on the other "
-        f"{count(counts['calibration'])}. Its stated error rate was kept by {len(kept)} of {len(promised)}.{alone}"
+        f"{count(counts['calibration'])}. Its stated error rate was kept by {len(kept)} of {len(promised)}."
+        f"{alone}{ties}"
     )
 
 
