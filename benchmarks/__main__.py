@@ -176,7 +176,7 @@ def race_engine(told: Mapping[str, Any]) -> dict[str, Result]:
 
 def of_many(candidates: int) -> float:
     """Evaluations a candidate of racing over so many, on synthetic evidence; the worse of both kinds of noise."""
-    rows = [row for row in json.loads((RACES / growth.FILE).read_text()) if row["candidates"] == candidates]
+    rows = [row for row in growth.read(RACES)["rows"] if row["candidates"] == candidates]
     return max(row["draws"] * float(row["share"]["value"]) for row in rows)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from dsd.params import Params
 from dsd.replay import Course, Entrants, Proposer, judged, promised, raced, replay
 from dsd.schedules import Floats, Learned, all_draws, learn
-from dsd.store import write_atomic
+from dsd.store import digest, write_atomic
 
 FILE = "growth.json"
 MOST = 1000  # candidates of a race that is learned from
@@ -28,9 +28,22 @@ NOISES: dict[str, Sample] = {
 
 
 def grow(params: Params, target: Path) -> None:
-    """Writes `growth.json`: for each noise and number of candidates, what racing costs under its error rate."""
-    told = [row(noise, candidates, params) for noise in NOISES for candidates in params.races.growth.candidates]
-    write_atomic(target / FILE, (json.dumps(told, indent=1) + "\n").encode())
+    """Writes `growth.json`: for each noise and number of candidates, what racing costs under its error rate.
+
+    What was told under the same params is left as it is.
+    """
+    races = params.races.model_dump(include={"levels", "draws_per_level", "racing", "growth"})
+    key = digest(races, params.evaluate.model_dump(), params.seed)
+    if read(target).get("params") == key:
+        return
+    rows = [row(noise, candidates, params) for noise in NOISES for candidates in params.races.growth.candidates]
+    write_atomic(target / FILE, (json.dumps({"params": key, "rows": rows}, indent=1) + "\n").encode())
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What `grow` has told; nothing where it was not run."""
+    path = folder / FILE
+    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def row(noise: str, candidates: int, params: Params) -> dict[str, Any]:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dsd.growth import FILE, NOISES, grow, synthetic
+from dsd.growth import NOISES, grow, read, synthetic
 from dsd.params import Params
 from tests.raced import few
 
 
-def test_costs_of_each_noise_and_number(params: Params, tmp_path: Path) -> None:
-    grow(params.model_copy(update={"races": few(params.races)}), tmp_path)
-    told = json.loads((tmp_path / FILE).read_text())
+def test_costs_of_each_noise_and_number(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raced = params.model_copy(update={"races": few(params.races)})
+    grow(raced, tmp_path)
+    told = read(tmp_path)["rows"]
     assert [(row["noise"], row["candidates"]) for row in told] == [(n, c) for n in NOISES for c in (10, 40)]
     for row in told:
         assert row["share"]["n"] == row["disagreement"]["n"] == 30
         assert 1 / row["draws"] <= row["share"]["value"] <= 1 and row["disagreement"]["low"] <= 0.2
     few_of, many_of = told[:2]
     assert many_of["share"]["value"] < few_of["share"]["value"]
+
+    monkeypatch.setattr("dsd.growth.synthetic", None)
+    grow(raced, tmp_path)  # what is there is left
+    with pytest.raises(TypeError):
+        grow(raced.model_copy(update={"seed": 9}), tmp_path)
 
 
 @pytest.mark.parametrize("noise", NOISES)

@@ -19,10 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dsd import ablations, claims, variants
+from dsd import ablations, claims, growth, variants
 from dsd.errors import DataError
 from dsd.evaluation import SCHEMA, Results, hits_of, intervals, write_metrics
-from dsd.growth import grow
 from dsd.matcher import Heatmap
 from dsd.matching import MatchingExample, write_examples
 from dsd.metrics import SLOTS, rank
@@ -162,7 +161,7 @@ def write_races(params: Params, data: Path) -> None:
         if not row["setting"].get("proposer"):
             row["live"] = live
     write(data / "races" / "scenes-vqa.json", {"denoising": {"examples": "", **told}})
-    grow(params, data / "races")
+    growth.grow(params, data / "races")
 
 
 def told_studies(params: Params, metrics: dict[str, Results]) -> dict[str, object]:
@@ -402,7 +401,7 @@ def test_races_are_told(page: str, data: Path, params: Params) -> None:
     assert "Its stated error rate was kept by" in parsed.text
     assert f"among its first 1 in {100 * told['recall']['clip-zero-shot']['1']:.1f} %, 2 in" in parsed.text
     grown = {row[0]: row[1:] for row in parsed.tables["Racing as candidates grow, on synthetic evidence"][1:]}
-    rows_ = json.loads((data / "races" / "growth.json").read_text())
+    rows_ = growth.read(data / "races")["rows"]
     assert list(grown) == ["10", "40"]
     assert grown["40"][0].startswith(f"{8 * rows_[1]['share']['value']:.2f} [")
     assert grown["40"][3].startswith(f"{100 * rows_[3]['disagreement']['value']:.1f} %")

@@ -123,8 +123,7 @@ def read_races(params: Params, data: Path) -> dict[str, dict[str, Any]]:
 
 def read_growth(data: Path) -> list[dict[str, Any]]:
     """What `dsd.growth` has told; nothing where it was not run."""
-    path = data / "races" / growth.FILE
-    return list(json.loads(path.read_text())) if path.exists() else []
+    return list(growth.read(data / "races").get("rows", []))
 
 
 def _ablations(path: Path) -> dict[str, Ablations]:
