@@ -32,8 +32,9 @@ def grow(params: Params, target: Path) -> None:
 
     What was told under the same params is left as it is.
     """
-    races = params.races.model_dump(include={"levels", "draws_per_level", "racing", "growth"})
-    key = digest(races, params.evaluate.model_dump(), params.seed)
+    races = params.races.model_dump(include={"levels", "draws_per_level", "growth"})
+    racing = params.races.racing.model_dump(include={"threshold", "rivals", "confidence"})
+    key = digest(races, racing, params.evaluate.model_dump(), params.seed)
     if read(target).get("params") == key:
         return
     rows = [row(noise, candidates, params) for noise in NOISES for candidates in params.races.growth.candidates]
@@ -57,7 +58,12 @@ def row(noise: str, candidates: int, params: Params) -> dict[str, Any]:
 
     known = learn(races(0, MOST).values, [0.0] * draws, params.races.racing.rivals, None)
     learned: dict[Proposer, Learned] = {None: known}
-    threshold = promised(growth.delta, None, learned, races(1, candidates), params.races.racing)
+    fresh = races(1, candidates)
+
+    def wrong(threshold: float) -> list[bool]:
+        return (~replay(raced(learned, None, threshold), fresh).agrees).tolist()
+
+    threshold = promised(growth.delta, wrong, params.races.racing)
     measured = races(2, candidates)
     whole = replay(Course(list(range(draws)), all_draws(draws), None), measured)
     told = judged(replay(raced(learned, None, threshold), measured), whole, measured, params)

@@ -262,6 +262,7 @@ class RacingSettings(_Params):
     threshold: tuple[Annotated[float, Field(gt=0)], ...]
     proposer: tuple[str | None, ...]
     rivals: Positive
+    learning: Annotated[float, Field(gt=0, lt=1)]
     deltas: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
     confidence: Annotated[float, Field(gt=0, lt=1)]
 

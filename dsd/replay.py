@@ -7,6 +7,7 @@ Shapes: n races of C candidates, K draws.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import product
@@ -190,13 +191,14 @@ class Compared(NamedTuple):
 def compare(learning: Entrants, measured: Entrants, level_K: Sequence[float], params: Params) -> Compared:
     """What every setting of every schedule costs and keeps, the best of each schedule, and racing with its promises.
 
-    Best is the cheapest setting whose accuracy on the learning races is at most `within` below that of all draws; where
-    there is none, the most accurate one.
-    Racing learns from a random half of the learning races; it is calibrated, and judged there, on the other half.
+    Best is the cheapest setting that names another winner than all draws in at most the share `within` of the learning
+    races; where there is none, the one that does so least.
+    Racing learns from a random part of the learning races; it is calibrated, and judged there, on the others.
     """
     races, K = params.races, len(level_K)
-    halves = np.array_split(np.random.default_rng(params.seed).permutation(len(learning.values)), 2)
-    known, fresh = (learning.some(half.tolist()) for half in halves)
+    shuffled = np.random.default_rng(params.seed).permutation(len(learning.values))
+    parts = np.split(shuffled, [math.ceil(races.racing.learning * len(shuffled))])
+    known, fresh = (learning.some(part.tolist()) for part in parts)
     learned = {
         proposer: learn(known.values, level_K, races.racing.rivals, known.proposals[proposer] if proposer else None)
         for proposer in races.racing.proposer
@@ -208,20 +210,21 @@ def compare(learning: Entrants, measured: Entrants, level_K: Sequence[float], pa
         chosen[published(direction)] = setting, pruned(races, setting)
 
     runs = []
-    merits: dict[str, tuple[float, float]] = {}  # of the best so far: by how much accuracy falls short, and the cost
-    whole_accuracy = {name: replay(everything, own).hits.mean() for name, own in (("all", learning), ("fresh", fresh))}
+    merits: dict[str, tuple[float, float]] = {}  # of the best so far: how many other winners too many, and the cost
+    wrong: dict[Proposer, dict[float, list[bool]]] = {}  # of racing, by proposer and threshold
     for schedule, setting, course in courses(races, learned):
         seen = replay(course, fresh if schedule == "racing" else learning)
         both = {LEARNED_FROM: summary(seen, K), MEASURED_ON: summary(replay(course, measured), K)}
         runs.append({"schedule": schedule, "setting": setting, **both})
-        floor = whole_accuracy["fresh" if schedule == "racing" else "all"] - races.within
-        merit = (max(0.0, float(floor - seen.hits.mean())), float(seen.share.mean()))
+        if schedule == "racing":
+            wrong.setdefault(course.proposer, {})[setting["threshold"]] = (~seen.agrees).tolist()
+        merit = (max(0.0, float((~seen.agrees).mean()) - races.within), float(seen.share.mean()))
         if schedule not in merits or merit < merits[schedule]:
             merits[schedule], chosen[schedule] = merit, (setting, course)
 
     promises: list[Setting] = []
     for proposer, delta in product(races.racing.proposer, races.racing.deltas):
-        threshold = promised(delta, proposer, learned, fresh, races.racing)
+        threshold = promised(delta, wrong[proposer].__getitem__, races.racing)
         promises.append({"proposer": proposer, "delta": delta, "threshold": threshold})
         chosen[promising(delta, proposer)] = promises[-1], raced(learned, proposer, threshold)
 
@@ -255,7 +258,7 @@ def summary(outcome: Outcome, draws: int) -> dict[str, float]:
     """Accuracy, share of other winners than all draws have, and evaluations of each candidate."""
     return {
         "accuracy": float(outcome.hits.mean()),
-        "disagreement": float(1 - outcome.agrees.mean()),
+        "disagreement": float((~outcome.agrees).mean()),
         "evaluations": float(outcome.share.mean() * draws),
     }
 
@@ -280,18 +283,12 @@ def judged(outcome: Outcome, whole: Outcome, races: Entrants, params: Params) ->
     return {**told, "difference": difference, "each": each}
 
 
-def promised(
-    delta: float, proposer: Proposer, learned: Mapping[Proposer, Learned], fresh: Entrants, settings: RacingSettings
-) -> float:
-    """The threshold that keeps an error rate.
+def promised(delta: float, wrong: Callable[[float], Sequence[bool]], settings: RacingSettings) -> float:
+    """The threshold that keeps an error rate; see `dsd.schedules.calibrate`.
 
     Raises:
         DataError: the races are too few for it.
     """
-
-    def wrong(threshold: float) -> list[bool]:
-        return (~replay(raced(learned, proposer, threshold), fresh).agrees).tolist()
-
     try:
         return calibrate(wrong, settings.threshold, delta, settings.confidence)
     except ValueError as error:

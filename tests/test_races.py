@@ -101,7 +101,7 @@ def test_a_run_tells_of_every_method(raced: Params, folders: Folders, tmp_path: 
     told = json.loads((tmp_path / "races" / f"{DATASET}.json").read_text())
     assert list(told) == ["denoising", "dsd-zero-shot"]
     for method in told.values():
-        assert method["races"] == {"train": 12, "calibration": 6, "test": 9} and method["draws"] == K
+        assert method["races"] == {"train": 12, "calibration": 9, "test": 9} and method["draws"] == K
         assert all(row["live"]["differ"] == 0 for row in method["chosen"].values())
 
 
