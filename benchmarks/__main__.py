@@ -29,8 +29,8 @@ from dsd.evidence import Request, requests
 from dsd.matching import MatchingExample, Pair, read_examples
 from dsd.params import DenoisingMethod, load
 from dsd.pictures import Pictures
-from dsd.replay import EXHAUSTIVE, Course, promising
-from dsd.schedules import Learned, racing
+from dsd.replay import Course, promising
+from dsd.schedules import Learned, all_draws, racing
 from dsd.store import write_atomic
 from dsd.tracks import Folders, Track, proposals
 
@@ -130,7 +130,7 @@ def races() -> dict[str, Result]:
         raise DataError(f"{RACES / CLASSES}.json: no races of denoising; run `make races` first")
     chosen, draws_ = told["chosen"], told["draws"]
     share = {name: row["share"]["value"] for name, row in chosen.items()}
-    own, promised = share[PROMISED], chosen[PROMISED]
+    own = share[PROMISED]
     engine, fill = race_engine(told, PROMISED, 48)
     proposed_engine, proposed_fill = race_engine(told, PROPOSED, 200)
     return {
@@ -141,9 +141,7 @@ def races() -> dict[str, Result]:
         "racing_disagreement": at_most(
             chosen[PROMISED]["disagreement"]["value"], "", chosen[PROMISED]["setting"]["delta"]
         ),
-        "racing_seconds_vs_evaluations": at_least(
-            chosen[EXHAUSTIVE]["live"]["seconds"] / promised["live"]["seconds"] * own, "", 0.8
-        ),
+        "racing_seconds_vs_evaluations": seconds_follow(told),
         "evaluations_per_candidate_of_3129": at_most(of_many(3129), "", 1.3),
         "engine_vs_single_image": engine,
         "batch_fill": fill,
@@ -152,12 +150,41 @@ def races() -> dict[str, Result]:
     }
 
 
-def race_engine(told: Mapping[str, Any], schedule: str, images: int) -> tuple[Result, Result]:
-    """Images a second over those of the same races one by one, and how full the batches of many races are."""
+def seconds_follow(told: Mapping[str, Any]) -> Result:
+    """By how much racing is faster than all draws, over how many evaluations fewer it takes; in turns, on few images
+    and many."""
+    track, examples = track_of_classes()
+    learned, draws_ = Learned(**told["learned"]["None"]), told["draws"]
+    course = Course(list(learned.order), racing(learned, told["chosen"][PROMISED]["setting"]["threshold"]), None)
+    everything = Course(list(range(draws_)), all_draws(draws_), None)
+
+    def an_image(course: Course, some: Sequence[MatchingExample]) -> tuple[float, float]:
+        filled = Filled()
+        entries = track.entries(course, some, None)
+        taken = seconds(lambda: list(track.engine.race(entries, track.method, filled, {})))
+        return taken / len(some), filled.rows / len(some)
+
+    an_image(course, examples[:4])  # warm
+    shares = []
+    for turn in range(3):
+        slow, many = an_image(everything, examples[2 * turn : 2 * turn + 2])
+        fast, few = an_image(course, examples[60 * turn : 60 * turn + 60])
+        shares.append(slow / fast * few / many)
+    return at_least(statistics.median(shares), "", 0.8)
+
+
+def track_of_classes() -> tuple[Track, list[MatchingExample]]:
     params, folders = load(), Folders(*(Path("data") / stage / CLASSES for stage in ("prepare", "cache", "train")))
     method = params.methods["denoising"]
     assert isinstance(method, DenoisingMethod)
-    track, examples = Track.of(CLASSES, method, params, folders), folders.examples("test")[:images]
+    return Track.of(CLASSES, method, params, folders), folders.examples("test")
+
+
+def race_engine(told: Mapping[str, Any], schedule: str, images: int) -> tuple[Result, Result]:
+    """Images a second over those of the same races one by one, and how full the batches of many races are."""
+    params, folders = load(), Folders(*(Path("data") / stage / CLASSES for stage in ("prepare", "cache", "train")))
+    track, examples = track_of_classes()
+    examples = examples[:images]
     setting = told["chosen"][schedule]["setting"]
     proposer = setting["proposer"]
     learned = Learned(**told["learned"][str(proposer)])
@@ -166,7 +193,7 @@ def race_engine(told: Mapping[str, Any], schedule: str, images: int) -> tuple[Re
     filled = Filled()
 
     def together() -> None:
-        list(track.engine.race(track.entries(course, examples, said), method, filled, {}))
+        list(track.engine.race(track.entries(course, examples, said), track.method, filled, {}))
 
     def one_by_one(some: Sequence[MatchingExample]) -> None:
         """As public code does it: the candidates of one image are a batch, which both cores share."""
