@@ -29,8 +29,8 @@ from dsd.evidence import Request, requests
 from dsd.matching import MatchingExample, Pair, read_examples
 from dsd.params import DenoisingMethod, load
 from dsd.pictures import Pictures
-from dsd.replay import Course, promising
-from dsd.schedules import Learned, all_draws, racing
+from dsd.replay import Course, promising, raced
+from dsd.schedules import Floats, Learned, all_draws
 from dsd.store import write_atomic
 from dsd.tracks import Folders, Track, proposals
 
@@ -131,8 +131,14 @@ def races() -> dict[str, Result]:
     chosen, draws_ = told["chosen"], told["draws"]
     share = {name: row["share"]["value"] for name, row in chosen.items()}
     own = share[PROMISED]
-    engine, fill = race_engine(told, PROMISED, 48)
-    proposed_engine, proposed_fill = race_engine(told, PROPOSED, 200)
+    folders = Folders(*(Path("data") / stage / CLASSES for stage in ("prepare", "cache", "train")))
+    params, examples = load(), folders.examples("test")
+    method = params.methods["denoising"]
+    assert isinstance(method, DenoisingMethod)
+    track = Track.of(CLASSES, method, params, folders)
+    said = proposals("clip-zero-shot", examples, params, folders)
+    engine, fill = race_engine(track, course_of(told, PROMISED), examples[:48], None)
+    proposed_engine, proposed_fill = race_engine(track, course_of(told, PROPOSED), examples, said)
     return {
         "racing_vs_exhaustive_evaluations": at_least(1 / own, "times", 20),
         "racing_vs_staged_evaluations": at_least(share["staged"] / own, "times", 1.5),
@@ -141,7 +147,7 @@ def races() -> dict[str, Result]:
         "racing_disagreement": at_most(
             chosen[PROMISED]["disagreement"]["value"], "", chosen[PROMISED]["setting"]["delta"]
         ),
-        "racing_seconds_vs_evaluations": seconds_follow(told),
+        "racing_seconds_vs_evaluations": seconds_follow(track, course_of(told, PROMISED), examples),
         "evaluations_per_candidate_of_3129": at_most(of_many(3129), "", 1.3),
         "engine_vs_single_image": engine,
         "batch_fill": fill,
@@ -150,13 +156,17 @@ def races() -> dict[str, Result]:
     }
 
 
-def seconds_follow(told: Mapping[str, Any]) -> Result:
+def course_of(told: Mapping[str, Any], schedule: str) -> Course:
+    """Racing as it was chosen under this name."""
+    setting = told["chosen"][schedule]["setting"]
+    proposer = setting["proposer"]
+    return raced({proposer: Learned(**told["learned"][str(proposer)])}, proposer, setting["threshold"])
+
+
+def seconds_follow(track: Track, course: Course, examples: Sequence[MatchingExample]) -> Result:
     """By how much racing is faster than all draws, over how many evaluations fewer it takes; in turns, on few images
     and many."""
-    track, examples = track_of_classes()
-    learned, draws_ = Learned(**told["learned"]["None"]), told["draws"]
-    course = Course(list(learned.order), racing(learned, told["chosen"][PROMISED]["setting"]["threshold"]), None)
-    everything = Course(list(range(draws_)), all_draws(draws_), None)
+    everything = Course(list(range(len(track.draws))), all_draws(len(track.draws)), None)
 
     def an_image(course: Course, some: Sequence[MatchingExample]) -> tuple[float, float]:
         filled = Filled()
@@ -173,23 +183,10 @@ def seconds_follow(told: Mapping[str, Any]) -> Result:
     return at_least(statistics.median(shares), "", 0.8)
 
 
-def track_of_classes() -> tuple[Track, list[MatchingExample]]:
-    params, folders = load(), Folders(*(Path("data") / stage / CLASSES for stage in ("prepare", "cache", "train")))
-    method = params.methods["denoising"]
-    assert isinstance(method, DenoisingMethod)
-    return Track.of(CLASSES, method, params, folders), folders.examples("test")
-
-
-def race_engine(told: Mapping[str, Any], schedule: str, images: int) -> tuple[Result, Result]:
+def race_engine(
+    track: Track, course: Course, examples: Sequence[MatchingExample], said: Sequence[Floats] | None
+) -> tuple[Result, Result]:
     """Images a second over those of the same races one by one, and how full the batches of many races are."""
-    params, folders = load(), Folders(*(Path("data") / stage / CLASSES for stage in ("prepare", "cache", "train")))
-    track, examples = track_of_classes()
-    examples = examples[:images]
-    setting = told["chosen"][schedule]["setting"]
-    proposer = setting["proposer"]
-    learned = Learned(**told["learned"][str(proposer)])
-    course = Course(list(learned.order), racing(learned, setting["threshold"]), proposer)
-    said = proposals(proposer, examples, params, folders) if proposer else None
     filled = Filled()
 
     def together() -> None:
@@ -197,7 +194,7 @@ def race_engine(told: Mapping[str, Any], schedule: str, images: int) -> tuple[Re
 
     def one_by_one(some: Sequence[MatchingExample]) -> None:
         """As public code does it: the candidates of one image are a batch, which both cores share."""
-        size = params.runtime.batch_size
+        size = track.engine.batch_size
         for entry in track.entries(course, some, said):
             while rows := entry.wants():
                 batches = (rows[first : first + size] for first in range(0, len(rows), size))
@@ -205,7 +202,7 @@ def race_engine(told: Mapping[str, Any], schedule: str, images: int) -> tuple[Re
                 entry.tell(dict(zip(rows, -np.concatenate(errors), strict=True)))
 
     one_by_one(examples[:2])  # warm
-    few = examples[: images // 4]
+    few = examples[: len(examples) // 4]
     ratio = (seconds(lambda: one_by_one(few)) / len(few)) / (seconds(together) / len(examples))
     return at_least(ratio, "times", 3), at_least(filled.share, "", 0.9)
 
