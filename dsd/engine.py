@@ -6,6 +6,7 @@ Shapes: B rows of a batch, R rows of a shard, P poolings, L layers, H heads.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,8 @@ from dsd.scorers import contrastive, cross_attention
 from dsd.store import Store, digest, file_digest
 
 log = logging.getLogger(__name__)
+
+OWN_BATCH = 32  # rows from which on two cores are faster with a batch each than with one that they share
 
 RacedMethod = DenoisingMethod | CrossAttentionMethod  # whose score is a mean over draws
 Values = NDArray[np.float32]
@@ -52,8 +55,8 @@ class Engine:
     def compute(self, rows: Sequence[Request]) -> Arrays:
         """The evidence of the rows: attention [R, P, L, H], attribution [R, L, H], error [R]; float32.
 
-        On processors each core has a batch of its own: at the sizes of a batch that is faster than to share one.
-        Where memory does not suffice for a batch, it is halved, from then on, until it does.
+        On processors each core has a batch of its own, all of one size: that is faster than to share one, but for the
+        last few rows. Where memory does not suffice for a batch, it is halved, from then on, until it does.
         """
         while True:
             try:
@@ -65,18 +68,22 @@ class Engine:
                 log.warning("out of memory: batches of %d from now on (runtime.batch_size)", self.batch_size)
 
     def _compute(self, rows: Sequence[Request]) -> Arrays:
-        chunks = (rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size))
+        count = math.ceil(len(rows) / self.batch_size)
+        if apart := self._cores > 1 and len(rows) >= self._cores * min(OWN_BATCH, self.batch_size):
+            count = self._cores * math.ceil(count / self._cores)
+        chunks = (rows[len(rows) * n // count : len(rows) * (n + 1) // count] for n in range(count))
         inputs = map(self._inputs, chunks)  # in this thread: what the cache lacks is computed while it is read
-        if self.backbone.device.type == "cpu":
-            with ThreadPoolExecutor(torch.get_num_threads(), "batch", torch.set_num_threads, (1,)) as pool:
+        if apart:
+            with ThreadPoolExecutor(self._cores, "batch", torch.set_num_threads, (1,)) as pool:
                 batches = list(pool.map(self._batch, inputs))
         else:
             batches = list(map(self._batch, inputs))
         return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
-    def compute_batch(self, rows: Sequence[Request]) -> Arrays:
-        """What `compute` returns, in one pass that all cores share."""
-        return self._batch(self._inputs(rows))
+    @property
+    def _cores(self) -> int:
+        """How many batches are computed at once."""
+        return torch.get_num_threads() if self.backbone.device.type == "cpu" else 1
 
     def _inputs(self, rows: Sequence[Request]) -> tuple[Tensor, ...]:
         """What `observe` asks for after its settings."""
@@ -102,8 +109,7 @@ class Engine:
         self, entries: Iterable[Entry], method: RacedMethod, filled: Filled, stored: dict[Request, float]
     ) -> Iterator[Entry]:
         """Runs races side by side, in batches that are full until the last of them; see `side_by_side`."""
-        on_processors = self.backbone.device.type == "cpu"
-        size = self.batch_size * (torch.get_num_threads() if on_processors else 1)
+        size = self.batch_size * self._cores
 
         def compute(rows: list[Request]) -> Values:
             return row_values(self.compute(rows), method, self.evidence.poolings)

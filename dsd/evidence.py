@@ -147,10 +147,10 @@ def read_places(scored: Path, method: str, examples: Sequence[MatchingExample]) 
     """
     store, path = Store(scored / RACES), scored / RACES / INDEX
     keys = json.loads(path.read_text()).get(method) if path.exists() else None
-    parts = [store.read(key) for key in keys or ()]
-    if not parts or None in [part if part is None else 0 for part in parts]:
+    parts = [part for part in map(store.read, keys or ()) if part is not None]
+    if not keys or len(parts) < len(keys):
         raise DataError(f"{path}: no races of {method}, or damaged ones; run the stage `score` again")
-    whole = np.concatenate([part["place"] for part in parts if part is not None])
+    whole = np.concatenate([part["place"] for part in parts])
     sizes = [len(pairs([example])) for example in examples]
     if len(whole) != sum(sizes):
         raise DataError(f"{path}: {len(whole)} candidates of {method} for {sum(sizes)}; run the stage `score` again")

@@ -63,7 +63,8 @@ def row(noise: str, candidates: int, params: Params) -> dict[str, Any]:
     def wrong(threshold: float) -> list[bool]:
         return (~replay(raced(learned, None, threshold), fresh).agrees).tolist()
 
-    threshold = promised(growth.delta, wrong, params.races.racing)
+    remedy = "raise races.growth.races or races.growth.delta"
+    threshold = promised(growth.delta, wrong, params.races.racing, remedy)
     measured = races(2, candidates)
     whole = replay(Course(list(range(draws)), all_draws(draws), None), measured)
     told = judged(replay(raced(learned, None, threshold), measured), whole, measured, params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -126,14 +127,23 @@ class _Schedule(_Params):
     budget: Annotated[float, Field(ge=1)] | None
 
 
+class ShortlistParams(_Params):
+    """No candidates are seen but those that a contrastive method puts first, so many of them."""
+
+    proposer: str
+    keep: Positive
+
+
 class StagedSchedule(_Schedule):
     kind: Literal["staged"]
-    to_keep: tuple[Positive, ...]
+    shortlist: ShortlistParams | None
+    to_keep: Annotated[tuple[Positive, ...], Field(min_length=1)]
     n_samples: tuple[Positive, ...]
 
 
 class HierarchicalSchedule(_Schedule):
     kind: Literal["hierarchical"]
+    shortlist: ShortlistParams | None
     direction: Literal["clean", "noisy", "middle"]
     samples: Positive
     beam_factor: Annotated[float, Field(ge=1)]
@@ -413,13 +423,18 @@ class Params(_Params):
                 raise ValueError(f"methods.{name}.schedule: {unknown('schedule', method.schedule, known)}")
             if method.levels != self.races.levels:
                 raise ValueError(f"methods.{name}.levels: a schedule goes by those of races, {list(self.races.levels)}")
+        fitting = [name for name, method in self.methods.items() if isinstance(method, ContrastiveMethod)]
         for name, row in self.schedules.items():
-            fitting = [other for other, method in self.methods.items() if isinstance(method, ContrastiveMethod)]
-            if isinstance(row, RacingSchedule) and row.proposer not in (None, *fitting):
-                told = unknown("contrastive method", str(row.proposer), fitting)
-                raise ValueError(f"schedules.{name}.proposer: {told}")
-            if isinstance(row, StagedSchedule) and len(row.to_keep) != len(row.n_samples):
-                raise ValueError(f"schedules.{name}.to_keep: must be as long as n_samples")
+            if (proposer := proposer_of(row)) not in (None, *fitting):
+                key = "proposer" if isinstance(row, RacingSchedule) else "shortlist.proposer"
+                raise ValueError(f"schedules.{name}.{key}: {unknown('contrastive method', str(proposer), fitting)}")
+            if isinstance(row, StagedSchedule):
+                _check_stages(name, row, len(self.races.levels) * self.races.draws_per_level)
+            if isinstance(row, HierarchicalSchedule) and row.samples > self.races.draws_per_level:
+                raise ValueError(
+                    f"schedules.{name}.samples: {row.samples} at each level, but races.draws_per_level is "
+                    f"{self.races.draws_per_level}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -469,6 +484,13 @@ def backbone_of(params: Params, method: str) -> str:
     return row.backbone if isinstance(row, ContrastiveMethod) else params.backbone
 
 
+def proposer_of(row: ScheduleParams) -> str | None:
+    """The contrastive method whose word on the candidates a schedule starts from, if any."""
+    if isinstance(row, RacingSchedule):
+        return row.proposer
+    return row.shortlist.proposer if row.shortlist else None
+
+
 def raced(params: Params) -> dict[str, CrossAttentionMethod | DenoisingMethod]:
     """The methods whose schedule is another than exhaustive; they leave rankings and no evidence."""
     return _raced(params.methods)
@@ -491,6 +513,18 @@ def twin(params: Params) -> str | None:
 def trained(params: Params) -> list[str]:
     """The methods that learn something of their own: the rows of `training`."""
     return _trained(params.methods)
+
+
+def _check_stages(name: str, row: StagedSchedule, draws: int) -> None:
+    key = f"schedules.{name}"
+    if len(row.to_keep) != len(row.n_samples):
+        raise ValueError(f"{key}.to_keep: must be as long as n_samples")
+    if any(b > a for a, b in pairwise(row.to_keep)):
+        raise ValueError(f"{key}.to_keep: must fall from stage to stage, not {list(row.to_keep)}")
+    if any(b <= a for a, b in pairwise(row.n_samples)):
+        raise ValueError(f"{key}.n_samples: must rise from stage to stage, not {list(row.n_samples)}")
+    if row.n_samples[-1] > draws:
+        raise ValueError(f"{key}.n_samples: {row.n_samples[-1]}, but races has {draws} draws in all")
 
 
 def _raced(methods: Mapping[str, MethodParams]) -> dict[str, CrossAttentionMethod | DenoisingMethod]:

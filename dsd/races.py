@@ -19,7 +19,7 @@ from dsd.engine import RacedMethod, Values
 from dsd.errors import ParamsError, unknown
 from dsd.matching import MatchingExample
 from dsd.params import Params
-from dsd.replay import LEARNED_FROM, MEASURED_ON, Course, Entrants, compare, replay
+from dsd.replay import LEARNED_FROM, MEASURED_ON, Course, Entrants, compare, read, replay
 from dsd.schedules import Floats
 from dsd.store import Store, digest, write_atomic
 from dsd.tracks import Folders, Track, proposals, right
@@ -29,7 +29,8 @@ def run(name: str, params: Params, folders: Folders, seen: Path, target: Path) -
     """Compares the schedules on dataset `name` for every method that is raced there.
 
     Writes `<name>.json` under target: method → what `dsd.replay.compare` tells, and what the chosen schedules take when
-    they are run live. The evidence stays in the folder `seen`; what is there is not computed again.
+    they are run live. The evidence stays in the folder `seen`; what is there is not computed again, and a method that
+    was compared under the same params, models and examples is left as it is.
     """
     store = Store(seen)
     raced = methods(name, params)
@@ -38,9 +39,19 @@ def run(name: str, params: Params, folders: Folders, seen: Path, target: Path) -
         split: {p: proposals(p, examples, params, folders) for p in params.races.racing.proposer if p}
         for split, examples in splits.items()
     }
-    told = {}
+    proposers = [params.methods[p].model_dump() for p in params.races.racing.proposer if p]
+    settings = digest(params.races.model_dump(exclude={"datasets", "growth"}), params.evaluate.model_dump(), proposers)
+    before, told = read(target / f"{name}.json"), {}
     for row, method in raced.items():
         track = Track.of(name, method, params, folders)
+        known = {
+            "key": track.key,
+            "settings": settings,
+            "examples": digest([example.id for example in splits[MEASURED_ON]]),
+        }
+        if known.items() <= before.get(row, {}).items():
+            told[row] = before[row]
+            continue
         learning, measured = (
             entrants(examples, track.collect(examples, store, f"races of {row} on {name} ({split})"), said[split])
             for split, examples in splits.items()
@@ -48,11 +59,7 @@ def run(name: str, params: Params, folders: Folders, seen: Path, target: Path) -
         compared = compare(learning, measured, [draw.level for draw in track.draws], params)
         for schedule, course in compared.chosen.items():
             compared.told["chosen"][schedule]["live"] = live(track, course, splits[MEASURED_ON], measured)
-        told[row] = {
-            "key": track.key,
-            "examples": digest([example.id for example in splits[MEASURED_ON]]),
-            **compared.told,
-        }
+        told[row] = known | compared.told
     write_atomic(target / f"{name}.json", (json.dumps(told, indent=1) + "\n").encode())
     return {"races": sum(map(len, splits.values()))}
 

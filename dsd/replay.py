@@ -21,7 +21,7 @@ from scipy.stats import qmc
 from dsd.errors import DataError
 from dsd.matching import MatchingExample
 from dsd.metrics import Hits
-from dsd.params import HierarchicalSchedule, Params, RacesParams, RacingSettings, ScheduleParams, StagedSchedule
+from dsd.params import Params, RacesParams, RacingSchedule, RacingSettings, ScheduleParams, StagedSchedule
 from dsd.schedules import (
     Floats,
     Learned,
@@ -32,6 +32,7 @@ from dsd.schedules import (
     hierarchical,
     learn,
     racing,
+    shortlisted,
     staged,
 )
 from dsd.statistics import clustered_mean, paired_difference
@@ -160,11 +161,16 @@ def course_of(row: ScheduleParams, races: RacesParams, told: Mapping[str, Any]) 
     Raises:
         DataError: racing was not calibrated for this δ with this proposer.
     """
-    if isinstance(row, StagedSchedule):
-        order = evenly(len(races.levels), races.draws_per_level)
-        return Course(order, staged(row.to_keep, row.n_samples), None)
-    if isinstance(row, HierarchicalSchedule):
-        return pruned(races, row.model_dump(exclude={"kind", "budget"}))
+    if not isinstance(row, RacingSchedule):
+        if isinstance(row, StagedSchedule):
+            order = evenly(len(races.levels), races.draws_per_level)
+            course = Course(order, staged(row.to_keep, row.n_samples), None)
+        else:
+            course = pruned(races, row.model_dump(exclude={"kind", "budget", "shortlist"}))
+        if row.shortlist:
+            first = shortlisted(course.schedule, row.shortlist.keep)
+            course = course._replace(schedule=first, proposer=row.shortlist.proposer)
+        return course
     for promise in told.get("promised", []):
         if (promise["proposer"], promise["delta"]) == (row.proposer, row.delta):
             learned = Learned(**told["learned"][str(row.proposer)])
@@ -224,7 +230,8 @@ def compare(learning: Entrants, measured: Entrants, level_K: Sequence[float], pa
 
     promises: list[Setting] = []
     for proposer, delta in product(races.racing.proposer, races.racing.deltas):
-        threshold = promised(delta, wrong[proposer].__getitem__, races.racing)
+        remedy = "raise few_shot, or leave that δ out of races.racing.deltas"
+        threshold = promised(delta, wrong[proposer].__getitem__, races.racing, remedy)
         promises.append({"proposer": proposer, "delta": delta, "threshold": threshold})
         chosen[promising(delta, proposer)] = promises[-1], raced(learned, proposer, threshold)
 
@@ -283,16 +290,16 @@ def judged(outcome: Outcome, whole: Outcome, races: Entrants, params: Params) ->
     return {**told, "difference": difference, "each": each}
 
 
-def promised(delta: float, wrong: Callable[[float], Sequence[bool]], settings: RacingSettings) -> float:
+def promised(delta: float, wrong: Callable[[float], Sequence[bool]], settings: RacingSettings, remedy: str) -> float:
     """The threshold that keeps an error rate; see `dsd.schedules.calibrate`.
 
     Raises:
-        DataError: the races are too few for it.
+        DataError: the races are too few for it; `remedy` says what to change.
     """
     try:
         return calibrate(wrong, settings.threshold, delta, settings.confidence)
     except ValueError as error:
-        raise DataError(f"races: {error}; raise few_shot, or leave that δ out of races.racing.deltas") from None
+        raise DataError(f"races: {error}; {remedy}") from None
 
 
 def read_hits(file: Path, metric: str, examples: Sequence[MatchingExample]) -> dict[str, dict[str, Hits]]:

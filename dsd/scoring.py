@@ -13,10 +13,21 @@ import numpy as np
 from dsd import replay
 from dsd.backbones import device_of, load_clip, load_diffusion
 from dsd.batching import Filled
+from dsd.draws import draws
 from dsd.encoding import Arrays, all_texts, clip_backbones, contrastive_encodings, diffusion_encodings, read_all
-from dsd.engine import Engine, cosines, source_digest
+from dsd.engine import Engine, cosines, row_values, source_digest
 from dsd.errors import DataError
-from dsd.evidence import INDEX, RACES, normalises, plan, requests, write_index
+from dsd.evidence import (
+    INDEX,
+    RACES,
+    Request,
+    normalises,
+    plan,
+    read_index,
+    read_shards,
+    requests,
+    write_index,
+)
 from dsd.fusion import fitting_entry, fitting_examples
 from dsd.matching import MatchingExample, pairs, read_examples
 from dsd.params import ContrastiveMethod, FusionMethod, Params, RacingSchedule, noise_of, prompted, raced
@@ -124,9 +135,10 @@ def score_raced(
         some = [example for group in missing.values() for example in group]
         said = proposals(course.proposer, some, params, folders) if course.proposer and some else None
         entries = track.entries(course, some, said, schedule.budget)
+        known = stored(name, params, track, examples, target) if some else {}
         ended: dict[str, Race] = {}
         bar = progress(total=len(some), desc=f"races of {row} on {name}", unit="example")
-        for entry in track.engine.race(entries, method, Filled(), {}):
+        for entry in track.engine.race(entries, method, Filled(), known):
             ended[entry.id] = entry.race
             bar.update()
             for key, group in list(missing.items()):
@@ -139,6 +151,21 @@ def score_raced(
     store.prune({key for some in keys.values() for key in some})
     write_atomic(store.root / INDEX, json.dumps(keys, indent=1).encode())
     return costs
+
+
+def stored(
+    name: str, params: Params, track: Track, examples: Sequence[MatchingExample], scored: Path
+) -> dict[Request, float]:
+    """What is known of a track's pairs because a method without a schedule sees them at the same draws."""
+    noise, prompt = noise_of(params, name), track.method.prompt
+    if not (scored / INDEX).exists() or set(draws(noise, params.seed)).isdisjoint(track.draws):
+        return {}
+    if prompt not in read_index(scored)["shards"]:
+        return {}
+    normalised = normalises(params.methods, prompt)
+    arrays = read_shards(scored, prompt)
+    rows = requests(examples, noise, params.seed, normalised)
+    return dict(zip(rows, row_values(arrays, track.method, params.evidence.poolings).tolist(), strict=True))
 
 
 def places(races: Sequence[Race]) -> Arrays:

@@ -13,10 +13,8 @@ def score(params: Params) -> dict[str, Details]:
     from dsd.tracks import Folders
 
     def dataset(name: str) -> Details:
-        folders, target = (
-            Folders(*(DATA / part / name for part in ("prepare", "cache", "train"))),
-            DATA / "score" / name,
-        )
+        folders = Folders(*(DATA / part / name for part in ("prepare", "cache", "train")))
+        target = DATA / "score" / name
         counts = scoring.score(name, params, *folders, target, split="test")
         return counts | {"raced": scoring.score_raced(name, params, folders, DATA / "races", target, split="test")}
 

@@ -20,6 +20,11 @@ def move(settings: Settings, old: str, new: str) -> None:
     settings[new] = settings.pop(old)
 
 
+def staged(**changed: object) -> Settings:
+    row: Settings = {"kind": "staged", "to_keep": [5, 1], "n_samples": [1, 8], "shortlist": None, "budget": None}
+    return row | changed
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -69,6 +74,35 @@ def move(settings: Settings, old: str, new: str) -> None:
             "races.datasets.scenes-cls: unknown method 'denoisin': did you mean 'denoising'",
         ),
         (lambda s: s["races"]["exhaustive"]["draws"].append(65), "races.exhaustive.draws: 65, but there are 64 in all"),
+        (
+            lambda s: s["schedules"].update(few=staged(n_samples=[1, 65])),
+            "schedules.few.n_samples: 65, but races has 64 draws in all",
+        ),
+        (
+            lambda s: s["schedules"].update(few=staged(n_samples=[4, 4])),
+            "schedules.few.n_samples: must rise from stage to stage, not [4, 4]",
+        ),
+        (
+            lambda s: s["schedules"].update(few=staged(to_keep=[1, 2])),
+            "schedules.few.to_keep: must fall from stage to stage, not [1, 2]",
+        ),
+        (
+            lambda s: s["schedules"].update(few=staged(shortlist={"proposer": "clip", "keep": 5})),
+            "schedules.few.shortlist.proposer: unknown contrastive method 'clip'",
+        ),
+        (
+            lambda s: s["schedules"].update(
+                few={
+                    "kind": "hierarchical",
+                    **s["races"]["published"],
+                    "samples": 9,
+                    "direction": "clean",
+                    "shortlist": None,
+                    "budget": None,
+                }
+            ),
+            "schedules.few.samples: 9 at each level, but races.draws_per_level is 8",
+        ),
         (lambda s: s["races"]["published"].update(samples=9), "races.published.samples: more than the 8 of"),
         (lambda s: s["races"]["racing"].update(deltas=[1.0]), "races.racing.deltas.0: Input should be less than 1"),
     ],

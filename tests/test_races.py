@@ -14,12 +14,12 @@ from dsd.errors import DataError, ParamsError
 from dsd.evaluation import raced_tables
 from dsd.evidence import UNCONDITIONAL, read_places
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
-from dsd.params import Params
+from dsd.params import NoiseParams, Params
 from dsd.races import entrants, live, methods, run
 from dsd.replay import Course, compare, replay
 from dsd.report.races import note
 from dsd.schedules import all_draws, hierarchical, shortlisted, staged
-from dsd.scoring import score_raced
+from dsd.scoring import score, score_raced
 from dsd.store import Store
 from dsd.tracks import Folders, Track, choices, proposals, right
 from tests.raced import LEVELS, few
@@ -96,13 +96,22 @@ def test_live_races_end_as_replayed(
     assert 0 < found["fill"] <= 1 and found["seconds"] > 0
 
 
-def test_a_run_tells_of_every_method(raced: Params, folders: Folders, tmp_path: Path) -> None:
+def test_a_run_tells_of_every_method(
+    raced: Params, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run(DATASET, raced, folders, tmp_path / "draws", tmp_path / "races") == {"races": 2 * 6 + 9}
     told = json.loads((tmp_path / "races" / f"{DATASET}.json").read_text())
     assert list(told) == ["denoising", "dsd-zero-shot"]
     for method in told.values():
         assert method["races"] == {"train": 12, "calibration": 9, "test": 9} and method["draws"] == K
         assert all(row["live"]["differ"] == 0 for row in method["chosen"].values())
+
+    monkeypatch.setattr("dsd.races.compare", None)  # nothing has changed, so nothing is compared again
+    run(DATASET, raced, folders, tmp_path / "draws", tmp_path / "races")
+    assert json.loads((tmp_path / "races" / f"{DATASET}.json").read_text()) == told
+    within = raced.races.model_copy(update={"within": 0.5})
+    with pytest.raises(TypeError, match="not callable"):
+        run(DATASET, raced.model_copy(update={"races": within}), folders, tmp_path / "draws", tmp_path / "races")
 
 
 def test_a_square_is_two_choices() -> None:
@@ -172,15 +181,25 @@ def test_methods_with_a_schedule_are_ranked_by_their_races(
     run(DATASET, raced, folders, tmp_path / "draws", tmp_path / "races")
     params = with_schedule(
         raced,
-        staged={"kind": "staged", "to_keep": [2, 1], "n_samples": [2, 8], "budget": None},
+        staged={"kind": "staged", "to_keep": [2, 1], "n_samples": [2, 8], "shortlist": None, "budget": None},
+        listed={
+            "kind": "hierarchical",
+            **raced.races.published.model_dump(),
+            "direction": "clean",
+            "shortlist": {"proposer": "clip-zero-shot", "keep": 1},
+            "budget": None,
+        },
         racing={"kind": "racing", "delta": 0.9, "proposer": "clip-zero-shot", "budget": None},
-        cut={"kind": "staged", "to_keep": [2, 1], "n_samples": [2, 8], "budget": 3.0},
+        cut={"kind": "staged", "to_keep": [2, 1], "n_samples": [2, 8], "shortlist": None, "budget": 3.0},
     )
     monkeypatch.setattr("dsd.scoring.GROUP", 4)
     target = tmp_path / "score"
     costs = score_raced(DATASET, params, folders, tmp_path / "races", target, split="test")
     assert costs["denoising-staged"] == 2 * 8 and costs["denoising-cut"] == 2 * 3
     examples = read_examples(folders.prepared / "examples.parquet", "test")
+    assert costs["denoising-listed"] == 0  # one is left of two: nothing is asked of the model
+    said = proposals("clip-zero-shot", examples, params, folders)
+    assert [place.argmin() for place in read_places(target, "denoising-listed", examples)] == [s.argmax() for s in said]
     track = Track.of(DATASET, raced.methods["denoising"], raced, folders)  # type: ignore[arg-type]
     values = track.collect(examples, Store(tmp_path / "draws"), "x")
     places = read_places(target, "denoising-staged", examples)
@@ -194,17 +213,41 @@ def test_methods_with_a_schedule_are_ranked_by_their_races(
     assert again == costs
 
 
+def test_races_are_answered_from_the_evidence_of_the_same_stage(
+    raced: Params, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a method without a schedule has been there at the same draws, the model is not asked again."""
+    noise = NoiseParams(levels=raced.races.levels, draws_per_level=raced.races.draws_per_level)
+    rows = {"kind": "staged", "to_keep": [2, 1], "n_samples": [2, 8], "shortlist": None, "budget": None}
+    params = with_schedule(raced, staged=rows)
+    methods = {
+        name: row.model_copy(update={"levels": noise.levels}) if hasattr(row, "levels") else row
+        for name, row in params.methods.items()
+        if name != "dsd"
+    }
+    params = params.model_copy(update={"noise": noise, "methods": methods})
+    alone = score_raced(DATASET, params, folders, tmp_path / "races", tmp_path / "alone", split="test")
+    score(DATASET, params, *folders, tmp_path / "score", split="test")
+    monkeypatch.setattr(Engine, "compute", None)
+    assert score_raced(DATASET, params, folders, tmp_path / "races", tmp_path / "score", split="test") == alone
+    examples = read_examples(folders.prepared / "examples.parquet", "test")
+    for one, other in zip(
+        *(read_places(tmp_path / f, "denoising-staged", examples) for f in ("alone", "score")), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_racing_that_was_not_learned_is_one_line(raced: Params, folders: Folders, tmp_path: Path) -> None:
-    def score(delta: float) -> None:
+    def race(delta: float) -> None:
         params = with_schedule(raced, racing={"kind": "racing", "delta": delta, "proposer": None, "budget": None})
         score_raced(DATASET, params, folders, tmp_path / "races", tmp_path / "score", split="test")
 
     with pytest.raises(DataError, match=r"no races that denoising-racing could learn from"):
-        score(0.9)
+        race(0.9)
     run(DATASET, raced, folders, tmp_path / "draws", tmp_path / "races")
-    score(0.9)
+    race(0.9)
     with pytest.raises(DataError, match=r"racing was not calibrated for δ = 0\.3"):
-        score(0.3)
+        race(0.3)
     other = raced.model_copy(update={"seed": 5})
     with pytest.raises(DataError, match=r"no races that denoising-racing could learn from"):
         params = with_schedule(other, racing={"kind": "racing", "delta": 0.9, "proposer": None, "budget": None})

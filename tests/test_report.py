@@ -383,7 +383,7 @@ def test_claims_are_told_with_what_they_rest_on(page: str, data: Path) -> None:
     claims, rows = (json.loads((data / "evaluate" / f"{name}.json").read_text()) for name in ("claims", "comparisons"))
     assert list(claims) == [str(number) for number in range(1, 11)]
     tables = Parsed(page).tables
-    told = tables["Claims of the papers"][1:]
+    told = tables["Claims"][1:]
     assert [(row[0], row[1], row[2]) for row in told] == [(n, c["claim"], c["verdict"]) for n, c in claims.items()]
     assert len(tables["What the claims rest on"]) == 1 + sum(map(len, rows.values()))
 

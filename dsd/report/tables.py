@@ -179,7 +179,7 @@ def claims(found: Claims) -> Table:
         for number, claim, rows in found
     ]
     head = ["claim", "", "verdict", "smallest difference\npercentage points", "p\ncorrected", "comparisons"]
-    return Table("Claims of the papers", head, rows)
+    return Table("Claims", head, rows)
 
 
 def claim_comparisons(found: Claims) -> Table:
