@@ -46,22 +46,141 @@ class ImageParams(_Params):
     max_pixels: Positive
 
 
-class DatasetParams(_Params):
-    """A row of `datasets`; `candidates`, `binary` and `template` are asked for by the kinds that use them.
+class _Dataset(_Params):
+    """A row of `datasets`: what it is made of, and how it is split.
 
     `draws_per_level`, where it is given, stands for that of `noise`: what a draw costs grows with the candidates.
     """
 
-    kind: str
-    size: Positive
     few_shot: Share
     sample: int
     validation: Share
+    draws_per_level: Positive | None = Field(default=None)
+
+
+class DrawnDataset(_Dataset):
+    """A benchmark of drawn scenes, of which there are `size`: `few_shot` and `validation` are shares of these.
+
+    `candidates`, `binary` and `template` are asked for by the kinds that use them.
+    """
+
+    kind: Literal["scenes-com", "scenes-ref", "scenes-vqa", "scenes-cls"]
+    size: Positive
     test: Positive
     candidates: Positive | None = Field(default=None)
     binary: Share | None = Field(default=None)
     template: Template | None = Field(default=None)
-    draws_per_level: Positive | None = Field(default=None)
+
+
+class _Published(_Dataset):
+    """A benchmark as its publisher gives it: `few_shot` and `validation` are shares of its training examples.
+
+    test: how many examples of its test split are taken, at random by `seed`; null is all of them.
+    missing: how many of the pictures that were chosen a run may go on without; with more of them it ends.
+    """
+
+    test: Positive | None
+    missing: Annotated[int, Field(ge=0)]
+
+
+class FilesParams(_Params):
+    """Which files of a repository hold a split, as a pattern ("data/train-*.parquet").
+
+    Where `train` is null, all splits are taken from the files of `test`, and no two of them share a picture.
+    """
+
+    train: str | None
+    test: str
+
+
+class _Repository(_Published):
+    """A dataset on the hub, `source` at `revision` (a commit); or a folder with the same files, and revision null."""
+
+    source: str
+    revision: str | None
+    files: FilesParams
+
+
+class ClassifiedDataset(_Repository):
+    """Pictures of classes; the texts are their names in the template."""
+
+    kind: Literal["cifar10", "stl10", "fgvc-aircraft"]
+    template: Template
+
+
+class RefcocogDataset(_Repository):
+    kind: Literal["refcocog"]
+    candidates: Annotated[int, Field(ge=2)]  # expressions to choose from
+
+
+class Vqav2Dataset(_Repository):
+    kind: Literal["vqav2"]
+    answers: Annotated[int, Field(ge=2)]  # the most frequent ones of the training files are the candidates
+
+
+class WinogroundDataset(_Repository):
+    kind: Literal["winoground"]
+
+
+class UrlParams(_Params):
+    """A file by its address or path; `sha256`, where it is known, is checked."""
+
+    source: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+
+
+class VisualGenomeParams(_Params):
+    """The annotations of Visual Genome, from which triplets are mutated; each may be a .zip with the one file in it."""
+
+    relationships: UrlParams
+    image_data: UrlParams
+    object_aliases: UrlParams
+    relationship_aliases: UrlParams
+
+
+class ComvgDataset(_Published):
+    """The public list of ComVG for testing. Where `annotations` are given, `size` examples of our own mutation of
+    Visual Genome, on other pictures, are what `few_shot` and `validation` are shares of.
+
+    images: addresses of a picture, {} stands for its number in the list; the next is tried where one has none.
+    """
+
+    kind: Literal["comvg"]
+    list: UrlParams
+    images: Annotated[tuple[Template, ...], Field(min_length=1)]
+    annotations: VisualGenomeParams | None
+    size: Positive | None
+
+
+class VisualGenomeDataset(_Published):
+    """`size` examples of our own mutation of Visual Genome, in the splits that `few_shot`, `validation` and `test`
+    ask for; the addresses of pictures are those of its image data."""
+
+    kind: Literal["visual-genome"]
+    annotations: VisualGenomeParams
+    size: Positive
+    test: Positive
+
+
+class FolderDataset(_Published):
+    """The user's own pictures: `table` is a CSV in the folder `source`; see `dsd.datasets.folder`."""
+
+    kind: Literal["folder"]
+    source: str
+    table: str
+
+
+DatasetParams = Annotated[
+    DrawnDataset
+    | ClassifiedDataset
+    | RefcocogDataset
+    | Vqav2Dataset
+    | WinogroundDataset
+    | ComvgDataset
+    | VisualGenomeDataset
+    | FolderDataset,
+    Field(discriminator="kind"),
+]
 
 
 class NoiseParams(_Params):
@@ -559,7 +678,7 @@ def _place(location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
     for part in location:
         kind = _bare(kind)
         if get_origin(kind) in (Union, UnionType):
-            kind = next((_bare(member) for member in get_args(kind) if _tag(member) == part), None)
+            kind = next((_bare(member) for member in get_args(kind) if part in _tags(member)), None)
             continue
         key.append(str(part))
         if get_origin(kind) is dict:
@@ -574,14 +693,14 @@ def _bare(kind: Any) -> Any:
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
-def _tag(member: Any) -> str | None:
-    """The name of a union's member in a location: its Tag, or the value of its field `scorer` or `kind`."""
+def _tags(member: Any) -> tuple[str, ...]:
+    """The names of a union's member in a location: its Tag, or the values of its field `scorer` or `kind`."""
     for note in getattr(member, "__metadata__", ()):
         if isinstance(note, Tag):
-            return note.tag
+            return (note.tag,)
     fields = getattr(member, "model_fields", {})
     names = (fields[key] for key in ("scorer", "kind") if key in fields)
-    return next((str(get_args(field.annotation)[0]) for field in names), None)
+    return next((get_args(field.annotation) for field in names), ())
 
 
 def mistake(error: ErrorDetails, where: object) -> str:

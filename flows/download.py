@@ -8,7 +8,7 @@ from typing import Any
 from dsd.errors import DsdError
 from dsd.params import Params
 from flows import DATA
-from flows.stage import Details, each, main, stage, unit
+from flows.stage import Details, each, main, prune, stage, unit
 
 
 def outside(task: Any, run: Any, state: Any) -> bool:
@@ -28,6 +28,7 @@ def download(params: Params) -> dict[str, Details]:
         benchmark(row.kind).download(row, seed=params.seed, folder=folder, workers=params.runtime.workers)
         return {}
 
+    prune(DATA / "download", params.datasets)
     work = unit(dataset, retries=3, retry_delay_seconds=[2, 10, 60], retry_condition_fn=outside)
     return each(work, params.datasets)
 

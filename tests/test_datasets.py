@@ -23,7 +23,7 @@ from dsd.datasets.scenes import Item, arguable, rivals
 from dsd.errors import DataError, ParamsError
 from dsd.metrics import METRICS
 from dsd.mutation import SLOTS
-from dsd.params import DatasetParams, load
+from dsd.params import DrawnDataset, load
 from dsd.scenes.captions import binary_question, open_question, vocabulary
 from dsd.scenes.world import BACKGROUNDS, COLOURS, PREDICATES, SHAPES, Noun, Scene, Triplet, facts, holds
 from tests.test_scenes import answer, world
@@ -38,7 +38,7 @@ COMPOSE = {
 COUNT = {"scenes-com": 400, "scenes-ref": 500, "scenes-vqa": 500, "scenes-cls": 192}
 
 
-def row(kind: str, **changes: object) -> DatasetParams:
+def row(kind: str, **changes: object) -> DrawnDataset:
     """A small dataset of a kind: 3 train, 3 validation and 3 test examples."""
     fields = dict(kind=kind, size=60, few_shot=0.05, sample=0, validation=0.05, test=3)
     optional = {
@@ -46,7 +46,7 @@ def row(kind: str, **changes: object) -> DatasetParams:
         "scenes-vqa": {"binary": 0.5},
         "scenes-cls": {"template": "there is {} inside"},
     }
-    return DatasetParams.model_validate(fields | optional.get(kind, {}) | changes)
+    return DrawnDataset.model_validate(fields | optional.get(kind, {}) | changes)
 
 
 @cache

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dsd.datasets import scenes_cls, scenes_com, scenes_ref, scenes_vqa
 from dsd.datasets.raw import Benchmark, RawExample
 from dsd.errors import DataError, unknown
 
 __all__ = ["DATASETS", "Benchmark", "RawExample", "benchmark"]
 
-DATASETS: dict[str, Benchmark] = {
+DATASETS: dict[str, Benchmark[Any]] = {
     "scenes-com": scenes_com.BENCHMARK,
     "scenes-ref": scenes_ref.BENCHMARK,
     "scenes-vqa": scenes_vqa.BENCHMARK,
@@ -16,7 +18,7 @@ DATASETS: dict[str, Benchmark] = {
 }
 
 
-def benchmark(kind: str) -> Benchmark:
+def benchmark(kind: str) -> Benchmark[Any]:
     """The benchmark of a kind.
 
     Raises:

@@ -6,13 +6,12 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from dsd.errors import DataError
 from dsd.fewshot import Split
-from dsd.params import DatasetParams
 from dsd.store import write_atomic
 
 ANNOTATIONS = "annotations.jsonl"
@@ -36,24 +35,28 @@ class RawExample:
     category: str
 
 
-class Download(Protocol):
-    def __call__(self, row: DatasetParams, *, seed: int, folder: Path, workers: int) -> None:
+Row = TypeVar("Row", contravariant=True)  # the model of a row of `datasets` of this kind
+
+
+class Download(Protocol[Row]):
+    def __call__(self, row: Row, *, seed: int, folder: Path, workers: int) -> None:
         """Leaves pictures and annotations in `folder`, the annotations last: where they are, all is."""
 
 
-class Examples(Protocol):
-    def __call__(self, folder: Path, row: DatasetParams, *, seed: int) -> Iterator[RawExample]:
+class Examples(Protocol[Row]):
+    def __call__(self, folder: Path, row: Row, *, seed: int) -> Iterator[RawExample]:
         """The examples of all splits, from what `download` left in `folder` for the same row and seed."""
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """A kind of dataset. `metrics` is a key of `dsd.metrics.METRICS`."""
+class Benchmark(Generic[Row]):
+    """A kind of dataset. `metrics` is a key of `dsd.metrics.METRICS`; `licence` says under what its data are given."""
 
-    download: Download
-    examples: Examples
+    download: Download[Row]
+    examples: Examples[Row]
     metrics: str
     citation: str
+    licence: str
 
 
 def write_annotations(folder: Path, examples: Iterable[RawExample]) -> None:

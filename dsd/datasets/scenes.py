@@ -19,7 +19,7 @@ from typing import NamedTuple
 from dsd.datasets.raw import ANNOTATIONS, IMAGES, Benchmark, RawExample, read_annotations, write_annotations
 from dsd.errors import DataError, ParamsError
 from dsd.fewshot import Split, split
-from dsd.params import DatasetParams
+from dsd.params import DrawnDataset
 from dsd.progress import progress
 from dsd.scenes.corpus import NATIVE
 from dsd.scenes.render import render
@@ -35,7 +35,7 @@ class Item(NamedTuple):
 
 
 # Makes an item of a split from its name and index; the examples' ids start with the name.
-Compose = Callable[[str, int, Split, DatasetParams], Item]
+Compose = Callable[[str, int, Split, DrawnDataset], Item]
 
 # The optional fields of a dataset's row that a kind needs, with the least and the most that each number may be.
 Requires = Mapping[str, tuple[int, int] | None]
@@ -43,9 +43,11 @@ Requires = Mapping[str, tuple[int, int] | None]
 
 def embedded(
     compose: Compose, *, metrics: str, citation: str, examples: int = 1, requires: Requires | None = None
-) -> Benchmark:
+) -> Benchmark[DrawnDataset]:
     """A benchmark of painted scenes, `examples` to an item."""
-    return Benchmark(partial(_download, compose, examples, requires or {}), _examples, metrics, citation)
+    return Benchmark(
+        partial(_download, compose, examples, requires or {}), _examples, metrics, citation, "none needed: drawn here"
+    )
 
 
 def picture(index: int, role: str = "") -> str:
@@ -101,7 +103,7 @@ def rename(scene: Scene, nouns: Mapping[Noun, Noun]) -> Scene:
     return replace(scene, things=tuple(replace(t, noun=nouns.get(t.noun, t.noun)) for t in scene.things))
 
 
-def _items(row: DatasetParams, dataset: str, seed: int, examples: int) -> list[tuple[str, int, Split]]:
+def _items(row: DrawnDataset, dataset: str, seed: int, examples: int) -> list[tuple[str, int, Split]]:
     """(name, index, split) of the items that a split asks for; the others are never painted."""
     few_shot, validation = round(row.few_shot * row.size), round(row.validation * row.size)
     wanted, groups = few_shot + validation + row.test, row.size // examples
@@ -122,7 +124,7 @@ def _items(row: DatasetParams, dataset: str, seed: int, examples: int) -> list[t
     return [(name, index, splits[name]) for index, name in enumerate(names) if name in splits]
 
 
-def _paint(compose: Compose, row: DatasetParams, images: Path, item: tuple[str, int, Split]) -> Item:
+def _paint(compose: Compose, row: DrawnDataset, images: Path, item: tuple[str, int, Split]) -> Item:
     composed = compose(*item, row)
     for name, scene in composed.scenes.items():
         png = io.BytesIO()
@@ -135,7 +137,7 @@ def _download(
     compose: Compose,
     examples: int,
     requires: Requires,
-    row: DatasetParams,
+    row: DrawnDataset,
     *,
     seed: int,
     folder: Path,
@@ -167,7 +169,7 @@ def _download(
     write_annotations(folder, [example for item in composed for example in item.examples])
 
 
-def _examples(folder: Path, row: DatasetParams, *, seed: int) -> Iterator[RawExample]:
+def _examples(folder: Path, row: DrawnDataset, *, seed: int) -> Iterator[RawExample]:
     """What `_download` annotated; see `dsd.datasets.raw.Examples`.
 
     Raises:

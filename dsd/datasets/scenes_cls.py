@@ -8,14 +8,14 @@ from random import Random
 from dsd.datasets.raw import RawExample
 from dsd.datasets.scenes import Item, embedded, picture
 from dsd.fewshot import Split
-from dsd.params import DatasetParams
+from dsd.params import DrawnDataset
 from dsd.scenes.captions import a
 from dsd.scenes.world import COLOURS, SHAPES, Noun, sample_single
 
 CLASSES = [Noun(colour, shape) for colour, shape in product(COLOURS, SHAPES)]
 
 
-def compose(name: str, index: int, split: Split, row: DatasetParams) -> Item:
+def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Item:
     """A picture with one example; classes take turns, so that each has as many examples as another."""
     true = index % len(CLASSES)
     scene = sample_single(Random(name), name, CLASSES[true])

@@ -22,14 +22,14 @@ from dsd.datasets.raw import RawExample
 from dsd.datasets.scenes import Item, arguable, distractors, embedded, picture, rename, rivals
 from dsd.fewshot import Split
 from dsd.mutation import SLOTS, hard_noun, mutate, valid_negative
-from dsd.params import DatasetParams
+from dsd.params import DrawnDataset
 from dsd.scenes.captions import TEMPLATES, sentence
 from dsd.scenes.world import PREDICATES, Noun, Scene, Triplet, holds, random_noun, sample_scene
 
 DECOY = 0.75  # how often a distractor that is there takes on what is missing
 
 
-def compose(name: str, index: int, split: Split, row: DatasetParams) -> Item:
+def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Item:
     """A sentence: four pictures and three examples."""
     rng = Random(name)
     original = _triplet(rng)

@@ -15,7 +15,7 @@ from dsd.datasets.raw import RawExample
 from dsd.datasets.scenes import Item, arguable, distractors, embedded, picture, rename, rivals
 from dsd.fewshot import Split
 from dsd.mutation import hard_noun
-from dsd.params import DatasetParams
+from dsd.params import DrawnDataset
 from dsd.scenes.captions import REFERRING, referring
 from dsd.scenes.world import PREDICATES, Noun, Scene, Triplet, holds, random_noun, sample_scene
 
@@ -24,7 +24,7 @@ ATTEMPTS = 100  # scenes tried for a grid before another grid is drawn
 MOST = 64  # candidates: a grid of four values a slot
 
 
-def compose(name: str, index: int, split: Split, row: DatasetParams) -> Item:
+def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Item:
     """A picture with one example."""
     rng = Random(name)
     assert row.candidates is not None

@@ -15,7 +15,7 @@ from dsd.datasets.raw import RawExample
 from dsd.datasets.scenes import Item, arguable, embedded, picture
 from dsd.fewshot import Split
 from dsd.mutation import hard_noun
-from dsd.params import DatasetParams
+from dsd.params import DrawnDataset
 from dsd.scenes.captions import NUMBERS, Question, a, answered, open_question, referring
 from dsd.scenes.world import COLOURS, SHAPES, Scene, Triplet, holds, random_triplet, sample_scene
 
@@ -25,7 +25,7 @@ RELATION = "is the {s} {p} the {o} ?"
 CHOICES = 4  # colours, and shapes, among the candidates
 
 
-def compose(name: str, index: int, split: Split, row: DatasetParams) -> Item:
+def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Item:
     """A picture with one example."""
     rng = Random(name)
     assert row.binary is not None
