@@ -95,7 +95,7 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
 
     What the paper shows on image choices and referring expressions is compared on the headline metric of both.
     """
-    ours = prompted(params)
+    ours = prompted(params) or ""  # without one, nothing is said of it
     untrained = twin(params)
     bare = [] if untrained is None else [untrained]
     tuned = [method for method in trained(params) if method != ours]

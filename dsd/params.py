@@ -574,8 +574,14 @@ class Params(_Params):
 
     @model_validator(mode="after")
     def _what_learns_is_trained(self) -> Params:
-        if not (attentive := _prompted(self.methods)):
-            raise ValueError("methods: none of the cross-attention methods has prompt: few-shot; one must")
+        attentive = next(iter(_prompted(self.methods)), None)
+        for name, method in self.methods.items():
+            if isinstance(method, _Diffusion) and method.prompt == "few-shot" and attentive is None:
+                raise ValueError(
+                    f"methods.{name}.prompt: few-shot, but no method trains it: cross-attention, schedule: exhaustive"
+                )
+        if all(isinstance(method, ContrastiveMethod) for method in self.methods.values()):
+            raise ValueError("methods: none sees with the diffusion model; one must")
         learning = _trained(self.methods)
         for name in self.training:
             if name not in learning:
@@ -584,9 +590,9 @@ class Params(_Params):
             row = self.training.get(name)
             if row is None:
                 raise ValueError(f"methods.{name}: learns, but training has no row {name}")
-            if name == attentive[0] and not isinstance(row, NoisyTrainingParams):
+            if name == attentive and not isinstance(row, NoisyTrainingParams):
                 raise ValueError(f"training.{name}.levels: missing; an attention prompt is trained at noise levels")
-            if name != attentive[0] and isinstance(row, NoisyTrainingParams):
+            if name != attentive and isinstance(row, NoisyTrainingParams):
                 raise ValueError(f"training.{name}.levels: superfluous; a CLIP sees no noise")
         return self
 
@@ -615,17 +621,25 @@ def raced(params: Params) -> dict[str, CrossAttentionMethod | DenoisingMethod]:
     return _raced(params.methods)
 
 
-def prompted(params: Params) -> str:
+def prompted(params: Params) -> str | None:
     """The method whose score trains the attention prompt: the first cross-attention method with prompt: few-shot.
 
-    All methods with prompt: few-shot use that prompt.
+    All methods with prompt: few-shot use that prompt; None where there is none.
     """
-    return _prompted(params.methods)[0]
+    return next(iter(_prompted(params.methods)), None)
+
+
+def under_test(params: Params) -> str:
+    """The method that the report is about: the prompted one, else the first that sees with the diffusion model."""
+    diffusion = (name for name, method in params.methods.items() if not isinstance(method, ContrastiveMethod))
+    return prompted(params) or next(diffusion)
 
 
 def twin(params: Params) -> str | None:
     """The method that differs from the trained one in its prompt alone, or None where params.yaml has none."""
-    bare = params.methods[prompted(params)].model_copy(update={"prompt": "none"})
+    if (trained := prompted(params)) is None:
+        return None
+    bare = params.methods[trained].model_copy(update={"prompt": "none"})
     return next((name for name, method in params.methods.items() if method == bare), None)
 
 

@@ -87,7 +87,8 @@ def score(
     keys: dict[str, list[str]] = {}
     total, computed = 0, 0
     for prompt in prompts(params):
-        file = trained / prompted(params) / PROMPT if prompt == "few-shot" else None
+        training = prompted(params) if prompt == "few-shot" else None
+        file = trained / training / PROMPT if training else None
         learned = AttentionPrompt.load(file, backbone.digest) if file else None
         source, normalised = source_digest(params, backbone, file), normalises(params.methods, prompt)
         engine = Engine(backbone, learned, params.evidence, *tables, params.runtime.batch_size)

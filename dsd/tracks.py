@@ -102,15 +102,16 @@ class Track:
     def of(cls, name: str, method: RacedMethod, params: Params, folders: Folders) -> Track:
         backbone = load_diffusion(params.backbones[params.backbone], device_of(params.runtime.device))
         tables = diffusion_encodings(backbone, *folders.inputs(), params.images.resolution, Store(folders.cached))
-        file = folders.trained / prompted(params) / PROMPT if method.prompt == "few-shot" else None
+        training = prompted(params) if method.prompt == "few-shot" else None
+        file = folders.trained / training / PROMPT if training else None
         learned = AttentionPrompt.load(file, backbone.digest) if file else None
         engine = Engine(backbone, learned, params.evidence, *tables, params.runtime.batch_size)
         reduced = method.model_dump(exclude={"levels", "schedule"})
         source = digest(source_digest(params, backbone, file), reduced)
         noise = NoiseParams(levels=params.races.levels, draws_per_level=params.races.draws_per_level)
-        training = params.training[prompted(params)].model_dump() if file else None
+        learning = params.training[training].model_dump() if training else None
         settings = [params.datasets[name], params.images, params.evidence, params.prompt, noise]
-        key = digest(backbone.digest, reduced, training, [row.model_dump() for row in settings], params.seed)
+        key = digest(backbone.digest, reduced, learning, [row.model_dump() for row in settings], params.seed)
         return cls(method, engine, source, key, noise, params)
 
     @property

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dsd.errors import ParamsError
-from dsd.params import NoisyTrainingParams, load, prompted, trained
+from dsd.params import NoisyTrainingParams, load, prompted, trained, twin, under_test
 from tests.conftest import ROOT
 
 Settings = dict[str, Any]
@@ -59,7 +59,7 @@ def staged(**changed: object) -> Settings:
         (lambda s: s["methods"]["dsd"].update(layers=-1), "methods.dsd.layers: Input should be 'all', found -1"),
         (
             lambda s: s["methods"]["dsd"].update(prompt="none"),
-            "methods: none of the cross-attention methods has prompt:",
+            "methods.dsd-plus.prompt: few-shot, but no method trains it",
         ),
         (
             lambda s: s["races"]["datasets"].update({"scenes-clss": ["denoising"]}),
@@ -117,6 +117,22 @@ def test_a_mistake_is_one_line_that_names_the_key(
     with pytest.raises(ParamsError) as error:
         load(path)
     assert str(error.value).startswith(f"{path}: {line}") and "\n" not in str(error.value)
+
+
+def test_nothing_need_learn(tmp_path: Path) -> None:
+    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    settings["methods"] = {name: settings["methods"][name] for name in ("clip-zero-shot", "denoising")}
+    settings |= {"training": {}, "studies": {}, "schedules": {}}
+    settings["ablations"]["methods"] = []
+    settings["races"]["datasets"] = {}
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    params = load(path)
+    assert (prompted(params), under_test(params), twin(params), trained(params)) == (None, "denoising", None, [])
+    settings["methods"].pop("denoising")
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ParamsError, match="methods: none sees with the diffusion model; one must"):
+        load(path)
 
 
 def test_what_learns_has_a_row() -> None:

@@ -307,6 +307,21 @@ def test_the_page_is_one_well_formed_file(page: str) -> None:
     assert images == texts > 0
 
 
+def test_a_page_where_nothing_has_learned(params: Params, tmp_path: Path) -> None:
+    """What few-shot prompting changes is not asked; the first diffusion method is the one under test."""
+    kept = {name: params.methods[name] for name in ("clip-zero-shot", "denoising")}
+    ablations_ = params.ablations.model_copy(update={"methods": ()})
+    bare = params.model_copy(update={"methods": kept, "training": {}, "studies": {}, "ablations": ablations_})
+    write_results(bare, tmp_path)
+    told = build(bare, tmp_path, tmp_path / "report", FakeHeatMaps()).read_text(encoding="utf-8")
+    assert "Answers of denoising on test examples" in told and "denoising − clip-zero-shot" in told
+    for absent in ("few-shot prompting (", "with the attention prompt", "What learns ()", "None →", "Figure 5"):
+        assert absent not in told
+    assert {row["claim"][:20] for row in json.loads((tmp_path / "evaluate" / "claims.json").read_text()).values()} <= {
+        claim[:20] for claim, _ in claims.stated(bare, {}).values() if not claim.startswith("few-shot")
+    }
+
+
 def test_every_metric_is_in_the_tables(page: str, params: Params, data: Path) -> None:
     tables = Parsed(page).tables
     for dataset, methods in json.loads((data / "evaluate" / "metrics.json").read_text()).items():

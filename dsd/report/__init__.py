@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from dsd.params import ContrastiveMethod, FusionMethod, Params, noise_of, prompted, trained, twin
+from dsd.params import ContrastiveMethod, FusionMethod, Params, noise_of, trained, twin, under_test
 from dsd.progress import progress
 from dsd.report import figures, findings, paper, races, studies, tables
 from dsd.report.gallery import MAPPED, BackboneHeatMaps, HeatMaps, gallery, noisy
@@ -31,7 +31,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
     timings = read_timings(data)
     datasets = read_datasets(params, data, timings)
     heat = heatmaps or BackboneHeatMaps(params, data / "train")
-    method = prompted(params)
+    method = under_test(params)
     fused = [name for name, row in params.methods.items() if isinstance(row, FusionMethod)]
     sides = {name: _compared(name, datasets, params) for name in (method, *fused)}
     # What is fused is compared with the trained method once, from its own side.
@@ -137,7 +137,7 @@ def _answers(
         for method, compared in sides.items()
         for opponent, rows in compared.items()
     }
-    helps = prompted(params), before
+    helps = under_test(params), before
     answers = [
         ("Does it tell right from wrong untrained?", findings.above_chance(datasets, params)),
         ("Does few-shot prompting help?", [tallies[helps]] if helps in tallies else []),
@@ -147,7 +147,7 @@ def _answers(
             [
                 sentence
                 for method, compared in sides.items()
-                if method != prompted(params)
+                if method != under_test(params)
                 for sentence in findings.unbeaten(method, compared, datasets, params)
             ],
         ),
@@ -161,7 +161,7 @@ def _comparisons(method: str, compared: findings.Compared, params: Params) -> li
         (
             tables.comparisons(method, opponent, rows),
             findings.tally(method, opponent, rows),
-            findings.overlaps(rows) if (method, opponent) == (prompted(params), twin(params)) else [],
+            findings.overlaps(rows) if (method, opponent) == (under_test(params), twin(params)) else [],
         )
         for opponent, rows in compared.items()
     ]
@@ -187,7 +187,7 @@ def _alike(datasets: Sequence[Dataset]) -> list[list[str]]:
 
 
 def _figures(datasets: Sequence[Dataset], params: Params) -> dict[str, list[figures.Drawing]]:
-    method, before, series = prompted(params), twin(params), _series(params)
+    method, before, series = under_test(params), twin(params), _series(params)
     pairs = [d for d in datasets if d.candidates.max() == 2 and {method, before} <= set(d.results)]
     return {
         "accuracy": [figures.accuracy(d, series) for d in datasets],

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dsd.params import ContrastiveMethod, DenoisingMethod, FusionMethod, Params, prompted, twin
+from dsd.params import ContrastiveMethod, DenoisingMethod, FusionMethod, Params, twin, under_test
 from dsd.report.inputs import Claims, Dataset
 from dsd.report.tables import Comparison, chance, compare, interval, percent, points
 from dsd.statistics import Interval
@@ -43,7 +43,7 @@ def names(items: Sequence[str]) -> str:
 
 def headlines(datasets: Sequence[Dataset], compared: Compared, params: Params) -> list[Headline]:
     """Nothing where the trained method or its zero-shot twin was not evaluated."""
-    before, after = twin(params), prompted(params)
+    before, after = twin(params), under_test(params)
     by_place = {(c.dataset, c.metric): c for c in compared.get(before or "", ())}
     found = []
     for d in datasets:
@@ -82,7 +82,7 @@ def lead(datasets: Sequence[Dataset], compared: Compared, params: Params) -> str
     if (before := twin(params)) is not None and before in compared:
         heads = {(d.name, d.headline) for d in datasets}
         rows = [c for c in compared[before] if (c.dataset, c.metric) in heads]
-        pair = f"{prompted(params)} against {before}"
+        pair = f"{under_test(params)} against {before}"
         clauses.append(f"with few-shot prompting ({pair}) accuracy is {said(rows)} of {len(rows)} datasets")
     alone: dict[str, list[str]] = {}
     shared = []
@@ -174,7 +174,7 @@ def unbeaten(method: str, compared: Compared, datasets: Sequence[Dataset], param
 
 def reasons(judged: Claims, datasets: Sequence[Dataset], params: Params) -> list[str]:
     """For each claim that does not hold, what else the same evidence tells."""
-    ours, found = prompted(params), []
+    ours, found = under_test(params), []
     denoisers = [name for name, row in params.methods.items() if isinstance(row, DenoisingMethod)]
     for number, claim, rows in judged:
         if claim.verdict == "holds":

@@ -21,7 +21,7 @@ from PIL import Image
 from dsd.backbones import device_of, load_diffusion
 from dsd.matcher import Heatmap, Matcher
 from dsd.matching import MatchingExample
-from dsd.params import CrossAttentionMethod, Params, prompted
+from dsd.params import ContrastiveMethod, Params, under_test
 from dsd.pictures import Pictures
 from dsd.prompts import PROMPT, AttentionPrompt
 from dsd.report.inputs import Dataset
@@ -47,12 +47,12 @@ class HeatMaps(Protocol):
 
 
 class BackboneHeatMaps:
-    """Heat maps of the method with the attention prompt: one backbone, and the prompt of each dataset."""
+    """Heat maps of the method under test: one backbone, and the attention prompt of each dataset if it has one."""
 
     def __init__(self, params: Params, trained: Path) -> None:
-        self._name = prompted(params)
+        self._name = under_test(params)
         method = params.methods[self._name]
-        assert isinstance(method, CrossAttentionMethod)  # which is what `prompted` looks for
+        assert not isinstance(method, ContrastiveMethod)  # which is what `under_test` looks for
         self._backbone = load_diffusion(params.backbones[params.backbone], device_of(params.runtime.device))
         self._params, self._method, self._trained = params, method, trained
         self._matchers: dict[str, Matcher] = {}
@@ -73,10 +73,13 @@ class BackboneHeatMaps:
         return self._matchers[dataset]
 
     def _opened(self, dataset: str) -> Matcher:
-        prompt = AttentionPrompt.load(self._trained / dataset / self._name / PROMPT, self._backbone.digest)
+        prompt = None
+        if self._method.prompt == "few-shot":
+            prompt = AttentionPrompt.load(self._trained / dataset / self._name / PROMPT, self._backbone.digest)
+            prompt = prompt.to(self._backbone.device)
         return Matcher(
             self._backbone,
-            prompt.to(self._backbone.device),
+            prompt,
             "cross-attention",
             self._params.noise.model_copy(update={"levels": self._method.levels}),
             self._params.evidence,
@@ -156,7 +159,7 @@ def choose(dataset: Dataset, method: str, count: int, seed: int) -> tuple[list[i
 
 def gallery(dataset: Dataset, params: Params, prepared: Path, heat: HeatMaps) -> Gallery:
     """Examples of the trained method: as many as params say where images are chosen among, else a third of them."""
-    method = prompted(params)
+    method = under_test(params)
     several = any(len(example.images) > 1 for example in dataset.examples)
     count = params.report.gallery if several else max(1, params.report.gallery // 3)
     right, wrong = choose(dataset, method, count, params.seed)

@@ -76,7 +76,8 @@ def _name(dataset: Dataset | None) -> str:
 
 def drawings(params: Params, datasets: Sequence[Dataset]) -> list[figures.Drawing]:
     """Figures 3 to 6: layers, heads, pooling and noise of the few-shot method, on the data of Table 1."""
-    method = prompted(params)
+    if (method := prompted(params)) is None:
+        return []
     shown = [d for d in (of_task(datasets, task) for task in ("matching", "referring")) if d and method in d.ablations]
     found = []
     for number, key, title in (
