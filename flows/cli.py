@@ -36,8 +36,17 @@ def one_line_errors() -> Iterator[None]:
 
 
 @app.command()
-def reproduce() -> None:
+def reproduce(
+    preset: Annotated[
+        Path | None, typer.Option(help="Put these settings into params.yaml first, such as presets/comvg-sd2.yaml.")
+    ] = None,
+) -> None:
     """Bring everything up to date with params.yaml, the code and the data, and say where the report is."""
+    if preset is not None:
+        with one_line_errors():
+            from flows import presets
+
+            presets.put(preset)
     from flows import reproduce as reproduction
 
     reproduction.main()

@@ -1,0 +1,82 @@
+"""Presets: their settings stand in params.yaml, everything else as it was, and nothing of the user's is lost."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dsd.errors import ParamsError
+from flows.presets import applied, put
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def preset(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_what_a_preset_names_is_all_that_changes(clone: Path) -> None:
+    before = Path("params.yaml").read_text().splitlines()
+    put(preset(clone, "images.resolution: 128\nimages.parity: null\nraces.datasets: {}\n"))
+    after = Path("params.yaml").read_text().splitlines()
+    changed = [line for line in after if line not in before]
+    assert [line.split(" #")[0].strip() for line in changed] == ["resolution: 128", "parity: null", "datasets: {}"]
+    assert len([line for line in before if line not in after]) == 5  # two rows were in races.datasets
+    put(clone / "mine.yaml")  # what is there is not written again
+    assert subprocess.run(["git", "diff", "--stat"], capture_output=True, text=True).stdout.count("params.yaml") == 1
+
+
+def test_changes_that_are_not_committed_are_kept(clone: Path) -> None:
+    with Path("params.yaml").open("a") as file:
+        file.write("# mine\n")
+    with pytest.raises(ParamsError, match=r"params\.yaml: has changes that are not committed and would be lost"):
+        put(preset(clone, "seed: 5\n"))
+    assert Path("params.yaml").read_text().endswith("# mine\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("image.resolution: 64", "image.resolution: unknown key 'image': did you mean 'images'?"),
+        ("images.resolutions: 64", "images.resolutions: unknown key 'resolutions': did you mean 'resolution'?"),
+        ("seed.more: 64", "seed.more: unknown key 'more'"),
+        ("images.resolution: large", "images.resolution: Input should be a valid integer"),
+        ("[seed, 4]", "not a mapping from keys of params.yaml to values"),
+        ("seed: [", "not valid YAML"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_preset(text: str, line: str, clone: Path) -> None:
+    path = preset(clone, text)
+    with pytest.raises(ParamsError) as error:
+        applied(path)
+    assert str(error.value).startswith(f"{path}: {line}") and "\n" not in str(error.value)
+
+
+def test_an_unknown_preset_says_which_there_are(clone: Path) -> None:
+    (clone / "presets").mkdir()
+    preset(clone / "presets", "seed: 5")
+    with pytest.raises(ParamsError, match=r"unknown preset 'presets/min\.yaml': did you mean 'presets/mine\.yaml'"):
+        applied(Path("presets/min.yaml"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_presets_make_sense(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    _, params = applied(path)
+    assert path.read_text().startswith("# "), "what it reproduces, what it costs"
+    assert set(params.studies) == set(), "studies are of the drawn benchmarks"
+    assert yaml.safe_load(path.read_text())["backbone"] == params.backbone != "embedded"
