@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dsd.backbones import StableDiffusion, device_of, load_clip, load_diffusion
 from dsd.backbones.checkpoint import locate
@@ -137,6 +138,7 @@ class AttentionLearner:
         texts: Encodings,
     ) -> None:
         self._method, self._backbone, self._latents, self._texts = method, backbone, latents, texts
+        self._batch_size = params.runtime.batch_size
         self._evidence = params.evidence.model_copy(update={"poolings": (method.pooling,)})
         self.module = AttentionPrompt(
             text_width=int(backbone.unet.config.cross_attention_dim),
@@ -148,7 +150,19 @@ class AttentionLearner:
         ).to(backbone.device)
 
     def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
-        """The pairs of an example share its draw, which takes most of the variance out."""
+        """The pairs of an example share its draw, which takes most of the variance out.
+
+        Where they are more than a batch, some examples at a time go through the U-Net, and again for their gradient, so
+        that no more than a batch is held in memory (Chen et al. 2016, arXiv:1604.06174).
+        """
+        width = sum(map(len, tables[0]))
+        some = max(1, self._batch_size // width)
+        if some >= len(tables):
+            return self._scores(tables, draws)
+        parts = [(tables[i : i + some], draws[i : i + some]) for i in range(0, len(tables), some)]
+        return torch.cat([checkpoint(self._scores, *part, use_reentrant=False) for part in parts])
+
+    def _scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
         flat = [pair for rows in tables for row in rows for pair in row]
         width = len(flat) // len(tables)
         device = self._backbone.device

@@ -110,6 +110,21 @@ def test_the_prompts_gradient_is_that_of_the_score(params: Params, prepared: Pat
     check_gradient(value, weights, step=2e-2, rel=0.03)
 
 
+def test_a_gradient_does_not_depend_on_what_fits_into_a_batch(params: Params, prepared: Path, cached: Path) -> None:
+    examples = read_examples(prepared / "examples.parquet", "train")[:3]
+    tables = [table(example, 2, 2, Random(n))[0] for n, example in enumerate(examples)]
+    seen = {}
+    for batch_size in (64, 8, 1):  # all three examples at once, two at a time, one
+        runtime = params.runtime.model_copy(update={"batch_size": batch_size})
+        mine = learner("dsd", params.model_copy(update={"runtime": runtime}), prepared, cached)
+        scores = mine.scores(tables, [Draw(0.4, n) for n in range(3)])
+        scores.square().sum().backward()
+        seen[batch_size] = [scores.detach(), *(weight.grad for weight in mine.module.parameters())]
+    for batch_size in (8, 1):
+        for whole, parts in zip(seen[64], seen[batch_size], strict=True):
+            torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-4)
+
+
 def test_a_square_is_four_choices(params: Params) -> None:
     """Of an image for each text and of a text for each image."""
     [[a, b], [c, d]] = [[0.3, 0.1], [0.6, 0.4]]
