@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from dsd.errors import DsdError
 
 if TYPE_CHECKING:
     from dsd.matcher import Heatmap
+    from dsd.params import Params
 
 app = typer.Typer(
     help="Text-to-image diffusion models as image-text matchers.",
@@ -40,16 +43,57 @@ def reproduce(
     preset: Annotated[
         Path | None, typer.Option(help="Put these settings into params.yaml first, such as presets/comvg-sd2.yaml.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would need, and whether it is there; change nothing.")
+    ] = False,
 ) -> None:
-    """Bring everything up to date with params.yaml, the code and the data, and say where the report is."""
-    if preset is not None:
-        with one_line_errors():
+    """Bring everything up to date with params.yaml, the code and the data, and say where the report is.
+
+    \b
+    Examples:
+      dsd reproduce
+      dsd reproduce --preset presets/paper-comvg-sd2.yaml --dry-run
+    """
+    with one_line_errors():
+        if dry_run:
+            from dsd.params import load
+            from flows import presets
+
+            sys.exit(tell(presets.applied(preset)[1] if preset else load()))
+        if preset is not None:
             from flows import presets
 
             presets.put(preset)
     from flows import reproduce as reproduction
 
     reproduction.main()
+
+
+def tell(params: Params) -> int:
+    """Prints what a reproduction would need; returns 1 where something stands against it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dsd.needs import needs
+
+    table, problems = Table(box=None, pad_edge=False), []
+    for heading in ("what", "of", "how much", ""):
+        table.add_column(heading, justify="right" if heading == "how much" else "left", overflow="fold")
+    for need in needs(params, free=shutil.disk_usage(".").free):
+        table.add_row(need.what, need.where, amount(need.amount, need.unit), "missing" if need.problem else "")
+        problems += [f"{need.what}: {need.problem}"] if need.problem else []
+    Console(highlight=False, markup=False).print(table)
+    for problem in problems:
+        print(f"dsd: {problem}", file=sys.stderr)
+    return bool(problems)
+
+
+def amount(value: float, unit: str) -> str:
+    """Bytes with the prefix that leaves one to three digits before the point."""
+    if unit != "bytes":
+        return f"{value:,.1f} h" if unit == "h" else f"{value:,.0f}"
+    power = min(4, int(math.log10(value) // 3)) if value >= 1 else 0
+    return f"{value / 1000**power:.1f} {('', 'k', 'M', 'G', 'T')[power]}B"
 
 
 # \b keeps the lines of the paragraph that follows it as they are.

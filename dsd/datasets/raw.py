@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -48,15 +48,32 @@ class Examples(Protocol[Row]):
         """The examples of all splits, from what `download` left in `folder` for the same row and seed."""
 
 
+class Expected(NamedTuple):
+    """About how much there is of a dataset before it is fetched."""
+
+    learning: int  # examples of which few_shot and validation are shares
+    test: int  # examples
+    images: int  # of an example
+    texts: int  # of an example
+
+
 @dataclass(frozen=True)
 class Benchmark(Generic[Row]):
-    """A kind of dataset. `metrics` is a key of `dsd.metrics.METRICS`; `licence` says under what its data are given."""
+    """A kind of dataset.
+
+    metrics: a key of `dsd.metrics.METRICS`.
+    licence: under what its data are given.
+    expected: about how much there is of it.
+    remote: of a row and the dataset's name, how many bytes have to be fetched; raises DataError where they cannot be.
+    """
 
     download: Download[Row]
     examples: Examples[Row]
     metrics: str
     citation: str
     licence: str
+    expected: Callable[[Row], Expected]
+    remote: Callable[[Row, str], int]
 
 
 def write_annotations(folder: Path, examples: Iterable[RawExample]) -> None:

@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-from dsd.datasets.raw import ANNOTATIONS, IMAGES, Benchmark, RawExample, read_annotations, write_annotations
+from dsd.datasets.raw import ANNOTATIONS, IMAGES, Benchmark, Expected, RawExample, read_annotations, write_annotations
 from dsd.errors import DataError, ParamsError
 from dsd.fewshot import Split, split
 from dsd.params import DrawnDataset
@@ -42,11 +42,23 @@ Requires = Mapping[str, tuple[int, int] | None]
 
 
 def embedded(
-    compose: Compose, *, metrics: str, citation: str, examples: int = 1, requires: Requires | None = None
+    compose: Compose,
+    *,
+    metrics: str,
+    citation: str,
+    candidates: Callable[[DrawnDataset], tuple[int, int]],
+    examples: int = 1,
+    requires: Requires | None = None,
 ) -> Benchmark[DrawnDataset]:
-    """A benchmark of painted scenes, `examples` to an item."""
+    """A benchmark of painted scenes, `examples` to an item, each of so many candidates: images and texts."""
     return Benchmark(
-        partial(_download, compose, examples, requires or {}), _examples, metrics, citation, "none needed: drawn here"
+        partial(_download, compose, examples, requires or {}),
+        _examples,
+        metrics,
+        citation,
+        licence="none needed: drawn here",
+        expected=lambda row: Expected(row.size, row.test, *candidates(row)),
+        remote=lambda row, name: 0,
     )
 
 

@@ -84,5 +84,6 @@ BENCHMARK = embedded(
     compose,
     requires={"candidates": (2, MOST)},
     metrics="recall",
+    candidates=lambda row: (1, row.candidates or MOST),
     citation="drawn, after RefCOCOg: Mao et al., CVPR 2016; Yu et al., ECCV 2016",
 )

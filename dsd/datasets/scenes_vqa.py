@@ -89,5 +89,6 @@ BENCHMARK = embedded(
     compose,
     requires={"binary": (0, 1)},
     metrics="answers",
+    candidates=lambda row: (1, 2 + len(COUNTS) + 2 * CHOICES),
     citation="drawn, after VQAv2: Goyal et al., Making the V in VQA Matter, CVPR 2017",
 )

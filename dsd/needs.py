@@ -1,0 +1,163 @@
+"""What a reproduction will need, told before anything is fetched or computed: access, memory, passes, disk.
+
+Passes are at most what is told: pairs that examples share are seen once. Shapes: L layers, H heads, P poolings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsd.attention import cross_attention_layers
+from dsd.backbones import device_of
+from dsd.backbones.checkpoint import DTYPES, component_config, remote
+from dsd.datasets import benchmark
+from dsd.errors import CheckpointError, DsdError
+from dsd.evidence import normalises
+from dsd.params import FusionMethod, Params, backbone_of, noise_of, prompted, raced
+from dsd.scoring import prompts
+
+BACKWARD = 3  # passes that a pass and its gradient cost
+RATE = 1e14  # operations a second that a device is taken to do; its own rate is to be set against it
+
+
+class Need(NamedTuple):
+    """Something that is asked for: how much of it, and what stands against it, if anything."""
+
+    what: str
+    where: str
+    amount: float
+    unit: str
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class UNet:
+    """Of one pass for one picture and text: its floating-point operations, and what of its evidence is kept."""
+
+    operations: float
+    layers: int
+    heads: int
+    weights: int  # bytes
+
+    @classmethod
+    def of(cls, params: Params) -> UNet:
+        """From the configuration alone: no weights are read.
+
+        Raises:
+            CheckpointError: the configuration cannot be had or makes no U-Net.
+        """
+        row = params.backbones[params.backbone]
+        config = component_config(row, "unet")
+        try:
+            with torch.device("meta"):
+                unet = UNet2DConditionModel.from_config(config)
+                operations = _operations(unet)
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise CheckpointError(f"{row.source}: unet/config.json makes no U-Net ({reason})") from None
+        attention = [module for _, module in cross_attention_layers(unet)]
+        size = sum(weight.numel() for weight in unet.parameters()) * DTYPES[row.dtype].itemsize
+        return cls(operations, len(attention), max(module.heads for module in attention), size)
+
+
+def _operations(unet: UNet2DConditionModel) -> float:
+    config = unet.config
+    side, more = config.sample_size, {}
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        more["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+    latents, text = torch.empty(1, config.in_channels, side, side), torch.empty(1, 77, config.cross_attention_dim)
+    with FlopCounterMode(display=False) as counter:
+        unet(latents, torch.zeros(1), text, **more)
+    return float(counter.get_total_flops())
+
+
+def needs(params: Params, free: int) -> Iterator[Need]:
+    """Everything, in the order in which it will be asked for; `free` are the bytes of disk that are left."""
+    fetched = 0
+    for need in (*_checkpoints(params), *_datasets(params)):
+        fetched += int(need.amount)
+        yield need
+    try:
+        unet = UNet.of(params)
+    except DsdError as error:
+        yield Need("U-Net", params.backbone, 0, "bytes", str(error))
+        return
+    yield _memory(params, unet)
+    kept, operations = 0, 0.0
+    for name in params.datasets:
+        scored, trained = passes(name, params)
+        kept += 4 * scored * ((len(params.evidence.poolings) + 1) * unet.layers * unet.heads + 1)
+        yield Need("passes of the U-Net", f"score {name}", scored, "passes", None)
+        if trained:
+            yield Need("passes of the U-Net", f"train {name}", trained, "passes", None)
+        operations += (scored + trained) * unet.operations
+    yield Need(
+        "time", f"at {RATE / 1e12:g} TFLOP/s, {unet.operations / 1e12:.2g} a pass", operations / RATE / 3600, "h", None
+    )
+    short = f"{(fetched + kept - free) / 1e9:.1f} GB more than is free" if fetched + kept > free else None
+    yield Need("disk", "what is fetched, and evidence", fetched + kept, "bytes", short)
+
+
+def _checkpoints(params: Params) -> Iterator[Need]:
+    for name in dict.fromkeys([params.backbone, *(backbone_of(params, method) for method in params.methods)]):
+        row = params.backbones[name]
+        where = row.source + (f"@{row.revision}" if row.revision else "")
+        yield _tried(f"checkpoint {name}", where, lambda row=row: remote(row))  # type: ignore[misc]
+
+
+def _datasets(params: Params) -> Iterator[Need]:
+    for name, row in params.datasets.items():
+        yield _tried(f"dataset {name}", row.kind, lambda name=name, row=row: benchmark(row.kind).remote(row, name))  # type: ignore[misc]
+
+
+def _tried(what: str, where: str, size: Callable[[], int]) -> Need:
+    try:
+        return Need(what, where, size(), "bytes", None)
+    except DsdError as error:
+        return Need(what, where, 0, "bytes", str(error))
+
+
+def _memory(params: Params, unet: UNet) -> Need:
+    """Of the weights of the U-Net alone; a batch is halved until what is left suffices for it."""
+    device = device_of(params.runtime.device)
+    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    short = None if there is None or unet.weights < there else f"{there / 1e9:.1f} GB are free"
+    return Need(
+        "memory of the device", f"U-Net in {params.backbones[params.backbone].dtype}", unet.weights, "bytes", short
+    )
+
+
+def passes(name: str, params: Params) -> tuple[int, int]:
+    """Passes of the U-Net that scoring and training take on a dataset, at most.
+
+    Where a method has a schedule, as many as its budget, or all draws, would be.
+    """
+    row = params.datasets[name]
+    expected = benchmark(row.kind).expected(row)
+    noise = noise_of(params, name)
+    draws = len(noise.levels) * noise.draws_per_level
+    several = expected.images > 1
+    pairs = expected.images * expected.texts
+    scored = sum(
+        expected.test * (pairs + expected.images * (several and normalises(params.methods, prompt))) * draws
+        for prompt in prompts(params)
+    )
+    if any(isinstance(method, FusionMethod) for method in params.methods.values()):
+        fitted = expected.images * min(expected.texts, params.fusion.candidates)
+        scored += 2 * min(params.fusion.examples, round(row.few_shot * expected.learning)) * fitted * draws
+    for method in raced(params).values():
+        most = len(params.races.levels) * params.races.draws_per_level
+        scored += round(expected.test * pairs * (params.schedules[method.schedule].budget or most))
+    training = params.training.get(prompted(params) or "")
+    if training is None:
+        return scored, 0
+    shown = min(training.candidates, expected.images) * min(training.candidates, expected.texts)
+    steps = max(training.least_steps, training.epochs * row.few_shot * expected.learning / training.examples_per_step)
+    return scored, BACKWARD * round(steps * training.examples_per_step * shown)
