@@ -25,7 +25,9 @@ def folder(models: Path, tmp_path: Path) -> Path:
 
 
 def row(folder: Path, family: str = "stable-diffusion") -> BackboneParams:
-    return BackboneParams(family=family, source=str(folder), revision=None, lora=None, dtype="float32")
+    return BackboneParams(
+        family=family, source=str(folder), revision=None, config=None, prediction=None, lora=None, dtype="float32"
+    )
 
 
 def test_noising_and_prediction_are_those_of_the_scheduler(params: Params) -> None:

@@ -53,7 +53,8 @@ class BackboneHeatMaps:
         self._name = prompted(params)
         method = params.methods[self._name]
         assert isinstance(method, CrossAttentionMethod)  # which is what `prompted` looks for
-        self._backbone = load_diffusion(params.backbones[params.backbone], device_of(params.runtime.device))
+        row, runtime = params.backbones[params.backbone], params.runtime
+        self._backbone = load_diffusion(row, device_of(runtime.device), runtime.attention)
         self._params, self._method, self._trained = params, method, trained
         self._matchers: dict[str, Matcher] = {}
 
