@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsd import Matcher
 from dsd.backbones import load, load_diffusion
 from dsd.errors import CheckpointError
+from tests.test_released import SD21
 from tests.tiny import row
 
 CPU = torch.device("cpu")
@@ -68,9 +71,7 @@ def original_unet(tensors: Tensors, depth: int = 1) -> Tensors:
 
 def original_vae(tensors: Tensors) -> Tensors:
     levels = 1 + max(int(found[1]) for key in tensors if (found := re.match(r"decoder\.up_blocks\.(\d+)", key)))
-    attention = {
-        "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"
-    }  # fmt: skip
+    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
     made = {}
     for key, tensor in tensors.items():
         name = re.sub(r"down_blocks\.(\d+)", r"down.\1", key)
@@ -123,6 +124,27 @@ def in_open_clip(tensors: Tensors, prefix: str, unused: int) -> Tensors:
     projection = tensors.get("text_projection.weight", torch.zeros(width, width))
     made |= {"text_projection": projection.T.contiguous(), "logit_scale": torch.tensor(4.6)}
     return {f"{prefix}.model.{key}": tensor for key, tensor in made.items()}
+
+
+def test_the_names_are_those_of_the_published_files() -> None:
+    """Of Stable Diffusion 2: where its file has attention, down- and upsampling, and back to diffusers' names."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD21)
+    there = original_unet(unet.state_dict(), depth=2)
+    names = {key.removeprefix("model.diffusion_model.") for key in there}
+
+    def blocks(pattern: str) -> list[int]:
+        return sorted({int(found[1]) for name in names if (found := re.match(pattern, name))})
+
+    assert blocks(r"input_blocks\.(\d+)\.1\.transformer_blocks\.0\.attn2\.to_k\.weight") == [1, 2, 4, 5, 7, 8]
+    assert blocks(r"output_blocks\.(\d+)\.1\.transformer_blocks\.0\.attn2\.to_k\.weight") == list(range(3, 12))
+    assert blocks(r"input_blocks\.(\d+)\.0\.op\.weight") == [3, 6, 9]
+    assert blocks(r"output_blocks\.(\d+)\.1\.conv\.weight") == [2]
+    assert blocks(r"output_blocks\.(\d+)\.2\.conv\.weight") == [5, 8]
+    assert {"time_embed.2.bias", "middle_block.2.out_layers.3.weight", "input_blocks.0.0.weight", "out.2.bias"} <= names
+    assert len(names) == len(unet.state_dict()) == 686
+    back = convert_ldm_unet_checkpoint(there, unet.config)
+    assert {key: t.shape for key, t in back.items()} == {key: t.shape for key, t in unet.state_dict().items()}
 
 
 def weights(folder: Path, name: str) -> Tensors:

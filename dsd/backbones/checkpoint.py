@@ -12,9 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -118,12 +116,12 @@ def _fetch(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
         reason = f"the hub has no revision {revision!r} of it; correct revision"
     except RepositoryNotFoundError:
         reason = f"neither a folder nor a repository on the hub, or a private one; correct source, or {token}"
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        refused = f"the hub refuses the token ({status}); {token}, or none for a public one"
-        reason = refused if status in (401, 403) else f"the hub answers {status}; try again later"
-    except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = f"neither a folder nor reachable on the hub ({' '.join(str(error).split())[:160]})"
+    except (HFValidationError, OSError) as error:  # the latter has the hub's own among it
+        answer = getattr(error, "response", getattr(error.__cause__, "response", None))
+        if answer is not None and answer.status_code in (401, 403):
+            reason = f"the hub refuses the token ({answer.status_code}); {token}, or none for a public one"
+        else:
+            reason = f"neither a folder nor reachable on the hub ({' '.join(str(error).split())[:160]})"
     raise CheckpointError(f"{source}: {reason}")
 
 
