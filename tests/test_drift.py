@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from benchmarks.drift import Drift, between, drift
@@ -20,7 +21,7 @@ from dsd.store import Store
 def test_by_hand() -> None:
     full = [np.array([[1.0, 3.0]]), np.array([[5.0], [6.0], [9.0]])]  # 2 and 4 apart: 3 on average
     low = [np.array([[1.5, 0.5]]), np.array([[5.0], [6.0], [9.0]])]
-    assert between(full, low) == Drift(largest=2.5 / 3, mean=(0.5 + 2.5) / 5 / 3, changed=0.5)
+    assert between(full, low) == pytest.approx(Drift(largest=2.5 / 3, mean=(0.5 + 2.5) / 5 / 3, changed=0.5))
 
 
 def test_half_precision_is_near_and_no_drift_is_none(params: Params, prepared: Path, cached: Path) -> None:
