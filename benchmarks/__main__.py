@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks import plain
+from benchmarks.drift import drift
 from benchmarks.setting import PREPARED, engine_over
 from dsd import growth, replay
 from dsd.attention import Recording, during
@@ -37,6 +38,7 @@ from dsd.tracks import Folders, Track, proposals
 
 RESULTS = Path("benchmarks/results.json")
 RACES, CLASSES = Path("data/races"), "scenes-cls"
+DRIFTED = 200  # examples on which arithmetic is compared: half precision is slow on a CPU
 PROMISED, PROPOSED = promising(0.02, None), promising(0.05, "clip-zero-shot")
 Result = dict[str, float | str | bool]
 
@@ -117,6 +119,23 @@ def score_memory_growth() -> Result:
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     return at_most(peak(1000) / peak(100), "times", 1.1)
+
+
+def arithmetic() -> dict[str, Result]:
+    """Of the worse of attention and denoising: answers that change, and scores that drift, by how far an example's
+    candidates are apart."""
+    params, cache = load(), Path("data/cache/scenes-com")
+    examples = read_examples(PREPARED / "examples.parquet", "test")[:DRIFTED]
+    results: dict[str, Result] = {}
+    full, row = engine_over(params, cache), params.backbones[params.backbone]
+    for short, dtype in {"bf16": "bfloat16", "fp16": "float16"}.items():
+        rows = {**params.backbones, params.backbone: row.model_copy(update={"dtype": dtype})}
+        low = engine_over(params.model_copy(update={"backbones": rows}), cache)
+        found = drift(full, low, params, examples).values()
+        results[f"{short}_changed_answers"] = at_most(max(d.changed for d in found), "", 0.02)
+        results[f"{short}_mean_drift"] = at_most(max(d.mean for d in found), "", 0.02)
+        results[f"{short}_largest_drift"] = at_most(max(d.largest for d in found), "", 0.2)
+    return results
 
 
 def races() -> dict[str, Result]:
@@ -231,6 +250,7 @@ def main() -> None:
     for measure in (engine_vs_plain_loop, capture_overhead, score_memory_growth):
         results[measure.__name__] = measure()
         sys.stdout.write(f"{measure.__name__}: {results[measure.__name__]}\n")
+    results |= arithmetic()
     try:
         results |= races()
         results |= reproduction()

@@ -15,7 +15,8 @@ PREPARED = Path("data/prepare/scenes-com")
 
 
 def engine_over(params: Params, cache: Path) -> Engine:
-    backbone = load_diffusion(params.backbones[params.backbone], device_of(params.runtime.device))
+    row, runtime = params.backbones[params.backbone], params.runtime
+    backbone = load_diffusion(row, device_of(runtime.device), runtime.attention)
     texts = all_texts(read_all(PREPARED))  # those of the stage `cache`, so that its folder is read and never changed
     tables = diffusion_encodings(
         backbone, Pictures(PREPARED / "images.parquet"), texts, params.images.resolution, Store(cache)

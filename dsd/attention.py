@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
+from dsd.errors import CheckpointError, unknown
 from dsd.params import EvidenceParams
 
 
@@ -164,14 +165,17 @@ class CrossAttentionProcessor:
         if self.state.prompt is not None:
             assert self.state.latents_BC is not None
             text_BMD = text if texts_B is None else text[texts_B]
-            add_key, add_value = self.state.prompt(self.layer, text_BMD, self.state.latents_BC)
-            key, value = key + add_key, value + add_value
+            # A prompt is float32, whatever the U-Net is.
+            add_key, add_value = self.state.prompt(self.layer, text_BMD.float(), self.state.latents_BC)
+            key, value = key + add_key.to(key.dtype), value + add_value.to(value.dtype)
         query_BHND, key_BHMD, value_BHMD = (
             x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (attn.to_q(hidden_states), key, value)
         )
         if self.state.recording is None:
             mixed = torch.nn.functional.scaled_dot_product_attention(query_BHND, key_BHMD, value_BHMD, scale=attn.scale)
         else:
+            if attn.upcast_attention:  # as Stable Diffusion 2.1 asks: its logits do not fit into float16
+                query_BHND, key_BHMD = query_BHND.float(), key_BHMD.float()
             # There are fewer text than image tokens: it is the keys that are scaled.
             logits_BHNM = query_BHND @ (key_BHMD * attn.scale).transpose(-1, -2)
             attn_BHNM = logits_BHNM.softmax(-1, dtype=torch.float32)
@@ -181,19 +185,76 @@ class CrossAttentionProcessor:
         return attn.to_out[1](out)
 
 
-def cross_attention_layers(unet: UNet2DConditionModel) -> list[tuple[str, Attention]]:
-    """The cross-attention layers, by name, in the order in which a forward pass visits them (down, mid, up)."""
+class SelfAttentionProcessor:
+    """Replaces the processor of one self-attention layer: by `fused`, from queries, keys and values [B, N, H, D]."""
+
+    def __init__(self, fused: Callable[..., Tensor]) -> None:
+        self.fused = fused
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        out = attn.to_out[0](self.fused(query, key, value, scale=attn.scale).flatten(-2))
+        return attn.to_out[1](out)
+
+
+def _sdpa(unet: UNet2DConditionModel) -> None:
+    """PyTorch's fused kernel, which diffusers calls by itself."""
+
+
+def _xformers(unet: UNet2DConditionModel) -> None:
+    """The kernel of xformers, tried once: it imports where it cannot run, and says so only when it is called."""
+    weight, layers = unet.conv_in.weight, [module for _, module in attention_layers(unet, "attn1")]
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        for heads, inner in sorted({(layer.heads, layer.to_q.out_features) for layer in layers}):
+            tokens_BNHD = weight.new_zeros(1, 8, heads, inner // heads)
+            memory_efficient_attention(tokens_BNHD, tokens_BNHD, tokens_BNHD)
+    except ImportError:
+        raise CheckpointError(
+            "runtime.attention: xformers is not installed; install the extra `gpu`, or use sdpa"
+        ) from None
+    except (NotImplementedError, RuntimeError) as error:
+        reason, kind = " ".join(str(error).split())[:80], str(weight.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"runtime.attention: xformers cannot run on {weight.device.type} in {kind}; use sdpa ({reason})"
+        ) from None
+    for layer in layers:
+        layer.set_processor(SelfAttentionProcessor(memory_efficient_attention))
+
+
+SELF_ATTENTION = {"sdpa": _sdpa, "xformers": _xformers}  # what `runtime.attention` names
+
+
+def attention_layers(unet: UNet2DConditionModel, kind: str) -> list[tuple[str, Attention]]:
+    """The layers of self-attention ("attn1") or cross-attention ("attn2"), by name, in the order in which a forward
+    pass visits them (down, mid, up)."""
     order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
     found = [
         (name, module)
         for name, module in unet.named_modules()
-        if name.endswith("attn2") and isinstance(module, Attention)
+        if name.endswith(f".{kind}") and isinstance(module, Attention)
     ]
     return sorted(found, key=lambda item: order[item[0].split(".")[0]])  # stable: within a block, by index
 
 
-def install(unet: UNet2DConditionModel) -> AttentionState:
-    """Puts the processor into every cross-attention layer of the U-Net; the state returned drives all of them."""
+def cross_attention_layers(unet: UNet2DConditionModel) -> list[tuple[str, Attention]]:
+    return attention_layers(unet, "attn2")
+
+
+def install(unet: UNet2DConditionModel, backend: str = "sdpa") -> AttentionState:
+    """Puts the processor into every cross-attention layer of the U-Net; the state returned drives all of them.
+
+    Self-attention goes through the backend, which changes no result.
+
+    Raises:
+        CheckpointError: there is no such backend, or it cannot run here; one line.
+    """
+    if backend not in SELF_ATTENTION:
+        raise CheckpointError(f"runtime.attention: {unknown('attention backend', backend, SELF_ATTENTION)}")
+    SELF_ATTENTION[backend](unet)
     state = AttentionState()
     for number, (_, module) in enumerate(cross_attention_layers(unet)):
         module.set_processor(CrossAttentionProcessor(number, state))

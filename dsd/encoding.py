@@ -125,7 +125,7 @@ def encode(name: str, params: Params, prepared: Path, target: Path) -> dict[str,
     """Fills the cache of dataset `name` for every backbone that a method names; returns what was encoded."""
     store, device = Store(target), device_of(params.runtime.device)
     pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
-    backbone = load_diffusion(params.backbones[params.backbone], device)
+    backbone = load_diffusion(params.backbones[params.backbone], device, params.runtime.attention)
     tables = [*diffusion_encodings(backbone, pictures, texts, params.images.resolution, store)]
     for row in clip_backbones(params):
         tables += contrastive_encodings(load_clip(params.backbones[row], device), pictures, texts, store)

@@ -76,7 +76,11 @@ class Matcher:
         method: str = "cross-attention",
         *,
         revision: str | None = None,
+        family: str = "stable-diffusion",
+        config: str | Path | None = None,
+        prediction: Literal["epsilon", "v_prediction"] | None = None,
         device: str = "auto",
+        attention: str = "sdpa",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         levels: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
         draws_per_level: int = 1,
@@ -85,8 +89,10 @@ class Matcher:
         batch_size: int = 64,
         seed: int = 0,
     ) -> Matcher:
-        """Opens a checkpoint in the diffusers layout (a folder or a hub id) and, if given, a trained attention prompt.
+        """Opens a checkpoint and, if given, a trained attention prompt.
 
+        The checkpoint is in the diffusers layout (a folder or a hub id), or one file .safetensors with `config`, a
+        folder or hub id of the same architecture; family, prediction and attention are as in params.yaml.
         `method` is "cross-attention" (DSD) or "denoising" (Diffusion Classifier); `levels` are noise levels in (0, 1);
         `scale` is λ of eq. 3; `parity` resizes pictures to so many pixels first, as a comparison with CLIP does.
         Raises CheckpointError, in one line, where the checkpoint or the prompt does not load.
@@ -94,9 +100,10 @@ class Matcher:
         if method not in METHODS:
             raise CheckpointError(unknown("method", method, METHODS))
         row = BackboneParams(
-            family="stable-diffusion", source=str(path_or_id), revision=revision, lora=None, dtype=dtype
-        )
-        backbone = load_diffusion(row, device_of(device))
+            family=family, source=str(path_or_id), revision=revision, config=None if config is None else str(config),
+            prediction=prediction, lora=None, dtype=dtype,
+        )  # fmt: skip
+        backbone = load_diffusion(row, device_of(device), attention)
         learned = (
             AttentionPrompt.load(Path(prompt), backbone.digest).to(backbone.device) if prompt is not None else None
         )

@@ -28,14 +28,25 @@ class _Params(BaseModel):
 
 class RuntimeParams(_Params):
     device: Literal["auto", "cpu", "cuda"]
+    attention: str
     batch_size: Positive
     workers: Positive
 
 
 class BackboneParams(_Params):
+    """A row of `backbones`.
+
+    source: a folder, an id on the hub at `revision` (a commit), or one file .safetensors in the original layout.
+    config: of such a file, where its configs, tokenizer and scheduler are: a folder, or an id on the hub at `revision`.
+    prediction: what the U-Net predicts; null is what the checkpoint's scheduler says.
+    dtype: the arithmetic of the U-Net; images and texts are encoded once, in float32. Of a CLIP, all of its arithmetic.
+    """
+
     family: str
     source: str
     revision: str | None
+    config: str | None
+    prediction: Literal["epsilon", "v_prediction"] | None
     lora: str | None
     dtype: Literal["float32", "bfloat16", "float16"]
 

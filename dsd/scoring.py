@@ -82,7 +82,7 @@ def score(
     store, device = Store(target), device_of(params.runtime.device)
     examples, fitting = read_examples(prepared / "examples.parquet", split), fitting_examples(params, prepared)
     pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
-    backbone = load_diffusion(params.backbones[params.backbone], device)
+    backbone = load_diffusion(params.backbones[params.backbone], device, params.runtime.attention)
     tables = diffusion_encodings(backbone, pictures, texts, params.images.resolution, Store(cached))
     keys: dict[str, list[str]] = {}
     total, computed = 0, 0

@@ -100,7 +100,8 @@ class Track:
 
     @classmethod
     def of(cls, name: str, method: RacedMethod, params: Params, folders: Folders) -> Track:
-        backbone = load_diffusion(params.backbones[params.backbone], device_of(params.runtime.device))
+        runtime = params.runtime
+        backbone = load_diffusion(params.backbones[params.backbone], device_of(runtime.device), runtime.attention)
         tables = diffusion_encodings(backbone, *folders.inputs(), params.images.resolution, Store(folders.cached))
         training = prompted(params) if method.prompt == "few-shot" else None
         file = folders.trained / training / PROMPT if training else None

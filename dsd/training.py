@@ -217,7 +217,7 @@ def learner(name: str, params: Params, prepared: Path, cached: Path) -> Learner:
         features = contrastive_encodings(clip, pictures, texts, store)
         return ContrastiveLearner(contrastive.untrained(method, clip, *features, params.context, params.seed))
     assert isinstance(method, CrossAttentionMethod)  # params refuses anything else
-    backbone = load_diffusion(row, device)
+    backbone = load_diffusion(row, device, params.runtime.attention)
     tables = diffusion_encodings(backbone, pictures, texts, params.images.resolution, store)
     return AttentionLearner(params, method, backbone, *tables)
 
@@ -303,7 +303,10 @@ class Trainer:
 def training_key(name: str, method: str, params: Params, prepared: Path) -> str:
     """The digest of everything that the training of a method on dataset `name` depends on."""
     row, examples = params.methods[method], file_digest(prepared / "examples.parquet")
-    _, backbone = locate(params.backbones[backbone_of(params, method)])
+    opened = params.backbones[backbone_of(params, method)]
+    _, backbone = locate(opened)
+    if opened.dtype != "float32":
+        backbone = digest(backbone, opened.dtype)
     sizes: list[Any] = [params.evidence.model_copy(update={"shard": 1}), params.prompt]
     if isinstance(row, ContrastiveMethod):
         sizes = [params.context] if row.tuned == "context" else []

@@ -126,7 +126,7 @@ def _publish_result(runs: Runs, params: Params, data: Path, dataset: str, method
 
 def _identity(backbone: BackboneParams) -> str:
     """The digest of a local checkpoint, the revision of one on the hub."""
-    if not Path(backbone.source).is_dir():
+    if not Path(backbone.source).exists():
         return str(backbone.revision)
     from dsd.backbones.checkpoint import locate  # it loads torch, which only a new entry is worth
 

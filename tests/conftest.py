@@ -44,6 +44,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Stable Diffusion XL."""
+    from tests.tiny import save_xl
+
+    folder = tmp_path_factory.mktemp("xl")
+    save_xl(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def params(models: Path) -> Params:
     from tests.tiny import small
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from dsd import attention
 from dsd.attention import Recording, during, logsumexp_pooling, over_tokens, token_weights
 from dsd.backbones import StableDiffusion, load_diffusion
+from dsd.errors import CheckpointError
 from dsd.params import Params
 from dsd.prompts import AttentionPrompt, pooled_latent
 from dsd.scorers import cross_attention
@@ -171,8 +174,6 @@ def test_weighted_heads_by_hand() -> None:
 
 
 def test_prompt_of_another_backbone_is_refused(tmp_path: Path) -> None:
-    from dsd.errors import CheckpointError
-
     prompt = AttentionPrompt(32, [16, 32], 4, rank=2, conditional=False, seed=0)
     prompt.save(tmp_path / "p.safetensors", "one")
     loaded = AttentionPrompt.load(tmp_path / "p.safetensors", "one")
@@ -182,3 +183,61 @@ def test_prompt_of_another_backbone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "q.safetensors").write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="not an attention prompt"):
         AttentionPrompt.load(tmp_path / "q.safetensors", "one")
+
+
+# Backends of self-attention.
+
+
+def by_loops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """Attention in the layout of xformers: [B, N, H, D] each."""
+    logits = torch.einsum("bnhd,bmhd->bhnm", query, key) * scale
+    return torch.einsum("bhnm,bmhd->bnhd", logits.softmax(-1), value)
+
+
+def with_xformers(monkeypatch: pytest.MonkeyPatch, kernel: object) -> None:
+    for name in ("xformers", "xformers.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["xformers.ops"].memory_efficient_attention = kernel  # type: ignore[attr-defined]
+
+
+def test_a_backend_changes_no_result(
+    backbone: StableDiffusion, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    with_xformers(monkeypatch, lambda *a, **k: (seen.append(a[0].shape), by_loops(*a, **k))[1])
+    other = load_diffusion(params.backbones["embedded"], torch.device("cpu"), "xformers")
+    assert other.digest == backbone.digest
+    seen.clear()
+    latents, timesteps, hidden, content = inputs(backbone, 2)
+    found = []
+    for opened in (backbone, other):
+        recording = Recording.of(params.evidence, content)
+        with torch.inference_mode(), during(opened.attention, recording):
+            found.append((opened.predict_noise(latents, timesteps, hidden), *recording.stacked()))
+    assert len(seen) == len(attention.attention_layers(other.unet, "attn1")) == len(backbone.layers)
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def refuses(*_: object, **__: object) -> None:
+    raise NotImplementedError("No operator found for `memory_efficient_attention_forward`\nwith inputs: cpu")
+
+
+@pytest.mark.parametrize(
+    ("backend", "kernel", "said"),
+    [
+        ("xformer", None, "unknown attention backend 'xformer': did you mean 'xformers'?"),
+        ("xformers", None, "xformers is not installed; install the extra `gpu`, or use sdpa"),
+        ("xformers", refuses, "xformers cannot run on cpu in float32; use sdpa (No operator found for"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_said_when_the_checkpoint_is_opened(
+    backend: str, kernel: object, said: str, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel is not None:
+        with_xformers(monkeypatch, kernel)
+    else:
+        monkeypatch.setitem(sys.modules, "xformers", None)
+    with pytest.raises(CheckpointError) as error:
+        load_diffusion(params.backbones["embedded"], torch.device("cpu"), backend)
+    assert str(error.value).startswith(f"runtime.attention: {said}") and "\n" not in str(error.value)

@@ -6,15 +6,23 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsd.backbones import StableDiffusion, load, load_clip, load_diffusion
+from dsd import Matcher
+from dsd.attention import Recording, during
+from dsd.backbones import load, load_clip, load_diffusion, stable_diffusion
+from dsd.backbones.checkpoint import locate
 from dsd.errors import CheckpointError
-from dsd.params import BackboneParams, Params
+from dsd.params import Params
+from dsd.prompts import AttentionPrompt, pooled_latent
 from dsd.scorers.contrastive import cosine
+from dsd.training import training_key
+from tests.hub import COMMIT, hub
+from tests.tiny import row, save_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -22,10 +30,6 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def folder(models: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(models / "embedded", tmp_path / "checkpoint"))
-
-
-def row(folder: Path, family: str = "stable-diffusion") -> BackboneParams:
-    return BackboneParams(family=family, source=str(folder), revision=None, lora=None, dtype="float32")
 
 
 def test_noising_and_prediction_are_those_of_the_scheduler(params: Params) -> None:
@@ -36,26 +40,55 @@ def test_noising_and_prediction_are_those_of_the_scheduler(params: Params) -> No
     assert torch.allclose(backbone.add_noise(latents, noise, timesteps), expected, atol=1e-6)
 
 
-def predicting(folder: Path, what: str) -> StableDiffusion:
-    path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": what}))
-    return load_diffusion(row(folder), CPU)
+def edit(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_v_prediction_gives_the_same_noise(folder: Path) -> None:
-    """A U-Net that answers v for the same ε leads to the same prediction."""
-    epsilon = predicting(folder, "epsilon")
-    latents, noise = torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    timesteps, text = torch.tensor([200, 700]), epsilon.encode_texts(["a red circle", "a blue star"]).hidden
-    noised = epsilon.add_noise(latents, noise, timesteps)
-    with torch.inference_mode():
-        expected = epsilon.predict_noise(noised, timesteps, text)
-    velocity = predicting(folder, "v_prediction")
-    # v of z_t and ε_θ: v = (ε − √(1 − ᾱ) z_t) / √ᾱ  (Salimans and Ho 2022)
-    alpha = velocity.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-    answer = (expected - (1 - alpha).sqrt() * noised) / alpha.sqrt()
-    velocity.unet.forward = lambda *_: type("Output", (), {"sample": answer})  # type: ignore[method-assign]
-    assert torch.allclose(velocity.predict_noise(noised, timesteps, text), expected, atol=1e-5)
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize("method", ["cross-attention", "denoising"])
+def test_the_same_model_scores_the_same_whether_it_predicts_noise_or_velocity(folder: Path, method: str) -> None:
+    """The U-Net of the second answers v for the ε of the first, by v = (ε − √(1 − ᾱ) z_t) / √ᾱ (Salimans and Ho
+    2022)."""
+    matchers = []
+    for said in ("epsilon", "v_prediction"):
+        edit(folder / SCHEDULER, prediction_type=said)
+        matchers.append(Matcher.from_pretrained(folder, method=method, levels=(0.2, 0.5, 0.8)))
+    backbone = matchers[1].backbone
+    predict, alphas = backbone.unet.forward, backbone.schedule.alphas_cumprod
+
+    def velocity(noised: torch.Tensor, timesteps: torch.Tensor, *args: torch.Tensor) -> object:
+        output = predict(noised, timesteps, *args)
+        alpha = alphas[timesteps].view(-1, 1, 1, 1)
+        output.sample = (output.sample - (1 - alpha).sqrt() * noised) / alpha.sqrt()
+        return output
+
+    backbone.unet.forward = velocity  # type: ignore[method-assign]
+    pictures = list(np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8))
+    texts = ["a red circle", "a blue star", "a green ring left of a pink bolt"]
+    noise, v = (matcher.score(pictures, texts) for matcher in matchers)
+    assert torch.allclose(noise, v, atol=1e-5) and noise.std() > 1e-4
+
+
+def test_a_row_says_what_is_predicted_where_the_scheduler_does_not(folder: Path) -> None:
+    assert load_diffusion(row(folder), CPU).prediction == "v_prediction"
+    assert load_diffusion(row(folder, prediction="v_prediction"), CPU).prediction == "v_prediction"
+    with pytest.raises(CheckpointError) as error:
+        load_diffusion(row(folder, prediction="epsilon"), CPU)
+    assert str(error.value) == (
+        f"{folder}: prediction of its row is epsilon, but its scheduler says v_prediction; null takes v_prediction"
+    )
+    edit(folder / SCHEDULER, prediction_type=None)  # as the oldest say nothing
+    plain, velocity = (load_diffusion(row(folder, prediction=said), CPU) for said in (None, "v_prediction"))
+    assert (plain.prediction, velocity.prediction) == ("epsilon", "v_prediction")
+    assert plain.digest != velocity.digest
+    edit(folder / SCHEDULER, prediction_type="sample")
+    with pytest.raises(CheckpointError, match=r"scheduler_config\.json: prediction_type 'sample' is neither"):
+        load_diffusion(row(folder), CPU)
+    (folder / SCHEDULER).write_text("{")
+    with pytest.raises(CheckpointError, match=r"scheduler_config\.json: does not load"):
+        load_diffusion(row(folder), CPU)
 
 
 def test_missing_component(folder: Path) -> None:
@@ -98,6 +131,15 @@ def test_components_that_do_not_fit_each_other(folder: Path, models: Path) -> No
         load(row(folder), CPU)
 
 
+def test_a_tokenizer_without_files_is_none(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="tokenizer does not load"):
+        load(row(folder), CPU)
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="tokenizer: no tokenizer"):
+        load(row(folder), CPU)
+
+
 def test_unknown_family_and_folder(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="did you mean 'stable-diffusion'"):
         load(row(folder, "stable-difusion"), CPU)
@@ -132,3 +174,217 @@ def test_a_card_is_no_part_of_the_identity(folder: Path) -> None:
     before = load_diffusion(row(folder), CPU).digest
     (folder / "README.md").write_text("a card")
     assert load_diffusion(row(folder), CPU).digest == before
+
+
+# Layouts as they are published, some years old.
+
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def test_the_names_of_the_oldest_checkpoints_are_known(folder: Path) -> None:
+    """Of the autoencoder's attention and of the text encoder, whose positions were part of the file."""
+    expected = load_diffusion(row(folder), CPU)
+    file = next((folder / "vae").glob("*.safetensors"))
+    tensors = load_file(file)
+    for new, old in OLD_NAMES.items():
+        tensors = {k.replace(new, old) if ".attentions." in k else k: tensor for k, tensor in tensors.items()}
+    save_file(tensors, file, {"format": "pt"})
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{k.removeprefix('text_model.')}": tensor for k, tensor in load_file(file).items()}
+    save_file(tensors | {"text_model.embeddings.position_ids": torch.arange(24)[None]}, file, {"format": "pt"})
+    found = load_diffusion(row(folder), CPU)
+    for mine, theirs in ((found.vae, expected.vae), (found.text_encoders[0], expected.text_encoders[0])):
+        there = theirs.state_dict()
+        assert all(torch.equal(tensor, there[key]) for key, tensor in mine.state_dict().items())
+
+
+def test_a_published_tokenizer_has_no_single_file(folder: Path) -> None:
+    before = load_diffusion(row(folder), CPU)
+    shutil.rmtree(folder / "tokenizer")
+    save_tokenizer(folder / "tokenizer", "!", 24)  # pads with the first token, as that of 2.x does
+    found = load_diffusion(row(folder), CPU)
+    texts = ["a red circle", "", "a red circle left of a blue star " * 3]
+    assert found.tokenizer.pad_token_id == 0 != before.tokenizer.pad_token_id
+    mine, theirs = found.encode_texts(texts), before.encode_texts(texts)
+    assert torch.equal(mine.content, theirs.content) and torch.equal(mine.truncated, theirs.truncated)
+    ends = theirs.content.sum(-1) + 2  # the mask is causal: what pads comes after all that counts
+    for row_, end in enumerate(ends.tolist()):
+        assert torch.equal(mine.hidden[row_, :end], theirs.hidden[row_, :end])
+
+
+def test_a_published_clip_has_its_tokenizer_beside_its_weights_and_says_how_pixels_are_normalised(
+    models: Path, tmp_path: Path
+) -> None:
+    before = load_clip(row(models / "embedded-clip", "clip"), CPU)
+    folder = Path(shutil.copytree(models / "embedded-clip", tmp_path / "clip"))
+    for file in (folder / "tokenizer").iterdir():
+        file.rename(folder / file.name)
+    (folder / "tokenizer").rmdir()
+    mean, deviation = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    settings = folder / "preprocessor_config.json"
+    settings.write_text(json.dumps({"image_mean": mean, "image_std": deviation, "crop_size": 24}))
+    found = load_clip(row(folder, "clip"), CPU)
+    assert found.digest != before.digest
+    texts = ["a red circle", "a blue star"]
+    assert torch.equal(found.text_features(texts), before.text_features(texts))
+    pictures = np.random.default_rng(0).integers(0, 255, (2, 24, 24, 3), dtype=np.uint8)
+    pixels = (torch.from_numpy(pictures).float() / 255 - torch.tensor(mean)) / torch.tensor(deviation)
+    with torch.inference_mode():
+        expected = found.model.vision_model(pixel_values=pixels.permute(0, 3, 1, 2)).pooler_output
+    assert torch.allclose(found.image_features(pictures), expected, atol=1e-5)
+    assert not torch.allclose(found.image_features(pictures), before.image_features(pictures), atol=1e-2)
+    settings.write_text(json.dumps({"image_mean": mean}))
+    with pytest.raises(CheckpointError, match="needs image_mean and image_std"):
+        load_clip(row(folder, "clip"), CPU)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    settings.unlink()
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        load_clip(row(folder, "clip"), CPU)
+
+
+def test_pictures_pass_the_autoencoder_a_few_at_a_time(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_diffusion(row(models / "embedded"), CPU)
+    pictures = np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), dtype=np.uint8)
+    expected, seen = backbone.encode_images(pictures), []
+    encode = backbone.vae.encode
+    monkeypatch.setattr(backbone.vae, "encode", lambda pixels: (seen.append(len(pixels)), encode(pixels))[1])
+    monkeypatch.setattr(stable_diffusion, "AT_ONCE", 2 * 32 * 32)
+    assert torch.allclose(backbone.encode_images(pictures), expected, atol=1e-6) and seen == [2, 2, 1]
+    monkeypatch.setattr(stable_diffusion, "AT_ONCE", 1)
+    assert torch.allclose(backbone.encode_images(pictures), expected, atol=1e-6)
+
+
+# Other arithmetic than float32.
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_arithmetic_is_near_with_and_without_a_prompt(dtype: str, models: Path, params: Params) -> None:
+    full, low = (load_diffusion(row(models / "embedded", dtype=kind), CPU) for kind in ("float32", dtype))
+    assert (low.unet.dtype, low.vae.dtype) == (getattr(torch, dtype), torch.float32)
+    text, latents = full.encode_texts(["a red circle", "a blue star"]), torch.randn(2, 4, 4, 4)
+    assert torch.equal(low.encode_texts(["a red circle", "a blue star"]).hidden, text.hidden)
+    prompt = AttentionPrompt(32, full.layer_widths, 4, rank=2, conditional=True, seed=0)
+    for up in prompt.up:
+        torch.nn.init.normal_(up, std=0.1, generator=torch.Generator().manual_seed(0))
+    for learned in (None, prompt):
+        found = []
+        for backbone in (full, low):
+            recording = Recording.of(params.evidence, text.content)
+            with torch.no_grad(), during(backbone.attention, recording, learned, pooled_latent(latents)):
+                noise = backbone.predict_noise(latents, torch.full((2,), 300), text.hidden.clone())
+            found.append((noise, *recording.stacked()))
+        for exact, near in zip(*found, strict=True):
+            assert near.isfinite().all() and (near - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_logits_that_float16_cannot_hold_are_computed_as_the_config_asks(folder: Path, params: Params) -> None:
+    """Stable Diffusion 2.1 says upcast_attention: its logits are that large."""
+    evidence, found = params.evidence.model_copy(update={"poolings": ("logsumexp", "maximum")}), []
+    for upcast in (False, True):
+        edit(folder / "unet" / "config.json", upcast_attention=upcast)
+        backbone = load_diffusion(row(folder, dtype="float16"), CPU)
+        text = backbone.encode_texts(["a red circle"])
+        recording = Recording.of(evidence, text.content)
+        with torch.inference_mode(), during(backbone.attention, recording):
+            for name, module in backbone.unet.named_modules():
+                if name.endswith(("attn2.to_q", "attn2.to_k")):
+                    module.weight *= 2000
+            backbone.predict_noise(torch.ones(1, 4, 4, 4), torch.tensor([300]), text.hidden)
+        found.append(bool(recording.stacked()[0].isfinite().all()))
+    assert found == [False, True]
+
+
+def test_what_is_trained_in_other_arithmetic_is_trained_anew(params: Params, prepared: Path) -> None:
+    def key(dtype: str, method: str) -> str:
+        rows = {name: kept.model_copy(update={"dtype": dtype}) for name, kept in params.backbones.items()}
+        return training_key("scenes-com", method, params.model_copy(update={"backbones": rows}), prepared)
+
+    for method in ("dsd", "clip-finetune"):
+        assert key("float32", method) != key("bfloat16", method)
+
+
+def test_features_of_a_clip_in_other_arithmetic_are_other_features(models: Path) -> None:
+    full, low = (load_clip(row(models / "embedded-clip", "clip", dtype=kind), CPU) for kind in ("float32", "bfloat16"))
+    assert full.digest != low.digest
+    near, exact = low.text_features(["a red circle"]), full.text_features(["a red circle"])
+    assert (near - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+# The hub.
+
+
+UNREAD = (
+    "v2-1.safetensors",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.bin",
+    "vae/diffusion_pytorch_model.non_ema.safetensors",
+    "sample.png",
+    "safety_checker/model.safetensors",
+    "feature_extractor/preprocessor_config.json",
+)
+
+
+@pytest.fixture
+def repository(models: Path, tmp_path: Path) -> Path:
+    """A folder of repositories with one checkpoint, and beside it all that a published one has and nobody reads."""
+    place = Path(shutil.copytree(models / "embedded", tmp_path / "hub" / "someone" / "model"))
+    for name in UNREAD:
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_bytes(b"never read")
+    return tmp_path / "hub"
+
+
+def test_no_more_of_a_repository_is_fetched_than_is_read(
+    repository: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hub(repository, tmp_path / "cache", monkeypatch) as fetched:
+        found = load_diffusion(row(Path("someone/model"), revision=COMMIT), CPU)
+        read = {file.relative_to(models / "embedded").as_posix() for file in (models / "embedded").rglob("*.*")}
+        assert sorted(fetched) == sorted(read)
+        assert found.digest == f"someone/model@{COMMIT}"
+        assert locate(row(Path("someone/model")))[1] == found.digest  # what is not pinned is told by its commit
+        load_diffusion(row(Path("someone/model"), revision=COMMIT), CPU)
+        assert len(fetched) == len(read)
+
+
+def test_the_settings_of_one_file_may_come_from_the_hub(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "one.safetensors"
+    save_file({"weight": torch.zeros(1)}, file)
+    with hub(repository, tmp_path / "cache", monkeypatch) as fetched:
+        with pytest.raises(CheckpointError, match="tensors of vae missing"):
+            load(row(file, config="someone/model", revision=COMMIT), CPU)
+        assert fetched and all(name.endswith((".json", ".txt")) for name in fetched)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gated", "gated; accept its terms on its page on the hub, and give a token that may read it"),
+        ("vanished", "neither a folder nor a repository on the hub, or a private one; correct source, or give a token"),
+        ("private", "neither a folder nor a repository on the hub, or a private one"),
+        (
+            "refused",
+            r"the hub refuses the token \(401\); give a token that may read it \(HF_TOKEN, or `hf auth login`\)",
+        ),
+        ("forbidden", r"the hub refuses the token \(403\)"),
+        ("unpinned", "the hub has no revision 'v9' of it; correct revision"),
+    ],
+)
+def test_a_repository_that_cannot_be_had_is_one_line(
+    name: str, said: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(repository / "someone" / "model", repository / "someone" / name)
+    with hub(repository, tmp_path / "cache", monkeypatch), pytest.raises(CheckpointError, match=said) as error:
+        load(row(Path("someone") / name, revision="v9"), CPU)
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"someone/{name}: ")
+
+
+def test_no_hub_at_all_is_one_line(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hub(repository, tmp_path / "cache", monkeypatch):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(CheckpointError, match="neither a folder nor reachable on the hub") as error:
+            load(row(Path("someone/model"), revision=COMMIT), CPU)
+    assert "\n" not in str(error.value)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dsd.params import FitParams, Params, PretrainParams, load
+from dsd.params import BackboneParams, FitParams, Params, PretrainParams, load
 from dsd.pretraining import (
     build_autoencoder,
     build_clip,
@@ -37,6 +39,57 @@ def save_checkpoints(folder: Path) -> None:
     StableDiffusionPipeline(*parts, requires_safety_checker=False).save_pretrained(folder / "embedded")
     build_clip(SIZES, len(tokens), tokens.eos_token_id).save_pretrained(folder / "embedded-clip")
     tokens.save_pretrained(folder / "embedded-clip" / "tokenizer")
+
+
+def save_tokenizer(folder: Path, pad: str, max_tokens: int, size: int | None = None) -> CLIPTokenizer:
+    """The files of a published CLIP tokenizer (no tokenizer.json), of `size` tokens if need be; returns it, opened."""
+    made = tokenizer(vocabulary(), max_tokens)
+    tokens = sorted(made.get_vocab(), key=made.get_vocab().__getitem__)
+    fill = [f"[{n}]" for n in range((size or len(tokens)) - len(tokens))]
+    ordered = [*tokens[:-2], *fill, *tokens[-2:]]  # begin and end are the last two
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    merges = json.loads(made.backend_tokenizer.to_str())["model"]["merges"]
+    settings = {**special, "pad_token": "<|endoftext|>", "model_max_length": max_tokens, "do_lower_case": True}
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(ordered)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+    (folder / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": pad}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "CLIPTokenizer"}))
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def save_xl(folder: Path) -> None:
+    """Stable Diffusion XL in its published layout: every width differs, so that none can stand for another."""
+    torch.manual_seed(0)
+    tokens = [
+        save_tokenizer(folder / name, pad, 24) for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!"))
+    ]
+    shared = dict(
+        vocab_size=len(tokens[0]), num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=24,
+        bos_token_id=tokens[0].bos_token_id, eos_token_id=tokens[0].eos_token_id,
+    )  # fmt: skip
+    first = CLIPTextModel(CLIPTextConfig(hidden_size=32, intermediate_size=64, projection_dim=32, **shared))
+    second = CLIPTextModelWithProjection(
+        CLIPTextConfig(hidden_size=16, intermediate_size=32, projection_dim=24, hidden_act="gelu", **shared)
+    )
+    unet = UNet2DConditionModel(
+        sample_size=4, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1, cross_attention_dim=48,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), attention_head_dim=(2, 4), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 24,
+    )  # fmt: skip
+    vae = build_autoencoder(SIZES)
+    vae.register_to_config(scaling_factor=0.13025)
+    schedule = noise_schedule()
+    schedule.register_to_config(prediction_type="epsilon")
+    parts = {"vae": vae, "text_encoder": first, "text_encoder_2": second, "unet": unet, "scheduler": schedule}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+
+
+def row(source: Path, family: str = "stable-diffusion", **changes: object) -> BackboneParams:
+    settings = dict(family=family, source=str(source), revision=None, config=None, prediction=None, lora=None)
+    return BackboneParams.model_validate({**settings, "dtype": "float32", **changes})
 
 
 def small(models: Path, **changes: object) -> Params:

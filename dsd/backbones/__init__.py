@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from dsd.backbones.checkpoint import device_of
 from dsd.backbones.clip import Clip
+from dsd.backbones.sdxl import StableDiffusionXL
 from dsd.backbones.stable_diffusion import StableDiffusion, TextEmbeddings
 from dsd.errors import CheckpointError, unknown
 from dsd.params import BackboneParams
 
-FAMILIES: dict[str, type[StableDiffusion] | type[Clip]] = {"stable-diffusion": StableDiffusion, "clip": Clip}
+FAMILIES: dict[str, type[StableDiffusion] | type[Clip]] = {
+    kind.family: kind for kind in (StableDiffusion, StableDiffusionXL, Clip)
+}
 
 __all__ = [
     "FAMILIES",
     "Clip",
     "StableDiffusion",
+    "StableDiffusionXL",
     "TextEmbeddings",
     "device_of",
     "load",
@@ -24,17 +30,28 @@ __all__ = [
 ]
 
 
-def load(row: BackboneParams, device: torch.device) -> StableDiffusion | Clip:
-    """Opens the checkpoint of a `backbones` row; raises CheckpointError with one line."""
+def load(row: BackboneParams, device: torch.device, attention: str = "sdpa") -> StableDiffusion | Clip:
+    """Opens the checkpoint of a `backbones` row; raises CheckpointError with one line.
+
+    `attention` is the backend of `runtime.attention`, which changes no result.
+    """
     if row.family not in FAMILIES:
         raise CheckpointError(unknown("family", row.family, FAMILIES))
-    if row.lora is not None and FAMILIES[row.family] is not StableDiffusion:
-        raise CheckpointError(f"{row.source}: family {row.family} takes no lora, found {row.lora}; only diffusion does")
-    return FAMILIES[row.family](row, device)
+    kind = FAMILIES[row.family]
+    if issubclass(kind, StableDiffusion):
+        return kind(row, device, attention)
+    for key in ("config", "prediction", "lora"):
+        if (found := getattr(row, key)) is not None:
+            raise CheckpointError(
+                f"{row.source}: family {row.family} takes no {key}, found {found}; only diffusion does"
+            )
+    if Path(row.source).is_file():
+        raise CheckpointError(f"{row.source}: a file, but family {row.family} is opened by its folder")
+    return kind(row, device)
 
 
-def load_diffusion(row: BackboneParams, device: torch.device) -> StableDiffusion:
-    backbone = load(row, device)
+def load_diffusion(row: BackboneParams, device: torch.device, attention: str = "sdpa") -> StableDiffusion:
+    backbone = load(row, device, attention)
     if not isinstance(backbone, StableDiffusion):
         raise CheckpointError(
             f"{row.source}: family {row.family} has no cross-attention; this method needs a diffusion model"

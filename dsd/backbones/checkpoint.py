@@ -1,14 +1,22 @@
-"""Opens the components of a checkpoint folder; every defect is one line that names the folder and the component."""
+"""Finds a checkpoint and opens its components; every defect is one line that names the place and the component."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dsd.errors import CheckpointError
@@ -17,8 +25,17 @@ from dsd.store import digest, file_digest
 
 transformers_logging.disable_progress_bar()  # a bar for each component would drown those of the stages
 
-# What a checkpoint is made of; its card, curve and sample pictures are not part of its identity.
-SUFFIXES = (".safetensors", ".json", ".txt", ".model")
+# What is read of a checkpoint, and so its identity. Beside it lie cards and pictures, and on the hub the same weights
+# in other layouts and precisions, many gigabytes of them.
+PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
+SETTINGS = (
+    *("config.json", "merges.txt", "model_index.json", "preprocessor_config.json", "special_tokens_map.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json"),
+    *(f"{part}/*{suffix}" for part in PARTS for suffix in (".json", ".txt")),
+)
+WEIGHTS = ("model.safetensors*", "model-*.safetensors", *(f"{part}/*.safetensors" for part in PARTS))
+VARIANTS = ("*.fp16*.safetensors*", "*.bf16*.safetensors*", "*.non_ema*.safetensors*")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,51 +46,148 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def one_file(row: BackboneParams) -> Path | None:
+    """The file of a checkpoint that is one file of weights; None where it is a folder.
+
+    Raises:
+        CheckpointError: a pickle, a file that is not there, or one without the `config` that it needs.
+    """
+    path = Path(row.source)
+    if path.suffix in PICKLES:
+        raise CheckpointError(f"{path}: a pickle, which is never opened; convert it to .safetensors")
+    if path.suffix != ".safetensors":
+        if row.config is not None:
+            raise CheckpointError(
+                f"{row.source}: config is for one file .safetensors; set it to null, not {row.config}"
+            )
+        return None
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if row.config is None:
+        raise CheckpointError(f"{path}: one file needs config: a folder or hub id of the same architecture")
+    return path
+
+
 def locate(row: BackboneParams) -> tuple[Path, str]:
-    """The checkpoint's folder and its digest: of the files where it is local, of id and revision on the hub, and of
-    the LoRA where it has one: with another LoRA it is another checkpoint."""
-    folder, identity = _locate(row)
-    if row.lora is None:
-        return folder, identity
-    if not Path(row.lora).is_file():
-        raise CheckpointError(f"{row.lora}: no such LoRA file")
-    return folder, digest(identity, file_digest(Path(row.lora)))
+    """The checkpoint's folder (of one file, that of its configs) and its digest.
+
+    The digest is of the files where it is local, of id and commit on the hub; and of the LoRA and of what the U-Net is
+    said to predict, where the row has them: with others it is another checkpoint.
+    """
+    if file := one_file(row):
+        folder, identity = _locate(str(row.config), row.revision, SETTINGS)
+        identity = digest(file_digest(file), identity)
+    else:
+        folder, identity = _locate(row.source, row.revision, (*SETTINGS, *WEIGHTS))
+    if row.lora is not None:
+        if not Path(row.lora).is_file():
+            raise CheckpointError(f"{row.lora}: no such LoRA file")
+        identity = digest(identity, file_digest(Path(row.lora)))
+    return folder, identity if row.prediction is None else digest(identity, row.prediction)
 
 
-def _locate(row: BackboneParams) -> tuple[Path, str]:
-    local = Path(row.source)
+def _locate(source: str, revision: str | None, patterns: Sequence[str]) -> tuple[Path, str]:
+    local = Path(source)
     if local.is_dir():
-        files = (file for file in sorted(local.rglob("*")) if file.suffix in SUFFIXES)
-        return local, digest({file.relative_to(local).as_posix(): file_digest(file) for file in files})
-    if local.is_absolute() or row.source.startswith(".") or row.source.count("/") != 1:
-        raise CheckpointError(f"{row.source}: no such checkpoint folder")
+        names = {file: file.relative_to(local).as_posix() for file in sorted(local.rglob("*")) if file.is_file()}
+        read = {file: name for file, name in names.items() if _matches(name, patterns) and not _matches(name, VARIANTS)}
+        return local, digest({name: file_digest(file) for file, name in read.items()})
+    if local.is_absolute() or source.startswith(".") or source.count("/") != 1:
+        raise CheckpointError(f"{source}: no such checkpoint folder")
     if local.parts[0] == "models":
-        raise CheckpointError(f"{row.source}: no such checkpoint folder; the stage `pretrain` makes the embedded ones")
+        raise CheckpointError(f"{source}: no such checkpoint folder; the stage `pretrain` makes the embedded ones")
+    folder = _fetch(source, revision, patterns)
+    return folder, f"{source}@{folder.name}"  # which is the commit
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _fetch(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The files of a repository on the hub, as a folder named by its commit; what was fetched is not fetched again."""
+    token = "give a token that may read it (HF_TOKEN, or `hf auth login`)"
     try:
-        patterns = [f"*{suffix}" for suffix in SUFFIXES]
-        folder = Path(snapshot_download(row.source, revision=row.revision, allow_patterns=patterns))
-        return folder, f"{row.source}@{row.revision}"
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{row.source}: neither a folder nor reachable on the hub ({reason})") from None
+        kept = snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=list(VARIANTS))
+        return Path(kept)
+    except GatedRepoError:
+        reason = f"gated; accept its terms on its page on the hub, and {token}"
+    except RevisionNotFoundError:
+        reason = f"the hub has no revision {revision!r} of it; correct revision"
+    except RepositoryNotFoundError:
+        reason = f"neither a folder nor a repository on the hub, or a private one; correct source, or {token}"
+    except (HFValidationError, OSError) as error:  # the latter has the hub's own among it
+        answer = getattr(error, "response", getattr(error.__cause__, "response", None))
+        if answer is not None and answer.status_code in (401, 403):
+            reason = f"the hub refuses the token ({answer.status_code}); {token}, or none for a public one"
+        else:
+            reason = f"neither a folder nor reachable on the hub ({' '.join(str(error).split())[:160]})"
+    raise CheckpointError(f"{source}: {reason}")
 
 
-def require(folder: Path, components: Sequence[str]) -> None:
-    """Every component is there, and its weights are safetensors: a pickle is never opened."""
+def family_of(folder: Path) -> str | None:
+    """The family that the folder's content says, None where it does not."""
+    if (folder / "unet").is_dir():
+        return "stable-diffusion-xl" if (folder / "text_encoder_2").is_dir() else "stable-diffusion"
+    with_towers = '"vision_config"' in _text(folder / "config.json")
+    return "clip" if with_towers else None
+
+
+def _text(file: Path) -> str:
+    return file.read_text(errors="replace") if file.is_file() else ""
+
+
+def require(folder: Path, family: str, components: Sequence[str], *, weights: bool = True) -> None:
+    """The folder is of this family, every component is there, and its weights are safetensors: a pickle is never
+    opened."""
+    if (found := family_of(folder)) not in (None, family):
+        raise CheckpointError(f"{folder}: of family {found}, and not {family}; correct family")
     for component in components:
         place = folder / component
         if not place.is_dir():
             raise CheckpointError(f"{folder}: lacks the component {component}/ (needed: {', '.join(components)})")
-        if (place / "config.json").exists() and not list(place.glob("*.safetensors")):
-            pickles = [*place.glob("*.bin"), *place.glob("*.ckpt"), *place.glob("*.pt")]
-            found = f"only {pickles[0].name}, a pickle; convert it to safetensors" if pickles else "no weights"
+        if weights and (place / "config.json").exists() and not list(place.glob("*.safetensors")):
+            pickles = [file.name for file in sorted(place.iterdir()) if file.suffix in PICKLES]
+            found = f"only {pickles[0]}, a pickle; convert it to safetensors" if pickles else "no weights"
             raise CheckpointError(f"{place}: {found}")
 
 
-def component(kind: Any, folder: Path, subfolder: str, dtype: torch.dtype) -> Any:
-    """`kind.from_pretrained`, refusing weights that do not fill the model exactly."""
-    place = folder / subfolder if subfolder else folder
-    options: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
+def prediction_of(folder: Path, row: BackboneParams) -> str:
+    """What the U-Net predicts, "epsilon" or "v_prediction": by the row, else by the scheduler, else (the oldest have no
+    word on it) ε.
+
+    Raises:
+        CheckpointError: row and scheduler disagree, or the scheduler says something else.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    try:
+        said = json.loads(file.read_text()).get("prediction_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file}: does not load: {' '.join(str(error).split())[:160]}") from None
+    if said not in (None, "epsilon", "v_prediction"):
+        raise CheckpointError(f"{file}: prediction_type {said!r} is neither epsilon nor v_prediction")
+    if None not in (said, row.prediction) and said != row.prediction:
+        raise CheckpointError(
+            f"{row.source}: prediction of its row is {row.prediction}, but its scheduler says {said}; null takes {said}"
+        )
+    return str(row.prediction or said or "epsilon")
+
+
+def tokenizer(folder: Path, name: str) -> CLIPTokenizer:
+    """The tokenizer in `<folder>/<name>`. transformers makes one of three tokens where it finds no file."""
+    place = folder / name
+    if not any((place / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        raise CheckpointError(f"{place}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    try:
+        return CLIPTokenizer.from_pretrained(place)
+    except Exception as error:  # the reader of tokenizer.json raises nothing more exact
+        raise CheckpointError(f"{place}: tokenizer does not load: {' '.join(str(error).split())[:160]}") from None
+
+
+def component(folder: Path, kind: Any, name: str, dtype: torch.dtype) -> Any:
+    """`kind.from_pretrained`, refusing weights that do not fill the model exactly; name "" is the folder itself."""
+    place = folder / name
+    options: dict[str, Any] = {"subfolder": name} if name else {}
     if kind.__module__.startswith("diffusers"):
         options |= {"torch_dtype": dtype, "low_cpu_mem_usage": False}
     else:

@@ -5,26 +5,42 @@ Shapes: B batch, P picture side in pixels, F width of a tower, M text tokens, N 
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import ClassVar
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel
 
-from dsd.backbones.checkpoint import DTYPES, component, locate, require
+from dsd.backbones.checkpoint import DTYPES, component, locate, require, tokenizer
+from dsd.errors import CheckpointError
 from dsd.images import resize, to_array, to_model
 from dsd.params import BackboneParams
+from dsd.store import digest
 
 
 class Clip:
-    """A frozen CLIPModel in the transformers layout: `model/` with the weights, `tokenizer/` beside it."""
+    """A frozen CLIPModel in the transformers layout; its tokenizer beside the weights, or in `tokenizer/`.
+
+    Pixels are normalised as `preprocessor_config.json` says, and to −1…1 where there is none.
+    """
+
+    family: ClassVar[str] = "clip"
 
     def __init__(self, row: BackboneParams, device: torch.device) -> None:
-        folder, self.digest = locate(row)
-        require(folder, ("tokenizer",))
+        folder, identity = locate(row)
+        require(folder, self.family, ())
+        # Its features are stored, and are other numbers in other arithmetic.
+        self.digest = identity if row.dtype == "float32" else digest(identity, row.dtype)
         self.device, self.dtype = device, DTYPES[row.dtype]
-        self.model: CLIPModel = component(CLIPModel, folder, "", self.dtype).to(device)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        self.model: CLIPModel = component(folder, CLIPModel, "", self.dtype).to(device)
+        self.tokenizer = tokenizer(folder, "tokenizer" if (folder / "tokenizer").is_dir() else "")
+        mean_3, deviation_3 = normalisation(folder / "preprocessor_config.json")
+        # From −1…1, which is what `to_model` gives: the mean and deviation are those of values in 0…1.
+        self._scale, self._shift = 0.5 / deviation_3, (0.5 - mean_3) / deviation_3
 
     @property
     def max_tokens(self) -> int:
@@ -41,7 +57,8 @@ class Clip:
             pictures = np.stack(
                 [to_array(resize(Image.fromarray(p), parity=None, resolution=self.resolution)) for p in pictures]
             )
-        pixels = torch.from_numpy(to_model(pictures)).to(self.device, self.dtype)
+        pixels = torch.from_numpy(to_model(pictures)) * self._scale[:, None, None] + self._shift[:, None, None]
+        pixels = pixels.to(self.device, self.dtype)
         return self.model.vision_model(pixel_values=pixels).pooler_output.float()
 
     @torch.inference_mode()
@@ -69,3 +86,18 @@ class Clip:
             return self.model.text_model(input_ids=longer).pooler_output.float()
         finally:
             hook.remove()
+
+
+def normalisation(file: Path) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [3] of each colour's values in 0…1, by a preprocessor_config.json if it is there."""
+    if not file.exists():
+        return torch.full((3,), 0.5), torch.full((3,), 0.5)
+    try:
+        settings = json.loads(file.read_text())
+        mean_3, deviation_3 = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
+        if mean_3.shape != (3,) or not (deviation_3 > 0).all():
+            raise ValueError(f"image_mean {settings['image_mean']}, image_std {settings['image_std']}")
+    except (ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{file}: needs image_mean and image_std of three colours ({reason})") from None
+    return mean_3, deviation_3

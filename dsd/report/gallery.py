@@ -53,7 +53,8 @@ class BackboneHeatMaps:
         self._name = under_test(params)
         method = params.methods[self._name]
         assert not isinstance(method, ContrastiveMethod)  # which is what `under_test` looks for
-        self._backbone = load_diffusion(params.backbones[params.backbone], device_of(params.runtime.device))
+        row, runtime = params.backbones[params.backbone], params.runtime
+        self._backbone = load_diffusion(row, device_of(runtime.device), runtime.attention)
         self._params, self._method, self._trained = params, method, trained
         self._matchers: dict[str, Matcher] = {}
 

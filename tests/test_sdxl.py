@@ -1,0 +1,187 @@
+"""Stable Diffusion XL: what its U-Net is told is what the published pipeline tells it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from dsd import Matcher
+from dsd.attention import Recording, during
+from dsd.backbones import StableDiffusionXL, load, load_diffusion
+from dsd.draws import draws
+from dsd.encoding import encode
+from dsd.errors import CheckpointError
+from dsd.evidence import read_evidence
+from dsd.matching import read_examples
+from dsd.params import Params, noise_of
+from dsd.prompts import AttentionPrompt, pooled_latent
+from dsd.scoring import score
+from dsd.training import train
+from tests.tiny import row
+
+CPU = torch.device("cpu")
+FAMILY = "stable-diffusion-xl"
+TEXTS = ["a red circle left of a blue star", "a green ring", ""]
+
+
+@pytest.fixture(scope="module")
+def backbone(xl: Path) -> StableDiffusionXL:
+    backbone = load_diffusion(row(xl, FAMILY), CPU)
+    assert isinstance(backbone, StableDiffusionXL)
+    return backbone
+
+
+@pytest.fixture(scope="module")
+def pipeline(backbone: StableDiffusionXL) -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline(
+        backbone.vae, *backbone.text_encoders, *backbone.tokenizers, backbone.unet, backbone.schedule
+    )
+
+
+@torch.inference_mode()
+def test_noise_is_predicted_as_the_published_pipeline_does(
+    backbone: StableDiffusionXL, pipeline: StableDiffusionXLPipeline
+) -> None:
+    hidden, _, pooled, _ = pipeline.encode_prompt(TEXTS, device=CPU, do_classifier_free_guidance=False)
+    side = (backbone.resolution,) * 2
+    sizes = pipeline._get_add_time_ids(side, (0, 0), side, torch.float32, pooled.shape[-1]).repeat(3, 1)
+    noised, timesteps = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 400, 900])
+    told = {"text_embeds": pooled, "time_ids": sizes}
+    expected = pipeline.unet(noised, timesteps, hidden, added_cond_kwargs=told).sample
+    ours = backbone.encode_texts(TEXTS)
+    found = backbone.predict_noise(noised, timesteps, ours.hidden)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.equal(ours.hidden[:, :-1], hidden)
+    other = backbone.predict_noise(noised, timesteps, torch.cat([ours.hidden[:, :-1], ours.hidden[:, -1:].flip(0)], 1))
+    assert not torch.allclose(other, expected, atol=1e-3)  # the pooled embedding tells something
+
+
+@torch.inference_mode()
+def test_each_text_once_or_for_every_row_is_the_same(backbone: StableDiffusionXL, params: Params) -> None:
+    text, texts = backbone.encode_texts(TEXTS[:2]), torch.tensor([1, 0, 0, 1])
+    noised, timesteps = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.full((4,), 300)
+    once, each = (Recording.of(params.evidence, text.content[texts]) for _ in range(2))
+    with during(backbone.attention, once, texts_B=texts):
+        found = backbone.predict_noise(noised, timesteps, text.hidden)
+    with during(backbone.attention, each):
+        expected = backbone.predict_noise(noised, timesteps, text.hidden[texts])
+    assert torch.allclose(found, expected, atol=1e-6)
+    for one, other in zip(once.stacked(), each.stacked(), strict=True):
+        assert one.shape[-2:] == (len(backbone.layers), 4) and torch.allclose(one, other, atol=1e-6)
+
+
+def test_content_tokens_are_in_the_same_places_for_both_tokenizers(backbone: StableDiffusionXL) -> None:
+    first, second = (
+        torch.tensor(tokens(TEXTS, padding="max_length", max_length=24).input_ids) for tokens in backbone.tokenizers
+    )
+    content = backbone.encode_texts(TEXTS).content
+    assert torch.equal(first[content], second[content]) and content.sum(-1).tolist() == [8, 3, 0]
+    end = content.sum(-1) + 1
+    rows = torch.arange(len(TEXTS))
+    assert (first[rows, end] == second[rows, end]).all() and (second[rows, end + 1] == 0).all()
+    assert backbone.tokenizers[1].pad_token == "!"
+    assert backbone.encode_texts(["a red circle " * 20, "a"]).truncated.tolist() == [True, False]
+
+
+def test_its_resolution_scale_and_limits_are_those_of_its_configs(backbone: StableDiffusionXL, xl: Path) -> None:
+    assert backbone.resolution == 32 and backbone.scale == 8 and backbone.max_tokens == 24
+    assert backbone.vae.config.scaling_factor == 0.13025 and backbone.layer_widths == [32] * 8
+    half = load_diffusion(row(xl, FAMILY, dtype="bfloat16"), CPU)
+    assert half.unet.dtype == torch.bfloat16 and half.vae.dtype == torch.float32  # which overflows in float16
+    assert half.digest == backbone.digest
+
+
+@pytest.mark.parametrize("method", ["cross-attention", "denoising"])
+def test_it_matches_and_draws_heat_maps_as_any_other(xl: Path, method: str) -> None:
+    pictures = list(np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8))
+    one, many = (
+        Matcher.from_pretrained(xl, method=method, family=FAMILY, levels=(0.3,), batch_size=size) for size in (1, 64)
+    )
+    scores = many.score(pictures, TEXTS[:2])
+    assert scores.shape == (2, 2) and scores.std() > 0
+    assert torch.allclose(one.score(pictures, TEXTS[:2]), scores, atol=1e-5)
+    found = many.heatmap(pictures[0], "a green ring")
+    assert found.words == ["a", "green", "ring"] and found.maps.shape == (3, 32, 32)
+
+
+def test_the_stages_run_on_it(params: Params, xl: Path, prepared: Path, tmp_path: Path) -> None:
+    """Cache, train and score, of which none asks for the family."""
+    methods = {name: params.methods[name] for name in ("dsd-zero-shot", "dsd", "denoising")}
+    chosen = params.model_copy(
+        update={
+            "backbones": {"xl": row(xl, FAMILY)},
+            "backbone": "xl",
+            "methods": methods,
+            "training": {"dsd": params.training["dsd"]},
+        }
+    )
+    cached, trained, scored = tmp_path / "cached", tmp_path / "trained", tmp_path / "scored"
+    assert encode("scenes-com", chosen, prepared, cached)["truncated"] == 0
+    curve = list(train("scenes-com", "dsd", chosen, prepared, cached, trained / "dsd"))
+    assert curve and all(np.isfinite(step["loss"]) for step in curve)
+    counts = score("scenes-com", chosen, prepared, cached, trained, scored, split="test")
+    assert counts["computed"] == counts["rows"] > 0
+    examples = read_examples(prepared / "examples.parquet", "test")
+    found = read_evidence(scored, "none", examples, noise_of(chosen, "scenes-com"), chosen.seed, normalised=True)
+    assert found.attention.shape[1] == len(draws(noise_of(chosen, "scenes-com"), chosen.seed))
+    assert np.isfinite(found.attention).all() and np.isfinite(found.error).all()
+
+
+def test_a_prompt_of_nothing_changes_nothing(backbone: StableDiffusionXL, params: Params) -> None:
+    text, latents = backbone.encode_texts(TEXTS[:2]), torch.randn(2, 4, 4, 4)
+    prompt = AttentionPrompt(48, backbone.layer_widths, 4, rank=2, conditional=True, seed=0)
+    found = []
+    for learned in (None, prompt):
+        recording = Recording.of(params.evidence, text.content)
+        with torch.no_grad(), during(backbone.attention, recording, learned, pooled_latent(latents)):
+            backbone.predict_noise(latents, torch.full((2,), 300), text.hidden.clone())
+        found.append(recording.stacked()[0])
+    assert torch.equal(*found)
+
+
+def edit(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: shutil.rmtree(folder / "text_encoder_2"), "of family stable-diffusion, and not"),
+        (lambda folder: shutil.rmtree(folder / "text_encoder"), "lacks the component text_encoder/"),
+        (lambda folder: shutil.rmtree(folder / "tokenizer_2"), "lacks the component tokenizer_2/"),
+        (lambda folder: (folder / "tokenizer_2" / "vocab.json").unlink(), "tokenizer_2: no tokenizer"),
+        (
+            lambda folder: shutil.copytree(folder / "text_encoder", folder / "text_encoder_2", dirs_exist_ok=True),
+            "text_encoder_2: does not load as CLIPTextModelWithProjection|text_encoder_2: .* tensors missing",
+        ),
+        (lambda folder: edit(folder / "unet" / "config.json", addition_embed_type=None), "addition_embed_type None"),
+        (
+            lambda folder: edit(folder / "unet" / "config.json", addition_time_embed_dim=4),
+            "expects 72 values of a text",
+        ),
+    ],
+)
+def test_a_defect_is_one_line(damage: Callable[[Path], object], said: str, xl: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(xl, tmp_path / "xl"))
+    damage(folder)
+    with pytest.raises(CheckpointError, match=said) as error:
+        load(row(folder, FAMILY), CPU)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_each_family_names_the_other(xl: Path, models: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match="of family stable-diffusion-xl, and not stable-diffusion; correct family"
+    ):
+        load(row(xl), CPU)
+    with pytest.raises(CheckpointError, match="of family stable-diffusion, and not stable-diffusion-xl"):
+        load(row(models / "embedded", FAMILY), CPU)
+    with pytest.raises(CheckpointError, match="of family clip, and not stable-diffusion-xl"):
+        load(row(models / "embedded-clip", FAMILY), CPU)
