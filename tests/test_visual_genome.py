@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dsd import downloads
-from dsd.datasets import RawExample, benchmark, visual_genome
-from dsd.datasets.visual_genome import Genome, Words, mutations, read_genome, sentence
+from dsd.datasets import RawExample, benchmark
+from dsd.datasets import genome as genome_module
+from dsd.datasets.genome import Genome, Words, _entries, read_genome
+from dsd.datasets.visual_genome import mutations, sentence
 from dsd.errors import DataError, DsdError, ParamsError
 from dsd.mutation import SLOTS
 from dsd.params import VisualGenomeDataset, VisualGenomeParams
@@ -236,9 +238,9 @@ def test_sentences(triplet: tuple[str, str, str], text: str) -> None:
 def test_a_list_is_read_as_json_reads_it(entries: list[Json], chunk: int, indent: int | None) -> None:
     text = json.dumps(entries, indent=indent, ensure_ascii=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(visual_genome, "CHUNK", chunk)
-        patch.setattr(visual_genome, "opened", lambda path: io.StringIO(text))
-        assert [entry for _, entry in visual_genome._entries(Path("list"))] == entries
+        patch.setattr(genome_module, "CHUNK", chunk)
+        patch.setattr(genome_module, "opened", lambda path: io.StringIO(text))
+        assert [entry for _, entry in _entries(Path("list"))] == entries
 
 
 @pytest.mark.parametrize(
@@ -260,7 +262,7 @@ def test_broken_json(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "list.json"
     path.write_text(text)
     with pytest.raises(DataError, match=f"^{re.escape(f'{path}: {message}')}"):
-        list(visual_genome._entries(path))
+        list(_entries(path))
 
 
 def without(key: str) -> Callable[[Json], object]:

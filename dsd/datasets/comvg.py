@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from dsd.datasets import visual_genome
+from dsd.datasets import by_url, genome, visual_genome
 from dsd.datasets.raw import ANNOTATIONS, Benchmark, RawExample
-from dsd.datasets.visual_genome import picture
 from dsd.downloads import opened
 from dsd.errors import DataError, ParamsError
 from dsd.fewshot import split
@@ -104,7 +103,7 @@ def _download(row: ComvgDataset, *, seed: int, folder: Path, workers: int) -> No
     if learning and row.size is None:
         raise ParamsError(f"{key}.size: null, but few_shot and validation are shares of it")
     (folder / ANNOTATIONS).unlink(missing_ok=True)
-    rows = read_list(visual_genome.fetched(row.list, folder, f"{key}.list"))
+    rows = read_list(by_url.fetched(row.list, folder, f"{key}.list"))
     listed = {number for entry in rows for number in (entry.positive, entry.negative)}
     log.info("%s.list: %d rows, %d pictures", key, len(rows), len(listed))
     if repeated := len(rows) - len(set(rows)):
@@ -113,15 +112,15 @@ def _download(row: ComvgDataset, *, seed: int, folder: Path, workers: int) -> No
     addresses = {number: [pattern.format(number) for pattern in row.images] for number in listed}
     files = {f"{key}.list": row.list}
     if row.annotations is not None:
-        files |= visual_genome.files(row.annotations, f"{key}.annotations")
+        files |= genome.files(row.annotations, f"{key}.annotations")
     if learning and row.annotations is not None and row.size is not None:
-        genome = visual_genome.read_genome(row.annotations, folder, f"{key}.annotations")
-        examples += visual_genome.mutated_examples(genome, row, row.size, 0, seed=seed, key=key, without=listed)
-        for number, url in genome.addresses.items():
+        annotated = genome.read_genome(row.annotations, folder, f"{key}.annotations")
+        examples += visual_genome.mutated_examples(annotated, row, row.size, 0, seed=seed, key=key, without=listed)
+        for number, url in annotated.addresses.items():
             addresses.setdefault(number, [*(pattern.format(number) for pattern in row.images), url])
-    visual_genome.prune_raw(files, folder)
-    by_name = {picture(number): sources for number, sources in addresses.items()}
-    visual_genome.complete(examples, by_name, folder, row.missing, key=key)
+    by_url.prune_raw(files, folder)
+    by_name = {by_url.picture(number): sources for number, sources in addresses.items()}
+    by_url.complete(examples, by_name, folder, row.missing, key=key)
 
 
 def _tested(rows: list[Row], row: ComvgDataset, seed: int, key: str) -> list[RawExample]:
@@ -135,13 +134,13 @@ def _tested(rows: list[Row], row: ComvgDataset, seed: int, key: str) -> list[Raw
 
 
 def _example(name: str, entry: Row) -> RawExample:
-    images, true = (picture(entry.positive), picture(entry.negative)), Random(name).randrange(2)
+    images, true = (by_url.picture(entry.positive), by_url.picture(entry.negative)), Random(name).randrange(2)
     return RawExample(name, "test", images[::-1] if true else images, (entry.sentence,), ((true, 0),), entry.slot)
 
 
 BENCHMARK = Benchmark(
     _download,
-    visual_genome.examples,
+    by_url.examples,
     metrics="slots",
     citation="Jiang et al., ComCLIP: Training-Free Compositional Image and Text Matching, 2022 (arXiv:2211.13854); "
     "Krishna et al., Visual Genome, IJCV 2017 (arXiv:1602.07332)",
