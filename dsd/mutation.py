@@ -70,7 +70,7 @@ def valid_negative(
     """Whether two images with a triplet each tell the two triplets apart.
 
     The original is true of the positive image and false of the negative one, the mutated triplet the other
-    way round. For annotated images the tests are membership in the set of an image's triplets.
+    way round. For annotated images the tests are whether an image's annotations may be meant as the triplet.
     """
     positive = true_of_positive(original) and not true_of_positive(mutated)
     return positive and true_of_negative(mutated) and not true_of_negative(original)

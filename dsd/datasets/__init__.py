@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsd.datasets import scenes_cls, scenes_com, scenes_ref, scenes_vqa
+from dsd.datasets import comvg, scenes_cls, scenes_com, scenes_ref, scenes_vqa, visual_genome
 from dsd.datasets.raw import Benchmark, RawExample
 from dsd.errors import DataError, unknown
 
@@ -15,6 +15,8 @@ DATASETS: dict[str, Benchmark[Any]] = {
     "scenes-ref": scenes_ref.BENCHMARK,
     "scenes-vqa": scenes_vqa.BENCHMARK,
     "scenes-cls": scenes_cls.BENCHMARK,
+    "comvg": comvg.BENCHMARK,
+    "visual-genome": visual_genome.BENCHMARK,
 }
 
 
