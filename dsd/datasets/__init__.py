@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsd.datasets import scenes_cls, scenes_com, scenes_ref, scenes_vqa
+from dsd.datasets import (
+    cifar10,
+    fgvc_aircraft,
+    folder,
+    refcocog,
+    scenes_cls,
+    scenes_com,
+    scenes_ref,
+    scenes_vqa,
+    stl10,
+    vqav2,
+    winoground,
+)
 from dsd.datasets.raw import Benchmark, RawExample
 from dsd.errors import DataError, unknown
 
@@ -15,6 +27,13 @@ DATASETS: dict[str, Benchmark[Any]] = {
     "scenes-ref": scenes_ref.BENCHMARK,
     "scenes-vqa": scenes_vqa.BENCHMARK,
     "scenes-cls": scenes_cls.BENCHMARK,
+    "refcocog": refcocog.BENCHMARK,
+    "vqav2": vqav2.BENCHMARK,
+    "winoground": winoground.BENCHMARK,
+    "cifar10": cifar10.BENCHMARK,
+    "stl10": stl10.BENCHMARK,
+    "fgvc-aircraft": fgvc_aircraft.BENCHMARK,
+    "folder": folder.BENCHMARK,
 }
 
 
