@@ -23,7 +23,8 @@ class MatchingExample:
     """Which image goes with which text?
 
     `images` are image ids (`dsd.images.image_id`), `texts` the texts themselves, `answer` the true (image index, text
-    index) pairs, `category` the slot or kind of question that metrics are broken down by.
+    index) pairs, `category` the slot or kind of question that metrics are broken down by. Without a true pair every
+    method answers wrong.
     """
 
     id: str

@@ -15,22 +15,32 @@ Hits = tuple[NDArray[np.float64], list[NDArray[np.bool_]]]  # hits [n], group ma
 Ranks = NDArray[np.int64]
 
 SLOTS = ("subject", "object", "predicate")
+SQUARE = ((True, True), (True, False), (False, True), (False, False))  # text and image score at ranks 1 to 4
+# With its four scores in random order an own text comes out above the other for both images, or an own image for both
+# texts, with probability 1/4 each, and both with 1/6.
+SQUARE_CHANCE = (1 / 6, 1 / 12, 1 / 12, 2 / 3)
 
 
 def rank(scores: ArrayLike, answer: Answer) -> int:
     """1-based rank of the true pair among the candidates of an I x 1 or 1 x T example.
 
     Ties count against us: a candidate with the same score stands above the true pair, so a scorer that cannot
-    tell the candidates apart is never right by the order in which they are listed.
+    tell the candidates apart is never right by the order in which they are listed. Where no pair is true, what would
+    be stands below all candidates. Of a 2 x 2 example with two true pairs it says what of it is right; see `SQUARE`.
 
     Args:
-        scores: [I, T] with I = 1 or T = 1.
-        answer: the one true pair.
+        scores: [I, T] with I = 1 or T = 1, or [2, 2].
+        answer: the one true pair or none; of a 2 x 2 example two.
 
     Raises:
         ValueError: a NaN score, another shape, or an answer that is not one pair within it.
     """
     scores_IT = _checked(scores, answer)
+    if len(answer) == 2:
+        hit = winoground(scores_IT, answer)
+        return SQUARE.index((hit["text"], hit["image"])) + 1
+    if not answer:
+        return scores_IT.size + 1
     if 1 not in scores_IT.shape or len(answer) != 1:
         raise ValueError(f"a rank needs I x 1 or 1 x T scores and one pair, not {scores_IT.shape} and {answer}")
     return int(np.count_nonzero(scores_IT >= scores_IT[answer[0]]))
@@ -87,14 +97,24 @@ def answers(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
     }
 
 
+def squares(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
+    """Winoground: text, image and group score; see `winoground`."""
+    ranks_n = np.asarray(ranks, dtype=np.int64)
+    if np.any((ranks_n < 1) | (ranks_n > len(SQUARE))):
+        raise ValueError(f"ranks of 2 x 2 examples are 1 to {len(SQUARE)}, found {ranks_n.min()} to {ranks_n.max()}")
+    right_n2 = np.array(SQUARE)[ranks_n - 1]
+    columns = {"text": right_n2[:, 0], "image": right_n2[:, 1], "group": right_n2.all(1)}
+    return {metric: (right_n.astype(np.float64), _all(ranks_n)) for metric, right_n in columns.items()}
+
+
 # What a dataset counts: ranks [n] and categories [n] of its examples → hits and groups by metric name.
-# Winoground's 2 x 2 examples have no rank: their hits come from `winoground` directly.
 METRICS: dict[str, Callable[[Ranks, Sequence[str]], dict[str, Hits]]] = {
     "slots": slots,
     "recall": recall,
     "answers": answers,
+    "winoground": squares,
 }
-HEADLINES = {"slots": "macro", "recall": "top1", "answers": "all"}  # the one number of each
+HEADLINES = {"slots": "macro", "recall": "top1", "answers": "all", "winoground": "group"}  # the one number of each
 
 
 def _checked(scores: ArrayLike, answer: Answer) -> NDArray[np.float64]:

@@ -98,7 +98,9 @@ def _check(name: str, example: RawExample) -> None:
         raise DataError(f"{name}: example {example.id}: one image and one text leave nothing to choose")
     if not all(text.strip() for text in example.texts):
         raise DataError(f"{name}: example {example.id}: a text is empty")
-    if not example.answer or not all(0 <= i < images and 0 <= t < texts for i, t in example.answer):
+    if not example.answer and example.split == "train":
+        raise DataError(f"{name}: example {example.id}: no right pair, and nothing to learn from it")
+    if not all(0 <= i < images and 0 <= t < texts for i, t in example.answer):
         raise DataError(
             f"{name}: example {example.id}: answer {example.answer} outside {images} images × {texts} texts"
         )

@@ -53,8 +53,8 @@ class Folders(NamedTuple):
 
 
 def choices(example: MatchingExample) -> list[MatchingExample]:
-    """The example itself where it has one right pair, else one for each right pair: the images of its text."""
-    if len(example.answer) == 1:
+    """The example itself where it has one right pair or none, else one for each right pair: the images of its text."""
+    if len(example.answer) <= 1:
         return [example]
     return [
         replace(example, id=f"{example.id}/{t}", texts=(example.texts[t],), answer=((i, 0),)) for i, t in example.answer
@@ -62,7 +62,9 @@ def choices(example: MatchingExample) -> list[MatchingExample]:
 
 
 def right(example: MatchingExample) -> int:
-    """Which of the example's pairs is right; −1 where a wrong candidate is the same, a tie, which is never right."""
+    """Which of the example's pairs is right; −1 where none is, or a wrong candidate is the same, a tie: never right."""
+    if not example.answer:
+        return -1
     ((image, text),) = example.answer
     candidates = [Pair(i, t) for i in example.images for t in example.texts]
     answer = Pair(example.images[image], example.texts[text])

@@ -76,7 +76,7 @@ def layout(scene: Scene) -> tuple[object, ...]:
 def test_the_table() -> None:
     params = load(ROOT / "params.yaml")
     assert {row.kind for row in params.datasets.values()} | set(COMPOSE) <= set(DATASETS)
-    assert all(entry.metrics in METRICS and entry.citation for entry in DATASETS.values())
+    assert all(entry.metrics in METRICS and entry.citation and entry.licence for entry in DATASETS.values())
     with pytest.raises(DataError, match=r"unknown kind of dataset 'scenes-con': did you mean 'scenes-com'\?"):
         benchmark("scenes-con")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsd.metrics import METRICS, Answer, rank, winoground
+from dsd.metrics import HEADLINES, METRICS, SQUARE_CHANCE, Answer, rank, winoground
 
 scores_1T = st.lists(st.integers(-50, 50), min_size=2, max_size=12)
 
@@ -22,6 +24,11 @@ scores_1T = st.lists(st.integers(-50, 50), min_size=2, max_size=12)
         ([[0.5, 0.5]], ((0, 0),), 2),  # a tie counts against us
         ([[0.0, 0.0, 0.0]], ((0, 1),), 3),
         ([[-np.inf, 1.0, -np.inf]], ((0, 1),), 1),  # candidates that a schedule gave up
+        ([[0.1, 0.9, 0.5]], (), 4),  # what is right is not among them
+        ([[2.0, 1.0], [1.0, 2.0]], ((0, 0), (1, 1)), 1),  # Winoground: all right
+        ([[1.0, 0.0], [5.0, 6.0]], ((0, 0), (1, 1)), 2),  # the texts alone
+        ([[1.0, 5.0], [0.0, 6.0]], ((0, 0), (1, 1)), 3),  # the images alone
+        ([[1.0, 1.0], [1.0, 1.0]], ((0, 0), (1, 1)), 4),
     ],
 )
 def test_rank(scores: list[list[float]], answer: Answer, expected: int) -> None:
@@ -33,7 +40,8 @@ def test_rank(scores: list[list[float]], answer: Answer, expected: int) -> None:
     [
         ([[np.nan, 1.0]], ((0, 1),), "NaN"),
         ([[1.0, 2.0], [3.0, 4.0]], ((0, 0),), "I x 1 or 1 x T"),
-        ([[1.0, 2.0]], ((0, 0), (0, 1)), "one pair"),
+        ([[1.0, 2.0]], ((0, 0), (0, 1)), "Winoground needs 2 x 2"),
+        ([[1.0, 2.0, 3.0]], ((0, 0), (0, 1), (0, 2)), "one pair"),
         ([[1.0, 2.0]], ((0, 2),), "outside"),
         ([[1.0, 2.0]], ((0, -1),), "outside"),
         ([1.0, 2.0], ((0, 0),), r"\[I, T\]"),
@@ -125,6 +133,17 @@ def test_answers_by_hand() -> None:
     }
 
 
+def test_squares_by_hand() -> None:
+    assert values("winoground", [1, 1, 2, 3, 4], ["Object"] * 5) == {"text": 0.6, "image": 0.6, "group": 0.4}
+    assert HEADLINES.keys() == METRICS.keys()
+
+
+def test_the_chance_of_a_square() -> None:
+    """Every order of four scores, each as likely as another."""
+    ranks = [rank(np.array(order).reshape(2, 2), ((0, 0), (1, 1))) for order in permutations(range(4))]
+    assert [ranks.count(n) / len(ranks) for n in (1, 2, 3, 4)] == pytest.approx(SQUARE_CHANCE)
+
+
 @pytest.mark.parametrize(
     ("name", "ranks", "categories", "message"),
     [
@@ -134,6 +153,8 @@ def test_answers_by_hand() -> None:
         ("answers", [1], ["number"], "no examples of category 'binary'"),
         ("recall", [], [], "no examples"),
         ("recall", [0], [""], "counted from 1"),
+        ("winoground", [1, 5], ["", ""], "1 to 4, found 1 to 5"),
+        ("winoground", [], [], "no examples"),
     ],
 )
 def test_empty_groups_are_named_and_not_left_out(

@@ -127,6 +127,8 @@ def test_the_right_pair_is_found_among_texts_that_repeat() -> None:
     example = MatchingExample("x", ("i",), ("a", "a", "b"), ((0, 2),), "all")
     assert pairs([example]) == [Pair("i", "a"), Pair("i", "b")] and right(example) == 1
     assert right(replace(example, answer=((0, 1),))) == -1  # a tie
+    unanswerable = replace(example, answer=())
+    assert choices(unanswerable) == [unanswerable] and right(unanswerable) == -1
 
 
 @pytest.mark.parametrize("name", ["dsd-plus", "clip-zero-shot", "denoisin"])

@@ -31,7 +31,7 @@ from dsd.report import build
 from dsd.report.figures import smooth
 from dsd.report.findings import names, unbeaten
 from dsd.report.gallery import BackboneHeatMaps, choose, decimals, noisy, overlay
-from dsd.report.inputs import read_datasets
+from dsd.report.inputs import Dataset, read_datasets
 from dsd.report.races import front, paper
 from dsd.report.tables import Comparison, chance, compare, duration, points
 from dsd.statistics import Difference
@@ -338,6 +338,12 @@ def test_chance_is_that_of_the_candidates(params: Params, data: Path) -> None:
     assert found["scenes-com"] == pytest.approx(dict.fromkeys((*SLOTS, "micro", "macro"), 1 / 2))
     assert found["scenes-ref"] == pytest.approx({"top1": 1 / 10, "top5": 5 / 10})
     assert found["scenes-vqa"] == pytest.approx(dict.fromkeys(("binary", "other", "all"), 1 / 13))
+
+
+def test_chance_of_squares() -> None:
+    squares = [MatchingExample(str(n), ("i", "j"), ("a", "b"), ((0, 0), (1, 1)), "Object") for n in range(3)]
+    dataset = Dataset("w", "winoground", "", {}, squares, {}, {}, {}, {}, {}, [], {})
+    assert chance(dataset) == pytest.approx({"text": 1 / 4, "image": 1 / 4, "group": 1 / 6})
 
 
 def test_what_comes_from_outside_is_escaped(page: str) -> None:

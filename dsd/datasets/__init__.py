@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsd.datasets import comvg, scenes_cls, scenes_com, scenes_ref, scenes_vqa, visual_genome
+from dsd.datasets import (
+    cifar10,
+    comvg,
+    fgvc_aircraft,
+    folder,
+    refcocog,
+    scenes_cls,
+    scenes_com,
+    scenes_ref,
+    scenes_vqa,
+    stl10,
+    visual_genome,
+    vqav2,
+    winoground,
+)
 from dsd.datasets.raw import Benchmark, RawExample
 from dsd.errors import DataError, unknown
 
@@ -17,6 +31,13 @@ DATASETS: dict[str, Benchmark[Any]] = {
     "scenes-cls": scenes_cls.BENCHMARK,
     "comvg": comvg.BENCHMARK,
     "visual-genome": visual_genome.BENCHMARK,
+    "refcocog": refcocog.BENCHMARK,
+    "vqav2": vqav2.BENCHMARK,
+    "winoground": winoground.BENCHMARK,
+    "cifar10": cifar10.BENCHMARK,
+    "stl10": stl10.BENCHMARK,
+    "fgvc-aircraft": fgvc_aircraft.BENCHMARK,
+    "folder": folder.BENCHMARK,
 }
 
 

@@ -22,7 +22,8 @@ IMAGES = "images"
 class RawExample:
     """A matching problem before its pictures are read.
 
-    `images` are file names in the dataset's images folder, `answer` the true (image index, text index) pairs.
+    `images` are file names in the dataset's images folder, `answer` the true (image index, text index) pairs: none
+    where what would be right is not offered, and every method answers wrong.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")

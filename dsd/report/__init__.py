@@ -195,6 +195,6 @@ def _figures(datasets: Sequence[Dataset], params: Params) -> dict[str, list[figu
             figures.ablations(d, methods, series) for methods in _alike(datasets) for d in datasets if d.ablations
         ],
         "margins": [figures.margins(d, [m for m in d.methods if m in (before, method)], series) for d in pairs],
-        "ranks": [figures.ranks(d, series) for d in datasets if d.candidates.max() > 2],
+        "ranks": [figures.ranks(d, series) for d in datasets if d.candidates.max() > 2 and not d.squares],
         "curves": [figures.curves(d, trained, series) for d in datasets for trained in d.curves],
     }

@@ -67,6 +67,11 @@ class Dataset:
         """[n] how many (image, text) candidates each example has."""
         return np.array([len(e.images) * len(e.texts) for e in self.examples])
 
+    @property
+    def squares(self) -> bool:
+        """Whether an example's rank says which of its two pairs are right; see `dsd.metrics.SQUARE`."""
+        return any(len(e.answer) == 2 for e in self.examples)
+
     def hits(self, ranks: NDArray[np.int64]) -> dict[str, Hits]:
         """Hits and groups of every metric at the given ranks [n]."""
         return METRICS[benchmark(self.kind).metrics](ranks, [e.category for e in self.examples])

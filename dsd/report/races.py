@@ -52,7 +52,7 @@ def note(told: Told) -> str:
         + " of races."
         for proposer, shares in told["recall"].items()
     )
-    ties = f" In {count(told['ties'])} a wrong candidate is the same as the right one: a tie, never right."
+    ties = f" In {count(told['ties'])} no candidate is right, or a wrong one is the same: a tie, never right."
     ties = ties if told["ties"] else ""
     return (
         f"{count(counts[MEASURED_ON])} test races of {told['candidates']:g} candidates, {told['draws']} draws. "

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dsd.metrics import SQUARE_CHANCE
 from dsd.params import Params, twin
 from dsd.report.inputs import Claims, Dataset
 from dsd.statistics import Difference, Interval, paired_difference
@@ -88,11 +89,14 @@ def count(number: float) -> str:
 
 
 def chance(dataset: Dataset) -> dict[str, float]:
-    """What each metric gives a scorer that ranks at random: its mean over ranks 1…candidates, all alike likely."""
+    """What each metric gives a scorer that ranks at random: its mean over ranks 1…candidates, all alike likely.
+
+    The ranks of squares are not.
+    """
     candidates_n = dataset.candidates
     expected: dict[str, Any] = {}
     for rank in range(1, int(candidates_n.max()) + 1):
-        share_n = (rank <= candidates_n) / candidates_n
+        share_n = SQUARE_CHANCE[rank - 1] if dataset.squares else (rank <= candidates_n) / candidates_n
         for metric, (hits_n, _) in dataset.hits(np.full(len(candidates_n), rank)).items():
             expected[metric] = expected.get(metric, 0) + share_n * hits_n
     groups = {metric: masks for metric, (_, masks) in dataset.hits(candidates_n).items()}

@@ -1,0 +1,11 @@
+"""CIFAR-10: 32 × 32 pictures of ten classes."""
+
+from __future__ import annotations
+
+from dsd.datasets.classified import PARQUET, classified
+
+BENCHMARK = classified(
+    PARQUET,
+    citation="Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
+    licence="none stated by its authors",
+)

@@ -1,0 +1,173 @@
+"""The files of a dataset's repository on the Hugging Face hub, or of a folder that has the same files.
+
+What is fetched stays in the hub's own cache, which HF_HOME moves; HF_ENDPOINT and HF_TOKEN are heeded. A file that is
+there is not fetched again, and where a connection breaks, the next goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import filter_repo_objects
+
+from dsd.errors import DataError, ParamsError
+from dsd.params import ClassifiedDataset, RefcocogDataset, Vqav2Dataset, WinogroundDataset
+from dsd.store import file_digest
+
+Row = ClassifiedDataset | RefcocogDataset | Vqav2Dataset | WinogroundDataset
+LOGIN = "log in with `hf auth login` or set HF_TOKEN"
+SHOWN = 5  # files that an error lists
+
+
+class Place(NamedTuple):
+    """Where in a repository a picture is: `row` is a row's number, or in a tar a sample's key; a tar has no columns."""
+
+    file: str
+    row: int | str
+    column: str = ""
+
+    @property
+    def path(self) -> str:
+        """The place as one path, without the file's suffix: what ids and file names are made of."""
+        return "/".join(part for part in (self.file.rpartition(".")[0], str(self.row), self.column) if part)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """Files of a dataset that are on this machine, by their paths in the repository, sorted.
+
+    `name` is the dataset's in params.yaml; `train` is None where all splits are taken from `test`.
+    """
+
+    name: str
+    root: Path
+    train: tuple[str, ...] | None
+    test: tuple[str, ...]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (*(self.train or ()), *self.test)
+
+
+def fetch(name: str, row: Row, *, workers: int, beside: Sequence[str] = ()) -> Repository:
+    """The files that `row.files` names, and those `beside` them, fetched where they are not there yet.
+
+    Raises:
+        ParamsError: no revision for the hub, one that is no commit, or one for a folder.
+        DataError: the hub does not give the repository, or it has not these files.
+    """
+    patterns = {"train": row.files.train, "test": row.files.test}
+    asked = [pattern for pattern in patterns.values() if pattern is not None]
+    local = _is_local(name, row)
+    if local:
+        root = Path(row.source)
+        listed = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
+    else:
+        with _reaching(name, row):
+            options = {"repo_type": "dataset", "revision": row.revision}
+            root = Path(snapshot_download(row.source, **options, allow_patterns=[*asked, *beside], max_workers=workers))
+            listed = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
+            if any(not _matching(listed, pattern) for pattern in asked):
+                listed = sorted(HfApi().list_repo_files(row.source, **options))
+    found = {key: _matching(listed, pattern) for key, pattern in patterns.items() if pattern is not None}
+    for key, files in found.items():
+        if not files:
+            there = f"{', '.join(listed[:SHOWN]) or 'no files'}{', …' if len(listed) > SHOWN else ''}"
+            raise DataError(
+                f"datasets.{name}.files.{key}: no file of {row.source} matches {patterns[key]!r} (there are: {there})"
+            )
+    for file in beside:
+        if not (root / file).is_file():
+            raise DataError(f"datasets.{name}.source: {row.source} has no file {file}, which {row.kind} needs")
+    repository = Repository(name, root, found.get("train"), found["test"])
+    if not local:
+        for file in repository.files:
+            _check(root / file, row)
+    return repository
+
+
+def _is_local(name: str, row: Row) -> bool:
+    folder = Path(row.source).is_dir()
+    if row.revision is None and not folder:
+        raise ParamsError(
+            f"datasets.{name}.revision: null, and {row.source} is no folder here; pin it to a commit of the repository"
+        )
+    if row.revision is not None and folder:
+        raise ParamsError(f"datasets.{name}.revision: {row.source} is a folder here, which has none; must be null")
+    if row.revision is not None and not re.fullmatch(r"[0-9a-f]{40}", row.revision):
+        raise ParamsError(
+            f"datasets.{name}.revision: {row.revision!r} is no commit (40 hexadecimal digits): a branch moves unnoticed"
+        )
+    return folder
+
+
+def _matching(files: Sequence[str], pattern: str) -> tuple[str, ...]:
+    """As the hub's own client matches: * also stands for slashes."""
+    return tuple(filter_repo_objects(files, allow_patterns=pattern))
+
+
+@contextmanager
+def _reaching(name: str, row: Row) -> Iterator[None]:
+    """What the hub's client raises, once it has tried often enough, as one line that names the setting."""
+    source = f"datasets.{name}.source: {row.source}"
+    page = f"{constants.ENDPOINT}/datasets/{row.source}"
+    try:
+        yield
+    except GatedRepoError:
+        raise DataError(f"{source} is gated: accept its terms at {page}, then {LOGIN}") from None
+    except RepositoryNotFoundError:
+        raise DataError(
+            f"{source} is not at {page}: it was removed or renamed, or is private; if it is private, {LOGIN}"
+        ) from None
+    except RevisionNotFoundError:
+        raise DataError(f"datasets.{name}.revision: {row.source} has no commit {row.revision}; see {page}") from None
+    except HFValidationError:
+        raise DataError(f"{source} is neither a folder here nor the id of a repository (owner/name)") from None
+    except LocalEntryNotFoundError as error:
+        raise DataError(f"{source} is not whole in the cache, and {_refusal(error.__cause__)}") from None
+    except (HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # told with what is free
+            raise
+        raise DataError(f"{source}: {_refusal(error)}") from None
+
+
+def _refusal(error: BaseException | None) -> str:
+    if isinstance(error, OfflineModeIsEnabled) or error is None:
+        return "HF_HUB_OFFLINE is set: unset it to fetch what is missing"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status == 401:
+            return f"the hub refuses the token (401): {LOGIN} anew, or unset it"
+        return f"the hub answers {status}: {' '.join((error.server_message or str(error)).split())[:160]}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return str(error)
+    return f"the hub does not answer: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def _check(file: Path, row: Row) -> None:
+    """The hub names a large file by its SHA-256, and so does the cache that it links to; its client checks the size."""
+    if not file.is_symlink():
+        return
+    blob = file.parent / os.readlink(file)
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and file_digest(file) != blob.name:
+        for path in (blob.resolve(), blob, file):
+            path.unlink(missing_ok=True)
+        raise DataError(f"{file}: not the file that {row.source} has: its SHA-256 differs; removed, so run again")

@@ -1,0 +1,11 @@
+"""STL-10: 96 × 96 pictures of ten classes."""
+
+from __future__ import annotations
+
+from dsd.datasets.classified import PARQUET, classified
+
+BENCHMARK = classified(
+    PARQUET,
+    citation="Coates et al., An Analysis of Single-Layer Networks in Unsupervised Feature Learning, AISTATS 2011",
+    licence="pictures from ImageNet, under its terms: non-commercial research and education",
+)

@@ -1,0 +1,148 @@
+"""A hub on this machine: as much of the Hugging Face hub as its client asks for when it fetches a dataset.
+
+Large files (.parquet, .tar) are where LFS has them: their addresses lead on to another host, which knows no commits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_right"
+LARGE = (".parquet", ".tar")
+
+
+@dataclass
+class Hub:
+    """What the server gives, and what it was asked for.
+
+    gated: repositories that need `TOKEN`, and terms that were accepted.
+    broken: files whose next transfer ends after so many bytes.
+    """
+
+    repositories: dict[str, dict[str, bytes]]
+    gated: set[str] = field(default_factory=set)
+    accepted: bool = False
+    broken: dict[str, int] = field(default_factory=dict)
+    damaged: dict[str, bytes] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+    url: str = ""
+
+    def fetched(self) -> list[str]:
+        """The files whose bytes were asked for, with the range where it was not all of them."""
+        return [request.removeprefix("GET ") for request in self.requests if re.match(r"GET [^/]", request)]
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[Hub]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        if found := re.fullmatch(r"/cdn/([0-9a-f]{64})", path):
+            self._bytes(*self._large(found[1]))
+        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)", path):
+            self._listing(*found.groups())
+        elif found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._file(*found.groups())
+        else:
+            self._refuse(404, "EntryNotFound", "no such page")
+
+    def _large(self, sha256: str) -> tuple[str, bytes]:
+        files = (item for files in self.hub.repositories.values() for item in files.items())
+        return next((path, data) for path, data in files if hashlib.sha256(data).hexdigest() == sha256)
+
+    def _allowed(self, repository: str, revision: str) -> bool:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        self.hub.requests.append(f"{self.command} {self.path}")
+        if token and token != TOKEN:
+            self._refuse(401, None, "Invalid credentials in Authorization header")
+        elif repository not in self.hub.repositories:
+            if token:
+                self._refuse(404, "RepoNotFound", "Repository not found")
+            else:
+                self._refuse(401, None, "Invalid username or password.")
+        elif revision != COMMIT:
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        else:
+            return True
+        return False
+
+    def _listing(self, repository: str, revision: str) -> None:
+        if not self._allowed(repository, revision):
+            return
+        entries = []
+        for path, data in self.hub.repositories[repository].items():
+            entry = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            if path.endswith(LARGE):
+                entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+            entries.append(entry)
+        self._answer(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
+
+    def _file(self, repository: str, revision: str, path: str) -> None:
+        if not self._allowed(repository, revision):
+            return
+        if repository in self.hub.gated and not (self.headers.get("Authorization") and self.hub.accepted):
+            status = 403 if self.headers.get("Authorization") else 401
+            return self._refuse(status, "GatedRepo", f"Access to dataset {repository} is restricted.")
+        data = self.hub.repositories[repository].get(path)
+        if data is None:
+            return self._refuse(404, "EntryNotFound", "Entry not found")
+        if not path.endswith(LARGE):
+            return self._bytes(path, data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT})
+        sha256 = hashlib.sha256(data).hexdigest()
+        elsewhere = f"{self.hub.url.replace('127.0.0.1', 'localhost')}/cdn/{sha256}"
+        linked = {"X-Linked-ETag": f'"{sha256}"', "X-Linked-Size": str(len(data)), "X-Repo-Commit": COMMIT}
+        self._answer(302, {"Location": elsewhere, **linked}, b"")
+
+    def _bytes(self, path: str, data: bytes, headers: dict[str, str] | None = None) -> None:
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if self.command == "GET":
+            self.hub.requests.append(f"GET {path}{' ' + asked[0] if asked else ''}")
+        whole, data = len(data), self.hub.damaged.get(path, data)
+        first = int(asked[1]) if asked else 0
+        headers = {**(headers or {}), "Accept-Ranges": "bytes"}
+        if asked:
+            headers["Content-Range"] = f"bytes {first}-{whole - 1}/{whole}"
+        self._answer(206 if asked else 200, headers, data[first:], self.hub.broken.pop(path, None))
+
+    def _answer(self, status: int, headers: dict[str, str], data: bytes, most: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data[:most])
+            self.close_connection = self.close_connection or most is not None
+
+    def _refuse(self, status: int, code: str | None, message: str) -> None:
+        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        self._answer(status, headers, json.dumps({"error": message}).encode())

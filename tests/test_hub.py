@@ -1,0 +1,329 @@
+"""Repositories: fetched from a hub on this machine, and read file by file."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets as hf
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import constants
+
+from dsd.datasets import hub, parquet, webdataset
+from dsd.datasets.hub import Place, Repository, fetch
+from dsd.errors import DataError, DsdError, ImageError, ParamsError
+from tests.conftest import ROOT
+from tests.hubdata import cifar10, downloaded, fgvc_aircraft, image, picture, row, samples, tar, written
+from tests.hubdata import parquet as as_parquet
+from tests.hubserver import COMMIT, TOKEN, Hub, serving
+
+OWNER = "uoft-cs/cifar10"
+FEATURES = {"img": hf.Image(), "label": hf.ClassLabel(names=["a", "b"])}
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, bytes]:
+    return cifar10()
+
+
+@pytest.fixture
+def served(files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with serving(Hub({OWNER: dict(files)})) as server:
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        pattern = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", pattern)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        yield server
+
+
+def pinned(**changes: Any) -> Any:
+    return row("cifar10", **{"source": OWNER, "revision": COMMIT, **changes})
+
+
+def test_files_are_fetched_once_and_no_others(served: Hub, tmp_path: Path) -> None:
+    found = fetch("cifar10", pinned(), workers=2)
+    assert found.train == ("plain_text/train-00000-of-00001.parquet",)
+    assert found.test == ("plain_text/test-00000-of-00001.parquet",)
+    assert sorted(served.fetched()) == sorted(found.files)
+    assert (found.root / found.test[0]).read_bytes() == served.repositories[OWNER][found.test[0]]
+    before = len(served.requests)
+    assert fetch("cifar10", pinned(), workers=2) == found
+    assert len(served.requests) == before  # not even a question
+
+
+def test_what_is_downloaded_is_the_same_from_the_hub_and_from_a_folder(served: Hub, tmp_path: Path) -> None:
+    local = row("cifar10", written(served.repositories[OWNER], tmp_path / "files"))
+    assert downloaded(pinned(), tmp_path / "a") == downloaded(local, tmp_path / "b")
+
+
+def test_a_file_beside_the_others_comes_along(served: Hub) -> None:
+    served.repositories["clip-benchmark/wds_fgvc_aircraft"] = fgvc_aircraft()
+    planes = row("fgvc-aircraft", "clip-benchmark/wds_fgvc_aircraft", revision=COMMIT)
+    found = fetch("planes", planes, workers=1, beside=("classnames.txt",))
+    assert sorted(served.fetched()) == ["classnames.txt", "test/0.tar", "train/0.tar", "train/1.tar"]
+    with pytest.raises(DataError, match=r"datasets.planes.source: .* has no file names.txt, which fgvc-aircraft needs"):
+        fetch("planes", planes, workers=1, beside=("names.txt",))
+    assert found.train == ("train/0.tar", "train/1.tar")
+
+
+def test_a_transfer_that_breaks_off_is_resumed(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
+    file = "plain_text/train-00000-of-00001.parquet"
+    served.broken[file] = 1000
+    found = fetch("cifar10", pinned(), workers=1)
+    assert f"{file} bytes=1000-" in served.fetched()
+    assert (found.root / file).read_bytes() == served.repositories[OWNER][file]
+
+
+def test_what_a_killed_download_left_is_no_file(served: Hub, tmp_path: Path) -> None:
+    file = "plain_text/test-00000-of-00001.parquet"
+    found = fetch("cifar10", pinned(), workers=1)
+    blob = (found.root / file).resolve()
+    (found.root / file).unlink()
+    blob.rename(blob.with_name(f"{blob.name}.0123abcd.incomplete"))
+    assert fetch("cifar10", pinned(), workers=1) == found
+    assert (found.root / file).read_bytes() == served.repositories[OWNER][file]
+
+
+def test_a_file_that_is_not_what_the_hub_lists_is_removed(served: Hub) -> None:
+    file = "plain_text/test-00000-of-00001.parquet"
+    data = served.repositories[OWNER][file]
+    served.damaged[file] = data[:100] + bytes(100) + data[200:]
+    with pytest.raises(DataError, match=f"test-00000-of-00001.parquet: not the file that {OWNER} has: its SHA-256"):
+        fetch("cifar10", pinned(), workers=1)
+    served.damaged.clear()
+    found = fetch("cifar10", pinned(), workers=1)
+    assert (found.root / file).read_bytes() == data
+
+
+def test_a_gated_repository_is_read_with_a_token_whose_owner_accepted(
+    served: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.gated.add(OWNER)
+    line = (
+        f"datasets.mine.source: {OWNER} is gated: accept its terms at {served.url}/datasets/{OWNER}, "
+        "then log in with `hf auth login` or set HF_TOKEN"
+    )
+    for token in (None, TOKEN):
+        if token:
+            monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(DataError) as error:
+            fetch("mine", pinned(), workers=1)
+        assert str(error.value) == line
+    served.accepted = True
+    assert fetch("mine", pinned(), workers=1).train
+
+
+@pytest.mark.parametrize(
+    ("changes", "token", "line"),
+    [
+        ({"source": "gone/away"}, None, "datasets.mine.source: gone/away is not at {url}/datasets/gone/away: it was"),
+        ({"source": "gone/away"}, TOKEN, "datasets.mine.source: gone/away is not at {url}/datasets/gone/away: it was"),
+        (
+            {},
+            "hf_wrong",
+            f"datasets.mine.source: {OWNER}: the hub refuses the token (401): log in with `hf auth login`",
+        ),
+        ({"revision": "f" * 40}, None, f"datasets.mine.revision: {OWNER} has no commit {'f' * 40}; see {{url}}/"),
+        ({"source": "not an id"}, None, "datasets.mine.source: not an id is neither a folder here nor the id of a"),
+        (
+            {"files": {"train": None, "test": "data/*.parquet"}},
+            None,
+            f"datasets.mine.files.test: no file of {OWNER} matches 'data/*.parquet' (there are: README.md, "
+            "plain_text/test-00000-of-00001.parquet, plain_text/train-00000-of-00001.parquet)",
+        ),
+        (
+            {"files": {"train": "training/*", "test": "plain_text/test-*"}},
+            None,
+            f"datasets.mine.files.train: no file of {OWNER} matches 'training/*'",
+        ),
+    ],
+)
+def test_what_the_hub_does_not_give_is_one_line(
+    changes: dict[str, Any], token: str | None, line: str, served: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(DataError) as error:
+        fetch("mine", pinned(**changes), workers=1)
+    assert str(error.value).startswith(line.format(url=served.url)) and "\n" not in str(error.value)
+
+
+def test_offline_what_is_whole_in_the_cache_is_enough(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = {"train": None, "test": "plain_text/test-*"}
+    found = fetch("mine", pinned(files=tests), workers=1)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch("mine", pinned(files=tests), workers=1) == found
+    with pytest.raises(DataError, match=r"mine.source: .* is not whole in the cache, and HF_HUB_OFFLINE is set: unset"):
+        fetch("mine", pinned(), workers=1)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{constants.HF_HUB_CACHE}-other")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(DataError, match="is not whole in the cache, and the hub does not answer: ConnectError"):
+        fetch("mine", pinned(), workers=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "line"),
+    [
+        (OWNER, None, f"datasets.mine.revision: null, and {OWNER} is no folder here; pin it to a commit of the rep"),
+        (
+            OWNER,
+            "main",
+            "datasets.mine.revision: 'main' is no commit (40 hexadecimal digits): a branch moves unnoticed",
+        ),
+        (".", COMMIT, "datasets.mine.revision: . is a folder here, which has none; must be null"),
+    ],
+)
+def test_a_revision_is_a_commit_of_the_hub(source: str, revision: str | None, line: str) -> None:
+    with pytest.raises(ParamsError) as error:
+        fetch("mine", row("cifar10", source, revision=revision), workers=1)
+    assert str(error.value).startswith(line)
+
+
+def test_the_settings_of_the_hubs_own_client_are_heeded(served: Hub, tmp_path: Path) -> None:
+    served.gated, served.accepted = {OWNER}, True
+    code = (
+        "import sys; from tests.test_hub import pinned; from dsd.datasets.hub import fetch;"
+        "print(fetch('mine', pinned(), workers=1).root)"
+    )
+    settings = {
+        "HF_ENDPOINT": served.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": TOKEN,
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path / "home")
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class Columns:
+    label: int
+
+
+def repository(folder: Path, **files: bytes) -> Repository:
+    written({f"{name}.parquet": data for name, data in files.items()}, folder)
+    return Repository("mine", folder, None, tuple(f"{name}.parquet" for name in files))
+
+
+def test_rows_and_pictures_of_several_row_groups(tmp_path: Path) -> None:
+    data = as_parquet({"img": [image(n) for n in range(11)], "label": [n % 2 for n in range(11)]}, FEATURES, batch=4)
+    found = repository(tmp_path, a=data)
+    assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 3
+    assert [columns.label for columns in parquet.rows(found, "a.parquet", Columns)] == [n % 2 for n in range(11)]
+    asked = {Place("a.parquet", n, "img"): f"picture {n}" for n in (10, 3, 4)}
+    assert dict(parquet.pictures(found, asked)) == {f"picture {n}": picture(n) for n in (3, 4, 10)}
+
+
+def test_a_picture_that_is_not_there_says_so(tmp_path: Path) -> None:
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    cells = [{"bytes": None, "path": "/home/me/1.png"}, None, {"bytes": b"", "path": None}]
+    pq.write_table(pa.table({"img": pa.array(cells, kind), "label": [0, 1, 2]}), tmp_path / "a.parquet")
+    asked = {Place("a.parquet", n, "img"): str(n) for n in range(3)}
+    found = dict(parquet.pictures(Repository("mine", tmp_path, None, ("a.parquet",)), asked))
+    assert all(isinstance(content, ImageError) for content in found.values())
+    assert str(found["0"]) == (
+        f"{tmp_path}/a.parquet, row 0: a path ('/home/me/1.png') without the bytes of the picture"
+    )
+    assert str(found["1"]) == f"{tmp_path}/a.parquet, row 1: no picture"
+
+
+def plain(**columns: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+READ: dict[str, Callable[[Repository], object]] = {
+    "rows": lambda found: parquet.rows(found, "a.parquet", Columns),
+    "features": lambda found: parquet.features(found, "a.parquet"),
+    "integers": lambda found: parquet.integers(found, "a.parquet", "label"),
+    "pictures": lambda found: list(parquet.pictures(found, {Place("a.parquet", 0, "img"): "a"})),
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "data", "line"),
+    [
+        ("rows", b"not Parquet", "does not read as Parquet: Parquet magic bytes not found"),
+        ("rows", as_parquet({"img": [image(1)], "label": [0]}, FEATURES)[:-100], "does not read as Parquet:"),
+        ("rows", plain(img=[1], lable=[0]), "no column 'label' (columns: img, lable)"),
+        ("pictures", plain(image=[1], label=[0]), "no column 'img' (columns: image, label)"),
+        ("rows", plain(label=[0, 1, None]), "row 2: label: Input should be a valid integer, found None"),
+        ("rows", plain(label=["one"]), "row 0: label: Input should be a valid integer, unable to parse string as an"),
+        ("integers", plain(label=["one"]), "column 'label' is string, must be integers without gaps"),
+        ("integers", plain(label=[0, None]), "column 'label' is int64, must be integers without gaps"),
+        ("pictures", plain(img=["1.png"]), "column 'img' is string, no pictures"),
+        ("features", plain(img=[1]), "does not say which of its columns are pictures and classes (columns: img)"),
+    ],
+)
+def test_a_file_that_is_not_what_it_should_be_is_one_line(how: str, data: bytes, line: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        READ[how](repository(tmp_path, a=data))
+    message = str(error.value).replace("a.parquet, row", "a.parquet: row")
+    assert message.startswith(f"{tmp_path}/a.parquet: {line}") and "\n" not in message
+
+
+def tars(folder: Path, data: bytes) -> Repository:
+    return Repository("mine", written({"0.tar": data}, folder), None, ("0.tar",))
+
+
+def test_samples_of_a_tar(tmp_path: Path) -> None:
+    found = tars(tmp_path, samples(range(5)))
+    assert webdataset.labels(found, "0.tar") == {f"s{n:07d}": n for n in range(5)}
+    asked = {Place("0.tar", f"s{n:07d}"): f"picture {n}" for n in (3, 1)}
+    assert dict(webdataset.pictures(found, asked)) == {f"picture {n}": picture(n, "WEBP") for n in (1, 3)}
+    assert {file.name for file in tmp_path.iterdir()} == {"0.tar"}  # nothing is unpacked
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (b"no tar", "does not read as a tar"),
+        (samples(range(5))[:3000], "does not read as a tar: unexpected end of data"),
+        (tar([("a.cls", b"one"), ("a.png", b"")]), "a.cls: must be one number a sample, found b'one'"),
+        (tar([("a.cls", b"1"), ("a.cls", b"2")]), "a.cls: must be one number a sample, found b'2'"),
+        (tar([("a.cls", b"1")]), "sample 'a' has no picture"),
+        (tar([("b/a.webp", b"1")]), "sample 'b/a' has no .cls"),
+        (tar([("a.webp", b"12345")]), "a.webp: 5 bytes, more than 4"),
+    ],
+)
+def test_a_tar_that_is_not_what_it_should_be(
+    data: bytes, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "more than" in line:
+        monkeypatch.setattr(webdataset, "LARGEST", 4)
+    with pytest.raises(DataError) as error:
+        webdataset.labels(tars(tmp_path, data), "0.tar")
+    assert str(error.value).startswith(f"{tmp_path}/0.tar: {line}")
+
+
+def test_links_and_paths_in_a_tar_lead_nowhere(tmp_path: Path) -> None:
+    """A member is known by its name alone: one that names a file outside is a sample with an odd key."""
+    found = tars(tmp_path / "in", tar([("../../a.cls", b"1"), ("../../a.png", picture(1)), ("/etc/b.cls", b"0")]))
+    with pytest.raises(DsdError, match="sample '/etc/b' has no picture"):
+        webdataset.labels(found, "0.tar")
+    content = dict(webdataset.pictures(found, {Place("0.tar", "../../a"): "a"}))
+    assert content == {"a": picture(1)} and {file.name for file in tmp_path.iterdir()} == {"in"}
+
+
+def test_a_place_as_a_path() -> None:
+    assert Place("data/test-00000-of-00002.parquet", 17, "image_0").path == "data/test-00000-of-00002/17/image_0"
+    assert Place("test/0.tar", "s1").path == "test/0/s1"
+    assert hub.Place("a", 1).path == "1"
