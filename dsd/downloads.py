@@ -116,6 +116,27 @@ def fetch_all(addresses: Mapping[str, Sequence[str]], folder: Path, *, setting: 
     return missing
 
 
+def length(source: str, *, setting: str) -> int:
+    """The bytes of the file at a URL, 0 where its server does not say; of a path, which is copied, as well.
+
+    Raises:
+        DataError: as for `fetch`.
+    """
+    if not _remote(source):
+        if not Path(source).is_file():
+            raise DataError(f"{setting}: {source}: no such file")
+        return Path(source).stat().st_size
+    with _session() as session:
+        try:
+            response = session.head(source, timeout=TIMEOUT, allow_redirects=True)
+            _check(response)
+        except _Failed as failed:
+            raise DataError(f"{setting}: {source}: {failed}") from failed
+        except requests.RequestException as error:
+            raise DataError(f"{setting}: {source}: no answer in {TRIES} tries ({type(error).__name__})") from error
+    return int(response.headers.get("Content-Length", 0))
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[TextIO]:
     """The text of a file or, of a .zip, that of the only file in it.

@@ -114,7 +114,7 @@ def _checkpoints(params: Params) -> Iterator[Need]:
 
 def _datasets(params: Params) -> Iterator[Need]:
     for name, row in params.datasets.items():
-        yield _tried(f"dataset {name}", row.kind, lambda name=name, row=row: benchmark(row.kind).remote(row, name))  # type: ignore[misc]
+        yield _tried(f"dataset {name}", row.kind, lambda name=name, row=row: benchmark(row.kind).remote(name, row))  # type: ignore[misc]
 
 
 def _tried(what: str, where: str, size: Callable[[], int]) -> Need:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -87,17 +88,27 @@ def locate(row: BackboneParams) -> tuple[Path, str]:
 
 
 def _locate(source: str, revision: str | None, patterns: Sequence[str]) -> tuple[Path, str]:
-    local = Path(source)
-    if local.is_dir():
+    if _is_local(source):
+        local = Path(source)
         names = {file: file.relative_to(local).as_posix() for file in sorted(local.rglob("*")) if file.is_file()}
         read = {file: name for file, name in names.items() if _matches(name, patterns) and not _matches(name, VARIANTS)}
         return local, digest({name: file_digest(file) for file, name in read.items()})
-    if local.is_absolute() or source.startswith(".") or source.count("/") != 1:
-        raise CheckpointError(f"{source}: no such checkpoint folder")
-    if local.parts[0] == "models":
-        raise CheckpointError(f"{source}: no such checkpoint folder; the stage `pretrain` makes the embedded ones")
     folder = _fetch(source, revision, patterns)
     return folder, f"{source}@{folder.name}"  # which is the commit
+
+
+def _is_local(source: str) -> bool:
+    """Whether it is a folder here; if not, it must be an id on the hub.
+
+    Raises:
+        CheckpointError: it can be neither.
+    """
+    local = Path(source)
+    if not local.is_dir() and (local.is_absolute() or source.startswith(".") or source.count("/") != 1):
+        raise CheckpointError(f"{source}: no such checkpoint folder")
+    if not local.is_dir() and local.parts[0] == "models":
+        raise CheckpointError(f"{source}: no such checkpoint folder; the stage `pretrain` makes the embedded ones")
+    return local.is_dir()
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -106,10 +117,53 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _fetch(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The files of a repository on the hub, as a folder named by its commit; what was fetched is not fetched again."""
+    with _reaching(source, revision):
+        kept = snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=list(VARIANTS))
+    return Path(kept)
+
+
+def remote(row: BackboneParams) -> int:
+    """The bytes of a checkpoint that are fetched from the hub where none of them is here yet; 0 of a local one.
+
+    Raises:
+        CheckpointError: it cannot be had; one line.
+    """
+    file = one_file(row)
+    source, patterns = (str(row.config), SETTINGS) if file else (row.source, (*SETTINGS, *WEIGHTS))
+    if _is_local(source):
+        return 0
+    with _reaching(source, row.revision):
+        files = HfApi().model_info(source, revision=row.revision, files_metadata=True).siblings or []
+    read = (f for f in files if _matches(f.rfilename, patterns) and not _matches(f.rfilename, VARIANTS))
+    return sum(file.size or 0 for file in read)
+
+
+def component_config(row: BackboneParams, component: str) -> dict[str, Any]:
+    """The configuration of a component, without its weights.
+
+    Raises:
+        CheckpointError: there is none, or it is no JSON; one line.
+    """
+    source = str(row.config) if one_file(row) else row.source
+    name = f"{component}/config.json"
+    if _is_local(source):
+        path = Path(source) / name
+    else:
+        with _reaching(source, row.revision):
+            path = Path(hf_hub_download(source, name, revision=row.revision))
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}/{name}: does not load: {' '.join(str(error).split())[:160]}") from None
+
+
+@contextmanager
+def _reaching(source: str, revision: str | None) -> Iterator[None]:
+    """What keeps a repository on the hub from us, as one line."""
     token = "give a token that may read it (HF_TOKEN, or `hf auth login`)"
     try:
-        kept = snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=list(VARIANTS))
-        return Path(kept)
+        yield
+        return
     except GatedRepoError:
         reason = f"gated; accept its terms on its page on the hub, and {token}"
     except RevisionNotFoundError:

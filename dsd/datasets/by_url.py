@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dsd.datasets.raw import ANNOTATIONS, IMAGES, RawExample, read_annotations, write_annotations
-from dsd.downloads import fetch, fetch_all
+from dsd.downloads import fetch, fetch_all, length
 from dsd.errors import DataError
 from dsd.params import ComvgDataset, UrlParams, VisualGenomeDataset
 from dsd.store import digest
@@ -22,6 +22,11 @@ def fetched(row: UrlParams, folder: Path, key: str) -> Path:
     target = folder / RAW / _raw_name(row, key)
     fetch(row.source, target, setting=key, sha256=row.sha256)
     return target
+
+
+def remote(rows: Mapping[str, UrlParams]) -> int:
+    """The bytes of the files of rows of params, by key; see `dsd.downloads.length`."""
+    return sum(length(row.source, setting=key) for key, row in rows.items())
 
 
 def prune_raw(rows: Mapping[str, UrlParams], folder: Path) -> None:

@@ -8,4 +8,7 @@ BENCHMARK = classified(
     PARQUET,
     citation="Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
     licence="none stated by its authors",
+    training=50_000,
+    testing=10_000,
+    classes=10,
 )

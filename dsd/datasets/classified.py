@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsd.datasets import parquet
-from dsd.datasets.hub import Place, Repository, fetch
-from dsd.datasets.raw import Benchmark, RawExample
+from dsd.datasets.hub import Place, Repository, fetch, remote
+from dsd.datasets.raw import Benchmark, Expected, RawExample
 from dsd.datasets.selection import Content, deal, examples, keep, stem
 from dsd.errors import DataError
 from dsd.params import ClassifiedDataset
@@ -42,8 +42,19 @@ class Format(NamedTuple):
     beside: tuple[str, ...] = ()
 
 
-def classified(format: Format, *, citation: str, licence: str) -> Benchmark[ClassifiedDataset]:
-    return Benchmark(partial(_download, format), examples, "recall", citation, licence)
+def classified(
+    format: Format, *, citation: str, licence: str, training: int, testing: int, classes: int
+) -> Benchmark[ClassifiedDataset]:
+    """A benchmark of so many training and test pictures and classes."""
+    return Benchmark(
+        partial(_download, format),
+        examples,
+        "recall",
+        citation,
+        licence,
+        expected=lambda row: Expected(training, row.test or testing, 1, classes),
+        remote=partial(remote, beside=format.beside),
+    )
 
 
 def _download(format: Format, row: ClassifiedDataset, *, seed: int, folder: Path, workers: int) -> None:

@@ -16,11 +16,11 @@ from pathlib import Path
 from random import Random
 
 from dsd.datasets import by_url, genome, visual_genome
-from dsd.datasets.raw import ANNOTATIONS, Benchmark, RawExample
+from dsd.datasets.raw import ANNOTATIONS, Benchmark, Expected, RawExample
 from dsd.downloads import opened
 from dsd.errors import DataError, ParamsError
 from dsd.fewshot import split
-from dsd.params import ComvgDataset
+from dsd.params import ComvgDataset, UrlParams
 
 log = logging.getLogger(__name__)
 
@@ -110,17 +110,19 @@ def _download(row: ComvgDataset, *, seed: int, folder: Path, workers: int) -> No
         log.warning("%s.list: %d of %d rows repeat another; all are kept", key, repeated, len(rows))
     examples = _tested(rows, row, seed, key)
     addresses = {number: [pattern.format(number) for pattern in row.images] for number in listed}
-    files = {f"{key}.list": row.list}
-    if row.annotations is not None:
-        files |= genome.files(row.annotations, f"{key}.annotations")
     if learning and row.annotations is not None and row.size is not None:
         annotated = genome.read_genome(row.annotations, folder, f"{key}.annotations")
         examples += visual_genome.mutated_examples(annotated, row, row.size, 0, seed=seed, key=key, without=listed)
         for number, url in annotated.addresses.items():
             addresses.setdefault(number, [*(pattern.format(number) for pattern in row.images), url])
-    by_url.prune_raw(files, folder)
+    by_url.prune_raw(_files(row, key), folder)
     by_name = {by_url.picture(number): sources for number, sources in addresses.items()}
     by_url.complete(examples, by_name, folder, row.missing, key=key)
+
+
+def _files(row: ComvgDataset, key: str) -> dict[str, UrlParams]:
+    annotated = {} if row.annotations is None else genome.files(row.annotations, f"{key}.annotations")
+    return {f"{key}.list": row.list, **annotated}
 
 
 def _tested(rows: list[Row], row: ComvgDataset, seed: int, key: str) -> list[RawExample]:
@@ -145,4 +147,6 @@ BENCHMARK = Benchmark(
     citation="Jiang et al., ComCLIP: Training-Free Compositional Image and Text Matching, 2022 (arXiv:2211.13854); "
     "Krishna et al., Visual Genome, IJCV 2017 (arXiv:1602.07332)",
     licence="list MIT; Visual Genome CC BY 4.0, its pictures under their owners' licences",
+    expected=lambda row: Expected(row.size or 0, row.test or 5400, 2, 1),
+    remote=lambda name, row: by_url.remote(_files(row, f"datasets.{name}")),
 )

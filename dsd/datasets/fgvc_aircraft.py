@@ -24,4 +24,7 @@ BENCHMARK = classified(
     Format(_read, webdataset.pictures, beside=(CLASSES,)),
     citation="Maji et al., Fine-Grained Visual Classification of Aircraft, 2013",
     licence="non-commercial research only",
+    training=6_667,
+    testing=3_333,
+    classes=100,
 )

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from dsd.datasets.raw import Benchmark, RawExample
+from dsd.datasets.raw import Benchmark, Expected, RawExample
 from dsd.datasets.selection import Content, deal, examples, keep, stem
 from dsd.errors import DataError, ImageError, ParamsError, unknown
 from dsd.fewshot import SPLITS, Split
@@ -193,4 +193,22 @@ def _pictures(root: Path, table: Path, lines: Sequence[Line], wanted: Collection
                 yield stem(line.image), ImageError(f"{table}:{line.number}: {line.image}: {error.strerror}")
 
 
-BENCHMARK = Benchmark(_download, examples, "recall", citation="the user's own", licence="the user's own")
+def _expected(row: FolderDataset) -> Expected:
+    """What the table has, whatever its splits."""
+    root = Path(row.source)
+    by_id: dict[str, set[str]] = {}
+    for line in _lines(root, root / row.table):
+        by_id.setdefault(line.id, set()).add(f"{line.image}/{line.text}")
+    most = max(map(len, by_id.values()), default=0)
+    return Expected(len(by_id), row.test or len(by_id), 1, most)
+
+
+BENCHMARK = Benchmark(
+    _download,
+    examples,
+    "recall",
+    citation="the user's own",
+    licence="the user's own",
+    expected=_expected,
+    remote=lambda name, row: 0,
+)

@@ -104,6 +104,17 @@ def fetch(name: str, row: Row, *, workers: int, beside: Sequence[str] = ()) -> R
     return repository
 
 
+def remote(name: str, row: Row, *, beside: Sequence[str] = ()) -> int:
+    """How many bytes `fetch` fetches where nothing is there yet; it raises what `fetch` does."""
+    if _is_local(name, row):
+        return 0
+    asked = [pattern for pattern in (row.files.train, row.files.test) if pattern is not None]
+    with _reaching(name, row):
+        files = HfApi().dataset_info(row.source, revision=row.revision, files_metadata=True).siblings or []
+    sizes = {file.rfilename: file.size or 0 for file in files}
+    return sum(sizes[file] for file in filter_repo_objects(sizes, allow_patterns=[*asked, *beside]))
+
+
 def _is_local(name: str, row: Row) -> bool:
     folder = Path(row.source).is_dir()
     if row.revision is None and not folder:

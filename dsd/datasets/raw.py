@@ -65,7 +65,8 @@ class Benchmark(Generic[Row]):
     metrics: a key of `dsd.metrics.METRICS`.
     licence: under what its data are given.
     expected: about how much there is of it.
-    remote: of a row and the dataset's name, how many bytes have to be fetched; raises DataError where they cannot be.
+    remote: of the dataset's name and row, how many bytes its files are that have to be fetched, pictures that have
+        addresses of their own not among them; raises DataError where they cannot be had.
     """
 
     download: Download[Row]
@@ -74,7 +75,7 @@ class Benchmark(Generic[Row]):
     citation: str
     licence: str
     expected: Callable[[Row], Expected]
-    remote: Callable[[Row, str], int]
+    remote: Callable[[str, Row], int]
 
 
 def write_annotations(folder: Path, examples: Iterable[RawExample]) -> None:

@@ -20,8 +20,8 @@ from random import Random
 from typing import NamedTuple
 
 from dsd.datasets import parquet
-from dsd.datasets.hub import Place, fetch
-from dsd.datasets.raw import Benchmark, RawExample
+from dsd.datasets.hub import Place, fetch, remote
+from dsd.datasets.raw import Benchmark, Expected, RawExample
 from dsd.datasets.selection import apart, deal, examples, keep, stem
 from dsd.errors import DataError
 from dsd.fewshot import Split
@@ -145,4 +145,6 @@ BENCHMARK = Benchmark(
     "recall",
     citation="Mao et al., CVPR 2016; Yu et al., Modeling Context in Referring Expressions, ECCV 2016",
     licence="annotations: Apache-2.0; pictures: COCO's, from Flickr, under the terms of each",
+    expected=lambda row: Expected(7573, row.test or 5023, 1, row.candidates),
+    remote=remote,
 )

@@ -58,7 +58,7 @@ def embedded(
         citation,
         licence="none needed: drawn here",
         expected=lambda row: Expected(row.size, row.test, *candidates(row)),
-        remote=lambda row, name: 0,
+        remote=lambda name, row: 0,
     )
 
 

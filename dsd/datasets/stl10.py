@@ -8,4 +8,7 @@ BENCHMARK = classified(
     PARQUET,
     citation="Coates et al., An Analysis of Single-Layer Networks in Unsupervised Feature Learning, AISTATS 2011",
     licence="pictures from ImageNet, under its terms: non-commercial research and education",
+    training=5_000,
+    testing=8_000,
+    classes=10,
 )

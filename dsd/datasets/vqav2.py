@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from dsd.datasets import parquet
-from dsd.datasets.hub import Place, Repository, fetch
-from dsd.datasets.raw import Benchmark, RawExample
+from dsd.datasets.hub import Place, Repository, fetch, remote
+from dsd.datasets.raw import Benchmark, Expected, RawExample
 from dsd.datasets.selection import apart, deal, examples, keep, stem
 from dsd.errors import DataError, ParamsError
 from dsd.params import Vqav2Dataset
@@ -129,4 +129,6 @@ BENCHMARK = Benchmark(
     "answers",
     citation="Goyal et al., Making the V in VQA Matter, CVPR 2017",
     licence="annotations: CC BY 4.0; pictures: COCO's, from Flickr, under the terms of each",
+    expected=lambda row: Expected(214_354, row.test or 214_354, 1, row.answers),
+    remote=remote,
 )

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsd.datasets import parquet
-from dsd.datasets.hub import Place, fetch
-from dsd.datasets.raw import Benchmark, RawExample
+from dsd.datasets.hub import Place, fetch, remote
+from dsd.datasets.raw import Benchmark, Expected, RawExample
 from dsd.datasets.selection import deal, examples, keep, stem
 from dsd.errors import DataError, ParamsError
 from dsd.params import WinogroundDataset
@@ -85,4 +85,6 @@ BENCHMARK = Benchmark(
     citation="Thrush et al., Winoground: Probing Vision and Language Models for Visio-Linguistic Compositionality, "
     "CVPR 2022",
     licence="Meta's research licence, to be accepted on the repository's page; pictures: Getty Images",
+    expected=lambda row: Expected(0, row.test or 400, 2, 2),
+    remote=remote,
 )
