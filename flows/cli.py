@@ -59,7 +59,7 @@ def reproduce(
             from dsd.params import load
             from flows import presets
 
-            sys.exit(tell(presets.applied(preset)[1] if preset else load()))
+            sys.exit(tell(presets.applied(preset, commits=presets.today)[1] if preset else load()))
         if preset is not None:
             from flows import presets
 
@@ -80,7 +80,8 @@ def tell(params: Params) -> int:
     for heading in ("what", "of", "how much", ""):
         table.add_column(heading, justify="right" if heading == "how much" else "left", overflow="fold")
     for need in needs(params, free=shutil.disk_usage(".").free):
-        table.add_row(need.what, need.where, amount(need.amount, need.unit), "missing" if need.problem else "")
+        much = "" if need.problem and not need.amount else amount(need.amount, need.unit)
+        table.add_row(need.what, need.where, much, "missing" if need.problem else "")
         problems += [f"{need.what}: {need.problem}"] if need.problem else []
     Console(highlight=False, markup=False).print(table)
     for problem in problems:

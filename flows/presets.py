@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import subprocess
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from dsd.params import Params, mistake
 from dsd.store import write_atomic
 
 PARAMS = Path("params.yaml")
+Commits = Callable[[Params], Iterable[tuple[str, str, str]]]
 
 
-def applied(preset: Path, path: Path = PARAMS) -> tuple[bytes, Params]:
+def applied(preset: Path, path: Path = PARAMS, *, commits: Commits | None = None) -> tuple[bytes, Params]:
     """params.yaml with the settings of a preset: its text, which keeps the comments, and what it says.
 
     A preset maps keys of params.yaml, written as paths (`images.resolution`), to what stands there instead.
+
+    Args:
+        commits: what gives rows of a hub that have no revision yet the commit that they are at.
 
     Raises:
         ParamsError: a preset that cannot be read, a key that is not there, or params that make no sense; one line.
@@ -35,6 +40,15 @@ def applied(preset: Path, path: Path = PARAMS) -> tuple[bytes, Params]:
             node = _inside(node, part, f"{preset}: {key}")
         _inside(node, last, f"{preset}: {key}")
         node[last] = value
+    text, params = _told(yaml_, content, preset)
+    if commits is not None:
+        for section, name, commit in commits(params):
+            content[section][name]["revision"] = commit
+        text, params = _told(yaml_, content, preset)
+    return text, params
+
+
+def _told(yaml_: YAML, content: Any, preset: Path) -> tuple[bytes, Params]:
     text = io.StringIO()
     yaml_.dump(content, text)
     try:
@@ -43,13 +57,30 @@ def applied(preset: Path, path: Path = PARAMS) -> tuple[bytes, Params]:
         raise ParamsError(mistake(error.errors()[0], preset)) from None
 
 
-def put(preset: Path, path: Path = PARAMS) -> None:
-    """Writes the settings of a preset into params.yaml.
+def today(params: Params) -> Iterator[tuple[str, str, str]]:
+    """Section, row and commit of what the rows of a hub that have no revision are at.
+
+    Raises:
+        DsdError: a repository that cannot be had.
+    """
+    from dsd.backbones import checkpoint
+    from dsd.datasets import hub
+
+    for name, row in params.backbones.items():
+        if row.revision is None and (commit := checkpoint.commit(row)):
+            yield "backbones", name, commit
+    for name, dataset in params.datasets.items():
+        if isinstance(dataset, hub.Row) and dataset.revision is None and (commit := hub.commit(name, dataset)):
+            yield "datasets", name, commit
+
+
+def put(preset: Path, path: Path = PARAMS, *, commits: Commits = today) -> None:
+    """Writes the settings of a preset into params.yaml, each repository of a hub pinned to a commit.
 
     Raises:
         ParamsError: see `applied`; or params.yaml has changes that git does not know, which would be lost.
     """
-    text, _ = applied(preset, path)
+    text, _ = applied(preset, path, commits=commits)
     if text == path.read_bytes():
         return
     status = subprocess.run(["git", "status", "--porcelain", "--", path.name], cwd=path.parent, capture_output=True)

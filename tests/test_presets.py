@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from dsd.errors import ParamsError
+from dsd.params import Params
 from flows.presets import applied, put
 from tests.conftest import ROOT
 
@@ -23,6 +24,10 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def nothing(_: Params) -> list[tuple[str, str, str]]:
+    return []
+
+
 def preset(folder: Path, text: str) -> Path:
     path = folder / "mine.yaml"
     path.write_text(text)
@@ -31,12 +36,12 @@ def preset(folder: Path, text: str) -> Path:
 
 def test_what_a_preset_names_is_all_that_changes(clone: Path) -> None:
     before = Path("params.yaml").read_text().splitlines()
-    put(preset(clone, "images.resolution: 128\nimages.parity: null\nraces.datasets: {}\n"))
+    put(preset(clone, "images.resolution: 128\nimages.parity: null\nraces.datasets: {}\n"), commits=nothing)
     after = Path("params.yaml").read_text().splitlines()
     changed = [line for line in after if line not in before]
     assert [line.split(" #")[0].strip() for line in changed] == ["resolution: 128", "parity: null", "datasets: {}"]
     assert len([line for line in before if line not in after]) == 5  # two rows were in races.datasets
-    put(clone / "mine.yaml")  # what is there is not written again
+    put(clone / "mine.yaml", commits=nothing)  # what is there is not written again
     assert subprocess.run(["git", "diff", "--stat"], capture_output=True, text=True).stdout.count("params.yaml") == 1
 
 
@@ -44,7 +49,7 @@ def test_changes_that_are_not_committed_are_kept(clone: Path) -> None:
     with Path("params.yaml").open("a") as file:
         file.write("# mine\n")
     with pytest.raises(ParamsError, match=r"params\.yaml: has changes that are not committed and would be lost"):
-        put(preset(clone, "seed: 5\n"))
+        put(preset(clone, "seed: 5\n"), commits=nothing)
     assert Path("params.yaml").read_text().endswith("# mine\n")
 
 
@@ -71,6 +76,13 @@ def test_an_unknown_preset_says_which_there_are(clone: Path) -> None:
     preset(clone / "presets", "seed: 5")
     with pytest.raises(ParamsError, match=r"unknown preset 'presets/min\.yaml': did you mean 'presets/mine\.yaml'"):
         applied(Path("presets/min.yaml"))
+
+
+def test_what_has_no_revision_is_pinned(clone: Path) -> None:
+    path = preset(clone, "backbones.embedded.source: owner/model\nseed: 5\n")
+    put(path, commits=lambda params: [("backbones", "embedded", "0" * 40)] if params.seed == 5 else [])
+    backbones = yaml.safe_load(Path("params.yaml").read_text())["backbones"]
+    assert backbones["embedded"]["revision"] == "0" * 40 and backbones["embedded-clip"]["revision"] is None
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda path: path.stem)

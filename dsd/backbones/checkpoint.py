@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
+    HTTPError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -138,6 +139,19 @@ def remote(row: BackboneParams) -> int:
     return sum(file.size or 0 for file in read)
 
 
+def commit(row: BackboneParams) -> str | None:
+    """The commit that a row's source on the hub is at today; None of a local one.
+
+    Raises:
+        CheckpointError: it cannot be had; one line.
+    """
+    source = str(row.config) if one_file(row) else row.source
+    if _is_local(source):
+        return None
+    with _reaching(source, None):
+        return str(HfApi().model_info(source).sha)
+
+
 def component_config(row: BackboneParams, component: str) -> dict[str, Any]:
     """The configuration of a component, without its weights.
 
@@ -170,7 +184,7 @@ def _reaching(source: str, revision: str | None) -> Iterator[None]:
         reason = f"the hub has no revision {revision!r} of it; correct revision"
     except RepositoryNotFoundError:
         reason = f"neither a folder nor a repository on the hub, or a private one; correct source, or {token}"
-    except (HFValidationError, OSError) as error:  # the latter has the hub's own among it
+    except (HFValidationError, HTTPError, OSError) as error:  # the latter has the hub's own among it
         answer = getattr(error, "response", getattr(error.__cause__, "response", None))
         if answer is not None and answer.status_code in (401, 403):
             reason = f"the hub refuses the token ({answer.status_code}); {token}, or none for a public one"

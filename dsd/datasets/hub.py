@@ -115,6 +115,18 @@ def remote(name: str, row: Row, *, beside: Sequence[str] = ()) -> int:
     return sum(sizes[file] for file in filter_repo_objects(sizes, allow_patterns=[*asked, *beside]))
 
 
+def commit(name: str, row: Row) -> str | None:
+    """The commit that the repository is at today; None of a folder.
+
+    Raises:
+        DataError: the hub does not give the repository.
+    """
+    if Path(row.source).is_dir():
+        return None
+    with _reaching(name, row):
+        return str(HfApi().dataset_info(row.source).sha)
+
+
 def _is_local(name: str, row: Row) -> bool:
     folder = Path(row.source).is_dir()
     if row.revision is None and not folder:
