@@ -28,6 +28,7 @@ from dsd.draws import Draw
 from dsd.encoding import Encodings, all_texts, contrastive_encodings, diffusion_encodings, read_all
 from dsd.engine import observe
 from dsd.errors import DataError
+from dsd.evidence import Request
 from dsd.matching import MatchingExample, Pair, read_examples
 from dsd.params import (
     ContrastiveMethod,
@@ -152,25 +153,25 @@ class AttentionLearner:
     def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
         """The pairs of an example share its draw, which takes most of the variance out.
 
-        Where they are more than a batch, some examples at a time go through the U-Net, and again for their gradient, so
-        that no more than a batch is held in memory (Chen et al. 2016, arXiv:1604.06174).
+        Rows that are more than a batch go through the U-Net a batch at a time, and again for their gradient, so that
+        no more than a batch is held in memory (Chen et al. 2016, arXiv:1604.06174).
         """
-        width = sum(map(len, tables[0]))
-        some = max(1, self._batch_size // width)
-        if some >= len(tables):
-            return self._scores(tables, draws)
-        parts = [(tables[i : i + some], draws[i : i + some]) for i in range(0, len(tables), some)]
-        return torch.cat([checkpoint(self._scores, *part, use_reentrant=False) for part in parts])
+        rows = [(pair, draw) for table, draw in zip(tables, draws, strict=True) for line in table for pair in line]
+        size = self._batch_size
+        if len(rows) <= size:
+            flat = self._scores(rows)
+        else:
+            batches = (rows[first : first + size] for first in range(0, len(rows), size))
+            flat = torch.cat([checkpoint(self._scores, batch, use_reentrant=False) for batch in batches])
+        return flat.view(len(tables), len(tables[0]), -1)
 
-    def _scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
-        flat = [pair for rows in tables for row in rows for pair in row]
-        width = len(flat) // len(tables)
+    def _scores(self, rows: list[Request]) -> Tensor:
         device = self._backbone.device
-        latents = torch.from_numpy(self._latents([pair.image for pair in flat])["latents"]).to(device)
-        asked, texts = np.unique([pair.text for pair in flat], return_inverse=True)
+        latents = torch.from_numpy(self._latents([pair.image for pair, _ in rows])["latents"]).to(device)
+        asked, texts = np.unique([pair.text for pair, _ in rows], return_inverse=True)
         text = self._texts(asked.tolist())
-        noise = torch.stack([draw.noise(tuple(latents.shape[1:])) for draw in draws]).to(device)
-        timesteps = torch.tensor([draw.timestep(self._backbone.schedule_length) for draw in draws], device=device)
+        timesteps = [draw.timestep(self._backbone.schedule_length) for _, draw in rows]
+        noise = {draw: draw.noise(tuple(latents.shape[1:])) for _, draw in rows}
         pooled, attribution, _ = observe(
             self._backbone,
             self.module,
@@ -179,14 +180,14 @@ class AttentionLearner:
             torch.from_numpy(text["hidden"]).to(device),
             torch.from_numpy(text["content"]).to(device),
             torch.from_numpy(texts).to(device),
-            timesteps.repeat_interleave(width),
-            noise.repeat_interleave(width, 0),
+            torch.tensor(timesteps, device=device),
+            torch.stack([noise[draw] for _, draw in rows]).to(device),
         )
         # Eq. 7 weights the heads by a gradient, which is itself held fixed while the prompt is updated.
-        flat_scores: Tensor = cross_attention.reduce(
+        found: Tensor = cross_attention.reduce(
             pooled[:, 0], attribution.detach(), layers=self._method.layers, heads=self._method.heads
         )
-        return flat_scores.view(len(tables), len(tables[0]), -1)
+        return found
 
     def save(self, path: Path) -> None:
         self.module.save(path, self._backbone.digest)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dsd.attention import cross_attention_layers
 from dsd.backbones import StableDiffusion, load_diffusion
+from dsd.datasets import benchmark
 from dsd.draws import Draw
-from dsd.encoding import diffusion_encodings
+from dsd.encoding import diffusion_encodings, encode
 from dsd.engine import Engine
+from dsd.evaluation import evaluate
 from dsd.evidence import UNCONDITIONAL
 from dsd.matching import Pair
-from dsd.params import Params
+from dsd.params import NoiseParams, Params
 from dsd.pictures import Picture, Pictures, PictureWriter
+from dsd.preparation import prepare
+from dsd.prompts import PROMPT
+from dsd.scoring import score
 from dsd.store import Store
+from dsd.training import train
 from tests.real import stable_diffusion_2
-from tests.tiny import row
+from tests.tiny import row, small
 
 TEXT = "a red circle left of a blue star"
 
@@ -29,10 +35,52 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StableDiffusion]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real")
     stable_diffusion_2(folder)
-    yield load_diffusion(row(folder), torch.device("cpu"))
+    return folder
+
+
+def test_the_way_from_pictures_to_answers_is_that_of_any_other_model(
+    folder: Path, models: Path, tmp_path: Path
+) -> None:
+    """Pictures by way of 224 to 512 pixels; latents, a step of training, evidence, answers: a pair at a time."""
+    small_ = small(models)
+    method = small_.methods["dsd"].model_copy(update={"levels": (0.4,)})
+    training = small_.training["dsd"].model_copy(
+        update={"epochs": 0.3, "examples_per_step": 1, "candidates": 2, "levels": (0.4,)}
+    )
+    com = small_.datasets["scenes-com"].model_copy(
+        update={"size": 12, "few_shot": 0.25, "validation": 0.0, "test": 3, "draws_per_level": None}
+    )
+    params = small_.model_copy(
+        update={
+            "backbones": {"embedded": row(folder)},
+            "images": small_.images.model_copy(update={"resolution": 512, "parity": 224}),
+            "datasets": {"scenes-com": com},
+            "noise": NoiseParams(levels=(0.4,), draws_per_level=1),
+            "methods": {"dsd": method},
+            "training": {"dsd": training},
+            "runtime": small_.runtime.model_copy(update={"batch_size": 1}),
+        }
+    )
+    raw, prepared, cached, trained, scored = (tmp_path / part for part in ("raw", "ready", "cache", "train", "score"))
+    benchmark("scenes-com").download(com, seed=params.seed, folder=raw, workers=1)
+    prepare("scenes-com", params, raw, prepared)
+    assert encode("scenes-com", params, prepared, cached)["truncated"] == 0
+    (step,) = train("scenes-com", "dsd", params, prepared, cached, trained / "dsd")
+    assert np.isfinite(step["loss"])
+    counts = score("scenes-com", params, prepared, cached, trained, scored, split="test")
+    assert counts["rows"] == counts["computed"] == counts["pairs"] == 4
+    results, _ = evaluate("scenes-com", params, prepared, scored, tmp_path / "evaluate")
+    assert results["dsd"]["micro"].n == 3
+    prompt = load_file(trained / "dsd" / PROMPT)
+    assert all(torch.isfinite(weight).all() for weight in prompt.values()) and any(w.any() for w in prompt.values())
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> StableDiffusion:
+    return load_diffusion(row(folder), torch.device("cpu"))
 
 
 def test_its_sizes_are_those_of_stable_diffusion_2(backbone: StableDiffusion) -> None:
