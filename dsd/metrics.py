@@ -102,9 +102,12 @@ def squares(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
     ranks_n = np.asarray(ranks, dtype=np.int64)
     if np.any((ranks_n < 1) | (ranks_n > len(SQUARE))):
         raise ValueError(f"ranks of 2 x 2 examples are 1 to {len(SQUARE)}, found {ranks_n.min()} to {ranks_n.max()}")
-    right_n2 = np.array(SQUARE)[ranks_n - 1]
-    columns = {"text": right_n2[:, 0], "image": right_n2[:, 1], "group": right_n2.all(1)}
-    return {metric: (right_n.astype(np.float64), _all(ranks_n)) for metric, right_n in columns.items()}
+    text_n, image_n = np.array(SQUARE, dtype=np.float64)[ranks_n - 1].T
+    return {
+        "text": (text_n, _all(ranks_n)),
+        "image": (image_n, _all(ranks_n)),
+        "group": (text_n * image_n, _all(ranks_n)),
+    }
 
 
 # What a dataset counts: ranks [n] and categories [n] of its examples → hits and groups by metric name.

@@ -26,6 +26,8 @@ class Hub:
 
     gated: repositories that need `TOKEN`, and terms that were accepted.
     broken: files whose next transfer ends after so many bytes.
+    damaged: files that come with other bytes than those of their SHA-256.
+    down: what every request is answered with, where it is given.
     """
 
     repositories: dict[str, dict[str, bytes]]
@@ -33,6 +35,7 @@ class Hub:
     accepted: bool = False
     broken: dict[str, int] = field(default_factory=dict)
     damaged: dict[str, bytes] = field(default_factory=dict)
+    down: tuple[int, str] | None = None
     requests: list[str] = field(default_factory=list)
     url: str = ""
 
@@ -83,7 +86,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _allowed(self, repository: str, revision: str) -> bool:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         self.hub.requests.append(f"{self.command} {self.path}")
-        if token and token != TOKEN:
+        if self.hub.down:
+            self._refuse(self.hub.down[0], None, self.hub.down[1])
+        elif token and token != TOKEN:
             self._refuse(401, None, "Invalid credentials in Authorization header")
         elif repository not in self.hub.repositories:
             if token:

@@ -160,6 +160,29 @@ def test_what_the_hub_does_not_give_is_one_line(
     assert str(error.value).startswith(line.format(url=served.url)) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("status", [403, 503])
+def test_what_the_hub_says_is_told(status: int, served: Hub) -> None:
+    served.down = status, "for a reason"
+    line = f"datasets.mine.source: {OWNER} is not whole in the cache, and the hub answers {status}: for a reason"
+    with pytest.raises(DataError) as error:
+        fetch("mine", pinned(), workers=1)
+    assert str(error.value) == line
+
+
+def test_an_expired_token_is_told_from_a_repository_that_is_gone(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    served.down = 401, "User Access Token is expired"
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(DataError, match=r"the hub refuses the token \(401\): log in with .* anew, or go without it$"):
+        fetch("mine", pinned(), workers=1)
+
+
+def test_a_cache_that_cannot_be_written(served: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=rf"^datasets.mine.source: {OWNER}: \[Errno \d+\] .*{tmp_path}/file"):
+        fetch("mine", pinned(), workers=1)
+
+
 def test_offline_what_is_whole_in_the_cache_is_enough(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     tests = {"train": None, "test": "plain_text/test-*"}
     found = fetch("mine", pinned(files=tests), workers=1)

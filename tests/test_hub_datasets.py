@@ -21,10 +21,10 @@ from dsd.datasets import benchmark
 from dsd.datasets.raw import ANNOTATIONS, IMAGES, RawExample, read_annotations
 from dsd.datasets.selection import stem
 from dsd.errors import DataError, DsdError, ParamsError
-from dsd.evaluation import hits_of, ranked
+from dsd.evaluation import evaluate, hits_of, ranked
 from dsd.matching import read_examples
 from dsd.metrics import METRICS, rank
-from dsd.params import load
+from dsd.params import Params, load
 from dsd.preparation import prepare
 from tests.conftest import ROOT
 from tests.hubdata import (
@@ -427,6 +427,25 @@ def test_winoground_is_squares(made: dict[str, Path], tmp_path: Path) -> None:
     assert Counter(e.category for e in found) == {"Object": 3, "Relation": 3, "Both": 3}
     some = downloaded(row("winoground", made["winoground"], test=4), tmp_path / "some")
     assert len(some) == 4 and all(e in found for e in some)
+
+
+def test_winoground_all_the_way(params: Params, made: dict[str, Path], tmp_path: Path) -> None:
+    """From files to text, image and group score, by methods that learn nothing."""
+    from dsd.encoding import encode
+    from dsd.scoring import score
+
+    mine = row("winoground", made["winoground"], test=4)
+    methods = {name: params.methods[name] for name in ("dsd-zero-shot", "denoising", "clip-zero-shot")}
+    params = params.model_copy(update={"datasets": {"mine": mine}, "methods": methods})
+    raw, prepared, cached, scored = (tmp_path / part / "mine" for part in ("raw", "prepared", "cached", "scored"))
+    benchmark("winoground").download(mine, seed=0, folder=raw, workers=1)
+    prepare("mine", params, raw, prepared)
+    encode("mine", params, prepared, cached)
+    assert score("mine", params, prepared, cached, tmp_path, scored, split="test")["pairs"] == 16
+    results = evaluate("mine", params, prepared, scored, tmp_path / "evaluated").results
+    for found in results.values():
+        assert list(found) == ["text", "image", "group"]
+        assert found["group"].value <= min(found["text"].value, found["image"].value) and found["group"].n == 4
 
 
 @pytest.mark.parametrize(

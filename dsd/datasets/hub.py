@@ -156,12 +156,16 @@ def _reaching(name: str, row: Row) -> Iterator[None]:
         yield
     except GatedRepoError:
         raise DataError(f"{source} is gated: accept its terms at {page}, then {LOGIN}") from None
-    except RepositoryNotFoundError:
-        raise DataError(
-            f"{source} is not at {page}: it was removed or renamed, or is private; if it is private, {LOGIN}"
-        ) from None
     except RevisionNotFoundError:
         raise DataError(f"datasets.{name}.revision: {row.source} has no commit {row.revision}; see {page}") from None
+    except HfHubHTTPError as error:
+        if error.response.status_code == 401 and "authorization" in error.response.request.headers:
+            line = f"{source}: the hub refuses the token (401): {LOGIN} anew, or go without it"
+        elif error.response.status_code == 401 or isinstance(error, RepositoryNotFoundError):
+            line = f"{source} is not at {page}: it was removed or renamed, or is private; if it is private, {LOGIN}"
+        else:
+            line = f"{source}: {_refusal(error)}"
+        raise DataError(line) from None
     except HFValidationError:
         raise DataError(f"{source} is neither a folder here nor the id of a repository (owner/name)") from None
     except LocalEntryNotFoundError as error:
@@ -176,10 +180,8 @@ def _refusal(error: BaseException | None) -> str:
     if isinstance(error, OfflineModeIsEnabled) or error is None:
         return "HF_HUB_OFFLINE is set: unset it to fetch what is missing"
     if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        if status == 401:
-            return f"the hub refuses the token (401): {LOGIN} anew, or unset it"
-        return f"the hub answers {status}: {' '.join((error.server_message or str(error)).split())[:160]}"
+        said = " ".join((error.server_message or str(error)).split())[:160]
+        return f"the hub answers {error.response.status_code}: {said}"
     if isinstance(error, OSError) and error.errno is not None:
         return str(error)
     return f"the hub does not answer: {type(error).__name__}: {' '.join(str(error).split())[:160]}"

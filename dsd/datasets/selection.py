@@ -120,9 +120,10 @@ def keep(row: Published, folder: Path, examples: Sequence[RawExample], pictures:
             f"datasets.{folder.name}.missing: {row.missing}, but {len(missing)} of {total} pictures are missing: "
             f"{'; '.join(missing[:SHOWN])}{more}"
         )
-    for stale in folder.glob(f"{IMAGES}/*"):
-        if stale.name not in files.values():
-            stale.unlink()
+    kept = set(files.values())
+    for file in folder.glob(f"{IMAGES}/*"):
+        if file.name not in kept:
+            file.unlink()
     whole = [
         replace(example, images=tuple(files[image] for image in example.images))
         for example in examples

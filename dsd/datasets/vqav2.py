@@ -79,9 +79,9 @@ def _download(row: Vqav2Dataset, *, seed: int, folder: Path, workers: int) -> No
             texts = tuple(f"{asked.question} {answer}" for answer in answers)
             found.append(RawExample(asked.id, split, (stem(asked.group),), texts, right, asked.category))
             places.setdefault(asked.group, asked.place)
-    for split, count in unanswerable.items():
-        fate = "left out" if split == "train" else "wrong whatever is said"
-        log.warning("%s: the answers of %d %s questions are not among %d: %s", name, count, split, len(answers), fate)
+    for key, count in unanswerable.items():
+        fate = "left out" if key == "train" else "wrong whatever is said"
+        log.warning("%s: the answers of %d %s questions are not among %d: %s", name, count, key, len(answers), fate)
     keep(row, folder, found, parquet.pictures(repository, {place: stem(group) for group, place in places.items()}))
 
 
