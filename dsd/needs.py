@@ -143,21 +143,22 @@ def passes(name: str, params: Params) -> tuple[int, int]:
     expected = benchmark(row.kind).expected(row)
     noise = noise_of(params, name)
     draws = len(noise.levels) * noise.draws_per_level
-    several = expected.images > 1
     pairs = expected.images * expected.texts
-    scored = sum(
-        expected.test * (pairs + expected.images * (several and normalises(params.methods, prompt))) * draws
-        for prompt in prompts(params)
-    )
+    texts = max(expected.images, expected.texts)  # a few-shot choice of images has a text for each
+    fitting = 0
     if any(isinstance(method, FusionMethod) for method in params.methods.values()):
-        fitted = expected.images * min(expected.texts, params.fusion.candidates)
-        scored += 2 * min(params.fusion.examples, round(row.few_shot * expected.learning)) * fitted * draws
+        fitting = min(params.fusion.examples, round(row.few_shot * expected.learning))
+    scored = 0
+    for prompt in prompts(params):
+        alone = expected.images if expected.images > 1 and normalises(params.methods, prompt) else 0
+        scored += expected.test * (pairs + alone) * draws
+        scored += fitting * (expected.images * min(texts, params.fusion.candidates) + alone) * draws
     for method in raced(params).values():
         most = len(params.races.levels) * params.races.draws_per_level
         scored += round(expected.test * pairs * (params.schedules[method.schedule].budget or most))
     training = params.training.get(prompted(params) or "")
     if training is None:
         return scored, 0
-    shown = min(training.candidates, expected.images) * min(training.candidates, expected.texts)
+    shown = min(training.candidates, expected.images) * min(training.candidates, texts)
     steps = max(training.least_steps, training.epochs * row.few_shot * expected.learning / training.examples_per_step)
     return scored, BACKWARD * round(steps * training.examples_per_step * shown)

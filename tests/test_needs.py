@@ -1,0 +1,87 @@
+"""What a reproduction will need: never less than it takes, and what stands against it in a line each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from dsd.evidence import normalises, requests
+from dsd.fusion import fitting_examples
+from dsd.matching import read_examples
+from dsd.needs import RATE, UNet, needs, passes
+from dsd.params import BackboneParams, Params, noise_of
+from dsd.scoring import prompts
+from flows import cli, presets
+from tests.real import UNET
+from tests.tiny import row
+
+
+def with_backbone(params: Params, backbone: BackboneParams) -> Params:
+    return params.model_copy(update={"backbones": {**params.backbones, "embedded": backbone}})
+
+
+def configured(folder: Path, **unet: Any) -> BackboneParams:
+    """A checkpoint that has its U-Net's configuration and nothing else."""
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "config.json").write_text(json.dumps(unet))
+    return row(folder)
+
+
+def test_scoring_takes_no_more_passes_than_are_told(params: Params, prepared: Path) -> None:
+    examples, noise = read_examples(prepared / "examples.parquet", "test"), noise_of(params, "scenes-com")
+    fitting = fitting_examples(params, prepared)
+    taken = sum(
+        len(requests(some, noise, params.seed, normalises(params.methods, prompt)))
+        for prompt in prompts(params)
+        for some in (examples, fitting)
+    )
+    scored, trained = passes("scenes-com", params)
+    assert taken <= scored < 3 * taken
+    assert trained == 3 * 4 * 3 * 4  # with its gradient, each of four steps of three examples with four pairs
+
+
+def test_a_configuration_tells_the_cost_of_a_pass(params: Params, tmp_path: Path) -> None:
+    real = with_backbone(params, configured(tmp_path / "sd2", **UNET))
+    unet = UNet.of(real)
+    assert (unet.layers, unet.heads, unet.weights) == (16, 20, 4 * 865_910_724)
+    assert unet.operations == pytest.approx(0.804e12, rel=0.001)
+    told = {(need.what, need.where): need for need in needs(real, free=10**9)}
+    scored, trained = passes("scenes-com", real)
+    (time,) = (need.amount for need in told.values() if need.what == "time")
+    assert time == pytest.approx((scored + trained) * unet.operations / RATE / 3600)
+    evidence = 4 * scored * ((len(real.evidence.poolings) + 1) * 16 * 20 + 1)
+    assert told["disk", "what is fetched, and evidence"].amount == evidence
+    short = {need.what: need.problem for need in needs(real, free=10**6)}["disk"]
+    assert short is not None and short.endswith("GB more than is free")
+
+
+def test_what_cannot_be_had_is_told_and_the_rest_too(params: Params, tmp_path: Path) -> None:
+    found = list(needs(with_backbone(params, row(tmp_path / "absent")), free=10**12))
+    assert [need.what for need in found if need.problem] == ["checkpoint embedded", "U-Net"]
+    assert {need.problem for need in found} == {None, f"{tmp_path / 'absent'}: no such checkpoint folder"}
+    broken = with_backbone(params, configured(tmp_path / "broken", block_out_channels=3))
+    (problem,) = (need.problem for need in needs(broken, free=10**12) if need.what == "U-Net")
+    assert problem is not None and "unet/config.json makes no U-Net" in problem and "\n" not in problem
+
+
+def test_a_dry_run_prints_a_table_and_changes_nothing(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = with_backbone(params, row(tmp_path / "absent"))
+    monkeypatch.setattr(presets, "applied", lambda preset, commits: (b"", short if "bad" in preset.name else params))
+    monkeypatch.setattr(presets, "put", None)
+    fine = CliRunner().invoke(cli.app, ["reproduce", "--preset", "good.yaml", "--dry-run"])
+    assert fine.exit_code == 0, fine.output
+    assert f"{passes('scenes-com', params)[0]:,}" in fine.output and "missing" not in fine.output
+    bad = CliRunner().invoke(cli.app, ["reproduce", "--preset", "bad.yaml", "--dry-run"])
+    assert bad.exit_code == 1
+    assert f"dsd: checkpoint embedded: {tmp_path / 'absent'}: no such checkpoint folder" in bad.output
+
+
+@pytest.mark.parametrize(("value", "unit", "told"), [(0, "bytes", "0.0 B"), (2.5e9, "bytes", "2.5 GB")])
+def test_amounts(value: float, unit: str, told: str) -> None:
+    assert cli.amount(value, unit) == told
