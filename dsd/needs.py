@@ -65,6 +65,10 @@ class UNet:
         size = sum(weight.numel() for weight in unet.parameters()) * DTYPES[row.dtype].itemsize
         return cls(operations, len(attention), max(module.heads for module in attention), size)
 
+    def kept(self, params: Params) -> int:
+        """Bytes of the evidence of a pass: pooled attention and attribution of every head, and the error."""
+        return 4 * ((len(params.evidence.poolings) + 1) * self.layers * self.heads + 1)
+
 
 def _operations(unet: UNet2DConditionModel) -> float:
     config = unet.config
@@ -93,7 +97,7 @@ def needs(params: Params, free: int) -> Iterator[Need]:
     kept, operations = 0, 0.0
     for name in params.datasets:
         scored, trained = passes(name, params)
-        kept += 4 * scored * ((len(params.evidence.poolings) + 1) * unet.layers * unet.heads + 1)
+        kept += scored * unet.kept(params)
         yield Need("passes of the U-Net", f"score {name}", scored, "passes", None)
         if trained:
             yield Need("passes of the U-Net", f"train {name}", trained, "passes", None)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import dsd.needs
 from dsd.evidence import normalises, requests
 from dsd.fusion import fitting_examples
 from dsd.matching import read_examples
@@ -16,6 +17,7 @@ from dsd.needs import RATE, UNet, needs, passes
 from dsd.params import BackboneParams, Params, noise_of
 from dsd.scoring import prompts
 from flows import cli, presets
+from tests.conftest import ROOT
 from tests.real import UNET
 from tests.tiny import row
 
@@ -85,3 +87,18 @@ def test_a_dry_run_prints_a_table_and_changes_nothing(
 @pytest.mark.parametrize(("value", "unit", "told"), [(0, "bytes", "0.0 B"), (2.5e9, "bytes", "2.5 GB")])
 def test_amounts(value: float, unit: str, told: str) -> None:
     assert cli.amount(value, unit) == told
+
+
+def test_the_table_of_presets_is_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(dsd.needs, "component_config", lambda row, component: UNET)
+    told = [line for line in Path("docs/benchmarks.md").read_text().splitlines() if line.startswith("| [")]
+    expected = []
+    for path in sorted(Path("presets").glob("*.yaml")):
+        _, params = presets.applied(path)
+        unet, (name,) = UNet.of(params), params.datasets
+        scored, trained = passes(name, params)
+        hours, kept = (scored + trained) * unet.operations / RATE / 3600, scored * unet.kept(params)
+        cells = (f"{scored:,}", f"{trained:,}", f"{hours:.1f}", f"{kept / 1e9:.1f}")
+        expected.append(f"| [{path.stem}](../presets/{path.name}) | {' | '.join(cells)} |")
+    assert told == expected

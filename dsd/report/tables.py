@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dsd.datasets import benchmark
 from dsd.metrics import SQUARE_CHANCE
 from dsd.params import Params, twin
 from dsd.report.inputs import Claims, Dataset
@@ -291,8 +292,9 @@ def datasets(found: Sequence[Dataset]) -> Table:
         first, candidates = d.examples[0], d.candidates
         low, high = int(candidates.min()), int(candidates.max())
         shape = f"{len(first.images)} × {len(first.texts)}" if low == high else f"{low} to {high} candidates"
-        rows.append(Row(d.name, [Cell(shape), *(Cell(count(n)) for n in d.counts.values()), Cell(d.citation)]))
-    return Table("Datasets", ["dataset", "images × texts", *next(iter(found)).counts, "source"], rows)
+        told = [Cell(d.citation), Cell(benchmark(d.kind).licence)]
+        rows.append(Row(d.name, [Cell(shape), *(Cell(count(n)) for n in d.counts.values()), *told]))
+    return Table("Datasets", ["dataset", "images × texts", *next(iter(found)).counts, "source", "licence"], rows)
 
 
 def settings(params: Params) -> Table:
