@@ -26,6 +26,11 @@ class _Params(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _absent(value: object) -> bool:
+    """Of a key that few rows have: in the others' digests it is no more than in their rows."""
+    return value is None
+
+
 class RuntimeParams(_Params):
     device: Literal["auto", "cpu", "cuda"]
     attention: str
@@ -38,15 +43,15 @@ class BackboneParams(_Params):
 
     source: a folder, an id on the hub at `revision` (a commit), or one file .safetensors in the original layout.
     config: of such a file, where its configs, tokenizer and scheduler are: a folder, or an id on the hub at `revision`.
-    prediction: what the U-Net predicts; null is what the checkpoint's scheduler says.
+    prediction: what the U-Net predicts; where it is not given, what the checkpoint's scheduler says.
     dtype: the arithmetic of the U-Net; images and texts are encoded once, in float32. Of a CLIP, all of its arithmetic.
     """
 
     family: str
     source: str
     revision: str | None
-    config: str | None
-    prediction: Literal["epsilon", "v_prediction"] | None
+    config: str | None = Field(default=None, exclude_if=_absent)
+    prediction: Literal["epsilon", "v_prediction"] | None = Field(default=None, exclude_if=_absent)
     lora: str | None
     dtype: Literal["float32", "bfloat16", "float16"]
 
