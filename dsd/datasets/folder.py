@@ -47,7 +47,7 @@ class Line(NamedTuple):
 
 
 class Grouped(NamedTuple):
-    """An example's id and that of its pictures; see `dsd.datasets.selection.Row`."""
+    """An example's id and that of its pictures; see `dsd.datasets.selection.Item`."""
 
     id: str
     group: str

@@ -75,24 +75,24 @@ def fetch(name: str, row: Row, *, workers: int, beside: Sequence[str] = ()) -> R
         DataError: the hub does not give the repository, or it has not these files.
     """
     patterns = {"train": row.files.train, "test": row.files.test}
-    asked = [pattern for pattern in patterns.values() if pattern is not None]
-    local = _is_local(name, row)
-    if local:
+    asked = {key: pattern for key, pattern in patterns.items() if pattern is not None}
+    options = {"repo_type": "dataset", "revision": row.revision}
+    if local := _is_local(name, row):
         root = Path(row.source)
-        listed = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
     else:
         with _reaching(name, row):
-            options = {"repo_type": "dataset", "revision": row.revision}
-            root = Path(snapshot_download(row.source, **options, allow_patterns=[*asked, *beside], max_workers=workers))
-            listed = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
-            if any(not _matching(listed, pattern) for pattern in asked):
-                listed = sorted(HfApi().list_repo_files(row.source, **options))
-    found = {key: _matching(listed, pattern) for key, pattern in patterns.items() if pattern is not None}
+            wanted = [*asked.values(), *beside]
+            root = Path(snapshot_download(row.source, **options, allow_patterns=wanted, max_workers=workers))
+    listed = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
+    # As the hub's client matches, * stands for slashes too.
+    found = {key: tuple(filter_repo_objects(listed, allow_patterns=pattern)) for key, pattern in asked.items()}
     for key, files in found.items():
         if not files:
-            there = f"{', '.join(listed[:SHOWN]) or 'no files'}{', …' if len(listed) > SHOWN else ''}"
+            with _reaching(name, row):
+                there = listed if local else sorted(HfApi().list_repo_files(row.source, **options))
+            shown = f"{', '.join(there[:SHOWN]) or 'no files'}{', …' if len(there) > SHOWN else ''}"
             raise DataError(
-                f"datasets.{name}.files.{key}: no file of {row.source} matches {patterns[key]!r} (there are: {there})"
+                f"datasets.{name}.files.{key}: no file of {row.source} matches {asked[key]!r} (there are: {shown})"
             )
     for file in beside:
         if not (root / file).is_file():
@@ -140,11 +140,6 @@ def _is_local(name: str, row: Row) -> bool:
             f"datasets.{name}.revision: {row.revision!r} is no commit (40 hexadecimal digits): a branch moves unnoticed"
         )
     return folder
-
-
-def _matching(files: Sequence[str], pattern: str) -> tuple[str, ...]:
-    """As the hub's own client matches: * also stands for slashes."""
-    return tuple(filter_repo_objects(files, allow_patterns=pattern))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ Content = bytes | ImageError  # of a picture, or why there is none
 SHOWN = 3  # missing pictures that an error tells of
 
 
-class Row(Protocol):
+class Item(Protocol):
     """What may become an example; rows that share a picture share their group."""
 
     @property
@@ -38,10 +38,10 @@ class Row(Protocol):
     def group(self) -> str: ...
 
 
-Some = TypeVar("Some", bound=Row)
+Some = TypeVar("Some", bound=Item)
 
 
-def apart(name: str, training: Sequence[Some], testing: Sequence[Row]) -> list[Some]:
+def apart(name: str, training: Sequence[Some], testing: Sequence[Item]) -> list[Some]:
     """The training rows that share no picture with a test row, whether that is taken or not."""
     shown = {row.group for row in testing}
     left = [row for row in training if row.group not in shown]
@@ -51,7 +51,7 @@ def apart(name: str, training: Sequence[Some], testing: Sequence[Row]) -> list[S
 
 
 def deal(
-    name: str, row: Published, training: Sequence[Row] | None, testing: Sequence[Row], *, seed: int
+    name: str, row: Published, training: Sequence[Item] | None, testing: Sequence[Item], *, seed: int
 ) -> dict[str, Split]:
     """The split of every row that is taken, by id; see `dsd.fewshot.split`.
 
@@ -78,7 +78,7 @@ def deal(
         raise DataError(f"datasets.{name}: {error}") from None
 
 
-def _split(row: Published, rows: Sequence[Row], test: int, seed: int) -> dict[str, Split]:
+def _split(row: Published, rows: Sequence[Item], test: int, seed: int) -> dict[str, Split]:
     left = max(0, len(rows) - test)
     few_shot, validation = round(row.few_shot * left), round(row.validation * left)
     groups = [one.group for one in rows]
