@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StableDiffusi
     folder = tmp_path_factory.mktemp("real")
     stable_diffusion_2(folder)
     yield load_diffusion(row(folder), torch.device("cpu"))
+    shutil.rmtree(folder)  # pytest would keep its gigabytes
 
 
 def test_its_sizes_are_those_of_stable_diffusion_2(backbone: StableDiffusion) -> None:
