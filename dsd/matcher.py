@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dsd.attention import Recording, during
 from dsd.backbones import StableDiffusion, device_of, load_diffusion
+from dsd.backbones.checkpoint import family_of, folder_of
 from dsd.draws import Draw, draws
 from dsd.engine import observe
 from dsd.errors import CheckpointError, TextError, unknown
@@ -76,7 +77,7 @@ class Matcher:
         method: str = "cross-attention",
         *,
         revision: str | None = None,
-        family: str = "stable-diffusion",
+        family: str | None = None,
         config: str | Path | None = None,
         prediction: Literal["epsilon", "v_prediction"] | None = None,
         device: str = "auto",
@@ -92,7 +93,8 @@ class Matcher:
         """Opens a checkpoint and, if given, a trained attention prompt.
 
         The checkpoint is in the diffusers layout (a folder or a hub id), or one file .safetensors with `config`, a
-        folder or hub id of the same architecture; family, prediction and attention are as in params.yaml.
+        folder or hub id of the same architecture; `family` is what it looks like where none is given, prediction and
+        attention are as in params.yaml.
         `method` is "cross-attention" (DSD) or "denoising" (Diffusion Classifier); `levels` are noise levels in (0, 1);
         `scale` is λ of eq. 3; `parity` resizes pictures to so many pixels first, as a comparison with CLIP does.
         Raises CheckpointError, in one line, where the checkpoint or the prompt does not load.
@@ -100,9 +102,16 @@ class Matcher:
         if method not in METHODS:
             raise CheckpointError(unknown("method", method, METHODS))
         row = BackboneParams(
-            family=family, source=str(path_or_id), revision=revision, config=None if config is None else str(config),
-            prediction=prediction, lora=None, dtype=dtype,
-        )  # fmt: skip
+            family=family or "stable-diffusion",
+            source=str(path_or_id),
+            revision=revision,
+            config=None if config is None else str(config),
+            prediction=prediction,
+            lora=None,
+            dtype=dtype,
+        )
+        if family is None and (found := family_of(folder_of(row))):
+            row = row.model_copy(update={"family": found})
         backbone = load_diffusion(row, device_of(device), attention)
         learned = (
             AttentionPrompt.load(Path(prompt), backbone.digest).to(backbone.device) if prompt is not None else None

@@ -27,7 +27,7 @@ class _Params(BaseModel):
 
 
 def _absent(value: object) -> bool:
-    """Of a key that few rows have: in the others' digests it is no more than in their rows."""
+    """Of a key that few rows have: it stays out of the digests of all others, as it stays out of their rows."""
     return value is None
 
 

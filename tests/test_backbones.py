@@ -91,6 +91,11 @@ def test_a_row_says_what_is_predicted_where_the_scheduler_does_not(folder: Path)
         load_diffusion(row(folder), CPU)
 
 
+def test_the_resolution_is_that_of_its_training(folder: Path) -> None:
+    edit(folder / "unet" / "config.json", sample_size=96)  # as of 2.x for v
+    assert load_diffusion(row(folder), CPU).resolution == 768
+
+
 def test_missing_component(folder: Path) -> None:
     shutil.rmtree(folder / "vae")
     with pytest.raises(CheckpointError, match="lacks the component vae/"):

@@ -52,6 +52,12 @@ def test_a_heatmap_has_one_map_a_word(models: Path, pictures: list[Image.Image])
 def test_mistakes_are_one_line(models: Path, pictures: list[Image.Image], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="did you mean 'denoising'"):
         Matcher.from_pretrained(models / "embedded", method="denoisin")
+    with pytest.raises(CheckpointError, match="family clip has no cross-attention"):
+        Matcher.from_pretrained(models / "embedded-clip")
+    with pytest.raises(CheckpointError, match="unknown family 'stable-difusion': did you mean 'stable-diffusion'"):
+        Matcher.from_pretrained(models / "embedded", family="stable-difusion")
+    with pytest.raises(CheckpointError, match="did you mean 'xformers'"):
+        Matcher.from_pretrained(models / "embedded", attention="xformer")
     with pytest.raises(CheckpointError, match="no such file; train an attention prompt"):
         Matcher.from_pretrained(models / "embedded", prompt=tmp_path / "none.safetensors")
     matcher = Matcher.from_pretrained(models / "embedded", levels=(0.3,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +37,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("real")
     stable_diffusion_2(folder)
-    return folder
+    yield folder
+    shutil.rmtree(folder)  # pytest would keep its gigabytes
 
 
 def test_the_way_from_pictures_to_answers_is_that_of_any_other_model(

@@ -101,9 +101,7 @@ def test_its_resolution_scale_and_limits_are_those_of_its_configs(backbone: Stab
 @pytest.mark.parametrize("method", ["cross-attention", "denoising"])
 def test_it_matches_and_draws_heat_maps_as_any_other(xl: Path, method: str) -> None:
     pictures = list(np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8))
-    one, many = (
-        Matcher.from_pretrained(xl, method=method, family=FAMILY, levels=(0.3,), batch_size=size) for size in (1, 64)
-    )
+    one, many = (Matcher.from_pretrained(xl, method=method, levels=(0.3,), batch_size=size) for size in (1, 64))
     scores = many.score(pictures, TEXTS[:2])
     assert scores.shape == (2, 2) and scores.std() > 0
     assert torch.allclose(one.score(pictures, TEXTS[:2]), scores, atol=1e-5)

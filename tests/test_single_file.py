@@ -171,13 +171,11 @@ def tensors(models: Path) -> Tensors:
     return original(folder, in_transformers(weights(folder, "text_encoder"), "cond_stage_model"))
 
 
-def same_scores(folder: Path, file: Path, config: Path, family: str = "stable-diffusion") -> None:
+def same_scores(folder: Path, file: Path, config: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     for method in ("cross-attention", "denoising"):
-        expected = Matcher.from_pretrained(folder, method=method, family=family, levels=(0.3, 0.8)).score(
-            picture, TEXTS
-        )
-        one = Matcher.from_pretrained(file, method=method, family=family, config=config, levels=(0.3, 0.8))
+        expected = Matcher.from_pretrained(folder, method=method, levels=(0.3, 0.8)).score(picture, TEXTS)
+        one = Matcher.from_pretrained(file, method=method, config=config, levels=(0.3, 0.8))
         assert torch.allclose(one.score(picture, TEXTS), expected, atol=1e-6) and expected.std() > 0
 
 
@@ -198,7 +196,7 @@ def test_a_file_in_the_layout_of_xl_scores_as_its_folder(xl: Path, tmp_path: Pat
     texts = in_transformers(weights(xl, "text_encoder"), "conditioner.embedders.0")
     texts |= in_open_clip(weights(xl, "text_encoder_2"), "conditioner.embedders.1", unused=0)
     save_file(original(xl, texts), tmp_path / "xl.safetensors")
-    same_scores(xl, tmp_path / "xl.safetensors", xl, "stable-diffusion-xl")
+    same_scores(xl, tmp_path / "xl.safetensors", xl)
 
 
 def test_weights_and_settings_are_its_identity(settings: Path, tensors: Tensors, tmp_path: Path) -> None:

@@ -70,17 +70,27 @@ def one_file(row: BackboneParams) -> Path | None:
     return path
 
 
+def folder_of(row: BackboneParams) -> Path:
+    """The checkpoint's folder, of one file that of its settings; from the hub no more is fetched than is read."""
+    source, patterns = _read_of(row)
+    return Path(source) if _is_local(source) else _fetch(source, row.revision, patterns)
+
+
 def locate(row: BackboneParams) -> tuple[Path, str]:
-    """The checkpoint's folder (of one file, that of its configs) and its digest.
+    """The checkpoint's folder (see `folder_of`) and its digest.
 
     The digest is of the files where it is local, of id and commit on the hub; and of the LoRA and of what the U-Net is
     said to predict, where the row has them: with others it is another checkpoint.
     """
-    if file := one_file(row):
-        folder, identity = _locate(str(row.config), row.revision, SETTINGS)
-        identity = digest(file_digest(file), identity)
+    folder, (source, patterns) = folder_of(row), _read_of(row)
+    if Path(source).is_dir():
+        names = {file: file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()}
+        read = {file: name for file, name in names.items() if _matches(name, patterns) and not _matches(name, VARIANTS)}
+        identity = digest({name: file_digest(file) for file, name in read.items()})
     else:
-        folder, identity = _locate(row.source, row.revision, (*SETTINGS, *WEIGHTS))
+        identity = f"{source}@{folder.name}"  # which is the commit
+    if file := one_file(row):
+        identity = digest(file_digest(file), identity)
     if row.lora is not None:
         if not Path(row.lora).is_file():
             raise CheckpointError(f"{row.lora}: no such LoRA file")
@@ -88,14 +98,9 @@ def locate(row: BackboneParams) -> tuple[Path, str]:
     return folder, identity if row.prediction is None else digest(identity, row.prediction)
 
 
-def _locate(source: str, revision: str | None, patterns: Sequence[str]) -> tuple[Path, str]:
-    if _is_local(source):
-        local = Path(source)
-        names = {file: file.relative_to(local).as_posix() for file in sorted(local.rglob("*")) if file.is_file()}
-        read = {file: name for file, name in names.items() if _matches(name, patterns) and not _matches(name, VARIANTS)}
-        return local, digest({name: file_digest(file) for file, name in read.items()})
-    folder = _fetch(source, revision, patterns)
-    return folder, f"{source}@{folder.name}"  # which is the commit
+def _read_of(row: BackboneParams) -> tuple[str, tuple[str, ...]]:
+    """Where the settings are, and which files are read there."""
+    return (str(row.config), SETTINGS) if one_file(row) else (row.source, (*SETTINGS, *WEIGHTS))
 
 
 def _is_local(source: str) -> bool:
@@ -129,8 +134,7 @@ def remote(row: BackboneParams) -> int:
     Raises:
         CheckpointError: it cannot be had; one line.
     """
-    file = one_file(row)
-    source, patterns = (str(row.config), SETTINGS) if file else (row.source, (*SETTINGS, *WEIGHTS))
+    source, patterns = _read_of(row)
     if _is_local(source):
         return 0
     with _reaching(source, row.revision):
@@ -145,7 +149,7 @@ def commit(row: BackboneParams) -> str | None:
     Raises:
         CheckpointError: it cannot be had; one line.
     """
-    source = str(row.config) if one_file(row) else row.source
+    source, _ = _read_of(row)
     if _is_local(source):
         return None
     with _reaching(source, None):
@@ -158,7 +162,7 @@ def component_config(row: BackboneParams, component: str) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, or it is no JSON; one line.
     """
-    source = str(row.config) if one_file(row) else row.source
+    source, _ = _read_of(row)
     name = f"{component}/config.json"
     if _is_local(source):
         path = Path(source) / name
