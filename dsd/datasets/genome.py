@@ -95,9 +95,10 @@ class Words:
         self.uses.update(word.group for word in words)
         self.together.update(_pair(a, b) for a, b in same if a.group != b.group)
 
-    def plain(self, word: Word) -> bool:
-        """Whether sentences can be made of it."""
-        return self.uses[word.group] >= FREQUENT and PHRASE[self._kind].fullmatch(word.name) is not None
+    def plain(self) -> set[Word]:
+        """Those that sentences can be made of."""
+        words = self._words.values()
+        return {w for w in words if self.uses[w.group] >= FREQUENT and PHRASE[self._kind].fullmatch(w.name)}
 
     def distinct(self, a: Word, b: Word) -> bool:
         """Whether what the one is said of is surely none of the other."""

@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from random import Random
 
@@ -45,6 +45,8 @@ UNCOUNTED = re.compile(
     r"teeth|traffic|water|women|wood|\w*[^su]s"
 )
 
+Row = tuple[int, Relation]  # the number of a picture, and a relation of it
+
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
@@ -61,7 +63,7 @@ class Mutation:
         return f"{self.slot}/{self.positive}-{self.negative}"
 
 
-def mutations(genome: Genome, size: int, seed: int, *, without: Collection[int] = ()) -> list[Mutation]:
+def mutations(genome: Genome, size: int, seed: int, *, without: Set[int] = frozenset()) -> list[Mutation]:
     """`size` examples, or as many as there are, the slots in turns, no picture twice and none of `without`."""
     index = _Index(genome, seed, without)
     used: set[int] = set()
@@ -79,39 +81,39 @@ def mutations(genome: Genome, size: int, seed: int, *, without: Collection[int] 
 
 
 class _Index:
-    """Clear relations of frequent words, in an order that goes by hashes, and by what a mutation keeps of them."""
+    """Clear relations of plain words, by triplet and by what a mutation keeps of it, in the order of hashes."""
 
-    def __init__(self, genome: Genome, seed: int, without: Collection[int]) -> None:
+    def __init__(self, genome: Genome, seed: int, without: Set[int]) -> None:
         self._genome, self._seed = genome, seed
-        usable = (
-            (self._hash(number, *relation.names()), number, relation)
-            for number, picture in genome.pictures.items()
-            if number not in without
-            for relation in picture.clear
-            if not relation.subject.same(relation.object)
-            and all(genome.words(slot).plain(getattr(relation, slot)) for slot in SLOTS)
-        )
-        self._relations = [(number, relation) for _, number, relation in sorted(usable, key=lambda row: row[:2])]
-        self._values: dict[Slot, dict[tuple[str, ...], dict[str, list[tuple[int, Relation]]]]] = {}
+        nouns, predicates = genome.nouns.plain(), genome.predicates.plain()
+        by_triplet: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+        for number in sorted(genome.pictures.keys() - without):
+            for relation in genome.pictures[number].clear:
+                subject, predicate, obj = relation
+                if predicate in predicates and {subject, obj} <= nouns and not subject.same(obj):
+                    by_triplet[relation.names()].append((number, relation))
+        self._rows = {triplet: by_triplet[triplet] for triplet in sorted(by_triplet)}
+        self._values: dict[Slot, dict[tuple[str, ...], dict[str, list[list[Row]]]]] = {}
         for slot in SLOTS:
-            groups = self._values[slot] = defaultdict(lambda: defaultdict(list))
-            for number, relation in self._relations:
-                groups[relation.groups(slot)][getattr(relation, slot).name].append((number, relation))
+            self._values[slot] = defaultdict(lambda: defaultdict(list))
+        for triplet, rows in self._rows.items():
+            rows.sort(key=lambda row: self._hash(row[0], *triplet))
+            for slot, name in zip(SLOTS, triplet, strict=True):
+                self._values[slot][rows[0][1].groups(slot)][name].append(rows)
 
     def _hash(self, *parts: object) -> bytes:
         return hashlib.sha256("/".join(map(str, (self._seed, *parts))).encode()).digest()
 
-    def positives(self, slot: Slot) -> Iterator[tuple[int, Relation]]:
+    def positives(self, slot: Slot) -> Iterator[Row]:
         """Each triplet once, then each that there is a second time, and so on: the frequent ones are not all."""
-        seen: Counter[tuple[str, str, str]] = Counter()
-        rounds: dict[int, list[tuple[int, Relation]]] = defaultdict(list)
-        for number, relation in self._relations:
-            seen[relation.names()] += 1
-            rounds[seen[relation.names()]].append((number, relation))
-        for turn in sorted(rounds):
-            yield from sorted(rounds[turn], key=lambda row: self._hash(slot, *row[1].names()))
+        order = sorted(self._rows, key=lambda triplet: self._hash(slot, *triplet))
+        for turn in count():
+            order = [triplet for triplet in order if len(self._rows[triplet]) > turn]
+            if not order:
+                return
+            yield from (self._rows[triplet][turn] for triplet in order)
 
-    def negative(self, slot: Slot, number: int, original: Relation, used: Collection[int]) -> Mutation | None:
+    def negative(self, slot: Slot, number: int, original: Relation, used: Set[int]) -> Mutation | None:
         """A valid negative of a triplet that holds in a picture, in a picture that is not used yet."""
         genome, was, positive = self._genome, getattr(original, slot), self._genome.pictures[number]
         for other, now in self._others(slot, number, original, used):
@@ -127,13 +129,13 @@ class _Index:
                 return Mutation(slot, original.names(), mutated.names(), number, other)
         return None
 
-    def _others(self, slot: Slot, number: int, original: Relation, used: Collection[int]) -> Iterator[tuple[int, Word]]:
+    def _others(self, slot: Slot, number: int, original: Relation, used: Set[int]) -> Iterator[tuple[int, Word]]:
         """Pictures with another value in the slot, each value as likely as another, and `TRIES` of each at most."""
         words, was = self._genome.words(slot), getattr(original, slot)
         rng = Random(f"{self._seed}/{slot}/{number}/{'/'.join(original.names())}")
         values = self._values[slot][original.groups(slot)]
         for value in rng.sample(sorted(values), len(values)):
-            rows = values[value]
+            rows = list(chain.from_iterable(values[value]))
             start = rng.randrange(len(rows))
             free = ((other, getattr(relation, slot)) for other, relation in chain(rows[start:], rows[:start]))
             unused = (row for row in free if row[0] not in used and row[0] != number)
@@ -159,7 +161,7 @@ def mutated_examples(
     *,
     seed: int,
     key: str,
-    without: Collection[int] = (),
+    without: Set[int] = frozenset(),
 ) -> list[RawExample]:
     """The examples that the splits of a row ask for, out of `size` mutations.
 
