@@ -23,6 +23,7 @@ from dsd.params import FusionMethod, Params, backbone_of, noise_of, prompted, ra
 from dsd.scoring import prompts
 
 BACKWARD = 3  # passes that a pass and its gradient cost
+TOKENS = 77  # of a text, as every published model takes it
 RATE = 1e14  # operations a second that a device is taken to do; its own rate is to be set against it
 
 
@@ -44,6 +45,8 @@ class UNet:
     layers: int
     heads: int
     weights: int  # bytes
+    text: int  # bytes of a text's embedding
+    latents: int  # bytes of a picture's
 
     @classmethod
     def of(cls, params: Params) -> UNet:
@@ -63,7 +66,9 @@ class UNet:
             raise CheckpointError(f"{row.source}: unet/config.json makes no U-Net ({reason})") from None
         attention = [module for _, module in cross_attention_layers(unet)]
         size = sum(weight.numel() for weight in unet.parameters()) * DTYPES[row.dtype].itemsize
-        return cls(operations, len(attention), max(module.heads for module in attention), size)
+        text, latents = TOKENS * unet.config.cross_attention_dim, unet.config.in_channels * unet.config.sample_size**2
+        heads = max(module.heads for module in attention)
+        return cls(operations, len(attention), heads, size, 4 * text, 4 * latents)
 
     def kept(self, params: Params) -> int:
         """Bytes of the evidence of a pass: pooled attention and attribution of every head, and the error."""
@@ -76,7 +81,7 @@ def _operations(unet: UNet2DConditionModel) -> float:
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         more["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
-    latents, text = torch.empty(1, config.in_channels, side, side), torch.empty(1, 77, config.cross_attention_dim)
+    latents, text = torch.empty(1, config.in_channels, side, side), torch.empty(1, TOKENS, config.cross_attention_dim)
     with FlopCounterMode(display=False) as counter:
         unet(latents, torch.zeros(1), text, **more)
     return float(counter.get_total_flops())
@@ -97,7 +102,7 @@ def needs(params: Params, free: int) -> Iterator[Need]:
     kept, operations = 0, 0.0
     for name in params.datasets:
         scored, trained = passes(name, params)
-        kept += scored * unet.kept(params)
+        kept += disk(name, params, unet)
         yield Need("passes of the U-Net", f"score {name}", scored, "passes", None)
         if trained:
             yield Need("passes of the U-Net", f"train {name}", trained, "passes", None)
@@ -106,7 +111,7 @@ def needs(params: Params, free: int) -> Iterator[Need]:
         "time", f"at {RATE / 1e12:g} TFLOP/s, {unet.operations / 1e12:.2g} a pass", operations / RATE / 3600, "h", None
     )
     short = f"{(fetched + kept - free) / 1e9:.1f} GB more than is free" if fetched + kept > free else None
-    yield Need("disk", "what is fetched, and evidence", fetched + kept, "bytes", short)
+    yield Need("disk", "what is fetched, latents, texts and evidence", fetched + kept, "bytes", short)
 
 
 def _checkpoints(params: Params) -> Iterator[Need]:
@@ -136,6 +141,15 @@ def _memory(params: Params, unet: UNet) -> Need:
     return Need(
         "memory of the device", f"U-Net in {params.backbones[params.backbone].dtype}", unet.weights, "bytes", short
     )
+
+
+def disk(name: str, params: Params, unet: UNet) -> int:
+    """Bytes that a dataset's latents, text embeddings and evidence take, at most; what is trained takes little."""
+    row, (scored, _) = params.datasets[name], passes(name, params)
+    expected = benchmark(row.kind).expected(row)
+    examples = expected.test + round((row.few_shot + row.validation) * expected.learning)
+    texts = expected.texts * (1 if expected.shared else examples)
+    return scored * unet.kept(params) + texts * unet.text + examples * expected.images * unet.latents
 
 
 def passes(name: str, params: Params) -> tuple[int, int]:

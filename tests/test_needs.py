@@ -13,7 +13,7 @@ import dsd.needs
 from dsd.evidence import normalises, requests
 from dsd.fusion import fitting_examples
 from dsd.matching import read_examples
-from dsd.needs import RATE, UNet, needs, passes
+from dsd.needs import RATE, UNet, disk, needs, passes
 from dsd.params import BackboneParams, Params, noise_of
 from dsd.scoring import prompts
 from flows import cli, presets
@@ -56,7 +56,9 @@ def test_a_configuration_tells_the_cost_of_a_pass(params: Params, tmp_path: Path
     (time,) = (need.amount for need in told.values() if need.what == "time")
     assert time == pytest.approx((scored + trained) * unet.operations / RATE / 3600)
     evidence = 4 * scored * ((len(real.evidence.poolings) + 1) * 16 * 20 + 1)
-    assert told["disk", "what is fetched, and evidence"].amount == evidence
+    (kept,) = (need.amount for (what, _), need in told.items() if what == "disk")
+    examples = 9 + round(0.15 * 60)  # few-shot and validation
+    assert kept == evidence + examples * 4 * 77 * 1024 + 2 * examples * 4 * 4 * 64**2
     short = {need.what: need.problem for need in needs(real, free=10**6)}["disk"]
     assert short is not None and short.endswith("GB more than is free")
 
@@ -98,7 +100,7 @@ def test_the_table_of_presets_is_what_they_need(monkeypatch: pytest.MonkeyPatch)
         _, params = presets.applied(path)
         unet, (name,) = UNet.of(params), params.datasets
         scored, trained = passes(name, params)
-        hours, kept = (scored + trained) * unet.operations / RATE / 3600, scored * unet.kept(params)
+        hours, kept = (scored + trained) * unet.operations / RATE / 3600, disk(name, params, unet)
         cells = (f"{scored:,}", f"{trained:,}", f"{hours:.1f}", f"{kept / 1e9:.1f}")
         expected.append(f"| [{path.stem}](../presets/{path.name}) | {' | '.join(cells)} |")
     assert told == expected

@@ -52,7 +52,7 @@ def classified(
         "recall",
         citation,
         licence,
-        expected=lambda row: Expected(training, row.test or testing, 1, classes),
+        expected=lambda row: Expected(training, row.test or testing, 1, classes, shared=True),
         remote=partial(remote, beside=format.beside),
     )
 

@@ -56,6 +56,7 @@ class Expected(NamedTuple):
     test: int  # examples
     images: int  # of an example
     texts: int  # of an example
+    shared: bool = False  # whether all examples have the same texts
 
 
 @dataclass(frozen=True)
