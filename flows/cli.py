@@ -41,7 +41,8 @@ def one_line_errors() -> Iterator[None]:
 @app.command()
 def reproduce(
     preset: Annotated[
-        Path | None, typer.Option(help="Put these settings into params.yaml first, such as presets/comvg-sd2.yaml.")
+        Path | None,
+        typer.Option(help="Put these settings into params.yaml first, such as presets/paper-comvg-sd2.yaml."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would need, and whether it is there; change nothing.")

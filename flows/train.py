@@ -24,6 +24,7 @@ def train(params: Params) -> dict[str, Details]:
         return dict(row)
 
     def dataset(name: str) -> Details:
+        (DATA / "train" / name).mkdir(parents=True, exist_ok=True)  # also where nothing learns: DVC looks for it
         prune(DATA / "train" / name, trained(params))
         return {method: learn(name, method) for method in trained(params)}
 

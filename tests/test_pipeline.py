@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from tests.conftest import ROOT
 from tests.tiny import save_checkpoints, small
@@ -123,6 +125,30 @@ def test_from_a_clone_to_a_report_and_back_after_a_kill(tmp_path: Path) -> None:
         assert run(folder, f"flows.{stage}").returncode == 0
     assert run(folder, "flows.evaluate").returncode == 0
     assert (folder / "data/evaluate/metrics.json").read_bytes() == metrics
+
+
+def test_a_users_own_pictures_with_nothing_trained(tmp_path: Path) -> None:
+    folder, own = fill(tmp_path / "clone"), tmp_path / "own"
+    own.mkdir()
+    rows = ["image,text,label"]
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(own / f"{number}.png")
+        rows += [f"{number}.png,a red circle,{number % 2}", f"{number}.png,a blue star,{1 - number % 2}"]
+    (own / "pairs.csv").write_text("\n".join(rows))
+    settings = yaml.safe_load((folder / "params.yaml").read_text())
+    row = dict(kind="folder", source=str(own), table="pairs.csv", few_shot=0, sample=0, validation=0)
+    settings["datasets"] = {"mine": row | {"test": None, "missing": 0}}
+    settings["methods"] = {name: settings["methods"][name] for name in ("denoising", "clip-zero-shot")}
+    settings |= {"training": {}, "schedules": {}}
+    settings["ablations"]["methods"], settings["races"]["datasets"] = [], {}
+    (folder / "params.yaml").write_text(yaml.safe_dump(settings))
+    assert "report: data/report/index.html" in reproduce(folder)
+    metrics = json.loads((folder / "data/evaluate/metrics.json").read_text())
+    assert {method: row["top1"]["n"] for method, row in metrics["mine"].items()} == {
+        "denoising": 4,
+        "clip-zero-shot": 4,
+    }
 
 
 def test_a_users_mistake_is_one_line(tmp_path: Path) -> None:
