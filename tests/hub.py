@@ -44,7 +44,7 @@ class _Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0].strip("/")
         api = path.startswith("api/models/")
-        owner, name, *rest = path.removeprefix("api/models/").split("/")
+        owner, name, *rest = [*path.removeprefix("api/models/").split("/"), ""]
         files = {file.relative_to(self.root / owner / name).as_posix(): file for file in self._files(owner, name)}
         if name in REFUSALS:
             self._refuse(*REFUSALS[name])
@@ -58,8 +58,9 @@ class _Hub(BaseHTTPRequestHandler):
             self._answer(200, json.dumps({"id": f"{owner}/{name}", "sha": COMMIT}).encode())
         elif name == "gated":
             self._refuse(403, "GatedRepo", "Access to this model is restricted")
+        elif (file := "/".join(rest[2:-1])) not in files:  # or a client of an earlier server at this port
+            self._refuse(404, "EntryNotFound", "no such file")
         else:
-            file = "/".join(rest[2:])
             if self.command == "GET":
                 self.asked.append(file)
             self._answer(200, files[file].read_bytes(), ETag=f'"{file}"')
