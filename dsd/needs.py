@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -118,12 +119,12 @@ def _checkpoints(params: Params) -> Iterator[Need]:
     for name in dict.fromkeys([params.backbone, *(backbone_of(params, method) for method in params.methods)]):
         row = params.backbones[name]
         where = row.source + (f"@{row.revision}" if row.revision else "")
-        yield _tried(f"checkpoint {name}", where, lambda row=row: remote(row))  # type: ignore[misc]
+        yield _tried(f"checkpoint {name}", where, partial(remote, row))
 
 
 def _datasets(params: Params) -> Iterator[Need]:
     for name, row in params.datasets.items():
-        yield _tried(f"dataset {name}", row.kind, lambda name=name, row=row: benchmark(row.kind).remote(name, row))  # type: ignore[misc]
+        yield _tried(f"dataset {name}", row.kind, partial(benchmark(row.kind).remote, name, row))
 
 
 def _tried(what: str, where: str, size: Callable[[], int]) -> Need:

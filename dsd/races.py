@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,14 @@ def run(name: str, params: Params, folders: Folders, seen: Path, target: Path) -
     store = Store(seen)
     raced = methods(name, params)
     splits = {split: folders.examples(split)[: params.races.examples] for split in (LEARNED_FROM, MEASURED_ON)}
-    said = {
-        split: {p: proposals(p, examples, params, folders) for p in params.races.racing.proposer if p}
-        for split, examples in splits.items()
-    }
-    proposers = [params.methods[p].model_dump() for p in params.races.racing.proposer if p]
-    settings = digest(params.races.model_dump(exclude={"datasets", "growth"}), params.evaluate.model_dump(), proposers)
+    proposers = [p for p in params.races.racing.proposer if p]
+    rows = [params.methods[p].model_dump() for p in proposers]
+    settings = digest(params.races.model_dump(exclude={"datasets", "growth"}), params.evaluate.model_dump(), rows)
+
+    @cache
+    def said(split: str) -> dict[str, list[Floats]]:
+        return {p: proposals(p, splits[split], params, folders) for p in proposers}
+
     before, told = read(target / f"{name}.json"), {}
     for row, method in raced.items():
         track = Track.of(name, method, params, folders)
@@ -53,7 +56,7 @@ def run(name: str, params: Params, folders: Folders, seen: Path, target: Path) -
             told[row] = before[row]
             continue
         learning, measured = (
-            entrants(examples, track.collect(examples, store, f"races of {row} on {name} ({split})"), said[split])
+            entrants(examples, track.collect(examples, store, f"races of {row} on {name} ({split})"), said(split))
             for split, examples in splits.items()
         )
         compared = compare(learning, measured, [draw.level for draw in track.draws], params)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dsd.datasets.raw import ANNOTATIONS, IMAGES, RawExample, read_annotations, write_annotations
+from dsd.datasets.raw import IMAGES, RawExample, write_annotations
 from dsd.downloads import fetch, fetch_all, length
 from dsd.errors import DataError
-from dsd.params import ComvgDataset, UrlParams, VisualGenomeDataset
+from dsd.params import UrlParams
 from dsd.store import digest
 
 log = logging.getLogger(__name__)
@@ -72,16 +72,3 @@ def complete(
         if stale.name not in needed:
             stale.unlink()
     write_annotations(folder, whole)
-
-
-def examples(folder: Path, row: VisualGenomeDataset | ComvgDataset, *, seed: int) -> Iterator[RawExample]:
-    """What a download has annotated; see `dsd.datasets.raw.Examples`.
-
-    Raises:
-        DataError: no annotations, broken ones, or annotations of another kind or seed.
-    """
-    prefix = f"{row.kind}/{seed}/"
-    for example in read_annotations(folder):
-        if not example.id.startswith(prefix):
-            raise DataError(f"{folder / ANNOTATIONS}: {example.id} is not of {prefix}; download the dataset again")
-        yield example

@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 
 from dsd.datasets import by_url, genome, visual_genome
-from dsd.datasets.raw import ANNOTATIONS, Benchmark, Expected, RawExample
+from dsd.datasets.raw import ANNOTATIONS, Benchmark, Expected, RawExample, annotated
 from dsd.downloads import opened
 from dsd.errors import DataError, ParamsError
 from dsd.fewshot import split
@@ -142,7 +142,7 @@ def _example(name: str, entry: Row) -> RawExample:
 
 BENCHMARK = Benchmark(
     _download,
-    by_url.examples,
+    annotated,
     metrics="slots",
     citation="Jiang et al., ComCLIP: Training-Free Compositional Image and Text Matching, 2022 (arXiv:2211.13854); "
     "Krishna et al., Visual Genome, IJCV 2017 (arXiv:1602.07332)",

@@ -193,6 +193,12 @@ def _pictures(root: Path, table: Path, lines: Sequence[Line], wanted: Collection
                 yield stem(line.image), ImageError(f"{table}:{line.number}: {line.image}: {error.strerror}")
 
 
+def _remote(name: str, row: FolderDataset) -> int:
+    """Nothing, if the table is there and can be read."""
+    _expected(row)
+    return 0
+
+
 def _expected(row: FolderDataset) -> Expected:
     """What the table has, whatever its splits."""
     root = Path(row.source)
@@ -210,5 +216,5 @@ BENCHMARK = Benchmark(
     citation="the user's own",
     licence="the user's own",
     expected=_expected,
-    remote=lambda name, row: 0,
+    remote=_remote,
 )

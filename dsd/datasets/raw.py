@@ -39,6 +39,13 @@ class RawExample:
 Row = TypeVar("Row", contravariant=True)  # the model of a row of `datasets` of this kind
 
 
+class Made(Protocol):
+    """Any such row."""
+
+    @property
+    def kind(self) -> str: ...
+
+
 class Download(Protocol[Row]):
     def __call__(self, row: Row, *, seed: int, folder: Path, workers: int) -> None:
         """Leaves pictures and annotations in `folder`, the annotations last: where they are, all is."""
@@ -83,6 +90,19 @@ def write_annotations(folder: Path, examples: Iterable[RawExample]) -> None:
     """Writes one line of JSON an example, atomically; the same examples give the same bytes."""
     lines = [json.dumps(asdict(example), sort_keys=True, ensure_ascii=False) + "\n" for example in examples]
     write_atomic(folder / ANNOTATIONS, "".join(lines).encode())
+
+
+def annotated(folder: Path, row: Made, *, seed: int) -> Iterator[RawExample]:
+    """What a download has annotated whose ids begin with kind and seed; see `Examples`.
+
+    Raises:
+        DataError: no annotations, broken ones, or annotations of another kind or seed.
+    """
+    prefix = f"{row.kind}/{seed}/"
+    for example in read_annotations(folder):
+        if not example.id.startswith(prefix):
+            raise DataError(f"{folder / ANNOTATIONS}: {example.id} is not of {prefix}; download the dataset again")
+        yield example
 
 
 def read_annotations(folder: Path) -> Iterator[RawExample]:

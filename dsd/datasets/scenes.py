@@ -8,7 +8,7 @@ moves it, and no item is a scene of pretraining.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -16,8 +16,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-from dsd.datasets.raw import ANNOTATIONS, IMAGES, Benchmark, Expected, RawExample, read_annotations, write_annotations
-from dsd.errors import DataError, ParamsError
+from dsd.datasets.raw import ANNOTATIONS, IMAGES, Benchmark, Expected, RawExample, annotated, write_annotations
+from dsd.errors import ParamsError
 from dsd.fewshot import Split, split
 from dsd.params import DrawnDataset
 from dsd.progress import progress
@@ -53,7 +53,7 @@ def embedded(
     """A benchmark of painted scenes, `examples` to an item, each of so many candidates: images and texts."""
     return Benchmark(
         partial(_download, compose, examples, requires or {}),
-        _examples,
+        annotated,
         metrics,
         citation,
         licence="none needed: drawn here",
@@ -179,16 +179,3 @@ def _download(
         if stale.name not in painted:
             stale.unlink()
     write_annotations(folder, [example for item in composed for example in item.examples])
-
-
-def _examples(folder: Path, row: DrawnDataset, *, seed: int) -> Iterator[RawExample]:
-    """What `_download` annotated; see `dsd.datasets.raw.Examples`.
-
-    Raises:
-        DataError: no annotations, broken ones, or annotations of another kind or seed.
-    """
-    name = f"{row.kind}/{seed}/"
-    for example in read_annotations(folder):
-        if not example.id.startswith(name):
-            raise DataError(f"{folder / ANNOTATIONS}: {example.id} is not of {name}; download the dataset again")
-        yield example

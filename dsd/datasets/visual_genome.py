@@ -32,7 +32,7 @@ from random import Random
 
 from dsd.datasets import by_url
 from dsd.datasets.genome import Genome, Relation, Word, files, read_genome
-from dsd.datasets.raw import ANNOTATIONS, Benchmark, Expected, RawExample
+from dsd.datasets.raw import ANNOTATIONS, Benchmark, Expected, RawExample, annotated
 from dsd.errors import DataError, ParamsError
 from dsd.fewshot import Split, split
 from dsd.mutation import SLOTS, Slot, valid_negative
@@ -214,7 +214,7 @@ def _download(row: VisualGenomeDataset, *, seed: int, folder: Path, workers: int
 
 BENCHMARK = Benchmark(
     _download,
-    by_url.examples,
+    annotated,
     metrics="slots",
     citation="Krishna et al., Visual Genome, IJCV 2017 (arXiv:1602.07332)",
     licence="annotations CC BY 4.0; pictures are those of YFCC100M and MS-COCO, under their owners' licences",
