@@ -44,6 +44,7 @@ class BackboneParams(_Params):
     source: a folder, an id on the hub at `revision` (a commit), or one file .safetensors in the original layout.
     config: of such a file, where its configs, tokenizer and scheduler are: a folder, or an id on the hub at `revision`.
     prediction: what the U-Net predicts; where it is not given, what the checkpoint's scheduler says.
+    digest: what the checkpoint's digest must be, where it is given; a folder with other files is refused.
     dtype: the arithmetic of the U-Net; images and texts are encoded once, in float32. Of a CLIP, all of its arithmetic.
     """
 
@@ -53,6 +54,7 @@ class BackboneParams(_Params):
     config: str | None = Field(default=None, exclude_if=_absent)
     prediction: Literal["epsilon", "v_prediction"] | None = Field(default=None, exclude_if=_absent)
     lora: str | None
+    digest: str | None = Field(default=None, exclude_if=_absent)
     dtype: Literal["float32", "bfloat16", "float16"]
 
 
@@ -439,6 +441,20 @@ class ReportParams(_Params):
     gallery: Positive
 
 
+class GateRow(_Params):
+    """Of a dataset, as fractions of 1: what a challenger must gain, and what it must be shown not to lose more than."""
+
+    minimum_effect: Share
+    maximum_regression: Share
+
+
+class GateParams(_Params):
+    """`method`: the one by whose answers checkpoints are compared. Datasets without a row are not compared."""
+
+    method: str
+    datasets: dict[str, GateRow]
+
+
 class FitParams(_Params):
     steps: Positive
     batch: Positive
@@ -493,6 +509,7 @@ class Params(_Params):
     studies: dict[str, StudyParams]
     races: RacesParams
     report: ReportParams
+    gate: GateParams
     pretrain: PretrainParams
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ SETTINGS = {
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # of a few kilobytes
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
 }
 

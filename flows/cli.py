@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,6 +69,33 @@ def reproduce(
     from flows import reproduce as reproduction
 
     reproduction.main()
+
+
+@app.command()
+def promote(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Enter this workspace's results into the registry, and let them challenge the champion's.
+
+    Both are compared on the same examples by a paired test, as `gate` in params.yaml says; a tie keeps the champion.
+
+    \b
+    Examples:
+      dsd promote
+      dsd promote --json
+    """
+    with one_line_errors():
+        from dsd.params import load
+        from flows.registry import BACKBONE, Registry
+
+        params, registry = load(), Registry()
+        version = registry.register(params, Path())
+        verdict = registry.challenge(params, version)
+    if as_json:
+        print(json.dumps({"version": version.number, **asdict(verdict)}, indent=2, ensure_ascii=False))
+    else:
+        print(f"{BACKBONE} version {version.number}: {'promoted' if verdict.promoted else 'not promoted'}")
+        print(verdict.reason)
 
 
 def tell(params: Params) -> int:

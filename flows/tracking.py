@@ -37,7 +37,8 @@ def uri() -> str:
 
 
 @contextmanager
-def _locked() -> Iterator[None]:
+def locked() -> Iterator[None]:
+    """One process at a time writes."""
     ARTIFACTS.mkdir(exist_ok=True)
     with FileLock(ARTIFACTS / ".lock"):
         yield
@@ -48,7 +49,7 @@ class Runs:
 
     def __init__(self) -> None:
         # Processes that open a fresh database together all try to create its tables, and all but one crash.
-        with _locked():
+        with locked():
             self.client = MlflowClient(tracking_uri=uri())
             self.experiment = self._experiment()
 
@@ -87,7 +88,7 @@ def publish(params: Params, data: Path) -> int:
     """Enters every result, curve and report of `data` that MLflow does not have yet; returns how many."""
     runs = Runs()
     metrics = json.loads((data / "evaluate" / "metrics.json").read_text())
-    with _locked():
+    with locked():
         new = [
             _publish_result(runs, params, data, dataset, method, intervals)
             for dataset, methods in metrics.items()
@@ -111,17 +112,24 @@ def _publish_result(runs: Runs, params: Params, data: Path, dataset: str, method
     tags = {"dsd.dataset": dataset, "dsd.method": method, "dsd.backbone": backbone.source}
     tags["dsd.backbone.digest"] = _identity(backbone)
     run = runs.start(f"{method} on {dataset}", "result", key, tags)
-    now = int(time.time() * 1000)
-    values = [
-        Metric(name if part == "value" else f"{name}_{part}", value, now, 0)
+    values = {
+        name if part == "value" else f"{name}_{part}": value
         for name, interval in intervals.items()
         for part, value in interval.items()
-    ]
+    }
+    log_metrics(runs.client, run, values)
     settings = [Param(name, str(value)) for name, value in {"dataset": dataset, **row.model_dump()}.items()]
-    runs.client.log_batch(run, metrics=values, params=settings)
+    runs.client.log_batch(run, params=settings)
     runs.client.log_figure(run, bars(f"{method} on {dataset}", intervals), "metrics.png")
     runs.client.set_terminated(run)
     return True
+
+
+def log_metrics(client: MlflowClient, run: str, values: Mapping[str, float]) -> None:
+    now = int(time.time() * 1000)
+    metrics = [Metric(name, value, now, 0) for name, value in values.items()]
+    for start in range(0, len(metrics), BATCH):
+        client.log_batch(run, metrics=metrics[start : start + BATCH])
 
 
 def _identity(backbone: BackboneParams) -> str:

@@ -81,6 +81,9 @@ def locate(row: BackboneParams) -> tuple[Path, str]:
 
     The digest is of the files where it is local, of id and commit on the hub; and of the LoRA and of what the U-Net is
     said to predict, where the row has them: with others it is another checkpoint.
+
+    Raises:
+        CheckpointError: it is not there, or is not the one that the row's digest names.
     """
     folder, (source, patterns) = folder_of(row), _read_of(row)
     if Path(source).is_dir():
@@ -95,7 +98,11 @@ def locate(row: BackboneParams) -> tuple[Path, str]:
         if not Path(row.lora).is_file():
             raise CheckpointError(f"{row.lora}: no such LoRA file")
         identity = digest(identity, file_digest(Path(row.lora)))
-    return folder, identity if row.prediction is None else digest(identity, row.prediction)
+    if row.prediction is not None:
+        identity = digest(identity, row.prediction)
+    if row.digest not in (None, identity):
+        raise CheckpointError(f"{row.source}: is not the checkpoint of digest {row.digest}, but {identity}")
+    return folder, identity
 
 
 def _read_of(row: BackboneParams) -> tuple[str, tuple[str, ...]]:

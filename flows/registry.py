@@ -1,0 +1,307 @@
+"""The registry: checkpoints and prompts by version and alias, and the gate between challenger and champion.
+
+A version of the model `dsd-backbone` is one checkpoint as it was measured under some params: a reference to it, never a
+copy. One of `dsd-prompt-<dataset>` is what was trained for it, with the digest of the backbone that it belongs to.
+Registering is an upsert, as publishing is.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow.parquet as pq
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from dsd.errors import DataError, DsdError
+from dsd.gate import Ranks, Verdict, judge
+from dsd.matching import read_examples
+from dsd.params import Params, prompted, raced
+from dsd.store import digest, file_digest
+from flows.tracking import Runs, locked, log_metrics
+
+BACKBONE = "dsd-backbone"
+CHAMPION, CHALLENGER = "champion", "challenger"
+# What no result depends on, and what stands apart from those of `evaluate`.
+ASIDE = {"runtime", "backbone", "backbones", "ablations", "studies", "races", "report", "gate", "pretrain"}
+
+
+@dataclass(frozen=True)
+class Version:
+    """A measured checkpoint: where it is, what it is, what was found, and what the gate said of it ("" if unasked).
+
+    metrics: dataset → method → metric → value, low, high, n.
+    """
+
+    number: int
+    key: str
+    digest: str
+    source: str
+    revision: str | None
+    metrics: dict[str, Any]
+    verdict: str
+    reason: str
+    commit: str
+    lock: str
+    created: datetime
+    run: str
+
+
+def prompt_model(dataset: str) -> str:
+    return f"dsd-prompt-{dataset}"
+
+
+def evaluation_key(params: Params, identity: str) -> str:
+    """The digest of a checkpoint's own digest and of every setting that its results depend on."""
+    others = {name: row for name, row in params.backbones.items() if name != params.backbone}
+    aside = ASIDE - {"races"} if raced(params) else ASIDE
+    return digest(identity, others, params.model_dump(mode="json", exclude=aside))
+
+
+class Registry:
+    """The registered models of this project, in the store that its runs are in."""
+
+    def __init__(self, runs: Runs | None = None) -> None:
+        self.runs = runs or Runs()
+        self.client = self.runs.client
+
+    def versions(self) -> list[Version]:
+        """Every measured checkpoint, the newest first."""
+        return [_version(found) for found in self._all(BACKBONE)]
+
+    def find(self, key: str) -> Version | None:
+        """The newest version of an `evaluation_key`."""
+        return next((version for version in self.versions() if version.key == key), None)
+
+    def alias(self, alias: str, model: str = BACKBONE) -> Version | None:
+        """The version of a backbone that has an alias."""
+        number = self._aliases(model).get(alias)
+        return None if number is None else _version(self.client.get_model_version(model, number))
+
+    def register(self, params: Params, root: Path) -> Version:
+        """Enters what was measured in the workspace `root` as the challenger, unless it is there already.
+
+        Raises:
+            DataError: nothing was measured there.
+            CheckpointError: the checkpoint cannot be had any more.
+        """
+        from dsd.backbones.checkpoint import locate  # it loads torch
+
+        file = root / "data" / "evaluate" / "metrics.json"
+        if not file.exists():
+            raise DataError(f"{file}: nothing has been measured here; run `dsd reproduce` first")
+        row = params.backbones[params.backbone]
+        identity = locate(row)[1]
+        key, metrics = evaluation_key(params, identity), json.loads(file.read_text())
+        source = str(Path(row.source).resolve()) if Path(row.source).exists() else row.source
+        tags = {
+            "dsd.digest": identity,
+            "dsd.source": source,
+            "dsd.revision": row.revision or "",
+            "dsd.commit": commit(root),
+            "dsd.lock": file_digest(root / "dvc.lock"),
+            "dsd.params": params.model_dump_json(exclude={"studies", "pretrain"}),
+        }
+        with locked():
+            run = self._measured(params, root, digest(key, metrics), metrics, tags)
+            for dataset in metrics:
+                self._register_prompt(params, root, dataset, run, {**tags, "dsd.metrics": json.dumps(metrics[dataset])})
+            shown = {**tags, "dsd.key": key, "dsd.metrics": json.dumps(metrics)}
+            number = self._upsert(BACKBONE, f"{run}/backbone", digest(key, metrics), shown)
+            if self._aliases(BACKBONE).get(CHAMPION) != number:
+                self.client.set_registered_model_alias(BACKBONE, CHALLENGER, number)
+        return _version(self.client.get_model_version(BACKBONE, number))
+
+    def challenge(self, params: Params, challenger: Version) -> Verdict:
+        """Lets a version challenge the champion; the verdict stands in its tags, and the aliases follow it.
+
+        Raises:
+            DsdError: see `dsd.gate.judge`.
+        """
+        with locked():
+            champion = self.alias(CHAMPION)
+            if champion is not None and champion.number == challenger.number:
+                return Verdict(False, "it is the champion already", {})
+            verdict = judge(
+                params,
+                self.ranks(challenger, params.gate.method),
+                None if champion is None else self.ranks(champion, params.gate.method),
+            )
+            tags = {
+                "dsd.verdict": "promoted" if verdict.promoted else "kept out",
+                "dsd.reason": verdict.reason,
+                "dsd.compared": json.dumps({name: asdict(compared) for name, compared in verdict.compared.items()}),
+                "dsd.against": "" if champion is None else str(champion.number),
+            }
+            for name, value in tags.items():
+                self.client.set_model_version_tag(BACKBONE, str(challenger.number), name, value)
+            if verdict.promoted:
+                self._promote(challenger)
+        return verdict
+
+    def ranks(self, version: Version, method: str) -> dict[str, Ranks]:
+        """By dataset, how a method answered the test examples with a version.
+
+        Raises:
+            DataError: it was not measured by that method.
+        """
+        found = {}
+        with TemporaryDirectory() as folder:
+            told = json.loads(Path(self.client.download_artifacts(version.run, "ranks.json", folder)).read_text())
+        for name, row in told.items():
+            if method not in row["ranks"]:
+                raise DataError(f"{BACKBONE} version {version.number}: was not measured by {method} (gate.method)")
+            found[name] = Ranks(**{**row, "ranks": row["ranks"][method]})
+        return found
+
+    def prompt(self, reference: str, target: Path) -> Path:
+        """Fetches a registered prompt, `models:/dsd-prompt-<dataset>@<alias>` or `…/<version>`, into a folder.
+
+        Raises:
+            DsdError: there is none.
+        """
+        from dsd.prompts import PROMPT  # it loads torch
+
+        try:
+            name, _, alias = reference.removeprefix("models:/").partition("@")
+            if alias:
+                version = self.client.get_model_version_by_alias(name, alias)
+            else:
+                version = self.client.get_model_version(*name.split("/"))
+            found = f"prompts/{version.tags['dsd.dataset']}"
+            return Path(self.client.download_artifacts(version.run_id, found, str(target))) / PROMPT
+        except (MlflowException, TypeError, KeyError, OSError):
+            there = sorted(model.name for model in self.client.search_registered_models("name LIKE 'dsd-prompt-%'"))
+            known = ", ".join(f"models:/{name}@{CHAMPION}" for name in there) or "none; `dsd promote` enters them"
+            raise DsdError(f"--prompt {reference}: no such registered prompt; there is {known}") from None
+
+    def _measured(
+        self, params: Params, root: Path, key: str, metrics: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> str:
+        """The artifacts' address of the run that holds all that was measured, entered once."""
+        run = self.runs.finished("evaluation", key)
+        if run is None:
+            name = f"{Path(tags['dsd.source']).name} {tags['dsd.digest'][:8]}"
+            made = self.runs.start(name, "evaluation", key, {k: v for k, v in tags.items() if k != "dsd.params"})
+            log_metrics(
+                self.client,
+                made,
+                {
+                    f"{dataset}/{method}/{metric}": interval["value"]
+                    for dataset, methods in metrics.items()
+                    for method, found in methods.items()
+                    for metric, interval in found.items()
+                },
+            )
+            reference = {name: tags[f"dsd.{name}"] for name in ("source", "revision", "digest")}
+            self.client.log_dict(made, reference, "backbone/reference.json")
+            self.client.log_dict(made, params.model_dump(mode="json"), "params.json")
+            self.client.log_dict(made, {name: _ranks(params, root, name) for name in metrics}, "ranks.json")
+            for dataset, file in prompts(params, root, metrics).items():
+                self.client.log_artifact(made, str(file), f"prompts/{dataset}")
+            self.client.set_terminated(made)
+            run = self.client.get_run(made)
+        return str(run.info.artifact_uri)
+
+    def _register_prompt(self, params: Params, root: Path, dataset: str, run: str, tags: Mapping[str, str]) -> None:
+        if (file := prompts(params, root, [dataset]).get(dataset)) is None:
+            return
+        shown = {**tags, "dsd.dataset": dataset, "dsd.method": str(prompted(params))}
+        model = prompt_model(dataset)
+        number = self._upsert(model, f"{run}/prompts/{dataset}", file_digest(file), shown)
+        if self._aliases(model).get(CHAMPION) != number:
+            self.client.set_registered_model_alias(model, CHALLENGER, number)
+
+    def _upsert(self, model: str, source: str, content: str, tags: Mapping[str, str]) -> str:
+        """The number of the version with this content, which is made where there is none."""
+        try:
+            self.client.create_registered_model(model)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        for version in self._all(model):
+            if version.tags.get("dsd.content") == content:
+                return str(version.version)
+        run = Path(source.partition("/artifacts/")[0]).name
+        made = self.client.create_model_version(model, source, run_id=run, tags={**tags, "dsd.content": content})
+        return str(made.version)
+
+    def _promote(self, version: Version) -> None:
+        """The champion's alias to a version and to the prompts that were trained for it."""
+        of_run = [(BACKBONE, str(version.number))]
+        for model in self.client.search_registered_models("name LIKE 'dsd-prompt-%'"):
+            of_run += [(model.name, str(v.version)) for v in self._all(model.name) if v.run_id == version.run]
+        for model, number in of_run:
+            self.client.set_registered_model_alias(model, CHAMPION, number)
+            if self._aliases(model).get(CHALLENGER) == number:
+                self.client.delete_registered_model_alias(model, CHALLENGER)
+
+    def _all(self, model: str) -> list[ModelVersion]:
+        found: list[ModelVersion] = []
+        token: str | None = None
+        while token is None or token:
+            page = self.client.search_model_versions(f"name = '{model}'", page_token=token)
+            found, token = [*found, *page], page.token or ""
+        return sorted(found, key=lambda version: -int(version.version))
+
+    def _aliases(self, model: str) -> dict[str, str]:
+        try:
+            return {alias: str(number) for alias, number in self.client.get_registered_model(model).aliases.items()}
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return {}
+
+
+def prompts(params: Params, root: Path, datasets: Any) -> dict[str, Path]:
+    """By dataset, the file of the attention prompt that was trained for it."""
+    from dsd.prompts import PROMPT  # it loads torch
+
+    method = prompted(params)
+    files = {name: root / "data" / "train" / name / str(method) / PROMPT for name in datasets}
+    return {name: file for name, file in files.items() if file.exists()}
+
+
+def commit(root: Path) -> str:
+    """The commit that a workspace is at, with a plus where tracked files differ from it; "" outside of git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "HEAD") + ("+" if changed else "")
+
+
+def _ranks(params: Params, root: Path, dataset: str) -> dict[str, Any]:
+    """`Ranks` of every method, which share the examples."""
+    examples = read_examples(root / "data" / "prepare" / dataset / "examples.parquet", "test")
+    scores = pq.read_table(root / "data" / "evaluate" / "scores" / f"{dataset}.parquet", columns=["method", "rank"])
+    ranks: dict[str, list[int]] = {}
+    for method, rank in zip(*(column.to_pylist() for column in scores.columns), strict=True):
+        ranks.setdefault(method, []).append(rank)
+    return {**Ranks.of(params.datasets[dataset].kind, examples, [])._asdict(), "ranks": ranks}
+
+
+def _version(found: ModelVersion) -> Version:
+    tags = {name.removeprefix("dsd."): value for name, value in found.tags.items()}
+    return Version(
+        number=int(found.version),
+        key=tags["key"],
+        digest=tags["digest"],
+        source=tags["source"],
+        revision=tags["revision"] or None,
+        metrics=json.loads(tags["metrics"]),
+        verdict=tags.get("verdict", ""),
+        reason=tags.get("reason", ""),
+        commit=tags["commit"],
+        lock=tags["lock"],
+        created=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
+        run=found.run_id,
+    )
