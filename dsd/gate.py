@@ -102,7 +102,7 @@ def judge(params: Params, challenger: Mapping[str, Ranks], champion: Mapping[str
         return Verdict(True, "better on " + _listed(better, compared), compared)
     if lost:
         allowed = ", ".join(f"{100 * compared[name].maximum_regression:.1f} on {name}" for name in lost)
-        reason = f"may have lost more than is allowed ({allowed} points): {_listed(lost, compared)}"
+        reason = f"may have lost more than is allowed ({allowed}, in points): {_listed(lost, compared)}"
     else:
         reason = f"not shown to be better, and a tie keeps the champion: {_listed(list(compared), compared)}"
     return Verdict(False, reason, compared)

@@ -1,0 +1,225 @@
+"""Checkpoints and prompts are registered once, and the champion's alias goes where the gate lets it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+from typer.testing import CliRunner
+
+from dsd.errors import CheckpointError, DataError, DsdError
+from dsd.matching import MatchingExample, write_examples
+from dsd.params import BackboneParams, Params, load
+from flows import tracking
+from flows.cli import app
+from flows.registry import BACKBONE, CHALLENGER, CHAMPION, Registry, evaluation_key
+
+COM = "scenes-com"
+PROMPTS = f"dsd-prompt-{COM}"
+EXAMPLES = [MatchingExample(f"e{n}", ("a", "b"), (f"t{n}",), ((0, 0),), ["subject", "object", "predicate"][n % 3])
+            for n in range(300)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def measured(workspace: Path, database: Path, models: Path) -> Params:
+    """The params of a workspace in which a checkpoint was measured on one dataset, and in git."""
+    shutil.copy(database, workspace)
+    shutil.copytree(models, workspace / "models")
+    (workspace / "dvc.lock").write_text("schema: '2.0'\n")
+    write_examples(workspace / "data" / "prepare" / COM / "examples.parquet", (("test", e) for e in EXAMPLES))
+    measure(150)
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run(["git", "add", "params.yaml"], check=True)
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run(["git", *who, "commit", "-qm", "settings"], check=True)
+    return load()
+
+
+def measure(right: int) -> None:
+    """Leaves what a reproduction leaves of so many right answers, and a prompt that is another one for each number."""
+    from dsd.prompts import AttentionPrompt
+
+    rows = [{"method": "dsd", "rank": 1 if n < right else 2} for n in range(len(EXAMPLES))]
+    scores = Path("data/evaluate/scores")
+    scores.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), scores / f"{COM}.parquet")
+    share = right / len(EXAMPLES)
+    interval = {"value": share, "low": share - 0.05, "high": share + 0.05, "n": len(EXAMPLES)}
+    (scores.parent / "metrics.json").write_text(json.dumps({COM: {"dsd": {"macro": interval}}}))
+    trained = Path("data/train", COM, "dsd")
+    trained.mkdir(parents=True, exist_ok=True)
+    prompt = AttentionPrompt(32, [16], 4, rank=2, conditional=False, seed=right)
+    prompt.save(trained / "prompt.safetensors", "the backbone it belongs to")
+
+
+def aliases(model: str = BACKBONE) -> dict[str, int]:
+    client = MlflowClient(tracking_uri=tracking.uri())
+    return {alias: int(number) for alias, number in client.get_registered_model(model).aliases.items()}
+
+
+def test_what_was_measured_is_registered_once(measured: Params) -> None:
+    version = Registry().register(measured, Path())
+    assert Registry().register(measured, Path()) == version
+    assert [v.number for v in Registry().versions()] == [1]
+    assert version.source == str(Path("models/embedded").resolve()) and len(version.digest) == 32
+    assert version.metrics[COM]["dsd"]["macro"]["value"] == 0.5
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert (version.commit, len(version.lock), version.verdict) == (head, 64, "")
+    assert aliases() == aliases(PROMPTS) == {CHALLENGER: 1}
+
+
+def test_a_version_is_a_reference_and_a_prompt_a_few_kilobytes(measured: Params) -> None:
+    version = Registry().register(measured, Path())
+    files = [path for path in Path("mlartifacts").rglob("*") if path.is_file() and version.run in str(path)]
+    assert sum(path.stat().st_size for path in files) < 100_000
+    assert not [path for path in files if path.suffix == ".safetensors" and path.name != "prompt.safetensors"]
+    client = MlflowClient(tracking_uri=tracking.uri())
+    prompt = client.get_model_version(PROMPTS, "1")
+    assert prompt.tags["dsd.digest"] == version.digest and prompt.tags["dsd.dataset"] == COM
+    assert json.loads(prompt.tags["dsd.params"])["seed"] == 0 and prompt.tags["dsd.lock"] == version.lock
+
+
+def test_changes_that_are_not_committed_show(measured: Params) -> None:
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("seed: 0", "seed: 1", 1))
+    assert Registry().register(load(), Path()).commit.endswith("+")
+
+
+def test_other_results_are_another_version(measured: Params) -> None:
+    first = Registry().register(measured, Path())
+    measure(200)
+    second = Registry().register(measured, Path())
+    assert (first.number, second.number) == (1, 2) and first.key == second.key
+    assert Registry().find(second.key) == second
+    assert aliases() == aliases(PROMPTS) == {CHALLENGER: 2}
+
+
+def test_the_better_challenger_takes_the_place_and_brings_its_prompts(measured: Params) -> None:
+    registry = Registry()
+    assert registry.challenge(measured, registry.register(measured, Path())).reason == "there was no champion"
+    assert aliases() == aliases(PROMPTS) == {CHAMPION: 1}
+    measure(200)
+    verdict = registry.challenge(measured, registry.register(measured, Path()))
+    assert verdict.promoted and aliases() == aliases(PROMPTS) == {CHAMPION: 2}
+    told = registry.alias(CHAMPION)
+    assert told is not None and (told.verdict, told.reason) == ("promoted", verdict.reason)
+
+
+def test_a_tie_keeps_the_champion_and_the_reason_stands_in_the_registry(measured: Params) -> None:
+    registry = Registry()
+    registry.challenge(measured, registry.register(measured, Path()))
+    measure(151)
+    kept = registry.register(measured, Path())
+    assert not registry.challenge(measured, kept).promoted
+    assert aliases() == {CHAMPION: 1, CHALLENGER: 2}
+    [told, _] = registry.versions()
+    assert told.verdict == "kept out" and "a tie keeps the champion: scenes-com" in told.reason
+
+
+def test_the_champion_does_not_challenge_itself(measured: Params) -> None:
+    registry = Registry()
+    registry.challenge(measured, registry.register(measured, Path()))
+    again = registry.challenge(measured, registry.register(measured, Path()))
+    assert (again.promoted, again.reason) == (False, "it is the champion already")
+    assert aliases() == {CHAMPION: 1}
+    assert [version.reason for version in registry.versions()] == ["there was no champion"]
+
+
+def test_a_killed_registration_is_finished_by_the_next(measured: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in ("log_dict", "set_terminated", "create_model_version", "set_registered_model_alias"):
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, step, lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+            with pytest.raises(OSError):
+                Registry().register(measured, Path())
+    assert Registry().register(measured, Path()).number == 1
+    assert aliases() == aliases(PROMPTS) == {CHALLENGER: 1}
+    client = MlflowClient(tracking_uri=tracking.uri())
+    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+    assert len(client.search_runs([experiment.experiment_id], "tags.`dsd.kind` = 'evaluation'")) == 1
+
+
+def test_the_key_is_of_what_results_depend_on(measured: Params) -> None:
+    def key(**changes: object) -> str:
+        return evaluation_key(measured.model_copy(update=changes), "digest")
+
+    moved = measured.backbones["embedded"].model_copy(update={"source": "elsewhere"})
+    same = [
+        {"backbones": {**measured.backbones, "embedded": moved}},
+        {"runtime": measured.runtime.model_copy(update={"batch_size": 1})},
+        {"gate": measured.gate.model_copy(update={"method": "denoising"})},
+        {"studies": {}},
+    ]
+    assert {key(**changes) for changes in same} == {key()}
+    clip = measured.backbones["embedded-clip"].model_copy(update={"source": "elsewhere"})
+    others = [
+        {"seed": 1},
+        {"backbones": {**measured.backbones, "embedded-clip": clip}},
+        {"noise": measured.noise.model_copy(update={"draws_per_level": 2})},
+    ]
+    assert len({key(), evaluation_key(measured, "another"), *(key(**changes) for changes in others)}) == 5
+
+
+def test_a_registered_prompt_on_another_backbone_is_refused_with_both_digests(
+    measured: Params, models: Path, tmp_path: Path
+) -> None:
+    from dsd.matcher import Matcher
+
+    registry = Registry()
+    registry.challenge(measured, registry.register(measured, Path()))
+    file = registry.prompt(f"models:/{PROMPTS}@{CHAMPION}", tmp_path)
+    assert file.read_bytes() == Path("data/train", COM, "dsd", "prompt.safetensors").read_bytes()
+    digest = registry.versions()[0].digest
+    with pytest.raises(CheckpointError, match=f"belongs to backbone the backbone it belongs to, not to {digest}"):
+        Matcher.from_pretrained(models / "embedded", prompt=file)
+
+
+@pytest.mark.parametrize(
+    "reference", ["models:/nothing@champion", f"models:/{PROMPTS}@nobody", f"models:/{PROMPTS}/9", "models:/"]
+)
+def test_a_prompt_that_is_not_there_is_one_line(measured: Params, reference: str, tmp_path: Path) -> None:
+    Registry().register(measured, Path())
+    with pytest.raises(DsdError) as caught:
+        Registry().prompt(reference, tmp_path)
+    assert f"--prompt {reference}: no such registered prompt" in str(caught.value) and PROMPTS in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_has_changed_is_refused(models: Path) -> None:
+    from dsd.backbones.checkpoint import locate
+
+    row = BackboneParams(
+        family="stable-diffusion", source=str(models / "embedded"), revision=None, lora=None, dtype="float32"
+    )
+    digest = locate(row)[1]
+    assert locate(row.model_copy(update={"digest": digest}))[1] == digest
+    with pytest.raises(CheckpointError, match=f"is not the checkpoint of digest another, but {digest}"):
+        locate(row.model_copy(update={"digest": "another"}))
+
+
+def test_promote_tells_what_was_decided(measured: Params) -> None:
+    run = CliRunner().invoke(app, ["promote"])
+    assert (run.exit_code, run.stdout) == (0, f"{BACKBONE} version 1: promoted\nthere was no champion\n")
+    measure(150 + 50)
+    told = json.loads(CliRunner().invoke(app, ["promote", "--json"]).stdout)
+    assert (told["version"], told["promoted"]) == (2, True)
+    assert told["compared"][COM]["difference"]["n"] == 300 and np.isclose(
+        told["compared"][COM]["difference"]["value"], 1 / 6
+    )
+
+
+def test_promoting_nothing_is_one_line(workspace: Path) -> None:
+    with pytest.raises(DataError, match=r"metrics.json: nothing has been measured here; run `dsd reproduce` first"):
+        Registry().register(load(), Path())
