@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -135,7 +136,11 @@ def match(
         str, typer.Option(help="A checkpoint in the diffusers layout: a folder or a hub id.")
     ] = "models/embedded",
     prompt: Annotated[
-        Path | None, typer.Option(help="A trained prompt, such as data/train/scenes-com/dsd/prompt.safetensors.")
+        str | None,
+        typer.Option(
+            help="A trained prompt: a file, such as data/train/scenes-com/dsd/prompt.safetensors, or a registered one, "
+            "such as models:/dsd-prompt-scenes-com@champion."
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help="cross-attention or denoising.")] = "cross-attention",
     heatmap: Annotated[
@@ -156,7 +161,12 @@ def match(
     with one_line_errors():
         from dsd.matcher import Matcher
 
-        matcher = Matcher.from_pretrained(checkpoint, prompt=prompt, method=method)
+        with TemporaryDirectory() as folder:
+            if prompt is not None and prompt.startswith("models:/"):
+                from flows.registry import Registry
+
+                prompt = str(Registry().prompt(prompt, Path(folder)))
+            matcher = Matcher.from_pretrained(checkpoint, prompt=prompt, method=method)
         scores = matcher.score(images, texts).tolist()
         best = best_matches(scores)
         if heatmap is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dsd import gate
 from dsd.errors import ParamsError
 from dsd.params import Params
 from flows.presets import applied, put
@@ -92,3 +93,4 @@ def test_the_presets_make_sense(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert path.read_text().startswith("# "), "what it reproduces, what it costs"
     assert set(params.studies) == set(), "studies are of the drawn benchmarks"
     assert yaml.safe_load(path.read_text())["backbone"] == params.backbone != "embedded"
+    gate.checked(params, list(params.datasets))

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 from typer.testing import CliRunner
 
 from dsd.errors import CheckpointError, DataError, DsdError
@@ -217,6 +218,17 @@ def test_promote_tells_what_was_decided(measured: Params) -> None:
     assert (told["version"], told["promoted"]) == (2, True)
     assert told["compared"][COM]["difference"]["n"] == 300 and np.isclose(
         told["compared"][COM]["difference"]["value"], 1 / 6
+    )
+
+
+def test_match_takes_a_registered_prompt(measured: Params) -> None:
+    Registry().register(measured, Path())
+    Image.new("RGB", (32, 32)).save("picture.png")
+    asked = ["match", "picture.png", "--text", "a red circle", "--prompt", f"models:/{PROMPTS}@{CHALLENGER}"]
+    run = CliRunner().invoke(app, asked)
+    digest = Registry().versions()[0].digest  # read, and refused: it belongs to none of these
+    assert run.exit_code == 1 and f"belongs to backbone the backbone it belongs to, not to {digest}" in str(
+        run.exception
     )
 
 
