@@ -36,6 +36,12 @@ SETTINGS = (
     *(f"{part}/*{suffix}" for part in PARTS for suffix in (".json", ".txt")),
 )
 WEIGHTS = ("model.safetensors*", "model-*.safetensors", *(f"{part}/*.safetensors" for part in PARTS))
+# Of open_clip's layout, beside which a repository may hold the same model in that of transformers.
+OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+OPEN_CLIP = (
+    *(OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS),
+    *("merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
+)
 VARIANTS = ("*.fp16*.safetensors*", "*.bf16*.safetensors*", "*.non_ema*.safetensors*")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -100,7 +106,9 @@ def locate(row: BackboneParams) -> tuple[Path, str]:
 
 def _read_of(row: BackboneParams) -> tuple[str, tuple[str, ...]]:
     """Where the settings are, and which files are read there."""
-    return (str(row.config), SETTINGS) if one_file(row) else (row.source, (*SETTINGS, *WEIGHTS))
+    if one_file(row):
+        return str(row.config), SETTINGS
+    return row.source, OPEN_CLIP if row.family == "open-clip" else (*SETTINGS, *WEIGHTS)
 
 
 def _is_local(source: str) -> bool:
@@ -139,7 +147,11 @@ def remote(row: BackboneParams) -> int:
         return 0
     with _reaching(source, row.revision):
         files = HfApi().model_info(source, revision=row.revision, files_metadata=True).siblings or []
-    read = (f for f in files if _matches(f.rfilename, patterns) and not _matches(f.rfilename, VARIANTS))
+    read = [f for f in files if _matches(f.rfilename, patterns) and not _matches(f.rfilename, VARIANTS)]
+    if not one_file(row) and not any(file.rfilename.endswith(".safetensors") for file in read):
+        raise CheckpointError(
+            f"{source}: has no weights in safetensors for family {row.family}; pickles are not opened"
+        )
     return sum(file.size or 0 for file in read)
 
 
@@ -201,8 +213,9 @@ def family_of(folder: Path) -> str | None:
     """The family that the folder's content says, None where it does not."""
     if (folder / "unet").is_dir():
         return "stable-diffusion-xl" if (folder / "text_encoder_2").is_dir() else "stable-diffusion"
-    with_towers = '"vision_config"' in _text(folder / "config.json")
-    return "clip" if with_towers else None
+    if '"vision_config"' in _text(folder / "config.json"):
+        return "clip"
+    return "open-clip" if (folder / OPEN_CLIP_CONFIG).is_file() else None
 
 
 def _text(file: Path) -> str:
