@@ -83,7 +83,7 @@ def drawn(generator: torch.Generator, name: str, shape: tuple[int, ...]) -> Tens
     return values * (2 / values[0].numel()) ** 0.5 if values.ndim > 1 else 1 + 0.3 * values
 
 
-def resnet(t: Tensors, pixels: Tensor) -> Tensor:
+def resnet(t: Tensors, pixels: Tensor, layers: tuple[int, ...] = LAYERS) -> Tensor:
     """The image tower written out: normalised pixels [B, 3, P, P] to features before `c_proj`."""
 
     def step(x: Tensor, conv: str, norm: str, stride: int = 1) -> Tensor:
@@ -100,7 +100,7 @@ def resnet(t: Tensors, pixels: Tensor) -> Tensor:
     x = step(pixels, "conv1", "bn1", stride=2).clamp(min=0)
     x = step(x, "conv2", "bn2").clamp(min=0)
     x = halved(step(x, "conv3", "bn3").clamp(min=0))
-    for stage, depth in enumerate(LAYERS, start=1):
+    for stage, depth in enumerate(layers, start=1):
         for block in range(depth):
             name, first = f"layer{stage}.{block}", block == 0
             smaller: Callable[[Tensor], Tensor] = halved if first and stage > 1 else lambda y: y
@@ -301,6 +301,25 @@ def test_the_published_resnet_has_all_tensors_of_its_file_and_no_others() -> Non
     assert {"visual.layer4.2.bn3.running_var", "transformer.resblocks.11.attn.in_proj_bias", "logit_scale"} <= set(
         found
     )
+
+
+@pytest.mark.slow
+def test_a_resnet_50_of_the_published_size(tmp_path: Path) -> None:
+    """102 M random weights through the same code: the file is as large as the published one."""
+    folder, generator = tmp_path / "clip", torch.Generator().manual_seed(1)
+    save_tokenizer(folder, "<|endoftext|>", 77, size=49408)
+    towers = Towers(Model.model_validate(RN50), 49407)
+    text = open_clip_names({k.removeprefix("text_model."): t for k, t in towers.state_dict().items() if "text_" in k})
+    visual = {name: drawn(generator, name, shape) for name, shape in shapes((3, 4, 6, 3), 64, 1024, 7).items()}
+    save_file(text | visual, folder / WEIGHTS)
+    assert 408 <= (folder / WEIGHTS).stat().st_size / 1e6 < 409
+    pixels = {"mean": MEAN, "std": DEVIATION, "interpolation": "bicubic", "resize_mode": "shortest"}
+    (folder / CONFIG).write_text(json.dumps({"model_cfg": RN50, "preprocess_cfg": pixels}))
+    clip = opened(folder)
+    expected = resnet(visual, scaled(pictures(224)), (3, 4, 6, 3))
+    assert torch.allclose(clip.image_features(pictures(224)), expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
+    assert (clip.resolution, clip.max_tokens, expected.shape[1]) == (224, 77, 2048)
+    assert clip.text_features(TEXTS).shape == (3, 512)
 
 
 def test_weights_in_half_precision_are_read_in_the_arithmetic_of_the_row(folder: Path) -> None:
