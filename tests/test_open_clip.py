@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from dsd.backbones import OpenClip, load, load_clip
-from dsd.backbones.checkpoint import family_of
+from dsd.backbones.checkpoint import family_of, remote
 from dsd.backbones.open_clip import Model, Origin, Towers
 from dsd.errors import CheckpointError
 from dsd.params import Params
 from dsd.scorers.contrastive import Projections
 from dsd.training import train
-from tests.hub import COMMIT, hub
+from tests.hubserver import COMMIT, Hub, connected, files_of
 from tests.test_single_file import in_open_clip
 from tests.tiny import row, save_tokenizer
 
@@ -466,19 +466,25 @@ def test_one_folder_may_have_both_layouts(folder: Path, models: Path) -> None:
 def test_no_more_of_a_repository_is_fetched_than_is_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = tmp_path / "hub" / "timm" / "resnet"
-    shutil.copytree(folder, place)
-    for unread in ("open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin", "config.json", "README.md"):
-        (place / unread).write_bytes(b"never read")
-    with hub(tmp_path / "hub", tmp_path / "cache", monkeypatch) as fetched:
+    read = files_of(folder)
+    beside = ("open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin", "config.json", "README.md")
+    served = Hub({"timm/resnet": read | dict.fromkeys(beside, b"never read")})
+    with connected(served, tmp_path, monkeypatch):
         clip = opened(Path("timm/resnet"), revision=COMMIT)
-        assert sorted(fetched) == sorted(file.name for file in folder.iterdir())
+        assert sorted(served.fetched()) == sorted(read)
         assert clip.digest == f"timm/resnet@{COMMIT}"
+        assert remote(row(Path("timm/resnet"), "open-clip")) == sum(map(len, read.values()))
+        del served.repositories["timm/resnet"][WEIGHTS]
+        with pytest.raises(CheckpointError, match=r"timm/resnet: has no weights in safetensors for family open-clip"):
+            remote(row(Path("timm/resnet"), "open-clip"))
     assert torch.equal(clip.text_features(TEXTS), opened(folder).text_features(TEXTS))
 
 
 def test_a_gated_repository_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(folder, tmp_path / "hub" / "timm" / "gated")
-    with hub(tmp_path / "hub", tmp_path / "cache", monkeypatch), pytest.raises(CheckpointError) as error:
-        opened(Path("timm/gated"), revision=COMMIT)
-    assert "gated" in str(error.value) and "\n" not in str(error.value)
+    served = Hub({"timm/resnet": files_of(folder)}, gated={"timm/resnet"})
+    with connected(served, tmp_path, monkeypatch), pytest.raises(CheckpointError) as error:
+        opened(Path("timm/resnet"), revision=COMMIT)
+    assert str(error.value) == (
+        f"timm/resnet is gated: accept its terms at {served.url}/timm/resnet, then log in with `hf auth login` or set "
+        "HF_TOKEN"
+    )

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dsd.errors import CheckpointError
+from dsd.hub import reaching
 from dsd.params import BackboneParams
 from dsd.store import digest, file_digest
 
@@ -131,7 +124,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _fetch(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The files of a repository on the hub, as a folder named by its commit; what was fetched is not fetched again."""
-    with _reaching(source, revision):
+    with reaching(source, revision, kind=CheckpointError):
         kept = snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=list(VARIANTS))
     return Path(kept)
 
@@ -145,7 +138,7 @@ def remote(row: BackboneParams) -> int:
     source, patterns = _read_of(row)
     if _is_local(source):
         return 0
-    with _reaching(source, row.revision):
+    with reaching(source, row.revision, kind=CheckpointError):
         files = HfApi().model_info(source, revision=row.revision, files_metadata=True).siblings or []
     read = [f for f in files if _matches(f.rfilename, patterns) and not _matches(f.rfilename, VARIANTS)]
     if not one_file(row) and not any(file.rfilename.endswith(".safetensors") for file in read):
@@ -164,7 +157,7 @@ def commit(row: BackboneParams) -> str | None:
     source, _ = _read_of(row)
     if _is_local(source):
         return None
-    with _reaching(source, None):
+    with reaching(source, None, kind=CheckpointError):
         return str(HfApi().model_info(source).sha)
 
 
@@ -179,34 +172,12 @@ def component_config(row: BackboneParams, component: str) -> dict[str, Any]:
     if _is_local(source):
         path = Path(source) / name
     else:
-        with _reaching(source, row.revision):
+        with reaching(source, row.revision, kind=CheckpointError):
             path = Path(hf_hub_download(source, name, revision=row.revision))
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}/{name}: does not load: {' '.join(str(error).split())[:160]}") from None
-
-
-@contextmanager
-def _reaching(source: str, revision: str | None) -> Iterator[None]:
-    """What keeps a repository on the hub from us, as one line."""
-    token = "give a token that may read it (HF_TOKEN, or `hf auth login`)"
-    try:
-        yield
-        return
-    except GatedRepoError:
-        reason = f"gated; accept its terms on its page on the hub, and {token}"
-    except RevisionNotFoundError:
-        reason = f"the hub has no revision {revision!r} of it; correct revision"
-    except RepositoryNotFoundError:
-        reason = f"neither a folder nor a repository on the hub, or a private one; correct source, or {token}"
-    except (HFValidationError, HTTPError, OSError) as error:  # the latter has the hub's own among it
-        answer = getattr(error, "response", getattr(error.__cause__, "response", None))
-        if answer is not None and answer.status_code in (401, 403):
-            reason = f"the hub refuses the token ({answer.status_code}); {token}, or none for a public one"
-        else:
-            reason = f"neither a folder nor reachable on the hub ({' '.join(str(error).split())[:160]})"
-    raise CheckpointError(f"{source}: {reason}")
 
 
 def family_of(folder: Path) -> str | None:
