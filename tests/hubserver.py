@@ -100,6 +100,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._bytes(*self._large(found[1]))
         elif found := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             self._commit(found[1], found[2] or "main")
+        elif found := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)/auth-check", path):
+            if self._allowed(found[1], COMMIT) and self._admitted(found[1]):
+                self._answer(200, {}, b"")
         elif found := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)/tree/([^/]+)", path):
             self._listing(*found.groups())
         elif found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -132,7 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, repository: str, revision: str) -> None:
         if self._allowed(repository, revision):
             files = [{"rfilename": path, "size": len(data)} for path, data in self.hub.repositories[repository].items()]
-            said = {"id": repository, "sha": COMMIT, "siblings": files}
+            gated = "auto" if repository in self.hub.gated else False
+            said = {"id": repository, "sha": COMMIT, "gated": gated, "siblings": files}
             self._answer(200, {"Content-Type": "application/json"}, json.dumps(said).encode())
 
     def _listing(self, repository: str, revision: str) -> None:
@@ -146,12 +150,17 @@ class _Handler(BaseHTTPRequestHandler):
             entries.append(entry)
         self._answer(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
 
+    def _admitted(self, repository: str) -> bool:
+        """Whether the terms of a gated repository were accepted by who asks."""
+        token = self.headers.get("Authorization")
+        admitted = repository not in self.hub.gated or bool(token and self.hub.accepted)
+        if not admitted:
+            self._refuse(403 if token else 401, "GatedRepo", f"Access to {repository} is restricted.")
+        return admitted
+
     def _file(self, repository: str, revision: str, path: str) -> None:
-        if not self._allowed(repository, revision):
+        if not self._allowed(repository, revision) or not self._admitted(repository):
             return
-        if repository in self.hub.gated and not (self.headers.get("Authorization") and self.hub.accepted):
-            status = 403 if self.headers.get("Authorization") else 401
-            return self._refuse(status, "GatedRepo", f"Access to {repository} is restricted.")
         data = self.hub.repositories[repository].get(path)
         if data is None:
             return self._refuse(404, "EntryNotFound", "Entry not found")

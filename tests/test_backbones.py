@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -386,9 +387,11 @@ def test_a_repository_that_cannot_be_had_is_one_line(
     served.gated.add("someone/gated")
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(CheckpointError) as error:
-        load(row(Path(source), revision=COMMIT if source == "someone/gated" else "v9"), CPU)
-    assert str(error.value).startswith(line.format(url=served.url)) and "\n" not in str(error.value)
+    asked = row(Path(source), revision=COMMIT if source == "someone/gated" else "v9")
+    for ask in (partial(load, device=CPU), remote):
+        with pytest.raises(CheckpointError) as error:
+            ask(asked)
+        assert str(error.value).startswith(line.format(url=served.url)) and "\n" not in str(error.value)
 
 
 def test_what_the_hub_says_is_told(served: Hub) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,13 @@ def test_a_gated_repository_is_read_with_a_token_whose_owner_accepted(
     for token in (None, TOKEN):
         if token:
             monkeypatch.setenv("HF_TOKEN", token)
-        with pytest.raises(DataError) as error:
-            fetch("mine", pinned(), workers=1)
-        assert str(error.value) == line
+        for ask in (partial(fetch, workers=1), hub.remote):  # what a run will need is told so too
+            with pytest.raises(DataError) as error:
+                ask("mine", pinned())
+            assert str(error.value) == line
     served.accepted = True
     assert fetch("mine", pinned(), workers=1).train
+    assert hub.remote("mine", pinned()) > 0
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,10 @@ def remote(row: BackboneParams) -> int:
     if _is_local(source):
         return 0
     with reaching(source, row.revision, kind=CheckpointError):
-        files = HfApi().model_info(source, revision=row.revision, files_metadata=True).siblings or []
+        info = HfApi().model_info(source, revision=row.revision, files_metadata=True)
+        if info.gated:  # all may read what there is, and not all what is in it
+            HfApi().auth_check(source)
+    files = info.siblings or []
     read = [f for f in files if _matches(f.rfilename, patterns) and not _matches(f.rfilename, VARIANTS)]
     if not one_file(row) and not any(file.rfilename.endswith(".safetensors") for file in read):
         raise CheckpointError(

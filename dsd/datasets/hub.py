@@ -99,8 +99,10 @@ def remote(name: str, row: Row, *, beside: Sequence[str] = ()) -> int:
         return 0
     asked = [pattern for pattern in (row.files.train, row.files.test) if pattern is not None]
     with _reaching(name, row):
-        files = HfApi().dataset_info(row.source, revision=row.revision, files_metadata=True).siblings or []
-    sizes = {file.rfilename: file.size or 0 for file in files}
+        info = HfApi().dataset_info(row.source, revision=row.revision, files_metadata=True)
+        if info.gated:  # all may read what there is, and not all what is in it
+            HfApi().auth_check(row.source, repo_type="dataset")
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     return sum(sizes[file] for file in filter_repo_objects(sizes, allow_patterns=[*asked, *beside]))
 
 
