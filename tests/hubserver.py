@@ -1,6 +1,7 @@
-"""A hub on this machine: as much of the Hugging Face hub as its client asks for when it fetches a dataset.
+"""A hub on this machine: as much of the Hugging Face hub as its client asks for when it fetches a dataset or a model.
 
-Large files (.parquet, .tar) are where LFS has them: their addresses lead on to another host, which knows no commits.
+Large files (.parquet, .safetensors, .tar) are where LFS has them: their addresses lead on to another host, which knows
+no commits.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_right"
-LARGE = (".parquet", ".tar")
+LARGE = (".parquet", ".safetensors", ".tar")
 
 
 @dataclass
@@ -42,6 +47,27 @@ class Hub:
     def fetched(self) -> list[str]:
         """The files whose bytes were asked for, with the range where it was not all of them."""
         return [request.removeprefix("GET ") for request in self.requests if re.match(r"GET [^/]", request)]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The folder as a repository."""
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@contextmanager
+def connected(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The hub is served, and its client knows no other: no token, no waiting, an empty cache under the folder."""
+    with serving(hub):
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        pattern = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", pattern)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        yield hub
 
 
 @contextmanager
@@ -72,9 +98,14 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if found := re.fullmatch(r"/cdn/([0-9a-f]{64})", path):
             self._bytes(*self._large(found[1]))
-        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)", path):
+        elif found := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+            self._commit(found[1], found[2] or "main")
+        elif found := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)/auth-check", path):
+            if self._allowed(found[1], COMMIT) and self._admitted(found[1]):
+                self._answer(200, {}, b"")
+        elif found := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)/tree/([^/]+)", path):
             self._listing(*found.groups())
-        elif found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._file(*found.groups())
         else:
             self._refuse(404, "EntryNotFound", "no such page")
@@ -95,11 +126,18 @@ class _Handler(BaseHTTPRequestHandler):
                 self._refuse(404, "RepoNotFound", "Repository not found")
             else:
                 self._refuse(401, None, "Invalid username or password.")
-        elif revision != COMMIT:
+        elif revision not in (COMMIT, "main"):
             self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         else:
             return True
         return False
+
+    def _commit(self, repository: str, revision: str) -> None:
+        if self._allowed(repository, revision):
+            files = [{"rfilename": path, "size": len(data)} for path, data in self.hub.repositories[repository].items()]
+            gated = "auto" if repository in self.hub.gated else False
+            said = {"id": repository, "sha": COMMIT, "gated": gated, "siblings": files}
+            self._answer(200, {"Content-Type": "application/json"}, json.dumps(said).encode())
 
     def _listing(self, repository: str, revision: str) -> None:
         if not self._allowed(repository, revision):
@@ -112,12 +150,17 @@ class _Handler(BaseHTTPRequestHandler):
             entries.append(entry)
         self._answer(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
 
+    def _admitted(self, repository: str) -> bool:
+        """Whether the terms of a gated repository were accepted by who asks."""
+        token = self.headers.get("Authorization")
+        admitted = repository not in self.hub.gated or bool(token and self.hub.accepted)
+        if not admitted:
+            self._refuse(403 if token else 401, "GatedRepo", f"Access to {repository} is restricted.")
+        return admitted
+
     def _file(self, repository: str, revision: str, path: str) -> None:
-        if not self._allowed(repository, revision):
+        if not self._allowed(repository, revision) or not self._admitted(repository):
             return
-        if repository in self.hub.gated and not (self.headers.get("Authorization") and self.hub.accepted):
-            status = 403 if self.headers.get("Authorization") else 401
-            return self._refuse(status, "GatedRepo", f"Access to dataset {repository} is restricted.")
         data = self.hub.repositories[repository].get(path)
         if data is None:
             return self._refuse(404, "EntryNotFound", "Entry not found")

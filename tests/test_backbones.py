@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -15,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from dsd import Matcher
 from dsd.attention import Recording, during
 from dsd.backbones import load, load_clip, load_diffusion, stable_diffusion
-from dsd.backbones.checkpoint import locate
+from dsd.backbones.checkpoint import commit, locate, remote
 from dsd.errors import CheckpointError
 from dsd.params import Params
 from dsd.prompts import AttentionPrompt, pooled_latent
 from dsd.scorers.contrastive import cosine
 from dsd.training import training_key
-from tests.hub import COMMIT, hub
+from tests.hubserver import COMMIT, TOKEN, Hub, connected, files_of
 from tests.tiny import row, save_tokenizer
 
 CPU = torch.device("cpu")
@@ -331,65 +333,82 @@ UNREAD = (
 
 
 @pytest.fixture
-def repository(models: Path, tmp_path: Path) -> Path:
-    """A folder of repositories with one checkpoint, and beside it all that a published one has and nobody reads."""
-    place = Path(shutil.copytree(models / "embedded", tmp_path / "hub" / "someone" / "model"))
-    for name in UNREAD:
-        (place / name).parent.mkdir(exist_ok=True)
-        (place / name).write_bytes(b"never read")
-    return tmp_path / "hub"
+def served(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with one checkpoint, and beside it all that a published one has and nobody reads."""
+    files = files_of(models / "embedded") | dict.fromkeys(UNREAD, b"never read")
+    with connected(Hub({"someone/model": files}), tmp_path, monkeypatch) as server:
+        yield server
 
 
-def test_no_more_of_a_repository_is_fetched_than_is_read(
-    repository: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with hub(repository, tmp_path / "cache", monkeypatch) as fetched:
-        found = load_diffusion(row(Path("someone/model"), revision=COMMIT), CPU)
-        read = {file.relative_to(models / "embedded").as_posix() for file in (models / "embedded").rglob("*.*")}
-        assert sorted(fetched) == sorted(read)
-        assert found.digest == f"someone/model@{COMMIT}"
-        assert locate(row(Path("someone/model")))[1] == found.digest  # what is not pinned is told by its commit
-        load_diffusion(row(Path("someone/model"), revision=COMMIT), CPU)
-        assert len(fetched) == len(read)
+def test_no_more_of_a_repository_is_fetched_than_is_read(served: Hub, models: Path) -> None:
+    found, read = load_diffusion(row(Path("someone/model"), revision=COMMIT), CPU), files_of(models / "embedded")
+    assert sorted(served.fetched()) == sorted(read)
+    assert found.digest == f"someone/model@{COMMIT}"
+    assert remote(row(Path("someone/model"))) == sum(map(len, read.values()))
+    assert commit(row(Path("someone/model"))) == COMMIT
+    assert locate(row(Path("someone/model")))[1] == found.digest  # what is not pinned is told by its commit
+    load_diffusion(row(Path("someone/model"), revision=COMMIT), CPU)
+    assert len(served.fetched()) == len(read)
 
 
-def test_the_settings_of_one_file_may_come_from_the_hub(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_are_not_there_are_told_before_anything_is_fetched(served: Hub) -> None:
+    files = served.repositories["someone/model"]
+    served.repositories["someone/model"] = {name: b"" for name in files if not name.endswith(".safetensors")}
+    with pytest.raises(CheckpointError, match=r"^someone/model: has no weights in safetensors for family stable-diff"):
+        remote(row(Path("someone/model"), revision=COMMIT))
+
+
+def test_the_settings_of_one_file_may_come_from_the_hub(served: Hub, tmp_path: Path) -> None:
     file = tmp_path / "one.safetensors"
     save_file({"weight": torch.zeros(1)}, file)
-    with hub(repository, tmp_path / "cache", monkeypatch) as fetched:
-        with pytest.raises(CheckpointError, match="tensors of vae missing"):
-            load(row(file, config="someone/model", revision=COMMIT), CPU)
-        assert fetched and all(name.endswith((".json", ".txt")) for name in fetched)
+    with pytest.raises(CheckpointError, match="tensors of vae missing"):
+        load(row(file, config="someone/model", revision=COMMIT), CPU)
+    assert served.fetched() and all(name.endswith((".json", ".txt")) for name in served.fetched())
+    assert remote(row(file, config="someone/model")) > 0
+
+
+LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("source", "token", "line"),
     [
-        ("gated", "gated; accept its terms on its page on the hub, and give a token that may read it"),
-        ("vanished", "neither a folder nor a repository on the hub, or a private one; correct source, or give a token"),
-        ("private", "neither a folder nor a repository on the hub, or a private one"),
-        (
-            "refused",
-            r"the hub refuses the token \(401\); give a token that may read it \(HF_TOKEN, or `hf auth login`\)",
-        ),
-        ("forbidden", r"the hub refuses the token \(403\)"),
-        ("unpinned", "the hub has no revision 'v9' of it; correct revision"),
+        ("someone/gated", None, f"someone/gated is gated: accept its terms at {{url}}/someone/gated, then {LOGIN}"),
+        ("someone/gone", TOKEN, "someone/gone is neither a folder here nor at {url}/someone/gone: it was removed or"),
+        ("someone/private", None, "someone/private is neither a folder here nor at {url}/someone/private: it was rem"),
+        ("someone/model", "hf_wrong", f"someone/model: the hub refuses the token (401): {LOGIN} anew, or go without"),
+        ("someone/model", None, "someone/model has no commit v9; see {url}/someone/model"),
     ],
 )
 def test_a_repository_that_cannot_be_had_is_one_line(
-    name: str, said: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, token: str | None, line: str, served: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(repository / "someone" / "model", repository / "someone" / name)
-    with hub(repository, tmp_path / "cache", monkeypatch), pytest.raises(CheckpointError, match=said) as error:
-        load(row(Path("someone") / name, revision="v9"), CPU)
-    assert "\n" not in str(error.value) and str(error.value).startswith(f"someone/{name}: ")
+    served.repositories["someone/gated"] = served.repositories["someone/model"]
+    served.gated.add("someone/gated")
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    asked = row(Path(source), revision=COMMIT if source == "someone/gated" else "v9")
+    for ask in (partial(load, device=CPU), remote):
+        with pytest.raises(CheckpointError) as error:
+            ask(asked)
+        assert str(error.value).startswith(line.format(url=served.url)) and "\n" not in str(error.value)
 
 
-def test_no_hub_at_all_is_one_line(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with hub(repository, tmp_path / "cache", monkeypatch):
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(CheckpointError, match="neither a folder nor reachable on the hub") as error:
-            load(row(Path("someone/model"), revision=COMMIT), CPU)
+def test_what_the_hub_says_is_told(served: Hub) -> None:
+    served.down = 403, "The token lacks a permission"
+    with pytest.raises(CheckpointError) as error:
+        load(row(Path("someone/model"), revision=COMMIT), CPU)
+    line = "nor whole in the cache, and the hub answers 403: The token lacks a permission"
+    assert str(error.value) == f"someone/model is neither a folder here {line}"
+    for ask in (remote, commit):
+        with pytest.raises(
+            CheckpointError, match=r"^someone/model: the hub answers 403: The token lacks a permission$"
+        ):
+            ask(row(Path("someone/model")))
+
+
+def test_no_hub_at_all_is_one_line(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=r"nor whole in the cache, and HF_HUB_OFFLINE is set: unset it") as error:
+        load(row(Path("someone/model"), revision=COMMIT), CPU)
     assert "\n" not in str(error.value)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from dsd.errors import DataError, DsdError, ImageError, ParamsError
 from tests.conftest import ROOT
 from tests.hubdata import cifar10, downloaded, fgvc_aircraft, image, picture, row, samples, tar, written
 from tests.hubdata import parquet as as_parquet
-from tests.hubserver import COMMIT, TOKEN, Hub, serving
+from tests.hubserver import COMMIT, TOKEN, Hub, connected
 
 OWNER = "uoft-cs/cifar10"
+GONE = "gone/away is neither a folder here nor at {url}/datasets/gone/away: it was removed or renamed"
 FEATURES = {"img": hf.Image(), "label": hf.ClassLabel(names=["a", "b"])}
 
 
@@ -35,15 +37,7 @@ def files() -> dict[str, bytes]:
 
 @pytest.fixture
 def served(files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serving(Hub({OWNER: dict(files)})) as server:
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        pattern = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", pattern)
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    with connected(Hub({OWNER: dict(files)}), tmp_path, monkeypatch) as server:
         yield server
 
 
@@ -118,18 +112,20 @@ def test_a_gated_repository_is_read_with_a_token_whose_owner_accepted(
     for token in (None, TOKEN):
         if token:
             monkeypatch.setenv("HF_TOKEN", token)
-        with pytest.raises(DataError) as error:
-            fetch("mine", pinned(), workers=1)
-        assert str(error.value) == line
+        for ask in (partial(fetch, workers=1), hub.remote):  # what a run will need is told so too
+            with pytest.raises(DataError) as error:
+                ask("mine", pinned())
+            assert str(error.value) == line
     served.accepted = True
     assert fetch("mine", pinned(), workers=1).train
+    assert hub.remote("mine", pinned()) > 0
 
 
 @pytest.mark.parametrize(
     ("changes", "token", "line"),
     [
-        ({"source": "gone/away"}, None, "datasets.mine.source: gone/away is not at {url}/datasets/gone/away: it was"),
-        ({"source": "gone/away"}, TOKEN, "datasets.mine.source: gone/away is not at {url}/datasets/gone/away: it was"),
+        ({"source": "gone/away"}, None, f"datasets.mine.source: {GONE}"),
+        ({"source": "gone/away"}, TOKEN, f"datasets.mine.source: {GONE}"),
         (
             {},
             "hf_wrong",
@@ -163,10 +159,10 @@ def test_what_the_hub_does_not_give_is_one_line(
 @pytest.mark.parametrize("status", [403, 503])
 def test_what_the_hub_says_is_told(status: int, served: Hub) -> None:
     served.down = status, "for a reason"
-    line = f"datasets.mine.source: {OWNER} is not whole in the cache, and the hub answers {status}: for a reason"
+    line = f"datasets.mine.source: {OWNER} is neither a folder here nor whole in the cache, and the hub answers"
     with pytest.raises(DataError) as error:
         fetch("mine", pinned(), workers=1)
-    assert str(error.value) == line
+    assert str(error.value) == f"{line} {status}: for a reason"
 
 
 def test_an_expired_token_is_told_from_a_repository_that_is_gone(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,12 +184,12 @@ def test_offline_what_is_whole_in_the_cache_is_enough(served: Hub, monkeypatch: 
     found = fetch("mine", pinned(files=tests), workers=1)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetch("mine", pinned(files=tests), workers=1) == found
-    with pytest.raises(DataError, match=r"mine.source: .* is not whole in the cache, and HF_HUB_OFFLINE is set: unset"):
+    with pytest.raises(DataError, match=r"mine.source: .* nor whole in the cache, and HF_HUB_OFFLINE is set: unset"):
         fetch("mine", pinned(), workers=1)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{constants.HF_HUB_CACHE}-other")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(DataError, match="is not whole in the cache, and the hub does not answer: ConnectError"):
+    with pytest.raises(DataError, match="nor whole in the cache, and the hub does not answer: ConnectError"):
         fetch("mine", pinned(), workers=1)
 
 

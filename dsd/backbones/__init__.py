@@ -8,18 +8,20 @@ import torch
 
 from dsd.backbones.checkpoint import device_of
 from dsd.backbones.clip import Clip
+from dsd.backbones.open_clip import OpenClip
 from dsd.backbones.sdxl import StableDiffusionXL
 from dsd.backbones.stable_diffusion import StableDiffusion, TextEmbeddings
 from dsd.errors import CheckpointError, unknown
 from dsd.params import BackboneParams
 
 FAMILIES: dict[str, type[StableDiffusion] | type[Clip]] = {
-    kind.family: kind for kind in (StableDiffusion, StableDiffusionXL, Clip)
+    kind.family: kind for kind in (StableDiffusion, StableDiffusionXL, Clip, OpenClip)
 }
 
 __all__ = [
     "FAMILIES",
     "Clip",
+    "OpenClip",
     "StableDiffusion",
     "StableDiffusionXL",
     "TextEmbeddings",

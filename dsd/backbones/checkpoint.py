@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dsd.errors import CheckpointError
+from dsd.hub import reaching
 from dsd.params import BackboneParams
 from dsd.store import digest, file_digest
 
@@ -36,6 +29,12 @@ SETTINGS = (
     *(f"{part}/*{suffix}" for part in PARTS for suffix in (".json", ".txt")),
 )
 WEIGHTS = ("model.safetensors*", "model-*.safetensors", *(f"{part}/*.safetensors" for part in PARTS))
+# Of open_clip's layout, beside which a repository may hold the same model in that of transformers.
+OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+OPEN_CLIP = (
+    *(OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS),
+    *("merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
+)
 VARIANTS = ("*.fp16*.safetensors*", "*.bf16*.safetensors*", "*.non_ema*.safetensors*")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -107,7 +106,9 @@ def locate(row: BackboneParams) -> tuple[Path, str]:
 
 def _read_of(row: BackboneParams) -> tuple[str, tuple[str, ...]]:
     """Where the settings are, and which files are read there."""
-    return (str(row.config), SETTINGS) if one_file(row) else (row.source, (*SETTINGS, *WEIGHTS))
+    if one_file(row):
+        return str(row.config), SETTINGS
+    return row.source, OPEN_CLIP if row.family == "open-clip" else (*SETTINGS, *WEIGHTS)
 
 
 def _is_local(source: str) -> bool:
@@ -130,7 +131,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _fetch(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The files of a repository on the hub, as a folder named by its commit; what was fetched is not fetched again."""
-    with _reaching(source, revision):
+    with reaching(source, revision, kind=CheckpointError):
         kept = snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=list(VARIANTS))
     return Path(kept)
 
@@ -144,9 +145,16 @@ def remote(row: BackboneParams) -> int:
     source, patterns = _read_of(row)
     if _is_local(source):
         return 0
-    with _reaching(source, row.revision):
-        files = HfApi().model_info(source, revision=row.revision, files_metadata=True).siblings or []
-    read = (f for f in files if _matches(f.rfilename, patterns) and not _matches(f.rfilename, VARIANTS))
+    with reaching(source, row.revision, kind=CheckpointError):
+        info = HfApi().model_info(source, revision=row.revision, files_metadata=True)
+        if info.gated:  # all may read what there is, and not all what is in it
+            HfApi().auth_check(source)
+    files = info.siblings or []
+    read = [f for f in files if _matches(f.rfilename, patterns) and not _matches(f.rfilename, VARIANTS)]
+    if not one_file(row) and not any(file.rfilename.endswith(".safetensors") for file in read):
+        raise CheckpointError(
+            f"{source}: has no weights in safetensors for family {row.family}; pickles are not opened"
+        )
     return sum(file.size or 0 for file in read)
 
 
@@ -159,7 +167,7 @@ def commit(row: BackboneParams) -> str | None:
     source, _ = _read_of(row)
     if _is_local(source):
         return None
-    with _reaching(source, None):
+    with reaching(source, None, kind=CheckpointError):
         return str(HfApi().model_info(source).sha)
 
 
@@ -174,7 +182,7 @@ def component_config(row: BackboneParams, component: str) -> dict[str, Any]:
     if _is_local(source):
         path = Path(source) / name
     else:
-        with _reaching(source, row.revision):
+        with reaching(source, row.revision, kind=CheckpointError):
             path = Path(hf_hub_download(source, name, revision=row.revision))
     try:
         return dict(json.loads(path.read_text()))
@@ -182,34 +190,13 @@ def component_config(row: BackboneParams, component: str) -> dict[str, Any]:
         raise CheckpointError(f"{source}/{name}: does not load: {' '.join(str(error).split())[:160]}") from None
 
 
-@contextmanager
-def _reaching(source: str, revision: str | None) -> Iterator[None]:
-    """What keeps a repository on the hub from us, as one line."""
-    token = "give a token that may read it (HF_TOKEN, or `hf auth login`)"
-    try:
-        yield
-        return
-    except GatedRepoError:
-        reason = f"gated; accept its terms on its page on the hub, and {token}"
-    except RevisionNotFoundError:
-        reason = f"the hub has no revision {revision!r} of it; correct revision"
-    except RepositoryNotFoundError:
-        reason = f"neither a folder nor a repository on the hub, or a private one; correct source, or {token}"
-    except (HFValidationError, HTTPError, OSError) as error:  # the latter has the hub's own among it
-        answer = getattr(error, "response", getattr(error.__cause__, "response", None))
-        if answer is not None and answer.status_code in (401, 403):
-            reason = f"the hub refuses the token ({answer.status_code}); {token}, or none for a public one"
-        else:
-            reason = f"neither a folder nor reachable on the hub ({' '.join(str(error).split())[:160]})"
-    raise CheckpointError(f"{source}: {reason}")
-
-
 def family_of(folder: Path) -> str | None:
     """The family that the folder's content says, None where it does not."""
     if (folder / "unet").is_dir():
         return "stable-diffusion-xl" if (folder / "text_encoder_2").is_dir() else "stable-diffusion"
-    with_towers = '"vision_config"' in _text(folder / "config.json")
-    return "clip" if with_towers else None
+    if '"vision_config"' in _text(folder / "config.json"):
+        return "clip"
+    return "open-clip" if (folder / OPEN_CLIP_CONFIG).is_file() else None
 
 
 def _text(file: Path) -> str:

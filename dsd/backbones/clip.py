@@ -7,19 +7,35 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPTokenizer
 
 from dsd.backbones.checkpoint import DTYPES, component, locate, require, tokenizer
 from dsd.errors import CheckpointError
 from dsd.images import resize, to_array, to_model
 from dsd.params import BackboneParams
 from dsd.store import digest
+
+
+class Opened(NamedTuple):
+    """What a folder makes, whatever its layout.
+
+    model: `vision_model`, `text_model` and their linear heads `visual_projection` and `text_projection`, which are
+        named, called and answer as those of transformers' CLIPModel.
+    resolution: P, of the pictures that it was trained on.
+    mean_3, deviation_3: of each colour's values in 0…1, by which pixels are normalised.
+    """
+
+    model: Any
+    tokenizer: CLIPTokenizer
+    resolution: int
+    mean_3: Tensor
+    deviation_3: Tensor
 
 
 class Clip:
@@ -32,23 +48,25 @@ class Clip:
 
     def __init__(self, row: BackboneParams, device: torch.device) -> None:
         folder, identity = locate(row)
-        require(folder, self.family, ())
         # Its features are stored, and are other numbers in other arithmetic.
         self.digest = identity if row.dtype == "float32" else digest(identity, row.dtype)
         self.device, self.dtype = device, DTYPES[row.dtype]
-        self.model: CLIPModel = component(folder, CLIPModel, "", self.dtype).to(device)
-        self.tokenizer = tokenizer(folder, "tokenizer" if (folder / "tokenizer").is_dir() else "")
-        mean_3, deviation_3 = normalisation(folder / "preprocessor_config.json")
+        opened = self._open(folder, self.dtype)
+        self.model, self.tokenizer, self.resolution = opened.model.to(device), opened.tokenizer, opened.resolution
         # From −1…1, which is what `to_model` gives: the mean and deviation are those of values in 0…1.
-        self._scale, self._shift = 0.5 / deviation_3, (0.5 - mean_3) / deviation_3
+        self._scale, self._shift = 0.5 / opened.deviation_3, (0.5 - opened.mean_3) / opened.deviation_3
+
+    @classmethod
+    def _open(cls, folder: Path, dtype: torch.dtype) -> Opened:
+        require(folder, cls.family, ())
+        model: CLIPModel = component(folder, CLIPModel, "", dtype)
+        tokens = tokenizer(folder, "tokenizer" if (folder / "tokenizer").is_dir() else "")
+        resolution = int(model.config.vision_config.image_size)
+        return Opened(model, tokens, resolution, *normalisation(folder / "preprocessor_config.json"))
 
     @property
     def max_tokens(self) -> int:
-        return int(min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings))
-
-    @property
-    def resolution(self) -> int:
-        return int(self.model.config.vision_config.image_size)
+        return int(min(self.tokenizer.model_max_length, self.model.text_model.config.max_position_embeddings))
 
     @torch.inference_mode()
     def image_features(self, pictures: np.ndarray) -> Tensor:

@@ -6,34 +6,23 @@ there is not fetched again, and where a connection breaks, the next goes on.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import filter_repo_objects
 
 from dsd.errors import DataError, ParamsError
+from dsd.hub import reaching
 from dsd.params import ClassifiedDataset, RefcocogDataset, Vqav2Dataset, WinogroundDataset
 from dsd.store import file_digest
 
 Row = ClassifiedDataset | RefcocogDataset | Vqav2Dataset | WinogroundDataset
-LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 SHOWN = 5  # files that an error lists
 
 
@@ -110,8 +99,10 @@ def remote(name: str, row: Row, *, beside: Sequence[str] = ()) -> int:
         return 0
     asked = [pattern for pattern in (row.files.train, row.files.test) if pattern is not None]
     with _reaching(name, row):
-        files = HfApi().dataset_info(row.source, revision=row.revision, files_metadata=True).siblings or []
-    sizes = {file.rfilename: file.size or 0 for file in files}
+        info = HfApi().dataset_info(row.source, revision=row.revision, files_metadata=True)
+        if info.gated:  # all may read what there is, and not all what is in it
+            HfApi().auth_check(row.source, repo_type="dataset")
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     return sum(sizes[file] for file in filter_repo_objects(sizes, allow_patterns=[*asked, *beside]))
 
 
@@ -142,44 +133,8 @@ def _is_local(name: str, row: Row) -> bool:
     return folder
 
 
-@contextmanager
-def _reaching(name: str, row: Row) -> Iterator[None]:
-    """What the hub's client raises, once it has tried often enough, as one line that names the setting."""
-    source = f"datasets.{name}.source: {row.source}"
-    page = f"{constants.ENDPOINT}/datasets/{row.source}"
-    try:
-        yield
-    except GatedRepoError:
-        raise DataError(f"{source} is gated: accept its terms at {page}, then {LOGIN}") from None
-    except RevisionNotFoundError:
-        raise DataError(f"datasets.{name}.revision: {row.source} has no commit {row.revision}; see {page}") from None
-    except HfHubHTTPError as error:
-        if error.response.status_code == 401 and "authorization" in error.response.request.headers:
-            line = f"{source}: the hub refuses the token (401): {LOGIN} anew, or go without it"
-        elif error.response.status_code == 401 or isinstance(error, RepositoryNotFoundError):
-            line = f"{source} is not at {page}: it was removed or renamed, or is private; if it is private, {LOGIN}"
-        else:
-            line = f"{source}: {_refusal(error)}"
-        raise DataError(line) from None
-    except HFValidationError:
-        raise DataError(f"{source} is neither a folder here nor the id of a repository (owner/name)") from None
-    except LocalEntryNotFoundError as error:
-        raise DataError(f"{source} is not whole in the cache, and {_refusal(error.__cause__)}") from None
-    except (HTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # told with what is free
-            raise
-        raise DataError(f"{source}: {_refusal(error)}") from None
-
-
-def _refusal(error: BaseException | None) -> str:
-    if isinstance(error, OfflineModeIsEnabled) or error is None:
-        return "HF_HUB_OFFLINE is set: unset it to fetch what is missing"
-    if isinstance(error, HfHubHTTPError):
-        said = " ".join((error.server_message or str(error)).split())[:160]
-        return f"the hub answers {error.response.status_code}: {said}"
-    if isinstance(error, OSError) and error.errno is not None:
-        return str(error)
-    return f"the hub does not answer: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+def _reaching(name: str, row: Row) -> AbstractContextManager[None]:
+    return reaching(row.source, row.revision, kind=DataError, row=f"datasets.{name}", under="datasets/")
 
 
 def _check(file: Path, row: Row) -> None:

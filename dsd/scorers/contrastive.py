@@ -85,7 +85,7 @@ class ContextPrompt(nn.Module):
                     f"{text!r}: {len(ids)} tokens and {tokens} of context.tokens are more than the "
                     f"{clip.max_tokens} that this CLIP reads"
                 )
-        joint, width = clip.model.config.projection_dim, clip.model.config.text_config.hidden_size
+        joint, width = clip.model.text_projection.out_features, clip.model.text_projection.in_features
         self.context = nn.Parameter(torch.zeros(tokens, width))
         self.net = nn.Sequential(nn.Linear(joint, hidden), nn.ReLU(), nn.Linear(hidden, width))
         generator = torch.Generator().manual_seed(seed)
