@@ -26,6 +26,7 @@ from dsd.params import load
 from dsd.store import write_atomic
 from flows import DATA
 from flows.process import die_with_parent
+from flows.stores import DATABASE, PREFECT, reach
 
 LOG = logging.getLogger("dvc")
 LOG.setLevel(logging.ERROR)  # that a stage is frozen is no news
@@ -103,11 +104,14 @@ def server() -> Iterator[None]:
     """A Prefect server on a free port of this machine, unless the user has named one in PREFECT_API_URL.
 
     Raises:
-        DsdError: it does not answer.
+        DsdError: it does not answer, or its database cannot be reached.
     """
-    if "PREFECT_API_URL" in os.environ:
+    if PREFECT in os.environ:
+        reach(PREFECT, os.environ[PREFECT])
         yield
         return
+    if DATABASE in os.environ:
+        reach(DATABASE, os.environ[DATABASE])
     log = Path(os.environ["PREFECT_HOME"]) / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     port = str(free_port())
@@ -119,14 +123,14 @@ def server() -> Iterator[None]:
             command, stdout=output, stderr=output, start_new_session=True, preexec_fn=die_with_parent
         )
     try:
-        os.environ["PREFECT_API_URL"] = f"{address}/api"
+        os.environ[PREFECT] = f"{address}/api"
         import flows.stage  # noqa: F401  (it imports prefect, which takes a while, as the server does)
 
         wait(process, f"{address}/api/health", log)
         print(f"Prefect shows the run at {address}", flush=True)
         yield
     finally:
-        os.environ.pop("PREFECT_API_URL", None)
+        os.environ.pop(PREFECT, None)
         process.terminate()
         try:
             process.wait(timeout=20)
