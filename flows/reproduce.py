@@ -26,7 +26,7 @@ from dsd.params import load
 from dsd.store import write_atomic
 from flows import DATA
 from flows.process import die_with_parent
-from flows.stores import DATABASE, PREFECT, reach
+from flows.stores import DATABASE, PREFECT, reach, shown
 
 LOG = logging.getLogger("dvc")
 LOG.setLevel(logging.ERROR)  # that a stage is frozen is no news
@@ -78,6 +78,57 @@ def reproduce() -> str:
         whole = {"seconds": total, "orchestration": orchestration}
         write_atomic(DATA / "reproduction.json", json.dumps(whole, indent=2).encode())
     return f"orchestration: {orchestration:.0f} s of {total:.0f} s\n{report}"
+
+
+def waiting() -> list[str]:
+    """The stages that a reproduction would run, in their order.
+
+    Raises:
+        DsdError: DVC cannot work here.
+    """
+    with _dvc() as repo:
+        return list(repo.status())
+
+
+def cache() -> Path:
+    """The folder of DVC's cache, which need not be there yet.
+
+    Raises:
+        DsdError: DVC cannot work here.
+    """
+    with _dvc() as repo:
+        return Path(repo.cache.local.path)
+
+
+def remote() -> str | None:
+    """The address of DVC's default remote, None where there is none; an empty one is as good as another.
+
+    Raises:
+        DsdError: it cannot be reached, or DVC cannot work here.
+    """
+    with _dvc() as repo:
+        name = repo.config["core"].get("remote")
+        if name is None:
+            return None
+        address = str(repo.config["remote"].get(name, {}).get("url", name))
+        try:
+            there = repo.cloud.get_remote()
+            known = there.fs.exists(there.path) or there.fs.exists(there.fs.parent(there.path))
+        except Exception as error:  # each kind of remote has its own family of errors
+            raise DsdError(f"{name}: {shown(address)}: {' '.join(str(error).split())[:200]}") from None
+        if not known:
+            raise DsdError(f"{name}: {shown(address)}: no such folder, nor one to make it in")
+        return f"{name}: {shown(address)}"
+
+
+@contextmanager
+def _dvc() -> Iterator[Repo]:
+    """The repository here; what keeps DVC from working is one line."""
+    try:
+        with Repo() as repo:
+            yield repo
+    except DvcException as error:
+        raise DsdError(" ".join(str(error).split())) from None
 
 
 def run(repo: Repo) -> None:
