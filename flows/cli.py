@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import sys
@@ -89,6 +90,7 @@ def tell(params: Params, *, as_json: bool) -> int:
     """Prints what a reproduction would need; returns 1 where something stands against it."""
     from dsd.needs import needs
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # how often it tries is no news
     wanted = list(needs(params, free=shutil.disk_usage(".").free))
     problems = [f"{need.what}: {need.problem}" for need in wanted if need.problem]
     if as_json:

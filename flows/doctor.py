@@ -5,6 +5,7 @@ Every check asks for little and starts nothing. They run side by side, each for 
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -31,7 +32,7 @@ CONSTRAINTS = Path("constraints.txt")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "prefect", "fastapi", "dvc", "mlflow")
 EXTRAS = {"ray": "ray", "xformers": "gpu", "psycopg2-binary": "postgres"}  # by the extra that installs them
 INSTALL = "run `make reproduce`, which installs what constraints.txt has, or `pip install -c constraints.txt`"
-HUB = "see the row in params.yaml; docs/benchmarks.md says how to get access; offline, set HF_HUB_OFFLINE=1"
+ACCESS = "correct its row, or get access (docs/benchmarks.md); set HF_HUB_OFFLINE=1 where the hub's cache has all of it"
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def checks() -> list[Check]:
     """Everything there is to look at here; what depends on params.yaml only where it can be read."""
     with suppress(ImportError):  # here and not in the threads: its modules are loaded by one at a time
         import dsd.needs  # noqa: F401
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # how often it tries is no news
     settings = Check("params.yaml", _settings, "run from the project's folder, and mend the key that it names")
     with suppress(DsdError):
         return [*_installed(), settings, *_machine(load()), *_outside(load()), *_stores(), *_project()]
@@ -92,7 +94,7 @@ def checks() -> list[Check]:
 
 def _settings() -> str:
     params = load()
-    return f"{len(params.methods)} methods on {len(params.datasets)} datasets, with {params.backbone}"
+    return f"methods: {len(params.methods)}, datasets: {len(params.datasets)}, backbone: {params.backbone}"
 
 
 def _installed() -> Iterator[Check]:
@@ -155,7 +157,7 @@ def _machine(params: Params) -> Iterator[Check]:
     yield Check("device", partial(_device, params), "set runtime.device in params.yaml to auto or cpu")
     yield Check("attention", partial(_attention, params), "set runtime.attention in params.yaml to sdpa")
     for name in params.backbones:
-        yield Check(f"checkpoint {name}", partial(_checkpoint, params, name), HUB)
+        yield Check(f"checkpoint {name}", partial(_checkpoint, params, name), ACCESS)
     yield Check("disk", partial(_disk, params), "make room, or have fewer examples (datasets in params.yaml)")
 
 
@@ -186,6 +188,8 @@ def _attention(params: Params) -> str:
     from dsd.backbones.checkpoint import DTYPES, component_config
 
     row, backend = params.backbones[params.backbone], params.runtime.attention
+    if not _opens(params):
+        return f"{backend}, to be tried once checkpoint {params.backbone} opens"
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(component_config(row, "unet"))
     unet.conv_in.to(DTYPES[row.dtype]).to_empty(device=device_of(params.runtime.device))
@@ -223,14 +227,22 @@ def _checkpoint(params: Params, name: str) -> str:
     return told
 
 
+def _opens(params: Params) -> bool:
+    """Whether the checkpoint under test does; why it does not, its own check says."""
+    try:
+        return bool(_checkpoint(params, params.backbone))
+    except DsdError:
+        return False
+
+
 def _disk(params: Params) -> str:
     """For everything from the start: what an earlier run has left here counts again."""
     from dsd.needs import needs
 
     free = shutil.disk_usage(".").free
-    wanted = list(needs(params, free))[-1]
-    if wanted.what != "disk":  # it ends where the U-Net cannot be told
-        raise DsdError(f"{wanted.what}: {wanted.problem}")
+    if not _opens(params):
+        return f"{_gigabytes(free)} free; what a run needs is told once checkpoint {params.backbone} opens"
+    (wanted,) = (need for need in needs(params, free) if need.what == "disk")
     if wanted.problem:
         raise DsdError(f"a run needs up to {_gigabytes(wanted.amount)}, which is {wanted.problem}")
     return f"{_gigabytes(free)} free, a run needs up to {_gigabytes(wanted.amount)}"
@@ -241,7 +253,7 @@ def _outside(params: Params) -> Iterator[Check]:
     yield Check("hub", partial(_hub, params), "log in with `hf auth login`, or set HF_TOKEN")
     for name, row in params.datasets.items():
         if not isinstance(row, DrawnDataset):
-            yield Check(f"dataset {name}", partial(_dataset, params, name), HUB)
+            yield Check(f"dataset {name}", partial(_dataset, params, name), ACCESS)
 
 
 def _hub(params: Params) -> str:
@@ -260,11 +272,15 @@ def _hub(params: Params) -> str:
 
 
 def _dataset(params: Params, name: str) -> str:
-    from dsd.datasets import benchmark
+    from huggingface_hub import constants
 
+    from dsd.datasets import benchmark, hub
+
+    row = params.datasets[name]
     if (DATA / "download" / name / "annotations.jsonl").exists():
         return "downloaded"
-    row = params.datasets[name]
+    if constants.HF_HUB_OFFLINE and isinstance(row, hub.Row):
+        return "HF_HUB_OFFLINE is set: not asked"
     size = benchmark(row.kind).remote(name, row)
     return f"{row.kind}, {_gigabytes(size)} to fetch" if size else f"{row.kind}, nothing to fetch"
 
@@ -302,7 +318,7 @@ def _git() -> str:
     except FileNotFoundError:
         raise DsdError("git is not installed") from None
     changed = len(git("status", "--porcelain").splitlines())
-    return f"{commit} ({branch}), {f'{changed} files not committed' if changed else 'all committed'}"
+    return f"{commit} ({branch}), {f'not committed: {changed}' if changed else 'all committed'}"
 
 
 def _dvc() -> str:

@@ -110,15 +110,15 @@ def remote() -> str | None:
         name = repo.config["core"].get("remote")
         if name is None:
             return None
-        address = str(repo.config["remote"].get(name, {}).get("url", name))
+        address = shown(str(repo.config["remote"].get(name, {}).get("url", "")))
         try:
             there = repo.cloud.get_remote()
             known = there.fs.exists(there.path) or there.fs.exists(there.fs.parent(there.path))
         except Exception as error:  # each kind of remote has its own family of errors
-            raise DsdError(f"{name}: {shown(address)}: {' '.join(str(error).split())[:200]}") from None
+            raise DsdError(f"{name} {address}: {' '.join(str(error).split())[:200]}") from None
         if not known:
-            raise DsdError(f"{name}: {shown(address)}: no such folder, nor one to make it in")
-        return f"{name}: {shown(address)}"
+            raise DsdError(f"{name} {address}: no such folder, nor one to make it in")
+        return f"{name} {address}"
 
 
 @contextmanager

@@ -168,7 +168,7 @@ def test_rows_of_the_hub(params: Params, models: Path, tmp_path: Path, monkeypat
         assert asked == ["unet/config.json"]  # and no weights
         for name, line in (("vanished", "nor a repository on the hub"), ("refused", "the hub refuses the token (401)")):
             found = look(doctor._machine(on_hub(params, name)), "checkpoint embedded")
-            assert line in found.found and found.remedy == doctor.HUB
+            assert line in found.found and found.remedy == doctor.ACCESS
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         assert "without a token" in look(doctor._outside(on_hub(params, "there")), "hub").found
@@ -182,7 +182,11 @@ def test_offline_is_no_failure_where_nothing_is_on_the_hub(params: Params, monke
         assert look(doctor._machine(params), name).remedy is None
     assert look(doctor._outside(params), "hub") == Finding("hub", "nothing in params.yaml is on it")
     assert "HF_HUB_OFFLINE is set" in look(doctor._outside(on_hub(params, "there")), "hub").found
-    assert look(doctor._machine(on_hub(params, "there")), "checkpoint embedded").remedy == doctor.HUB
+    there = on_hub(params, "there")
+    assert look(doctor._machine(there), "checkpoint embedded").remedy == doctor.ACCESS
+    for name in ("attention", "disk"):  # one problem is told once
+        found = look(doctor._machine(there), name)
+        assert found.remedy is None and "once checkpoint embedded opens" in found.found
 
 
 def test_disk(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,9 +224,9 @@ def test_the_project(repository: Path, tmp_path: Path) -> None:
     assert look(doctor._project(), "DVC cache").found.startswith(str(repository / ".dvc"))
     assert look(doctor._project(), "DVC remote").found.startswith("none")
     for url, line, stands in (
-        ("store", f"store: {repository / 'store'}", False),
-        ("/nosuch/folder/store", "store: /nosuch/folder/store: no such folder", True),
-        ("s3://bucket/store", "store: s3://bucket/store: ", True),  # its package is not installed
+        ("store", f"store {repository / 'store'}", False),
+        ("/nosuch/folder/store", "store /nosuch/folder/store: no such folder", True),
+        ("s3://bucket/store", "store s3://bucket/store: ", True),  # its package is not installed
     ):
         where = repository / url if "/" not in url else url
         (repository / ".dvc" / "config").write_text(
