@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from dsd.params import BackboneParams, ContrastiveMethod, Params, backbone_of, trained
 from dsd.store import digest, file_digest
-from flows.stores import MLFLOW, alone, artifacts, refusal, served, uri
+from flows.stores import MLFLOW, alone, artifacts, refusal, served, told, uri
 
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what fails there is told in one line
 
@@ -39,7 +39,8 @@ Intervals = Mapping[str, Mapping[str, float]]  # of one method on one dataset, b
 @contextmanager
 def _locked() -> Iterator[None]:
     """Alone in this workspace, and at a PostgreSQL database also among all machines."""
-    artifacts().mkdir(exist_ok=True)
+    with told(MLFLOW, uri()):
+        artifacts().mkdir(exist_ok=True)
     with FileLock(artifacts() / ".lock"), alone(MLFLOW, uri()), _reaching():
         yield
 

@@ -95,6 +95,12 @@ def test_what_fails_in_mid_run_is_one_line_too(workspace: Path) -> None:
         raise MlflowException.invalid_parameter_value("a defect of ours")
 
 
+def test_a_folder_that_is_not_there(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MLFLOW, "sqlite:////nosuch/folder/x.db")
+    with pytest.raises(DsdError, match="^MLFLOW_TRACKING_URI: sqlite:////nosuch/folder/x"):
+        tracking.Runs()
+
+
 def test_asking_makes_no_file(workspace: Path) -> None:
     reach(MLFLOW, uri())
     assert not (workspace / "mlflow.db").exists()
