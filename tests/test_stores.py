@@ -97,7 +97,7 @@ def test_what_fails_in_mid_run_is_one_line_too(workspace: Path) -> None:
 
 def test_a_folder_that_is_not_there(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MLFLOW, "sqlite:////nosuch/folder/x.db")
-    with pytest.raises(DsdError, match="^MLFLOW_TRACKING_URI: sqlite:////nosuch/folder/x"):
+    with pytest.raises(DsdError, match="sqlite:////nosuch/folder/x"):
         tracking.Runs()
 
 
