@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +23,19 @@ if TYPE_CHECKING:
     from dsd.matcher import Heatmap
     from dsd.params import Params
 
+MAX_PIXELS = 40_000_000  # as the matcher has it
+
 app = typer.Typer(
-    help="Text-to-image diffusion models as image-text matchers.",
+    help="""Text-to-image diffusion models as image-text matchers.
+
+    \b
+    Examples:
+      dsd doctor
+      dsd reproduce
+      dsd match photo.png --text "a red circle" --text "a blue square"
+
+    Each command's --help has more.
+    """,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -49,6 +61,7 @@ def reproduce(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would need, and whether it is there; change nothing.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; of --dry-run alone.")] = False,
 ) -> None:
     """Bring everything up to date with params.yaml, the code and the data, and say where the report is.
 
@@ -56,13 +69,16 @@ def reproduce(
     Examples:
       dsd reproduce
       dsd reproduce --preset presets/paper-comvg-sd2.yaml --dry-run
+      dsd reproduce --dry-run --json
     """
     with one_line_errors():
+        if as_json and not dry_run:
+            raise DsdError("--json: only with --dry-run; what a reproduction finds is in data/evaluate/metrics.json")
         if dry_run:
             from dsd.params import load
             from flows import presets
 
-            sys.exit(tell(presets.applied(preset, commits=presets.today)[1] if preset else load()))
+            sys.exit(tell(presets.applied(preset, commits=presets.today)[1] if preset else load(), as_json=as_json))
         if preset is not None:
             from flows import presets
 
@@ -93,27 +109,27 @@ def promote(
         version = registry.register(params, Path())
         verdict = registry.challenge(params, version)
     if as_json:
-        print(json.dumps({"version": version.number, **asdict(verdict)}, indent=2, ensure_ascii=False))
+        show_json({"version": version.number, **asdict(verdict)})
     else:
         print(f"{BACKBONE} version {version.number}: {'promoted' if verdict.promoted else 'not promoted'}")
         print(verdict.reason)
 
 
-def tell(params: Params) -> int:
+def tell(params: Params, *, as_json: bool) -> int:
     """Prints what a reproduction would need; returns 1 where something stands against it."""
-    from rich.console import Console
-    from rich.table import Table
-
     from dsd.needs import needs
 
-    table, problems = Table(box=None, pad_edge=False), []
-    for heading in ("what", "of", "how much", ""):
-        table.add_column(heading, justify="right" if heading == "how much" else "left", overflow="fold")
-    for need in needs(params, free=shutil.disk_usage(".").free):
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # how often it tries is no news
+    wanted = list(needs(params, free=shutil.disk_usage(".").free))
+    problems = [f"{need.what}: {need.problem}" for need in wanted if need.problem]
+    if as_json:
+        show_json([need._asdict() for need in wanted])
+        return bool(problems)
+    rows = []
+    for need in wanted:
         much = "" if need.problem and not need.amount else amount(need.amount, need.unit)
-        table.add_row(need.what, need.where, much, "missing" if need.problem else "")
-        problems += [f"{need.what}: {need.problem}"] if need.problem else []
-    Console(highlight=False, markup=False).print(table)
+        rows.append((need.what, need.where, much, "missing" if need.problem else ""))
+    show(("what", "of", "how much", ""), rows, number="how much")
     for problem in problems:
         print(f"dsd: {problem}", file=sys.stderr)
     return bool(problems)
@@ -138,8 +154,7 @@ def match(
     prompt: Annotated[
         str | None,
         typer.Option(
-            help="A trained prompt: a file, such as data/train/scenes-com/dsd/prompt.safetensors, or a registered one, "
-            "such as models:/dsd-prompt-scenes-com@champion."
+            help="A trained prompt: prompt.safetensors of data/train, or models:/dsd-prompt-scenes-com@champion."
         ),
     ] = None,
     method: Annotated[str, typer.Option(help="cross-attention or denoising.")] = "cross-attention",
@@ -159,6 +174,7 @@ def match(
       dsd match photo.png --text "a red circle" --heatmap where.png
     """
     with one_line_errors():
+        read(images)
         from dsd.matcher import Matcher
 
         with TemporaryDirectory() as folder:
@@ -178,9 +194,51 @@ def match(
         for t, text in enumerate(texts)
     ]
     if as_json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        show_json(found)
     else:
-        show(found)
+        rows = ((f["image"], f["text"], f"{f['score']:.5f}", "best" if f["best"] else "") for f in found)
+        show(("image", "text", "score", ""), rows, number="score")
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Look at what is installed, what there is to compute with and what can be reached, and say what to mend.
+
+    It takes some seconds, starts nothing and changes nothing. The exit status is 1 if something stands in the way.
+
+    \b
+    Examples:
+      dsd doctor
+      dsd doctor --json
+    """
+    from flows import doctor as doctors
+
+    found = doctors.examine(doctors.checks())
+    problems = [finding for finding in found if finding.remedy]
+    if as_json:
+        show_json([finding._asdict() for finding in found])
+    else:
+        rows: list[tuple[str, ...]] = []
+        for finding in found:
+            rows.append((finding.check, "problem" if finding.remedy else "ok", finding.found))
+            rows += [("", "", f"→ {finding.remedy}")] if finding.remedy else []
+        show(("check", "", "found"), rows)
+        print(f"\nproblems: {len(problems)}" if problems else "\nnothing stands in the way")
+    sys.exit(bool(problems))
+
+
+def read(images: Iterable[Path]) -> None:
+    """Ends the command with a line for each picture that cannot be read, before a checkpoint is opened for them."""
+    from dsd.images import load_image
+
+    mistakes = []
+    for image in images:
+        try:
+            load_image(image, max_pixels=MAX_PIXELS)
+        except DsdError as error:
+            mistakes.append(f"dsd: {error}")
+    if mistakes:
+        sys.exit("\n".join(mistakes))
 
 
 def best_matches(scores: list[list[float]]) -> list[tuple[int, int]]:
@@ -190,18 +248,22 @@ def best_matches(scores: list[list[float]]) -> list[tuple[int, int]]:
     return [(i, max(range(len(row)), key=row.__getitem__)) for i, row in enumerate(scores)]
 
 
-def show(found: list[dict[str, Any]]) -> None:
+def show(headings: Sequence[str], rows: Iterable[Sequence[str]], number: str = "") -> None:
+    """Prints a table as wide as the terminal; the column of numbers is never broken."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("image", "text"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("score", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for row in found:
-        table.add_row(row["image"], row["text"], f"{row['score']:.5f}", "best" if row["best"] else "")
+    for heading in headings:
+        aligned = "right" if heading == number else "left"
+        table.add_column(heading, justify=aligned, overflow="fold", no_wrap=heading in ("", number))
+    for row in rows:
+        table.add_row(*row)
     Console(highlight=False, markup=False).print(table)
+
+
+def show_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def draw(heatmap: Heatmap, path: Path) -> None:

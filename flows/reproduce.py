@@ -26,6 +26,7 @@ from dsd.params import load
 from dsd.store import write_atomic
 from flows import DATA
 from flows.process import die_with_parent
+from flows.stores import DATABASE, PREFECT, reach, shown
 
 LOG = logging.getLogger("dvc")
 LOG.setLevel(logging.ERROR)  # that a stage is frozen is no news
@@ -79,6 +80,57 @@ def reproduce() -> str:
     return f"orchestration: {orchestration:.0f} s of {total:.0f} s\n{report}"
 
 
+def waiting() -> list[str]:
+    """The stages that a reproduction would run, in their order.
+
+    Raises:
+        DsdError: DVC cannot work here.
+    """
+    with _dvc() as repo:
+        return list(repo.status())
+
+
+def cache() -> Path:
+    """The folder of DVC's cache, which need not be there yet.
+
+    Raises:
+        DsdError: DVC cannot work here.
+    """
+    with _dvc() as repo:
+        return Path(repo.cache.local.path)
+
+
+def remote() -> str | None:
+    """The address of DVC's default remote, None where there is none; an empty one is as good as another.
+
+    Raises:
+        DsdError: it cannot be reached, or DVC cannot work here.
+    """
+    with _dvc() as repo:
+        name = repo.config["core"].get("remote")
+        if name is None:
+            return None
+        address = shown(str(repo.config["remote"].get(name, {}).get("url", "")))
+        try:
+            there = repo.cloud.get_remote()
+            known = there.fs.exists(there.path) or there.fs.exists(there.fs.parent(there.path))
+        except Exception as error:  # each kind of remote has its own family of errors
+            raise DsdError(f"{name} {address}: {' '.join(str(error).split())[:200]}") from None
+        if not known:
+            raise DsdError(f"{name} {address}: no such folder, nor one to make it in")
+        return f"{name} {address}"
+
+
+@contextmanager
+def _dvc() -> Iterator[Repo]:
+    """The repository here; what keeps DVC from working is one line."""
+    try:
+        with Repo() as repo:
+            yield repo
+    except DvcException as error:
+        raise DsdError(" ".join(str(error).split())) from None
+
+
 def run(repo: Repo) -> None:
     """`dvc repro` as one Prefect flow, whose server the stages share."""
     LOG.setLevel(logging.INFO)  # which stage runs
@@ -103,11 +155,14 @@ def server() -> Iterator[None]:
     """A Prefect server on a free port of this machine, unless the user has named one in PREFECT_API_URL.
 
     Raises:
-        DsdError: it does not answer.
+        DsdError: it does not answer, or its database cannot be reached.
     """
-    if "PREFECT_API_URL" in os.environ:
+    if PREFECT in os.environ:
+        reach(PREFECT, os.environ[PREFECT])
         yield
         return
+    if DATABASE in os.environ:
+        reach(DATABASE, os.environ[DATABASE])
     log = Path(os.environ["PREFECT_HOME"]) / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     port = str(free_port())
@@ -119,14 +174,14 @@ def server() -> Iterator[None]:
             command, stdout=output, stderr=output, start_new_session=True, preexec_fn=die_with_parent
         )
     try:
-        os.environ["PREFECT_API_URL"] = f"{address}/api"
+        os.environ[PREFECT] = f"{address}/api"
         import flows.stage  # noqa: F401  (it imports prefect, which takes a while, as the server does)
 
         wait(process, f"{address}/api/health", log)
         print(f"Prefect shows the run at {address}", flush=True)
         yield
     finally:
-        os.environ.pop("PREFECT_API_URL", None)
+        os.environ.pop(PREFECT, None)
         process.terminate()
         try:
             process.wait(timeout=20)

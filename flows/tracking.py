@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,28 +20,42 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
+from sqlalchemy.exc import SQLAlchemyError
 
 from dsd.params import BackboneParams, ContrastiveMethod, Params, backbone_of, trained
 from dsd.store import digest, file_digest
+from flows.stores import MLFLOW, alone, artifacts, refusal, served, told, uri
+
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what fails there is told in one line
 
 EXPERIMENT = "dsd"
-ARTIFACTS = Path("mlartifacts")
 FLUSH_SECONDS = 1.0
 BATCH = 1000  # metrics that MLflow takes in one call
 Intervals = Mapping[str, Mapping[str, float]]  # of one method on one dataset, by metric: value, low, high, n
 
 
-def uri() -> str:
-    """MLFLOW_TRACKING_URI, or the database of this workspace."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+@contextmanager
+def locked() -> Iterator[None]:
+    """Alone in this workspace, and at a PostgreSQL database also among all machines."""
+    with told(MLFLOW, uri()):
+        artifacts().mkdir(exist_ok=True)
+    with FileLock(artifacts() / ".lock"), alone(MLFLOW, uri()), _reaching():
+        yield
 
 
 @contextmanager
-def locked() -> Iterator[None]:
-    """One process at a time writes."""
-    ARTIFACTS.mkdir(exist_ok=True)
-    with FileLock(ARTIFACTS / ".lock"):
+def _reaching() -> Iterator[None]:
+    """What MLflow raises where its store fails it, as one line; what it says of our use of it is a defect of ours."""
+    try:
         yield
+    except MlflowException as error:
+        if error.error_code == ErrorCode.Name(INVALID_PARAMETER_VALUE):
+            raise
+        raise refusal(MLFLOW, uri(), error.__cause__ or error) from error
+    except SQLAlchemyError as error:
+        raise refusal(MLFLOW, uri(), error) from error
 
 
 class Runs:
@@ -57,9 +71,7 @@ class Runs:
         found = self.client.get_experiment_by_name(EXPERIMENT)
         if found is not None:
             return str(found.experiment_id)
-        # A server that the user named knows where its artifacts go.
-        own = "MLFLOW_TRACKING_URI" not in os.environ
-        location = ARTIFACTS.resolve().as_uri() if own else None
+        location = None if served(uri()) else artifacts().as_uri()  # a server knows where its artifacts go
         return str(self.client.create_experiment(EXPERIMENT, artifact_location=location))
 
     def find(self, kind: str, key: str) -> list[Run]:
@@ -211,6 +223,7 @@ class Live:
         self._pending: list[Mapping[str, float]] = []
         self._flushed = time.monotonic()
 
+    @_reaching()
     def __enter__(self) -> Self:
         found = self._runs.find("training", self._key)
         self._known: dict[int, float] = {}
@@ -230,6 +243,7 @@ class Live:
         self._known, self._status, self.new = {}, "RUNNING", True
         self._pending = list(self._rows)
 
+    @_reaching()
     def log(self, row: Mapping[str, float]) -> None:
         """Enters a row of the curve, soon: rows go in batches, at most one a second."""
         self._rows.append(row)
@@ -256,6 +270,7 @@ class Live:
             self._runs.client.log_batch(self._run, metrics=metrics[start : start + BATCH])
         self._pending, self._flushed = [], time.monotonic()
 
+    @_reaching()
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -7,10 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from dsd.params import Params
+
+if TYPE_CHECKING:
+    from tests.postgres import Postgres
 
 ROOT = Path(__file__).parent.parent
 # Before anything imports prefect: no test reads or writes what the user's own runs have left.
@@ -81,3 +85,12 @@ def cached(params: Params, prepared: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("cached")
     encode("scenes-com", params, prepared, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server; `postgres()` is the URL of a new database on it. Skips where none is installed."""
+    from tests.postgres import serving
+
+    with serving() as server:
+        yield server

@@ -9,11 +9,13 @@ from typing import Any, Self
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from dsd import matcher
 from dsd.errors import CheckpointError
 from dsd.matcher import Heatmap
+from dsd.needs import Need
 from flows.cli import app
 
 
@@ -34,8 +36,12 @@ class Fake:
 
 
 @pytest.fixture(autouse=True)
-def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two pictures in the current folder, and no model."""
     monkeypatch.setattr(matcher, "Matcher", Fake)
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(name)
 
 
 def run(*arguments: str, code: int = 0) -> Any:
@@ -76,5 +82,40 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
     assert len(result.output.splitlines()) == 1
 
 
-def test_help_shows_examples() -> None:
-    assert "dsd match photo.png --text" in run("--help").output
+def test_every_picture_that_cannot_be_read_has_a_line(tmp_path: Path) -> None:
+    Path("broken.png").write_bytes(Path("a.png").read_bytes()[:40])
+    Path("text.png").write_text("no picture")
+    result = run("absent.png", "a.png", "broken.png", "text.png", "--text", "right", "--checkpoint", "absent", code=1)
+    names = [line.split(": ")[:2] for line in result.output.splitlines()]
+    assert names == [["dsd", "absent.png"], ["dsd", "broken.png"], ["dsd", "text.png"]]
+
+
+@pytest.mark.parametrize("command", [[], ["match"], ["reproduce"], ["doctor"]])
+def test_help_shows_examples(command: list[str]) -> None:
+    done = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "80"})
+    assert done.exit_code == 0
+    assert "Examples:" in done.output and f"  dsd {' '.join(command)}" in done.output
+    assert max(map(len, done.output.splitlines())) <= 80
+
+
+def dry_run(monkeypatch: pytest.MonkeyPatch, problem: str | None) -> Any:
+    needs = [Need("checkpoint embedded", "models/embedded", 2.5e9, "bytes", problem), Need("time", "", 0.5, "h", None)]
+    monkeypatch.setattr("dsd.needs.needs", lambda params, free: iter(needs))
+    monkeypatch.setattr("dsd.params.load", lambda: None)
+    return CliRunner().invoke(app, ["reproduce", "--dry-run", "--json"])
+
+
+def test_a_dry_run_for_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = dry_run(monkeypatch, None)
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)[0] == {
+        "what": "checkpoint embedded", "where": "models/embedded", "amount": 2.5e9, "unit": "bytes", "problem": None,
+    }  # fmt: skip
+    done = dry_run(monkeypatch, "gone")
+    assert (done.exit_code, json.loads(done.stdout)[0]["problem"]) == (1, "gone")
+
+
+def test_json_is_of_a_dry_run_alone() -> None:
+    done = CliRunner().invoke(app, ["reproduce", "--json"])
+    assert (done.exit_code, done.output.splitlines()) == (1, [done.output.strip()])
+    assert done.output.startswith("dsd: --json: only with --dry-run")
