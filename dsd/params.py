@@ -36,6 +36,7 @@ class RuntimeParams(_Params):
     attention: str
     batch_size: Positive
     workers: Positive
+    cache_gigabytes: Annotated[float, Field(ge=0)]
 
 
 class BackboneParams(_Params):
