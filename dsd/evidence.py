@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from dsd.draws import Draw, draws
 from dsd.errors import DataError
 from dsd.matching import MatchingExample, Pair, pairs
 from dsd.params import EXHAUSTIVE, DenoisingMethod, FusionMethod, MethodParams, NoiseParams, ReleasedMethod
-from dsd.schedules import exhaustive
 from dsd.store import Store, digest, write_atomic
 
 UNCONDITIONAL = ""  # the text of the unconditional pass
@@ -27,11 +26,40 @@ Request = tuple[Pair, Draw]
 
 
 @dataclass(frozen=True)
+class Requests(Sequence[Request]):
+    """Every pair at every draw, a pair's draws together; a row is made when it is read.
+
+    So millions of rows take no more memory than their pairs.
+    """
+
+    pairs: Sequence[Pair]
+    draws: Sequence[Draw]
+    places: range  # which of the rows these are
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, n: int) -> Request: ...
+    @overload
+    def __getitem__(self, n: slice) -> Requests: ...
+    def __getitem__(self, n: int | slice) -> Request | Requests:
+        if isinstance(n, slice):
+            return replace(self, places=self.places[n])
+        pair, draw = divmod(self.places[n], len(self.draws))
+        return self.pairs[pair], self.draws[draw]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What another process is sent is these rows, and not the pairs of all others."""
+        return tuple, (tuple(self),)
+
+
+@dataclass(frozen=True)
 class Shard:
     """Rows (pair, draw) that are computed and stored together under the key of their content."""
 
     key: str
-    rows: tuple[Request, ...]
+    rows: Sequence[Request]
 
 
 @dataclass(frozen=True)
@@ -74,15 +102,15 @@ def wanted(examples: Sequence[MatchingExample], normalised: bool) -> list[Pair]:
     return [*pairs(examples), *dict.fromkeys(Pair(image, UNCONDITIONAL) for e in compared for image in e.images)]
 
 
-def requests(examples: Sequence[MatchingExample], noise: NoiseParams, seed: int, normalised: bool) -> list[Request]:
+def requests(examples: Sequence[MatchingExample], noise: NoiseParams, seed: int, normalised: bool) -> Requests:
     """Every (pair, draw) of the examples, a pair's draws together."""
     asked, seen = wanted(examples, normalised), draws(noise, seed)
-    return [(asked[p], seen[d]) for p, d in exhaustive(len(asked), len(seen))]
+    return Requests(asked, seen, range(len(asked) * len(seen)))
 
 
 def plan(rows: Sequence[Request], source: str, size: int) -> list[Shard]:
     """Cuts the rows into shards; `source` is the digest of backbone, prompt and evidence params."""
-    chunks = (tuple(rows[i : i + size]) for i in range(0, len(rows), size))
+    chunks = (rows[i : i + size] for i in range(0, len(rows), size))
     return [Shard(f"evidence-{digest(source, [[*p, *d] for p, d in chunk])}", chunk) for chunk in chunks]
 
 

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dsd.store import write_atomic
+
+AT_ONCE = 64  # examples that are read together
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,9 @@ def write_examples(path: Path, rows: Iterable[tuple[str, MatchingExample]]) -> N
 
 def read_examples(path: Path, split: str) -> list[MatchingExample]:
     """The examples of a split ("train", "validation" or "test"), in file order."""
-    rows = pq.read_table(path, filters=[("split", "=", split)]).to_pylist()
+    # A few at a time: the texts of all examples may be millions.
+    batches = pq.ParquetFile(path).iter_batches(AT_ONCE)
+    rows = (row for batch in batches for row in batch.filter(pc.field("split") == split).to_pylist())
     return [
         MatchingExample(
             r["id"],

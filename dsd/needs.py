@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,9 +19,23 @@ from dsd.attention import cross_attention_layers
 from dsd.backbones import device_of
 from dsd.backbones.checkpoint import DTYPES, component_config, remote
 from dsd.datasets import benchmark
+from dsd.encoding import fits
 from dsd.errors import CheckpointError, DsdError
 from dsd.evidence import normalises
-from dsd.params import FusionMethod, Params, backbone_of, noise_of, prompted, raced
+from dsd.params import (
+    DenoisingMethod,
+    FusionMethod,
+    HierarchicalSchedule,
+    Params,
+    RacesParams,
+    RacingSchedule,
+    ScheduleParams,
+    StagedSchedule,
+    backbone_of,
+    noise_of,
+    prompted,
+    raced,
+)
 from dsd.scoring import prompts
 
 BACKWARD = 3  # passes that a pass and its gradient cost
@@ -104,6 +119,10 @@ def needs(params: Params, free: int) -> Iterator[Need]:
     for name in params.datasets:
         scored, trained = passes(name, params)
         kept += disk(name, params, unet)
+        count = texts(name, params)
+        if not fits(count, unet.text, params.runtime.cache_gigabytes):
+            why = f"{name}, {count * unet.text / 1e9:,.0f} GB are more than runtime.cache_gigabytes"
+            yield Need("texts encoded when asked for, and not stored", why, count, "texts", None)
         yield Need("passes of the U-Net", f"score {name}", scored, "passes", None)
         if trained:
             yield Need("passes of the U-Net", f"train {name}", trained, "passes", None)
@@ -144,26 +163,45 @@ def _memory(params: Params, unet: UNet) -> Need:
     )
 
 
-def disk(name: str, params: Params, unet: UNet) -> int:
-    """Bytes that a dataset's latents, text embeddings and evidence take, at most; what is trained takes little."""
-    row, (scored, _) = params.datasets[name], passes(name, params)
+def examples(name: str, params: Params) -> int:
+    """How many a dataset has, all splits together."""
+    row = params.datasets[name]
     expected = benchmark(row.kind).expected(row)
-    examples = expected.test + round((row.few_shot + row.validation) * expected.learning)
-    texts = expected.texts * (1 if expected.shared else examples)
-    return scored * unet.kept(params) + texts * unet.text + examples * expected.images * unet.latents
+    return expected.test + round((row.few_shot + row.validation) * expected.learning)
+
+
+def texts(name: str, params: Params) -> int:
+    """How many a dataset has, at most: a text that examples share is there once."""
+    row = params.datasets[name]
+    expected = benchmark(row.kind).expected(row)
+    return expected.texts * (1 if expected.shared else examples(name, params))
+
+
+def disk(name: str, params: Params, unet: UNet) -> int:
+    """Bytes that a dataset's latents, text embeddings and evidence take, at most.
+
+    What is trained takes little, and what CLIP sees of a text about a hundredth of its embedding. A method with a
+    schedule leaves no evidence.
+    """
+    row, count = params.datasets[name], texts(name, params)
+    images = examples(name, params) * benchmark(row.kind).expected(row).images
+    embeddings = count * unet.text if fits(count, unet.text, params.runtime.cache_gigabytes) else 0
+    return _scored(name, params) * unet.kept(params) + embeddings + images * unet.latents
 
 
 def passes(name: str, params: Params) -> tuple[int, int]:
-    """Passes of the U-Net that scoring and training take on a dataset, at most.
+    """Passes of the U-Net that scoring and training take on a dataset, at most."""
+    return _scored(name, params) + _raced(name, params), _trained(name, params)
 
-    Where a method has a schedule, as many as its budget, or all draws, would be.
-    """
+
+def _scored(name: str, params: Params) -> int:
+    """Passes of the methods without a schedule."""
     row = params.datasets[name]
     expected = benchmark(row.kind).expected(row)
     noise = noise_of(params, name)
     draws = len(noise.levels) * noise.draws_per_level
     pairs = expected.images * expected.texts
-    texts = max(expected.images, expected.texts)  # a few-shot choice of images has a text for each
+    shown = max(expected.images, expected.texts)  # a few-shot choice of images has a text for each
     fitting = 0
     if any(isinstance(method, FusionMethod) for method in params.methods.values()):
         fitting = min(params.fusion.examples, round(row.few_shot * expected.learning))
@@ -171,13 +209,41 @@ def passes(name: str, params: Params) -> tuple[int, int]:
     for prompt in prompts(params):
         alone = expected.images if expected.images > 1 and normalises(params.methods, prompt) else 0
         scored += expected.test * (pairs + alone) * draws
-        scored += fitting * (expected.images * min(texts, params.fusion.candidates) + alone) * draws
+        scored += fitting * (expected.images * min(shown, params.fusion.candidates) + alone) * draws
+    return scored
+
+
+def _raced(name: str, params: Params) -> int:
+    """Passes of the methods with a schedule."""
+    row = params.datasets[name]
+    expected = benchmark(row.kind).expected(row)
+    found = 0
     for method in raced(params).values():
-        most = len(params.races.levels) * params.races.draws_per_level
-        scored += round(expected.test * pairs * (params.schedules[method.schedule].budget or most))
+        found += evaluations(params.schedules[method.schedule], expected.images * expected.texts, params.races)
+        if isinstance(method, DenoisingMethod) and expected.images > 1:
+            found += expected.images * len(params.races.levels) * params.races.draws_per_level
+    return expected.test * found
+
+
+def evaluations(row: ScheduleParams, candidates: int, races: RacesParams) -> int:
+    """Of a race of so many candidates under a schedule, at most."""
+    listed = None if isinstance(row, RacingSchedule) else row.shortlist
+    seen = min(candidates, listed.keep) if listed else candidates
+    if isinstance(row, StagedSchedule):
+        stages = zip((seen, *row.to_keep), pairwise((0, *row.n_samples)), strict=False)
+        most = sum(min(seen, kept) * (after - before) for kept, (before, after) in stages)
+    else:
+        draws = row.samples if isinstance(row, HierarchicalSchedule) else races.draws_per_level
+        most = seen * len(races.levels) * draws
+    return most if row.budget is None else min(most, int(row.budget * candidates))
+
+
+def _trained(name: str, params: Params) -> int:
+    row = params.datasets[name]
+    expected = benchmark(row.kind).expected(row)
     training = params.training.get(prompted(params) or "")
     if training is None:
-        return scored, 0
-    shown = min(training.candidates, expected.images) * min(training.candidates, texts)
+        return 0
+    shown = min(training.candidates, expected.images) * min(training.candidates, max(expected.images, expected.texts))
     steps = max(training.least_steps, training.epochs * row.few_shot * expected.learning / training.examples_per_step)
-    return scored, BACKWARD * round(steps * training.examples_per_step * shown)
+    return BACKWARD * round(steps * training.examples_per_step * shown)

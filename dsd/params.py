@@ -36,6 +36,7 @@ class RuntimeParams(_Params):
     attention: str
     batch_size: Positive
     workers: Positive
+    cache_gigabytes: Annotated[float, Field(ge=0)]
 
 
 class BackboneParams(_Params):
@@ -522,12 +523,12 @@ class Params(_Params):
         for key, name in {"backbone": self.backbone, **named}.items():
             if name not in self.backbones:
                 raise ValueError(f"{key}: {unknown('backbone', name, self.backbones)}")
+        others = _raced(self.methods)
         for name, method in self.methods.items():
-            if name in _raced(self.methods):
-                continue
-            if isinstance(method, _Diffusion) and not set(method.levels) <= set(self.noise.levels):
+            levels = method.levels if isinstance(method, _Diffusion) and name not in others else ()
+            if not set(levels) <= set(self.noise.levels):
                 raise ValueError(
-                    f"methods.{name}.levels: {list(method.levels)} is not among noise.levels {list(self.noise.levels)}"
+                    f"methods.{name}.levels: {list(levels)} is not among noise.levels {list(self.noise.levels)}"
                 )
             if isinstance(method, CrossAttentionMethod | FusionMethod) and method.pooling not in self.evidence.poolings:
                 raise ValueError(f"methods.{name}.pooling: {method.pooling!r} is not among evidence.poolings")
@@ -611,7 +612,7 @@ class Params(_Params):
         for name, method in self.methods.items():
             if isinstance(method, _Diffusion) and method.prompt == "few-shot" and attentive is None:
                 raise ValueError(
-                    f"methods.{name}.prompt: few-shot, but no method trains it: cross-attention, schedule: exhaustive"
+                    f"methods.{name}.prompt: few-shot, but no method trains it: one with scorer: cross-attention must"
                 )
         if all(isinstance(method, ContrastiveMethod) for method in self.methods.values()):
             raise ValueError("methods: none sees with the diffusion model; one must")
@@ -655,7 +656,8 @@ def raced(params: Params) -> dict[str, CrossAttentionMethod | DenoisingMethod]:
 
 
 def prompted(params: Params) -> str | None:
-    """The method whose score trains the attention prompt: the first cross-attention method with prompt: few-shot.
+    """The method whose score trains the attention prompt: the first cross-attention method with prompt: few-shot, one
+    without a schedule if there is one.
 
     All methods with prompt: few-shot use that prompt; None where there is none.
     """
@@ -702,11 +704,8 @@ def _raced(methods: Mapping[str, MethodParams]) -> dict[str, CrossAttentionMetho
 
 
 def _prompted(methods: Mapping[str, MethodParams]) -> list[str]:
-    return [
-        name
-        for name, row in methods.items()
-        if isinstance(row, CrossAttentionMethod) and row.prompt == "few-shot" and row.schedule == EXHAUSTIVE
-    ]
+    fitting = [n for n, row in methods.items() if isinstance(row, CrossAttentionMethod) and row.prompt == "few-shot"]
+    return sorted(fitting, key=_raced(methods).__contains__)
 
 
 def _trained(methods: Mapping[str, MethodParams]) -> list[str]:

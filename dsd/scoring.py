@@ -60,7 +60,7 @@ def score_contrastive(
     keys: dict[str, list[str]] = {}
     for row in clip_backbones(params):
         clip = load_clip(params.backbones[row], device_of(params.runtime.device))
-        tables = contrastive_encodings(clip, pictures, texts, Store(cached))
+        tables = contrastive_encodings(clip, pictures, texts, Store(cached), params.runtime.cache_gigabytes)
         for name, method in params.methods.items():
             if isinstance(method, ContrastiveMethod) and method.backbone == row:
                 head = contrastive.learned(method, clip, *tables, trained / name)
@@ -83,7 +83,8 @@ def score(
     examples, fitting = read_examples(prepared / "examples.parquet", split), fitting_examples(params, prepared)
     pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
     backbone = load_diffusion(params.backbones[params.backbone], device, params.runtime.attention)
-    tables = diffusion_encodings(backbone, pictures, texts, params.images.resolution, Store(cached))
+    resolution, most = params.images.resolution, params.runtime.cache_gigabytes
+    tables = diffusion_encodings(backbone, pictures, texts, resolution, Store(cached), most)
     keys: dict[str, list[str]] = {}
     total, computed = 0, 0
     for prompt in prompts(params):

@@ -82,7 +82,7 @@ def proposals(proposer: str, examples: Sequence[MatchingExample], params: Params
         fitting = [name for name, other in params.methods.items() if isinstance(other, ContrastiveMethod)]
         raise ParamsError(f"races.racing.proposer: {unknown('contrastive method', proposer, fitting)}")
     clip = load_clip(params.backbones[method.backbone], device_of(params.runtime.device))
-    tables = contrastive_encodings(clip, *folders.inputs(), Store(folders.cached))
+    tables = contrastive_encodings(clip, *folders.inputs(), Store(folders.cached), params.runtime.cache_gigabytes)
     head = contrastive.learned(method, clip, *tables, folders.trained / proposer)
     asked = pairs(examples)
     found = dict(zip(asked, cosines(head, asked, params.runtime.batch_size).astype(float).tolist(), strict=True))
@@ -104,7 +104,8 @@ class Track:
     def of(cls, name: str, method: RacedMethod, params: Params, folders: Folders) -> Track:
         runtime = params.runtime
         backbone = load_diffusion(params.backbones[params.backbone], device_of(runtime.device), runtime.attention)
-        tables = diffusion_encodings(backbone, *folders.inputs(), params.images.resolution, Store(folders.cached))
+        store, most = Store(folders.cached), runtime.cache_gigabytes
+        tables = diffusion_encodings(backbone, *folders.inputs(), params.images.resolution, store, most)
         training = prompted(params) if method.prompt == "few-shot" else None
         file = folders.trained / training / PROMPT if training else None
         learned = AttentionPrompt.load(file, backbone.digest) if file else None

@@ -211,15 +211,15 @@ class ContrastiveLearner:
 def learner(name: str, params: Params, prepared: Path, cached: Path) -> Learner:
     """What method `name` learns on a dataset, as it is before the first step."""
     method, row = params.methods[name], params.backbones[backbone_of(params, name)]
-    device, store = device_of(params.runtime.device), Store(cached)
+    device, store, most = device_of(params.runtime.device), Store(cached), params.runtime.cache_gigabytes
     pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
     if isinstance(method, ContrastiveMethod):
         clip = load_clip(row, device)
-        features = contrastive_encodings(clip, pictures, texts, store)
+        features = contrastive_encodings(clip, pictures, texts, store, most)
         return ContrastiveLearner(contrastive.untrained(method, clip, *features, params.context, params.seed))
     assert isinstance(method, CrossAttentionMethod)  # params refuses anything else
     backbone = load_diffusion(row, device, params.runtime.attention)
-    tables = diffusion_encodings(backbone, pictures, texts, params.images.resolution, store)
+    tables = diffusion_encodings(backbone, pictures, texts, params.images.resolution, store, most)
     return AttentionLearner(params, method, backbone, *tables)
 
 

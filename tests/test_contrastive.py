@@ -162,7 +162,7 @@ def test_other_weights_are_other_scores_of_their_method_alone(
 ) -> None:
     two = params.model_copy(update={"methods": {m: params.methods[m] for m in ("clip-zero-shot", "clip-finetune")}})
     pictures, store = Pictures(prepared / "images.parquet"), Store(tmp_path / "score")
-    head = Projections(clip, *contrastive_encodings(clip, pictures, all_texts(read_all(prepared)), Store(cached)))
+    head = Projections(clip, *contrastive_encodings(clip, pictures, all_texts(read_all(prepared)), Store(cached), 1))
     examples = read_examples(prepared / "examples.parquet", "test")
     (tmp_path / "clip-finetune").mkdir()
     found = []

@@ -28,7 +28,7 @@ def test_half_precision_is_near_and_no_drift_is_none(params: Params, prepared: P
     def engine(dtype: str) -> Engine:
         row = params.backbones["embedded"].model_copy(update={"dtype": dtype})
         backbone, texts = load_diffusion(row, torch.device("cpu")), all_texts(read_all(prepared))
-        tables = diffusion_encodings(backbone, Pictures(prepared / "images.parquet"), texts, 32, Store(cached))
+        tables = diffusion_encodings(backbone, Pictures(prepared / "images.parquet"), texts, 32, Store(cached), 1)
         return Engine(backbone, None, params.evidence, *tables, 32)
 
     examples = read_examples(prepared / "examples.parquet", "test")

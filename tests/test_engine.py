@@ -39,7 +39,7 @@ def zero_shot(params: Params) -> Params:
 def make(params: Params, prepared: Path, cached: Path, batch_size: int) -> tuple[Engine, list[MatchingExample]]:
     backbone = load_diffusion(params.backbones["embedded"], torch.device("cpu"))
     texts = all_texts(read_all(prepared))
-    tables = diffusion_encodings(backbone, Pictures(prepared / "images.parquet"), texts, 32, Store(cached))
+    tables = diffusion_encodings(backbone, Pictures(prepared / "images.parquet"), texts, 32, Store(cached), 1)
     return Engine(backbone, None, params.evidence, *tables, batch_size), read_examples(
         prepared / "examples.parquet", "test"
     )

@@ -101,7 +101,7 @@ def test_a_pair_is_scored_as_by_any_other_model(backbone: StableDiffusion, param
         Image.fromarray(pixels).save(tmp_path / "one.png")
         writer.add(Picture("one", (tmp_path / "one.png").read_bytes()))
     pictures = Pictures(tmp_path / "images.parquet")
-    tables = diffusion_encodings(backbone, pictures, [UNCONDITIONAL, TEXT], backbone.resolution, Store(tmp_path))
+    tables = diffusion_encodings(backbone, pictures, [UNCONDITIONAL, TEXT], backbone.resolution, Store(tmp_path), 1)
     engine = Engine(backbone, None, params.evidence, *tables, batch_size=1)
     found = engine.compute([(Pair("one", text), Draw(0.4, 0)) for text in (TEXT, UNCONDITIONAL)])
     assert found["attention"].shape == (2, len(params.evidence.poolings), 16, 20)

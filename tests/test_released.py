@@ -79,7 +79,7 @@ def test_scores_are_those_of_a_direct_transcription(
     examples, noise = read_examples(prepared / "examples.parquet", "test"), noise_of(alone, "scenes-com")
     found = dict(method_scores("scenes-com", alone, examples, prepared, tmp_path))
     texts, pictures = all_texts(read_all(prepared)), Pictures(prepared / "images.parquet")
-    latents, _ = diffusion_encodings(backbone, pictures, texts, 32, Store(cached))
+    latents, _ = diffusion_encodings(backbone, pictures, texts, 32, Store(cached), 1)
     for pair in pairs(examples)[:3]:
         image = torch.from_numpy(latents([pair.image])["latents"])
         for name, denoising in (("with", True), ("without", False)):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,15 @@ def tokenizer(folder: Path, name: str) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(place)
     except Exception as error:  # the reader of tokenizer.json raises nothing more exact
         raise CheckpointError(f"{place}: tokenizer does not load: {' '.join(str(error).split())[:160]}") from None
+
+
+def longer(tokens: CLIPTokenizer, texts: Iterable[str], limit: int) -> Iterator[tuple[str, int]]:
+    """The texts of more tokens than the limit, each with its number of tokens, begin and end among them."""
+    # No token of ASCII is less than a letter, so a short text need not be cut into tokens: of millions most are short.
+    doubtful = (text for text in texts if not (text.isascii() and len(text) + 2 <= limit))
+    while batch := list(islice(doubtful, 4096)):
+        counted = zip(batch, map(len, tokens(batch).input_ids), strict=True)
+        yield from ((text, count) for text, count in counted if count > limit)
 
 
 def component(folder: Path, kind: Any, name: str, dtype: torch.dtype) -> Any:

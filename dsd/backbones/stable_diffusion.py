@@ -5,7 +5,7 @@ Shapes: B batch, C latent channels, R picture side in pixels, r latent side, T t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dsd.attention import AttentionState, cross_attention_layers, install
 from dsd.backbones import lora
-from dsd.backbones.checkpoint import DTYPES, component, locate, one_file, prediction_of, require, tokenizer
+from dsd.backbones.checkpoint import DTYPES, component, locate, longer, one_file, prediction_of, require, tokenizer
 from dsd.backbones.single_file import SingleFile
 from dsd.errors import CheckpointError
 from dsd.images import to_model
@@ -140,6 +140,10 @@ class StableDiffusion:
         content = (position > 0) & (position < lengths[0].clamp(max=limit)[:, None] - 1)
         hidden = self._hidden([ids.to(self.device) for ids in padded])
         return TextEmbeddings(hidden, content, (lengths > limit).any(0))
+
+    def truncated(self, texts: Collection[str]) -> int:
+        """How many of the texts are longer than the limit; none is encoded."""
+        return len({text for tokens in self.tokenizers for text, _ in longer(tokens, texts, self.max_tokens)})
 
     def _hidden(self, ids: Sequence[Tensor]) -> Tensor:
         """Of the ids [B, M] of each text encoder, what `predict_noise` takes of a text."""

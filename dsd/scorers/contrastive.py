@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dsd.backbones import Clip
+from dsd.backbones.checkpoint import longer
 from dsd.errors import TextError
 from dsd.matching import Pair
 from dsd.params import ContextParams, ContrastiveMethod
@@ -78,13 +79,11 @@ class ContextPrompt(nn.Module):
         """Raises TextError for a text that has no room for the context; one line."""
         super().__init__()
         self._clip, self._images = clip, images
-        self._ids = dict(zip(texts.items, clip.tokenizer(list(texts.items)).input_ids, strict=True))
-        for text, ids in self._ids.items():
-            if len(ids) + tokens > clip.max_tokens:
-                raise TextError(
-                    f"{text!r}: {len(ids)} tokens and {tokens} of context.tokens are more than the "
-                    f"{clip.max_tokens} that this CLIP reads"
-                )
+        for text, count in longer(clip.tokenizer, texts.items, clip.max_tokens - tokens):
+            raise TextError(
+                f"{text!r}: {count} tokens and {tokens} of context.tokens are more than the "
+                f"{clip.max_tokens} that this CLIP reads"
+            )
         joint, width = clip.model.text_projection.out_features, clip.model.text_projection.in_features
         self.context = nn.Parameter(torch.zeros(tokens, width))
         self.net = nn.Sequential(nn.Linear(joint, hidden), nn.ReLU(), nn.Linear(hidden, width))
@@ -101,7 +100,7 @@ class ContextPrompt(nn.Module):
         features_BF = torch.from_numpy(self._images([pair.image for pair in pairs])["features"]).to(clip.device)
         images_BD = F.normalize(clip.model.visual_projection(features_BF.to(clip.dtype)).float(), dim=-1)
         context_BNW = self.context + self.net(images_BD)[:, None]
-        ids = [torch.tensor(self._ids[pair.text]) for pair in pairs]
+        ids = [torch.tensor(ids) for ids in clip.tokenizer([pair.text for pair in pairs]).input_ids]
         # Nothing reads what stands after the end token.
         ids_BM = pad_sequence(ids, batch_first=True, padding_value=clip.tokenizer.pad_token_id).to(clip.device)
         texts_BF = clip.prompted_features(ids_BM, context_BNW)
