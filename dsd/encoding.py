@@ -6,12 +6,13 @@ Shapes: C latent channels, r latent side, M text tokens, D text width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
 from dsd.backbones import Clip, StableDiffusion, device_of, load_clip, load_diffusion
+from dsd.backbones.checkpoint import digest_of
 from dsd.evidence import UNCONDITIONAL
 from dsd.images import resize, to_array
 from dsd.matching import MatchingExample, read_examples
@@ -52,9 +53,19 @@ class Encodings:
         key = self.keys[number]
         arrays = self._store.read(key) if key in self._store else None
         if arrays is None:
-            arrays = self._compute(self._shards[number])
+            # In the order in which they are read back: how its input lies in memory moves the U-Net's last bits.
+            arrays = {name: np.ascontiguousarray(array) for name, array in self._compute(self._shards[number]).items()}
             self._store.write(key, arrays)
         return arrays
+
+    def missing(self) -> dict[str, int]:
+        """The shards that the store lacks: how many items each has, by key."""
+        sizes = {key: len(items) for key, items in zip(self.keys, self._shards, strict=True)}
+        return {key: size for key, size in sizes.items() if key not in self._store}
+
+    def make(self, key: str) -> None:
+        """Computes the shard of a key, unless it is there."""
+        self._load(self.keys.index(key))
 
     def fill(self) -> None:
         for number in progress(range(len(self._shards)), desc=f"encode {self.kind}", unit="shard"):
@@ -83,36 +94,51 @@ def diffusion_encodings(
     backbone: StableDiffusion, pictures: Pictures, texts: Sequence[str], resolution: int, store: Store
 ) -> tuple[Encodings, Encodings]:
     """Latents [C, r, r] by image id; hidden states [M, D], content mask [M] and truncation by text."""
+    return _of_diffusion(backbone.digest, lambda: backbone, pictures, texts, resolution, store)
 
+
+def _of_diffusion(
+    source: str,
+    opened: Callable[[], StableDiffusion],
+    pictures: Pictures,
+    texts: Sequence[str],
+    resolution: int,
+    store: Store,
+) -> tuple[Encodings, Encodings]:
     def latents(ids: list[str]) -> Arrays:
         batch = np.stack([to_array(resize(pictures[i], parity=None, resolution=resolution)) for i in ids])
-        return {"latents": backbone.encode_images(batch).cpu().numpy()}
+        return {"latents": opened().encode_images(batch).cpu().numpy()}
 
     def hidden(batch: list[str]) -> Arrays:
-        out = backbone.encode_texts(batch)
+        out = opened().encode_texts(batch)
         return {
             "hidden": out.hidden.cpu().numpy(),
             "content": out.content.numpy(),
             "truncated": out.truncated.numpy(),
         }
 
-    images = Encodings(store, "latents", digest(backbone.digest, resolution), pictures.ids, latents)
-    return images, Encodings(store, "texts", backbone.digest, texts, hidden)
+    images = Encodings(store, "latents", digest(source, resolution), pictures.ids, latents)
+    return images, Encodings(store, "texts", source, texts, hidden)
 
 
 def contrastive_encodings(
     clip: Clip, pictures: Pictures, texts: Sequence[str], store: Store
 ) -> tuple[Encodings, Encodings]:
     """Features [F] by image id and by text: what CLIP's projections see."""
+    return _of_contrastive(clip.digest, lambda: clip, pictures, texts, store)
 
+
+def _of_contrastive(
+    source: str, opened: Callable[[], Clip], pictures: Pictures, texts: Sequence[str], store: Store
+) -> tuple[Encodings, Encodings]:
     def images(ids: list[str]) -> Arrays:
-        return {"features": clip.image_features(np.stack([to_array(pictures[i]) for i in ids])).cpu().numpy()}
+        return {"features": opened().image_features(np.stack([to_array(pictures[i]) for i in ids])).cpu().numpy()}
 
     def words(batch: list[str]) -> Arrays:
-        return {"features": clip.text_features(batch).cpu().numpy()}
+        return {"features": opened().text_features(batch).cpu().numpy()}
 
-    return Encodings(store, "clip-image-features", clip.digest, pictures.ids, images), Encodings(
-        store, "clip-text-features", clip.digest, texts, words
+    return Encodings(store, "clip-image-features", source, pictures.ids, images), Encodings(
+        store, "clip-text-features", source, texts, words
     )
 
 
@@ -121,21 +147,44 @@ def clip_backbones(params: Params) -> list[str]:
     return sorted({m.backbone for m in params.methods.values() if isinstance(m, ContrastiveMethod)})
 
 
+def encodings(params: Params, prepared: Path, store: Store) -> list[Encodings]:
+    """All that is encoded of a dataset, for every backbone that a method names; one is opened when it is needed."""
+    device, row = device_of(params.runtime.device), params.backbones[params.backbone]
+    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
+    diffusion = cache(partial(load_diffusion, row, device, params.runtime.attention))
+    tables = [*_of_diffusion(digest_of(row), diffusion, pictures, texts, params.images.resolution, store)]
+    for row in (params.backbones[name] for name in clip_backbones(params)):
+        tables += _of_contrastive(digest_of(row), cache(partial(load_clip, row, device)), pictures, texts, store)
+    return tables
+
+
 def encode(name: str, params: Params, prepared: Path, target: Path) -> dict[str, int | float]:
     """Fills the cache of dataset `name` for every backbone that a method names; returns what was encoded."""
-    store, device = Store(target), device_of(params.runtime.device)
-    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
-    backbone = load_diffusion(params.backbones[params.backbone], device, params.runtime.attention)
-    tables = [*diffusion_encodings(backbone, pictures, texts, params.images.resolution, store)]
-    for row in clip_backbones(params):
-        tables += contrastive_encodings(load_clip(params.backbones[row], device), pictures, texts, store)
+    store = Store(target)
+    tables = encodings(params, prepared, store)
     for table in tables:
         table.fill()
     store.prune({key for table in tables for key in table.keys})
     truncated = sum(int(table.column("truncated").sum()) for table in tables if table.kind == "texts")
     return {
-        "images": len(pictures.ids),
-        "texts": len(texts),
+        "images": len(tables[0].items),
+        "texts": len(tables[1].items),
         "truncated": truncated,
         "corrupt": store.corrupt,
     }
+
+
+def missing(params: Params, prepared: Path, target: Path) -> dict[str, int]:
+    """What a dataset's cache lacks: how many items each shard has, by key."""
+    return {key: size for table in encodings(params, prepared, Store(target)) for key, size in table.missing().items()}
+
+
+class Worker:
+    """Fills a dataset's cache shard by shard; a backbone stays open from the first that it is needed for."""
+
+    def __init__(self, params: Params, prepared: Path, target: Path) -> None:
+        self.asked = {key: table for table in encodings(params, prepared, Store(target)) for key in table.keys}
+
+    def __call__(self, key: str) -> None:
+        """Computes the shard of a key, unless it is there."""
+        self.asked[key].make(key)

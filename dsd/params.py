@@ -36,6 +36,8 @@ class RuntimeParams(_Params):
     attention: str
     batch_size: Positive
     workers: Positive
+    executor: Literal["local", "ray"]
+    actors: Positive
 
 
 class BackboneParams(_Params):

@@ -110,7 +110,7 @@ class Track:
         learned = AttentionPrompt.load(file, backbone.digest) if file else None
         engine = Engine(backbone, learned, params.evidence, *tables, params.runtime.batch_size)
         reduced = method.model_dump(exclude={"levels", "schedule"})
-        source = digest(source_digest(params, backbone, file), reduced)
+        source = digest(source_digest(params, backbone.digest, file), reduced)
         noise = NoiseParams(levels=params.races.levels, draws_per_level=params.races.draws_per_level)
         learning = params.training[training].model_dump() if training else None
         settings = [params.datasets[name], params.images, params.evidence, params.prompt, noise]

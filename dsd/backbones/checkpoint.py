@@ -98,6 +98,13 @@ def locate(row: BackboneParams) -> tuple[Path, str]:
     return folder, identity if row.prediction is None else digest(identity, row.prediction)
 
 
+def digest_of(row: BackboneParams) -> str:
+    """The digest that the backbone of a row has once it is open."""
+    _, identity = locate(row)
+    # Of a CLIP the features are stored, and are other numbers in other arithmetic.
+    return digest(identity, row.dtype) if row.family == "clip" and row.dtype != "float32" else identity
+
+
 def _read_of(row: BackboneParams) -> tuple[str, tuple[str, ...]]:
     """Where the settings are, and which files are read there."""
     return (str(row.config), SETTINGS) if one_file(row) else (row.source, (*SETTINGS, *WEIGHTS))
