@@ -244,23 +244,27 @@ def test_nothing_to_train_on_is_said(
 
 
 def together(
-    processes: int, method: str, params: Params, prepared: Path, cached: Path, target: Path
+    processes: int, steps: int, method: str, params: Params, prepared: Path, cached: Path, target: Path
 ) -> subprocess.CompletedProcess[str]:
-    """A training in so many processes, on processors, for which Accelerate has no launcher of its own."""
+    """So many steps of a training in so many processes, on processors, for which Accelerate has no launcher of its own."""
     settings = target.with_suffix(".json")
     settings.write_text(params.model_dump_json())
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    given = map(str, (settings, method, prepared, cached, target))
+    given = map(str, (steps, settings, method, prepared, cached, target))
     return subprocess.run([*launch, "-m", "tests.together", *given], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("method", ["dsd", "clip-finetune"])
+@pytest.mark.parametrize(("method", "stopped"), [("dsd", None), ("clip-finetune", 3)])
 def test_two_processes_take_the_steps_of_one(
-    method: str, params: Params, prepared: Path, cached: Path, tmp_path: Path
+    method: str, stopped: int | None, params: Params, prepared: Path, cached: Path, tmp_path: Path
 ) -> None:
-    """The second sees one example of a step more than the first; the curve and what was learned are those of one."""
+    """The second sees one example of a step more than the first; the curve and what was learned are those of one, also
+    where they were stopped."""
     alone = run(params, prepared, cached, tmp_path / "alone", method)
-    done = together(2, method, params, prepared, cached, tmp_path / "both")
+    if stopped:
+        assert together(2, stopped, method, params, prepared, cached, tmp_path / "both").returncode == 0
+        assert {path.name for path in (tmp_path / "both").iterdir()} == {"state.pt"}
+    done = together(2, 9, method, params, prepared, cached, tmp_path / "both")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2", "2"]
     assert {path.name for path in (tmp_path / "both").iterdir()} == {METHODS[method], "curve.csv", "summary.json"}
@@ -274,7 +278,7 @@ def test_two_processes_take_the_steps_of_one(
 
 
 def test_more_processes_than_examples_is_one_line(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
-    done = together(4, "clip-finetune", params, prepared, cached, tmp_path / "four")
+    done = together(4, 9, "clip-finetune", params, prepared, cached, tmp_path / "four")
     assert done.returncode != 0
     line = "training.clip-finetune.examples_per_step: 3 examples of a step on scenes-com are too few for 4 processes"
     assert f"dsd.errors.DataError: {line}; launch fewer" in done.stderr

@@ -1,10 +1,11 @@
-"""`torchrun -m tests.together SETTINGS METHOD PREPARED CACHED TARGET`: a training on scenes-com; prints in how many
-processes."""
+"""`torchrun -m tests.together STEPS SETTINGS METHOD PREPARED CACHED TARGET`: a training on scenes-com, so many steps of it
+at most; prints in how many processes."""
 
 from __future__ import annotations
 
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 from accelerate import PartialState
@@ -14,10 +15,11 @@ from dsd.training import train
 
 
 def main() -> None:
-    settings, method, prepared, cached, target = sys.argv[1:]
+    steps, settings, method, prepared, cached, target = sys.argv[1:]
     params = Params.model_validate(json.loads(Path(settings).read_text()))
     print(PartialState(cpu=True).num_processes, flush=True)  # noqa: T201
-    list(train("scenes-com", method, params, Path(prepared), Path(cached), Path(target)))
+    rows = train("scenes-com", method, params, Path(prepared), Path(cached), Path(target))
+    list(islice(rows, int(steps)))
 
 
 if __name__ == "__main__":
