@@ -246,7 +246,7 @@ def test_nothing_to_train_on_is_said(
 def together(
     processes: int, steps: int, method: str, params: Params, prepared: Path, cached: Path, target: Path
 ) -> subprocess.CompletedProcess[str]:
-    """So many steps of a training in so many processes, on processors, for which Accelerate has no launcher of its own."""
+    """So many steps of a training in so many processes. On processors Accelerate has no launcher of its own."""
     settings = target.with_suffix(".json")
     settings.write_text(params.model_dump_json())
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -254,6 +254,7 @@ def together(
     return subprocess.run([*launch, "-m", "tests.together", *given], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "stopped"), [("dsd", None), ("clip-finetune", 3)])
 def test_two_processes_take_the_steps_of_one(
     method: str, stopped: int | None, params: Params, prepared: Path, cached: Path, tmp_path: Path
@@ -277,6 +278,7 @@ def test_two_processes_take_the_steps_of_one(
         torch.testing.assert_close(tensor, learned[1][name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_more_processes_than_examples_is_one_line(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
     done = together(4, 9, "clip-finetune", params, prepared, cached, tmp_path / "four")
     assert done.returncode != 0

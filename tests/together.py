@@ -1,5 +1,5 @@
-"""`torchrun -m tests.together STEPS SETTINGS METHOD PREPARED CACHED TARGET`: a training on scenes-com, so many steps of it
-at most; prints in how many processes."""
+"""`torchrun -m tests.together STEPS SETTINGS METHOD PREPARED CACHED TARGET`: so many steps at most of a training on
+scenes-com; prints in how many processes."""
 
 from __future__ import annotations
 
