@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import plain
+from benchmarks import executors, plain
 from benchmarks.drift import drift
 from benchmarks.setting import PREPARED, engine_over
 from dsd import growth, replay
@@ -119,6 +119,16 @@ def score_memory_growth() -> Result:
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     return at_most(peak(1000) / peak(100), "times", 1.1)
+
+
+def many_machines() -> dict[str, Result]:
+    """What Ray costs where it brings nothing: two actors on the cores that one process would have."""
+    found = executors.measure(Path("data"))
+    return {
+        "passes_per_second": at_least(found.passes, "", 100),
+        "ray_vs_local": at_least(found.share, "times", 0.8),
+        "ray_start_seconds": at_most(found.start, "s", 60),
+    }
 
 
 def arithmetic() -> dict[str, Result]:
@@ -250,6 +260,7 @@ def main() -> None:
     for measure in (engine_vs_plain_loop, capture_overhead, score_memory_growth):
         results[measure.__name__] = measure()
         sys.stdout.write(f"{measure.__name__}: {results[measure.__name__]}\n")
+    results |= many_machines()
     results |= arithmetic()
     try:
         results |= races()

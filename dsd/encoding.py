@@ -1,5 +1,5 @@
-"""Every image through the VAE once, every text through the text encoder once; or, where all texts together would take
-more disk than they may, whenever one is asked for.
+"""Every image through the VAE once, every text through the text encoder once; or, where there are more texts than may
+be stored, whenever one is asked for.
 
 Shapes: C latent channels, r latent side, M text tokens, D text width.
 """
@@ -7,13 +7,14 @@ Shapes: C latent channels, r latent side, M text tokens, D text width.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 from cachetools import LRUCache
 
 from dsd.backbones import Clip, StableDiffusion, device_of, load_clip, load_diffusion
+from dsd.backbones.checkpoint import digest_of
 from dsd.evidence import UNCONDITIONAL
 from dsd.images import resize, to_array
 from dsd.matching import MatchingExample, read_examples
@@ -61,9 +62,19 @@ class Encodings:
         key = self.keys[number]
         arrays = self._store.read(key) if key in self._store else None
         if arrays is None:
-            arrays = self._compute(self._shards[number])
+            # In the order in which they are read back: how its input lies in memory moves the U-Net's last bits.
+            arrays = {name: np.ascontiguousarray(array) for name, array in self._compute(self._shards[number]).items()}
             self._store.write(key, arrays)
         return arrays
+
+    def missing(self) -> dict[str, int]:
+        """The shards that the store lacks: how many items each has, by key."""
+        sizes = {key: len(items) for key, items in zip(self.keys, self._shards, strict=True)}
+        return {key: size for key, size in sizes.items() if key not in self._store}
+
+    def make(self, key: str) -> None:
+        """Computes the shard of a key, unless it is there."""
+        self._load(self.keys.index(key))
 
     def fill(self) -> None:
         """Stores what is kept and not there yet."""
@@ -100,52 +111,64 @@ def read_all(prepared: Path) -> Iterator[MatchingExample]:
     return (example for split in SPLITS for example in read_examples(prepared / "examples.parquet", split))
 
 
-def fits(texts: int, size: int, gigabytes: float) -> bool:
-    """Whether so many texts are kept, each of `size` bytes; see `runtime.cache_gigabytes`."""
-    return texts * size <= gigabytes * 1e9
-
-
 def diffusion_encodings(
     backbone: StableDiffusion,
     pictures: Pictures,
     texts: Sequence[str],
     resolution: int,
     store: Store,
-    gigabytes: float,
+    kept: int,
 ) -> tuple[Encodings, Encodings]:
-    """Latents [C, r, r] by image id; hidden states [M, D], content mask [M] and truncation by text."""
+    """Latents [C, r, r] by image id; hidden states [M, D], content mask [M] and truncation by text.
 
+    `kept` is `runtime.kept_texts`.
+    """
+    return _of_diffusion(backbone.digest, lambda: backbone, pictures, texts, resolution, store, kept)
+
+
+def _of_diffusion(
+    source: str,
+    opened: Callable[[], StableDiffusion],
+    pictures: Pictures,
+    texts: Sequence[str],
+    resolution: int,
+    store: Store,
+    kept: int,
+) -> tuple[Encodings, Encodings]:
     def latents(ids: list[str]) -> Arrays:
         batch = np.stack([to_array(resize(pictures[i], parity=None, resolution=resolution)) for i in ids])
-        return {"latents": backbone.encode_images(batch).cpu().numpy()}
+        return {"latents": opened().encode_images(batch).cpu().numpy()}
 
     def hidden(batch: list[str]) -> Arrays:
-        out = backbone.encode_texts(batch)
+        out = opened().encode_texts(batch)
         return {
             "hidden": out.hidden.cpu().numpy(),
             "content": out.content.numpy(),
             "truncated": out.truncated.numpy(),
         }
 
-    images = Encodings(store, "latents", digest(backbone.digest, resolution), pictures.ids, latents)
-    kept = fits(len(texts), 4 * backbone.max_tokens * backbone.unet.config.cross_attention_dim, gigabytes)
-    return images, Encodings(store, "texts", backbone.digest, texts, hidden, kept=kept)
+    images = Encodings(store, "latents", digest(source, resolution), pictures.ids, latents)
+    return images, Encodings(store, "texts", source, texts, hidden, kept=len(texts) <= kept)
 
 
 def contrastive_encodings(
-    clip: Clip, pictures: Pictures, texts: Sequence[str], store: Store, gigabytes: float
+    clip: Clip, pictures: Pictures, texts: Sequence[str], store: Store, kept: int
 ) -> tuple[Encodings, Encodings]:
     """Features [F] by image id and by text: what CLIP's projections see."""
+    return _of_contrastive(clip.digest, lambda: clip, pictures, texts, store, kept)
 
+
+def _of_contrastive(
+    source: str, opened: Callable[[], Clip], pictures: Pictures, texts: Sequence[str], store: Store, kept: int
+) -> tuple[Encodings, Encodings]:
     def images(ids: list[str]) -> Arrays:
-        return {"features": clip.image_features(np.stack([to_array(pictures[i]) for i in ids])).cpu().numpy()}
+        return {"features": opened().image_features(np.stack([to_array(pictures[i]) for i in ids])).cpu().numpy()}
 
     def words(batch: list[str]) -> Arrays:
-        return {"features": clip.text_features(batch).cpu().numpy()}
+        return {"features": opened().text_features(batch).cpu().numpy()}
 
-    kept = fits(len(texts), 4 * clip.model.text_projection.in_features, gigabytes)
-    return Encodings(store, "clip-image-features", clip.digest, pictures.ids, images), Encodings(
-        store, "clip-text-features", clip.digest, texts, words, kept=kept
+    return Encodings(store, "clip-image-features", source, pictures.ids, images), Encodings(
+        store, "clip-text-features", source, texts, words, kept=len(texts) <= kept
     )
 
 
@@ -154,21 +177,55 @@ def clip_backbones(params: Params) -> list[str]:
     return sorted({m.backbone for m in params.methods.values() if isinstance(m, ContrastiveMethod)})
 
 
+def diffusion_of(params: Params) -> Callable[[], StableDiffusion]:
+    """What opens the diffusion model under test, once."""
+    row, runtime = params.backbones[params.backbone], params.runtime
+    return cache(partial(load_diffusion, row, device_of(runtime.device), runtime.attention))
+
+
+def encodings(
+    params: Params, prepared: Path, store: Store, diffusion: Callable[[], StableDiffusion]
+) -> list[Encodings]:
+    """All that is encoded of a dataset, for every backbone that a method names; one is opened when it is needed."""
+    kept, device = params.runtime.kept_texts, device_of(params.runtime.device)
+    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
+    source = digest_of(params.backbones[params.backbone])
+    tables = [*_of_diffusion(source, diffusion, pictures, texts, params.images.resolution, store, kept)]
+    for row in (params.backbones[name] for name in clip_backbones(params)):
+        clip = cache(partial(load_clip, row, device))
+        tables += _of_contrastive(digest_of(row), clip, pictures, texts, store, kept)
+    return tables
+
+
 def encode(name: str, params: Params, prepared: Path, target: Path) -> dict[str, int | float]:
     """Fills the cache of dataset `name` for every backbone that a method names; returns what was encoded."""
-    store, runtime = Store(target), params.runtime
-    device, most = device_of(runtime.device), runtime.cache_gigabytes
-    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
-    backbone = load_diffusion(params.backbones[params.backbone], device, runtime.attention)
-    tables = [*diffusion_encodings(backbone, pictures, texts, params.images.resolution, store, most)]
-    for row in clip_backbones(params):
-        tables += contrastive_encodings(load_clip(params.backbones[row], device), pictures, texts, store, most)
+    store, diffusion = Store(target), diffusion_of(params)
+    tables = encodings(params, prepared, store, diffusion)
     for table in tables:
         table.fill()
     store.prune({key for table in tables for key in table.keys})
+    images, texts, *_ = tables
     return {
-        "images": len(pictures.ids),
-        "texts": len(texts),
-        "truncated": backbone.truncated(texts),
+        "images": len(images.items),
+        "texts": len(texts.items),
+        "truncated": diffusion().truncated(texts.items),
         "corrupt": store.corrupt,
     }
+
+
+def missing(params: Params, prepared: Path, target: Path) -> dict[str, int]:
+    """What a dataset's cache lacks: how many items each shard has, by key."""
+    tables = encodings(params, prepared, Store(target), diffusion_of(params))
+    return {key: size for table in tables for key, size in table.missing().items()}
+
+
+class Worker:
+    """Fills a dataset's cache shard by shard; a backbone stays open from the first that it is needed for."""
+
+    def __init__(self, params: Params, prepared: Path, target: Path) -> None:
+        tables = encodings(params, prepared, Store(target), diffusion_of(params))
+        self.asked = {key: table for table in tables for key in table.keys}
+
+    def __call__(self, key: str) -> None:
+        """Computes the shard of a key, unless it is there."""
+        self.asked[key].make(key)

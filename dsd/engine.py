@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dsd.attention import Recording, during
 from dsd.backbones import StableDiffusion
+from dsd.backbones.checkpoint import DTYPES
 from dsd.batching import Entry, Filled, side_by_side
 from dsd.encoding import Arrays, Encodings
 from dsd.evidence import Request, Shard
@@ -47,8 +48,12 @@ class Engine:
         latents: Encodings,
         texts: Encodings,
         batch_size: int,
+        cores: int | None = None,
     ) -> None:
+        """`cores`: batches are cut as on a processor of so many, so that two processes' evidence is the same to the
+        bit; None: as many as this one has threads."""
         self.backbone, self.evidence, self.batch_size = backbone, evidence, batch_size
+        self._as_on = cores
         self.prompt = prompt.to(backbone.device) if prompt is not None else None
         self._latents, self._texts = latents, texts
 
@@ -74,7 +79,7 @@ class Engine:
         chunks = (rows[len(rows) * n // count : len(rows) * (n + 1) // count] for n in range(count))
         inputs = map(self._inputs, chunks)  # in this thread: what the cache lacks is computed while it is read
         if apart:
-            with ThreadPoolExecutor(self._cores, "batch", torch.set_num_threads, (1,)) as pool:
+            with ThreadPoolExecutor(torch.get_num_threads(), "batch", torch.set_num_threads, (1,)) as pool:
                 batches = list(pool.map(self._batch, inputs))
         else:
             batches = list(map(self._batch, inputs))
@@ -82,8 +87,8 @@ class Engine:
 
     @property
     def _cores(self) -> int:
-        """How many batches are computed at once."""
-        return torch.get_num_threads() if self.backbone.device.type == "cpu" else 1
+        """How many batches are computed at once, where there are as many cores."""
+        return (self._as_on or torch.get_num_threads()) if self.backbone.device.type == "cpu" else 1
 
     def _inputs(self, rows: Sequence[Request]) -> tuple[Tensor, ...]:
         """What `observe` asks for after its settings."""
@@ -170,11 +175,11 @@ def row_values(arrays: Arrays, method: RacedMethod, poolings: Sequence[str]) -> 
     return found
 
 
-def source_digest(params: Params, backbone: StableDiffusion, trained: Path | None) -> str:
-    """Everything but the rows that evidence depends on; `trained` is the prompt's file, None without a prompt."""
+def source_digest(params: Params, backbone: str, trained: Path | None) -> str:
+    """Everything but the rows that evidence depends on: of the backbone its digest, of a prompt its file."""
     prompt = None if trained is None else file_digest(trained)
-    settings = params.evidence.model_dump(exclude={"shard"})
-    return digest(backbone.digest, prompt, settings, params.images.resolution, str(backbone.dtype))
+    settings, dtype = params.evidence.model_dump(exclude={"shard"}), DTYPES[params.backbones[params.backbone].dtype]
+    return digest(backbone, prompt, settings, params.images.resolution, str(dtype))
 
 
 @torch.inference_mode()

@@ -19,7 +19,6 @@ from dsd.attention import cross_attention_layers
 from dsd.backbones import device_of
 from dsd.backbones.checkpoint import DTYPES, component_config, remote
 from dsd.datasets import benchmark
-from dsd.encoding import fits
 from dsd.errors import CheckpointError, DsdError
 from dsd.evidence import normalises
 from dsd.params import (
@@ -120,8 +119,8 @@ def needs(params: Params, free: int) -> Iterator[Need]:
         scored, trained = passes(name, params)
         kept += disk(name, params, unet)
         count = texts(name, params)
-        if not fits(count, unet.text, params.runtime.cache_gigabytes):
-            why = f"{name}, {count * unet.text / 1e9:,.0f} GB are more than runtime.cache_gigabytes"
+        if count > params.runtime.kept_texts:
+            why = f"{name}, {count * unet.text / 1e9:,.0f} GB, and more than runtime.kept_texts"
             yield Need("texts encoded when asked for, and not stored", why, count, "texts", None)
         yield Need("passes of the U-Net", f"score {name}", scored, "passes", None)
         if trained:
@@ -185,7 +184,7 @@ def disk(name: str, params: Params, unet: UNet) -> int:
     """
     row, count = params.datasets[name], texts(name, params)
     images = examples(name, params) * benchmark(row.kind).expected(row).images
-    embeddings = count * unet.text if fits(count, unet.text, params.runtime.cache_gigabytes) else 0
+    embeddings = count * unet.text if count <= params.runtime.kept_texts else 0
     return _scored(name, params) * unet.kept(params) + embeddings + images * unet.latents
 
 

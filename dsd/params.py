@@ -36,7 +36,9 @@ class RuntimeParams(_Params):
     attention: str
     batch_size: Positive
     workers: Positive
-    cache_gigabytes: Annotated[float, Field(ge=0)]
+    kept_texts: Annotated[int, Field(ge=0)]
+    executor: Literal["local", "ray"]
+    actors: Positive
 
 
 class BackboneParams(_Params):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dsd import replay
 from dsd.backbones import device_of, load_clip, load_diffusion
+from dsd.backbones.checkpoint import digest_of
 from dsd.batching import Filled
 from dsd.draws import draws
 from dsd.encoding import Arrays, all_texts, clip_backbones, contrastive_encodings, diffusion_encodings, read_all
@@ -21,6 +23,7 @@ from dsd.evidence import (
     INDEX,
     RACES,
     Request,
+    Shard,
     normalises,
     plan,
     read_index,
@@ -60,7 +63,7 @@ def score_contrastive(
     keys: dict[str, list[str]] = {}
     for row in clip_backbones(params):
         clip = load_clip(params.backbones[row], device_of(params.runtime.device))
-        tables = contrastive_encodings(clip, pictures, texts, Store(cached), params.runtime.cache_gigabytes)
+        tables = contrastive_encodings(clip, pictures, texts, Store(cached), params.runtime.kept_texts)
         for name, method in params.methods.items():
             if isinstance(method, ContrastiveMethod) and method.backbone == row:
                 head = contrastive.learned(method, clip, *tables, trained / name)
@@ -71,6 +74,80 @@ def score_contrastive(
     return keys
 
 
+class Planned(NamedTuple):
+    """An entry of the index: the prompt that it is seen under, and its evidence in shards."""
+
+    entry: str
+    prompt: str
+    shards: list[Shard]
+
+
+def planned(name: str, params: Params, folders: Folders, split: str) -> Iterator[Planned]:
+    """All the evidence that the methods ask for, one entry at a time; no model is opened.
+
+    Raises:
+        CheckpointError: a prompt is missing, or belongs to another backbone.
+    """
+    examples = read_examples(folders.prepared / "examples.parquet", split)
+    fitting = fitting_examples(params, folders.prepared)
+    identity = digest_of(params.backbones[params.backbone])
+    for prompt in prompts(params):
+        file = prompt_file(params, prompt, folders.trained)
+        if file:
+            AttentionPrompt.load(file, identity)
+        source, normalised = source_digest(params, identity, file), normalises(params.methods, prompt)
+        asked = {prompt: examples} | ({fitting_entry(prompt): fitting} if fitting else {})
+        for entry, some in asked.items():
+            rows = requests(some, noise_of(params, name), params.seed, normalised)
+            yield Planned(entry, prompt, plan(rows, source, params.evidence.shard))
+
+
+def prompt_file(params: Params, prompt: str, trained: Path) -> Path | None:
+    """Where the stage `train` has left the prompt ("none", "few-shot") that evidence is seen under, if it is one."""
+    training = prompted(params) if prompt == "few-shot" else None
+    return trained / training / PROMPT if training else None
+
+
+class Engines:
+    """The engines of a dataset, one for each prompt, on one backbone; `cores` is theirs."""
+
+    def __init__(self, params: Params, folders: Folders, cores: int | None = None) -> None:
+        row, runtime = params.backbones[params.backbone], params.runtime
+        self.backbone = load_diffusion(row, device_of(runtime.device), runtime.attention)
+        self.pictures, texts = folders.inputs()
+        cached, resolution = Store(folders.cached), params.images.resolution
+        self.tables = diffusion_encodings(self.backbone, self.pictures, texts, resolution, cached, runtime.kept_texts)
+        self._params, self._trained, self._cores = params, folders.trained, cores
+        self.under = cache(self._under)
+
+    def _under(self, prompt: str) -> Engine:
+        file = prompt_file(self._params, prompt, self._trained)
+        learned = AttentionPrompt.load(file, self.backbone.digest) if file else None
+        evidence, batch_size = self._params.evidence, self._params.runtime.batch_size
+        return Engine(self.backbone, learned, evidence, *self.tables, batch_size, self._cores)
+
+
+def missing(name: str, params: Params, folders: Folders, target: Path, *, split: str) -> dict[str, int]:
+    """The shards of evidence that are still to be computed: how many rows each has, by key."""
+    store = Store(target)
+    shards = (shard for part in planned(name, params, folders, split) for shard in part.shards)
+    return {shard.key: len(shard.rows) for shard in shards if shard.key not in store}
+
+
+class Worker:
+    """Computes evidence of a dataset shard by shard, with the models open; for `cores` see `Engine`."""
+
+    def __init__(self, name: str, params: Params, folders: Folders, target: Path, *, split: str, cores: int) -> None:
+        parts = planned(name, params, folders, split)
+        self.asked = {shard.key: (part.prompt, shard) for part in parts for shard in part.shards}
+        self._engines, self._store = Engines(params, folders, cores), Store(target)
+
+    def __call__(self, key: str) -> None:
+        """Computes the shard of a key, unless it is there."""
+        prompt, shard = self.asked[key]
+        self._engines.under(prompt).fill([shard], self._store, key)
+
+
 def score(
     name: str, params: Params, prepared: Path, cached: Path, trained: Path, target: Path, *, split: str
 ) -> dict[str, Any]:
@@ -79,30 +156,19 @@ def score(
     Where evidence is fused, also that of the few-shot examples that its weights are fitted on.
     `trained` is where the stage `train` has left a folder for each method that learns.
     """
-    store, device = Store(target), device_of(params.runtime.device)
-    examples, fitting = read_examples(prepared / "examples.parquet", split), fitting_examples(params, prepared)
-    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
-    backbone = load_diffusion(params.backbones[params.backbone], device, params.runtime.attention)
-    resolution, most = params.images.resolution, params.runtime.cache_gigabytes
-    tables = diffusion_encodings(backbone, pictures, texts, resolution, Store(cached), most)
+    folders = Folders(prepared, cached, trained)
+    store, engines = Store(target), Engines(params, folders)
+    examples = read_examples(prepared / "examples.parquet", split)
     keys: dict[str, list[str]] = {}
     total, computed = 0, 0
-    for prompt in prompts(params):
-        training = prompted(params) if prompt == "few-shot" else None
-        file = trained / training / PROMPT if training else None
-        learned = AttentionPrompt.load(file, backbone.digest) if file else None
-        source, normalised = source_digest(params, backbone, file), normalises(params.methods, prompt)
-        engine = Engine(backbone, learned, params.evidence, *tables, params.runtime.batch_size)
-        asked = {prompt: examples} | ({fitting_entry(prompt): fitting} if fitting else {})
-        for entry, some in asked.items():
-            rows = requests(some, noise_of(params, name), params.seed, normalised)
-            shards = plan(rows, source, params.evidence.shard)
-            computed += engine.fill(shards, store, f"score {name}, prompt {entry}")
-            keys[entry] = [shard.key for shard in shards]
-            total += len(rows)
+    for entry, prompt, shards in planned(name, params, folders, split):
+        computed += engines.under(prompt).fill(shards, store, f"score {name}, prompt {entry}")
+        keys[entry] = [shard.key for shard in shards]
+        total += sum(len(shard.rows) for shard in shards)
     keys |= score_contrastive(params, examples, prepared, cached, trained, store)
     store.prune({key for some in keys.values() for key in some})
-    write_index(target, keys, backbone.layers, tables[0](pictures.ids[:1])["latents"][0].size)
+    latent = engines.tables[0](engines.pictures.ids[:1])["latents"][0]
+    write_index(target, keys, engines.backbone.layers, latent.size)
     return {"pairs": len(pairs(examples)), "rows": total, "computed": computed, "corrupt": store.corrupt}
 
 

@@ -82,7 +82,7 @@ def proposals(proposer: str, examples: Sequence[MatchingExample], params: Params
         fitting = [name for name, other in params.methods.items() if isinstance(other, ContrastiveMethod)]
         raise ParamsError(f"races.racing.proposer: {unknown('contrastive method', proposer, fitting)}")
     clip = load_clip(params.backbones[method.backbone], device_of(params.runtime.device))
-    tables = contrastive_encodings(clip, *folders.inputs(), Store(folders.cached), params.runtime.cache_gigabytes)
+    tables = contrastive_encodings(clip, *folders.inputs(), Store(folders.cached), params.runtime.kept_texts)
     head = contrastive.learned(method, clip, *tables, folders.trained / proposer)
     asked = pairs(examples)
     found = dict(zip(asked, cosines(head, asked, params.runtime.batch_size).astype(float).tolist(), strict=True))
@@ -104,14 +104,14 @@ class Track:
     def of(cls, name: str, method: RacedMethod, params: Params, folders: Folders) -> Track:
         runtime = params.runtime
         backbone = load_diffusion(params.backbones[params.backbone], device_of(runtime.device), runtime.attention)
-        store, most = Store(folders.cached), runtime.cache_gigabytes
+        store, most = Store(folders.cached), runtime.kept_texts
         tables = diffusion_encodings(backbone, *folders.inputs(), params.images.resolution, store, most)
         training = prompted(params) if method.prompt == "few-shot" else None
         file = folders.trained / training / PROMPT if training else None
         learned = AttentionPrompt.load(file, backbone.digest) if file else None
         engine = Engine(backbone, learned, params.evidence, *tables, params.runtime.batch_size)
         reduced = method.model_dump(exclude={"levels", "schedule"})
-        source = digest(source_digest(params, backbone, file), reduced)
+        source = digest(source_digest(params, backbone.digest, file), reduced)
         noise = NoiseParams(levels=params.races.levels, draws_per_level=params.races.draws_per_level)
         learning = params.training[training].model_dump() if training else None
         settings = [params.datasets[name], params.images, params.evidence, params.prompt, noise]

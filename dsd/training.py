@@ -1,6 +1,7 @@
 """Few-shot training (eq. 6) of the attention prompt and of the tuned CLIPs; the backbone stays frozen.
 
-One loop, resumable to the bit; a learner says what learns, how it scores and how it is kept.
+One loop, resumable to the bit; a learner says what learns, how it scores and how it is kept. Processes that were
+launched together by Accelerate share the examples of each step, and take the steps that one would take by itself.
 
 Shapes: E examples of a step, I images and T texts of each that are compared.
 """
@@ -19,6 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import gather, reduce
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -211,7 +214,7 @@ class ContrastiveLearner:
 def learner(name: str, params: Params, prepared: Path, cached: Path) -> Learner:
     """What method `name` learns on a dataset, as it is before the first step."""
     method, row = params.methods[name], params.backbones[backbone_of(params, name)]
-    device, store, most = device_of(params.runtime.device), Store(cached), params.runtime.cache_gigabytes
+    device, store, most = device_of(params.runtime.device), Store(cached), params.runtime.kept_texts
     pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
     if isinstance(method, ContrastiveMethod):
         clip = load_clip(row, device)
@@ -223,6 +226,40 @@ def learner(name: str, params: Params, prepared: Path, cached: Path) -> Learner:
     return AttentionLearner(params, method, backbone, *tables)
 
 
+class Processes:
+    """Those that Accelerate has launched together, of which this is one; alone where it has launched none.
+
+    Each sees some of a step's examples and learns the others' scores, so that the loss is the same in all of them; what
+    flows back through its own scores is its part of the gradient.
+    """
+
+    def __init__(self, state: PartialState) -> None:
+        self.count, self.number = state.num_processes, state.process_index
+
+    def own(self, examples: int, number: int | None = None) -> slice:
+        """Which of so many examples are this process's, or that number's."""
+        n = self.number if number is None else number
+        return slice(examples * n // self.count, examples * (n + 1) // self.count)
+
+    def joined(self, own_EIT: Tensor, examples: int) -> Tensor:
+        """The scores of all examples, differentiable in what its own depend on."""
+        if self.count == 1:
+            return own_EIT
+        padded = F.pad(own_EIT.detach(), (0, 0, 0, 0, 0, math.ceil(examples / self.count) - len(own_EIT)))
+        parts = list(gather(padded).chunk(self.count))
+        for number, part in enumerate(parts):
+            own = self.own(examples, number)
+            parts[number] = part[: own.stop - own.start]
+        parts[self.number] = own_EIT
+        return torch.cat(parts)
+
+    def add_up(self, weights: Sequence[nn.Parameter]) -> None:
+        """Puts the whole gradient in place of this process's part."""
+        if self.count > 1:
+            for weight in weights:
+                weight.grad = reduce(weight.grad, "sum")
+
+
 class Trainer:
     """The state of one training: what learns, optimiser, step and curve."""
 
@@ -232,6 +269,7 @@ class Trainer:
         self.name, self.training, self.seed, self.learner, self.examples = name, training, seed, learner, examples
         self.shape = shape(examples, training.candidates)
         self.batch = min(training.examples_per_step, len(examples))
+        self.processes = Processes(PartialState())
         # Rounded first: 0.07 × 100 is a little more than 7.
         seen = math.ceil(round(training.epochs * len(examples) / self.batch, 6))
         self.steps = max(1, training.least_steps, seen)
@@ -264,11 +302,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         tables, right, draws = self._rows()
-        scores = self.learner.scores(tables, draws)
+        own = self.processes.own(len(tables))
+        scores = self.processes.joined(self.learner.scores(tables[own], draws[own]), len(tables))
         right = right.to(scores.device)
         loss = matching_loss(scores, right, training)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.processes.add_up(self.weights)
         norm = nn.utils.clip_grad_norm_(self.weights, 1.0)
         if not (loss.isfinite() and norm.isfinite()):
             raise DataError(f"step {self.step + 1}: the loss is {loss.item():g} and its gradient {norm.item():g}")
@@ -279,6 +319,8 @@ class Trainer:
         return self.curve[-1]
 
     def save(self, path: Path, key: str) -> None:
+        if self.processes.number > 0:
+            return
         buffer = io.BytesIO()
         state = dict(
             key=key,
@@ -327,11 +369,13 @@ def train(
 ) -> Iterator[dict[str, float]]:
     """Trains a method on the few-shot split of dataset `name`; yields a row of the curve per step, resumed ones too.
 
-    Writes what was learned, `curve.csv` and, last, `summary.json`, whose key says that this very training is done.
+    Writes what was learned, `curve.csv` and, last, `summary.json`, whose key says that this very training is done. Of
+    several processes the first one writes, into folders that all of them see.
 
     Raises:
         DataError: the split is empty or leaves nothing to choose, or the loss stops being finite; one line.
     """
+    PartialState(cpu=params.runtime.device == "cpu")  # on GPUs each process has its own from here on
     key, state, summary = training_key(name, method, params, prepared), target / "state.pt", target / "summary.json"
     if summary.exists() and json.loads(summary.read_text())["key"] == key:
         with (target / "curve.csv").open(newline="") as file:
@@ -341,6 +385,11 @@ def train(
     if not examples:
         raise DataError(f"datasets.{name}.few_shot: leaves no example to train on; raise it or size")
     trainer = Trainer(name, params.training[method], params.seed, learner(method, params, prepared, cached), examples)
+    if trainer.batch < (count := trainer.processes.count):
+        raise DataError(
+            f"training.{method}.examples_per_step: {trainer.batch} examples of a step on {name} are too few for "
+            f"{count} processes; launch fewer"
+        )
     target.mkdir(parents=True, exist_ok=True)
     trainer.resume(state, key)
     yield from list(trainer.curve)
@@ -356,6 +405,8 @@ def train(
         yield row
         if trainer.step % trainer.training.checkpoint_every == 0:
             trainer.save(state, key)
+    if trainer.processes.number > 0:
+        return
     trainer.learner.save(target / trainer.learner.file)
     write_atomic(target / "curve.csv", curve_csv(trainer.curve))
     tail = trainer.curve[-max(1, len(trainer.curve) // 5) :]

@@ -1,6 +1,6 @@
 """The orchestration: one flow a DVC stage, and what runs over all of them.
 
-Importing it puts the settings of prefect, dvc and mlflow into the environment, where each looks while it is
+Importing it puts the settings of prefect, dvc, mlflow and ray into the environment, where each looks while it is
 imported itself; what a user has set stays as it is.
 """
 
@@ -21,6 +21,8 @@ SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # of a few kilobytes
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
 for _name, _value in SETTINGS.items():

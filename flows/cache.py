@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from dsd.params import Params
 from flows import DATA
 from flows.stage import Details, each, main, prune, stage, unit
@@ -9,10 +11,15 @@ from flows.stage import Details, each, main, prune, stage, unit
 
 @stage
 def cache(params: Params) -> dict[str, Details]:
-    from dsd.encoding import encode
+    from dsd import encoding
+    from flows.executors import ahead
 
     def dataset(name: str) -> Details:
-        return {**encode(name, params, DATA / "prepare" / name, DATA / "cache" / name)}
+        folders = (DATA / "prepare" / name, DATA / "cache" / name)
+        if params.runtime.executor == "ray":
+            opened = partial(encoding.Worker, params, *folders)
+            ahead(encoding.missing(params, *folders), opened, params.runtime, f"encode {name}")
+        return {**encoding.encode(name, params, *folders)}
 
     prune(DATA / "cache", params.datasets)
     return each(unit(dataset), params.datasets)

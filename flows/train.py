@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
+from dsd.errors import DsdError
 from dsd.params import Params, trained
 from flows import DATA
 from flows.stage import Details, each, main, prune, stage, unit
+from flows.stage import params as params_of
 
 
 @stage
@@ -32,5 +37,22 @@ def train(params: Params) -> dict[str, Details]:
     return each(unit(dataset), params.datasets)
 
 
+def follow() -> None:
+    """Takes part in every step, in a process that `accelerate launch` has started beside the one that is the stage."""
+    from dsd import training
+
+    params = params_of("train")
+    for name in params.datasets:
+        for method in trained(params):
+            target = DATA / "train" / name / method
+            list(training.train(name, method, params, DATA / "prepare" / name, DATA / "cache" / name, target))
+
+
 if __name__ == "__main__":
-    main(train)
+    if (number := os.environ.get("RANK", "0")) == "0":
+        main(train)
+    else:
+        try:
+            follow()
+        except DsdError as error:
+            sys.exit(f"train, process {number}: {error}")

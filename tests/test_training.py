@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -10,12 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from dsd.draws import Draw
 from dsd.errors import DataError
 from dsd.matching import MatchingExample, read_examples
 from dsd.params import Params
-from dsd.training import ContrastiveLearner, Trainer, accuracy, learner, matching_loss, shape, table, train
+from dsd.training import ContrastiveLearner, Processes, Trainer, accuracy, learner, matching_loss, shape, table, train
+from tests.conftest import ROOT
 from tests.gradients import check_gradient
 
 EXAMPLE = MatchingExample("x", ("i",), ("a", "b", "c", "d"), ((0, 2),), "all")
@@ -234,3 +241,56 @@ def test_nothing_to_train_on_is_said(
     monkeypatch.setattr("dsd.training.read_examples", lambda *_: [])
     with pytest.raises(DataError, match=r"datasets\.scenes-com\.few_shot"):
         run(params, prepared, cached, tmp_path)
+
+
+def together(
+    processes: int, steps: int, method: str, params: Params, prepared: Path, cached: Path, target: Path
+) -> subprocess.CompletedProcess[str]:
+    """So many steps of a training in so many processes. On processors Accelerate has no launcher of its own."""
+    settings = target.with_suffix(".json")
+    settings.write_text(params.model_dump_json())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    given = map(str, (steps, settings, method, prepared, cached, target))
+    return subprocess.run([*launch, "-m", "tests.together", *given], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "stopped"), [("dsd", None), ("clip-finetune", 3)])
+def test_two_processes_take_the_steps_of_one(
+    method: str, stopped: int | None, params: Params, prepared: Path, cached: Path, tmp_path: Path
+) -> None:
+    """The second sees one example of a step more than the first; the curve and what was learned are those of one, also
+    where they were stopped."""
+    alone = run(params, prepared, cached, tmp_path / "alone", method)
+    if stopped:
+        assert together(2, stopped, method, params, prepared, cached, tmp_path / "both").returncode == 0
+        assert {path.name for path in (tmp_path / "both").iterdir()} == {"state.pt"}
+    done = together(2, 9, method, params, prepared, cached, tmp_path / "both")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2", "2"]
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {METHODS[method], "curve.csv", "summary.json"}
+    with (tmp_path / "both" / "curve.csv").open(newline="") as file:
+        curve = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert [row["accuracy"] for row in curve] == [row["accuracy"] for row in alone]
+    np.testing.assert_allclose([row["loss"] for row in curve], [row["loss"] for row in alone], atol=2e-6)
+    learned = [load_file(tmp_path / name / METHODS[method]) for name in ("alone", "both")]
+    for name, tensor in learned[0].items():
+        torch.testing.assert_close(tensor, learned[1][name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_more_processes_than_examples_is_one_line(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
+    done = together(4, 9, "clip-finetune", params, prepared, cached, tmp_path / "four")
+    assert done.returncode != 0
+    line = "training.clip-finetune.examples_per_step: 3 examples of a step on scenes-com are too few for 4 processes"
+    assert f"dsd.errors.DataError: {line}; launch fewer" in done.stderr
+    assert not (tmp_path / "four").exists()
+
+
+@given(st.integers(1, 40), st.integers(1, 8))
+def test_every_example_is_one_process_s(examples: int, count: int) -> None:
+    count = min(count, examples)
+    several = Processes(SimpleNamespace(num_processes=count, process_index=0))
+    shares = [list(range(examples))[several.own(examples, number)] for number in range(count)]
+    assert [example for share in shares for example in share] == list(range(examples))
+    assert min(map(len, shares)) >= 1 and max(map(len, shares)) <= -(-examples // count)

@@ -105,6 +105,13 @@ def locate(row: BackboneParams) -> tuple[Path, str]:
     return folder, identity
 
 
+def digest_of(row: BackboneParams) -> str:
+    """The digest that the backbone of a row has once it is open."""
+    _, identity = locate(row)
+    # Of a CLIP the features are stored, and are other numbers in other arithmetic.
+    return digest(identity, row.dtype) if row.family in ("clip", "open-clip") and row.dtype != "float32" else identity
+
+
 def _read_of(row: BackboneParams) -> tuple[str, tuple[str, ...]]:
     """Where the settings are, and which files are read there."""
     if one_file(row):

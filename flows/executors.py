@@ -1,0 +1,166 @@
+"""Who computes the shards of a stage: its process, or actors of a Ray cluster ahead of it. The only importer of ray.
+
+Actors compute what is missing; then the stage runs as ever, and finds it there. A shard is named by its content and
+written whole, so that one which is computed twice, because its actor died before it could say so, is there once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Callable, Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from dsd.errors import DsdError
+from dsd.params import RuntimeParams
+from dsd.progress import progress
+
+RETRIES = 3  # of a shard whose actor has died
+CODE = Path(__file__).resolve().parent.parent  # where the actors import from
+
+
+class Worker(Protocol):
+    """Computes shards by their keys: `dsd.encoding.Worker`, `dsd.scoring.Worker`."""
+
+    @property
+    def asked(self) -> Container[str]:
+        """The keys that it knows of."""
+        ...
+
+    def __call__(self, key: str) -> None: ...
+
+
+class Actor:
+    """A worker in a process of its own, in the workspace of the stage and with a share of a machine's cores.
+
+    A user's mistake is part of the answer: an exception would come to the stage as one of Ray's.
+    """
+
+    def __init__(self, opened: Callable[[], Worker], workspace: str, threads: int) -> None:
+        self._opened, self._workspace, self._threads = opened, workspace, threads
+        self._worker: Worker | None = None
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[str]]:
+        key, mistake = str(batch["key"][0]), ""
+        try:
+            self._compute(key)
+        except DsdError as error:
+            mistake = str(error)
+        return {"key": [key], "mistake": [mistake]}
+
+    def _compute(self, key: str) -> None:
+        place = f"{socket.gethostname()}: {self._workspace}"
+        if self._worker is None:
+            import torch
+
+            torch.set_num_threads(self._threads)
+            if not Path(self._workspace).is_dir():
+                raise DsdError(f"{place}: no such folder; all machines need the workspace under one path")
+            os.chdir(self._workspace)  # where the places that params name are looked for
+            self._worker = self._opened()
+        if key not in self._worker.asked:
+            raise DsdError(f"{place}: asks for other shards; all machines need the same data, checkpoints and code")
+        self._worker(key)
+
+
+class Node(NamedTuple):
+    cores: int
+    gpus: int
+
+
+def ahead(missing: Mapping[str, int], opened: Callable[[], Worker], runtime: RuntimeParams, title: str) -> int:
+    """Has actors compute the missing shards, of which each has so many rows; returns how many rows they are.
+
+    Raises:
+        DsdError: a user's mistake, here or in an actor; no ray, no cluster or no room in it.
+    """
+    if not missing:
+        return 0
+    ray = cluster()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    found = [Node(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
+    gpu = runtime.device != "cpu" and any(node.gpus for node in found)
+    actors = min(runtime.actors, len(missing))
+    threads = share(found, actors, gpu)
+    rows = ray.data.from_items([{"key": key} for key in missing], override_num_blocks=len(missing))
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of max_task_retries
+        done = rows.map_batches(
+            Actor,
+            fn_constructor_args=(opened, str(Path.cwd()), threads),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
+            num_cpus=threads,
+            num_gpus=int(gpu),
+            max_task_retries=RETRIES,
+        )
+    bar = progress(total=sum(missing.values()), desc=title, unit="row", unit_scale=True)
+    try:
+        for row in done.iter_rows():
+            if row["mistake"]:
+                raise DsdError(row["mistake"])
+            bar.update(missing[row["key"]])
+    except ray.exceptions.RayActorError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DsdError(
+            f"{title}: actors keep dying, {RETRIES + 1} times at one shard or at their start: {reason}"
+        ) from None
+    finally:
+        bar.close()
+    return sum(missing.values())
+
+
+def share(nodes: Sequence[Node], actors: int, gpu: bool) -> int:
+    """The most cores that each of so many actors can have, every one on one node and, if so, with a GPU of its own.
+
+    Raises:
+        DsdError: there is no room for them.
+    """
+    for cores in range(max((node.cores for node in nodes), default=0), 0, -1):
+        if room(nodes, cores, gpu) >= actors:
+            return cores
+    raise DsdError(
+        f"runtime.actors: the Ray cluster has room for {room(nodes, 1, gpu)}, not for {actors}: "
+        f"{'a GPU and a core' if gpu else 'a core'} for each"
+    )
+
+
+def room(nodes: Sequence[Node], cores: int, gpu: bool) -> int:
+    return sum(min(node.cores // cores, node.gpus) if gpu else node.cores // cores for node in nodes)
+
+
+def cluster() -> Any:
+    """The package ray, connected: to the cluster that RAY_ADDRESS names, else to one of this machine's own, which ends
+    with this process.
+
+    Raises:
+        DsdError: ray is not installed, or there is no such cluster.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise DsdError("runtime.executor: ray is not installed; pip install 'dsd[ray]', or use local") from None
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if ray.is_initialized():
+        return ray
+    address = os.environ.get("RAY_ADDRESS", "local")
+    paths = os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH"))))
+    try:
+        ray.init(
+            address=address,
+            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+            include_dashboard=False if address == "local" else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except ConnectionError as error:
+        raise DsdError(
+            f"RAY_ADDRESS: no Ray cluster answers at {address} ({' '.join(str(error).split())[:160]})"
+        ) from None
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    return ray

@@ -1,0 +1,250 @@
+"""Actors compute what the local path would, to the byte, whoever of them dies."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dsd import encoding, scoring
+from dsd.backbones import load
+from dsd.backbones.checkpoint import digest_of
+from dsd.errors import CheckpointError, DsdError
+from dsd.evaluation import evaluate
+from dsd.evidence import INDEX
+from dsd.params import Params
+from dsd.store import Store
+from dsd.tracks import Folders
+from dsd.training import train
+from flows.executors import Actor, Node, ahead, share
+from flows.stage import mistake
+from tests.workers import Deadly, Defective, Dies, Stubborn
+
+NAME = "scenes-com"
+
+
+@pytest.fixture(scope="module")
+def params(params: Params) -> Params:
+    """Without the tuned CLIPs, whose trainings nothing here asks for."""
+    methods = {name: row for name, row in params.methods.items() if name not in ("clip-finetune", "clip-prompt")}
+    training = {"dsd": params.training["dsd"]}
+    return params.model_copy(update={"methods": methods, "training": training})
+
+
+@pytest.fixture(scope="module")
+def folders(params: Params, prepared: Path, cached: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """A small scenes-com, prepared, encoded and trained on."""
+    trained = tmp_path_factory.mktemp("trained")
+    list(train(NAME, "dsd", params, prepared, cached, trained / "dsd"))
+    return Folders(prepared, cached, trained)
+
+
+@pytest.fixture(scope="module")
+def local(params: Params, folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its evidence, as the local executor leaves it."""
+    target = tmp_path_factory.mktemp("local")
+    scoring.score(NAME, params, *folders, target, split="test")
+    return target
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def lacking(params: Params, folders: Folders, target: Path) -> dict[str, int]:
+    return scoring.missing(NAME, params, folders, target, split="test")
+
+
+def worker(params: Params, folders: Folders, target: Path, cores: int = 2) -> scoring.Worker:
+    return scoring.Worker(NAME, params, folders, target, split="test", cores=cores)
+
+
+def test_nothing_is_missing_of_what_was_computed(params: Params, folders: Folders, local: Path, tmp_path: Path) -> None:
+    missing = lacking(params, folders, tmp_path)
+    counts = scoring.score(NAME, params, *folders, local, split="test")
+    assert sum(missing.values()) == counts["rows"] > 0 == counts["computed"]
+    assert lacking(params, folders, local) == {}
+    assert encoding.missing(params, folders.prepared, folders.cached) == {}
+
+
+def test_a_shard_that_was_cut_short_is_missing(params: Params, folders: Folders, tmp_path: Path) -> None:
+    key, *_ = lacking(params, folders, tmp_path)
+    worker(params, folders, tmp_path)(key)
+    assert key not in lacking(params, folders, tmp_path)
+    file = tmp_path / f"{key}.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert key in lacking(params, folders, tmp_path)
+
+
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_two_workers_leave_what_the_local_path_leaves(
+    data: st.DataObject, params: Params, folders: Folders, local: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """In any order, each shard by either of them or by both."""
+    target = tmp_path_factory.mktemp("filled")
+    both = [worker(params, folders, target) for _ in range(2)]
+    for key in data.draw(st.permutations(list(lacking(params, folders, target)))):
+        for number in data.draw(st.sampled_from([(0,), (1,), (0, 1)])):
+            both[number](key)
+    counts = scoring.score(NAME, params, *folders, target, split="test")
+    assert counts["computed"] == 0
+    assert content(target) == content(local)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_evidence_is_the_same_to_the_bit_on_any_share_of_the_cores(
+    threads: int, params: Params, folders: Folders, tmp_path: Path
+) -> None:
+    """Batches are cut as those of the process that the share is of."""
+    before, kept = torch.get_num_threads(), {}
+    runtime = params.runtime.model_copy(update={"batch_size": 6})  # 16 rows on two cores: 4 + 4 + 4 + 4, not 5 + 5 + 6
+    odd = params.model_copy(update={"runtime": runtime})
+    try:
+        for count in (2, threads):
+            torch.set_num_threads(count)
+            target = tmp_path / str(count)
+            some = worker(odd, folders, target)
+            for key in list(lacking(odd, folders, target))[-3:]:
+                some(key)
+            kept[count] = content(target)
+    finally:
+        torch.set_num_threads(before)
+    assert kept[2] == kept[threads]
+
+
+def test_the_cache_is_filled_shard_by_shard(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
+    missing = encoding.missing(params, prepared, tmp_path)
+    some = encoding.Worker(params, prepared, tmp_path)
+    for key in reversed(missing):
+        some(key)
+    assert encoding.encode(NAME, params, prepared, tmp_path)["images"] * 2 <= sum(missing.values())
+    whole = Store(cached)
+    assert {key for key in whole.keys() if not key.startswith("evidence")} == set(missing)  # noqa: SIM118
+    assert all((tmp_path / f"{key}.json").read_bytes() == (cached / f"{key}.json").read_bytes() for key in missing)
+
+
+def test_a_full_cache_opens_no_model(
+    params: Params, prepared: Path, cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("load_diffusion", "load_clip"):
+        monkeypatch.setattr(encoding, name, pytest.fail)
+    assert encoding.encode(NAME, params, prepared, cached)["corrupt"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["embedded", "embedded-clip"])
+def test_the_digest_of_a_backbone_is_known_before_it_is_open(name: str, dtype: str, params: Params) -> None:
+    row = params.backbones[name].model_copy(update={"dtype": dtype})
+    assert digest_of(row) == load(row, torch.device("cpu")).digest
+
+
+def test_a_prompt_that_was_not_trained_is_one_line(params: Params, folders: Folders, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file; train an attention prompt") as error:
+        lacking(params, folders._replace(trained=tmp_path), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "actors", "gpu", "cores"),
+    [
+        ([Node(2, 0)], 2, False, 1),
+        ([Node(2, 0), Node(2, 0), Node(2, 0)], 3, False, 2),
+        ([Node(3, 0)] * 4, 6, False, 1),  # two cores each would leave two actors without a place
+        ([Node(0, 0), Node(16, 4)], 4, True, 4),
+        ([Node(16, 0), Node(8, 2)], 2, True, 4),
+    ],
+)
+def test_actors_share_the_cores(nodes: list[Node], actors: int, gpu: bool, cores: int) -> None:
+    assert share(nodes, actors, gpu) == cores
+
+
+@pytest.mark.parametrize(
+    ("gpu", "room"), [(False, "2, not for 3: a core for each"), (True, "1, not for 3: a GPU and a core for each")]
+)
+def test_a_cluster_without_room_is_one_line(gpu: bool, room: str) -> None:
+    with pytest.raises(DsdError, match=rf"^runtime\.actors: the Ray cluster has room for {room}$"):
+        share([Node(2, 1)], 3, gpu)
+
+
+def test_a_missing_package_is_one_line(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(DsdError, match=r"^runtime\.executor: .* pip install 'dsd\[ray\]', or use local$"):
+        ahead({"key": 1}, pytest.fail, params.runtime, "score")
+    assert ahead({}, pytest.fail, params.runtime, "score") == 0  # nothing to do needs none
+
+
+def test_an_actor_tells_a_mistake_and_works_in_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path.parent)
+    threads = torch.get_num_threads()
+    tell = Actor(Stubborn, str(tmp_path), threads)
+    assert tell({"key": ["known"]}) == {"key": ["known"], "mistake": ["model.safetensors: cut short"]}
+    assert Path.cwd() == tmp_path
+    (other,) = tell({"key": ["unknown"]})["mistake"]
+    assert other.endswith("all machines need the same data, checkpoints and code")
+    (absent,) = Actor(Stubborn, str(tmp_path / "absent"), threads)({"key": ["known"]})["mistake"]
+    assert absent.endswith("absent: no such folder; all machines need the workspace under one path")
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """A Ray cluster of three nodes with a core each; the first has none for actors."""
+    from ray.cluster_utils import Cluster
+
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        started.add_node(num_cpus=1)
+    started.wait_for_nodes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", started.address)
+        yield started
+        sys.modules["ray"].shutdown()
+    started.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("when", ["within", "after"])
+def test_a_killed_actor_costs_nothing_but_its_work(
+    when: str, nodes: Any, params: Params, folders: Folders, local: Path, tmp_path: Path
+) -> None:
+    target, marker = tmp_path / "scored", tmp_path / "marker"
+    missing = lacking(params, folders, target)
+    opened = partial(Dies, NAME, params, folders, target, split="test", cores=2, marker=marker, when=when)
+    assert ahead(missing, opened, params.runtime, "score") == sum(missing.values())
+    assert marker.exists()
+    assert lacking(params, folders, target) == {}
+    counts = scoring.score(NAME, params, *folders, target, split="test")
+    assert (counts["computed"], counts["corrupt"]) == (0, 0)
+    shards = [key for keys in json.loads((target / INDEX).read_text())["shards"].values() for key in keys]
+    assert len(shards) == len(set(shards))
+    assert content(target) == content(local)
+    results = [evaluate(NAME, params, folders.prepared, scored, tmp_path).results for scored in (local, target)]
+    assert results[0] == results[1]
+
+
+@pytest.mark.ray
+def test_an_actors_mistake_is_the_stages(nodes: Any, params: Params) -> None:
+    with pytest.raises(DsdError, match=r"^model\.safetensors: cut short$"):
+        ahead({"known": 1}, Stubborn, params.runtime, "score")
+
+
+@pytest.mark.ray
+def test_a_shard_that_kills_its_actors_is_given_up(nodes: Any, params: Params) -> None:
+    with pytest.raises(DsdError, match=r"^score: actors keep dying, 4 times") as error:
+        ahead({"known": 1}, Deadly, params.runtime, "score")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.ray
+def test_a_defect_is_no_users_mistake(nodes: Any, params: Params) -> None:
+    with pytest.raises(Exception, match="ZeroDivisionError") as error:
+        ahead({"known": 1}, Defective, params.runtime, "score")
+    assert mistake(error.value) is None
