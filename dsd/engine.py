@@ -19,7 +19,7 @@ from torch import Tensor
 from dsd.attention import Recording, during
 from dsd.backbones import StableDiffusion
 from dsd.batching import Entry, Filled, side_by_side
-from dsd.encoding import Arrays, Encodings
+from dsd.encoding import Arrays
 from dsd.evidence import Request, Shard
 from dsd.matching import Pair
 from dsd.params import CrossAttentionMethod, DenoisingMethod, EvidenceParams, Params
@@ -44,10 +44,11 @@ class Engine:
         backbone: StableDiffusion,
         prompt: AttentionPrompt | None,
         evidence: EvidenceParams,
-        latents: Encodings,
-        texts: Encodings,
+        latents: Callable[[Sequence[str]], Arrays],
+        texts: Callable[[Sequence[str]], Arrays],
         batch_size: int,
     ) -> None:
+        """latents [B, C, r, r] by image id; hidden [T, M, D] and content [T, M] by text."""
         self.backbone, self.evidence, self.batch_size = backbone, evidence, batch_size
         self.prompt = prompt.to(backbone.device) if prompt is not None else None
         self._latents, self._texts = latents, texts
@@ -82,8 +83,7 @@ class Engine:
 
     @property
     def _cores(self) -> int:
-        """How many batches are computed at once."""
-        return torch.get_num_threads() if self.backbone.device.type == "cpu" else 1
+        return cores(self.backbone.device)
 
     def _inputs(self, rows: Sequence[Request]) -> tuple[Tensor, ...]:
         """What `observe` asks for after its settings."""
@@ -136,6 +136,11 @@ class Engine:
             bar.update(len(shard.rows))
         bar.close()
         return computed
+
+
+def cores(device: torch.device) -> int:
+    """How many batches are computed at once."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def observe(
