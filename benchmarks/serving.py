@@ -27,12 +27,8 @@ import numpy as np
 
 from benchmarks.setting import PREPARED
 from dsd.backbones.checkpoint import locate
-from dsd.draws import draws
-from dsd.engine import Engine
-from dsd.evidence import UNCONDITIONAL
-from dsd.images import image_id
-from dsd.matching import Pair, read_examples
-from dsd.params import Params, load
+from dsd.matching import read_examples
+from dsd.params import load
 from dsd.pictures import Pictures
 from flows import serving
 
@@ -42,20 +38,23 @@ Question = tuple[bytes, list[str]]  # a picture's file, texts
 
 def throughput(rounds: int = 3) -> tuple[float, float]:
     """Rows a second of the server over those of the engine, in the median of rounds, and the 99th percentile of the
-    seconds until a client had its answer."""
+    seconds until a client had its answer.
+
+    Both encode each picture once, and each text once in all.
+    """
     params, shares, waited = load(), [], list[float]()
     asked, settings = questions(), serving.Settings.of(params, locate(params.backbones[params.backbone])[1])
-    engine, rows = offline(params, settings, asked)
-    engine.compute(rows[:400])  # warm
+    matcher = settings.matcher(None)
+    problems = [([matcher.picture(file)], texts) for file, texts in asked]
+    matcher.score_many(problems[:CLIENTS])  # warm
     with server(settings) as port, ThreadPoolExecutor(CLIENTS) as clients:
-        ask = partial(client, port)
-        parts = [asked[n::CLIENTS] for n in range(CLIENTS)]
+        ask, parts = partial(client, port), [asked[n::CLIENTS] for n in range(CLIENTS)]
         list(clients.map(ask, [part[:2] for part in parts]))  # warm
         for _ in range(rounds):
             start = time.perf_counter()
             waited += chain(*clients.map(ask, parts))
             between = time.perf_counter()
-            engine.compute(rows)
+            matcher.score_many(problems)
             shares.append((time.perf_counter() - between) / (between - start))
     return statistics.median(shares), float(np.quantile(waited, 0.99))
 
@@ -70,29 +69,6 @@ def questions() -> list[Question]:
         pictures[pictures.ids[n]].save(file, "PNG")
         found.append((file.getvalue(), [texts[(n // 4 * TEXTS + m) % len(texts)] for m in range(TEXTS)]))
     return found
-
-
-def offline(params: Params, settings: serving.Settings, asked: Sequence[Question]) -> tuple[Engine, list]:
-    """The engine as the stage `score` has it, with everything encoded, and the rows of the questions."""
-    matcher = settings.matcher(None)
-    seen, rows, latents = draws(settings.noise, settings.seed), dict(), dict()
-    for file, texts in asked:
-        picture = matcher.picture(file)
-        latents[image_id(file)] = matcher.backbone.encode_images(picture[None])[0].numpy()
-        for text in [*texts, UNCONDITIONAL]:
-            rows |= {(Pair(image_id(file), text), draw): None for draw in seen}
-    texts = list(dict.fromkeys(pair.text for pair, _ in rows))
-    out = matcher.backbone.encode_texts(texts)
-    hidden, content = (dict(zip(texts, x.numpy(), strict=True)) for x in (out.hidden, out.content))
-    engine = Engine(
-        matcher.backbone,
-        None,
-        settings.evidence,
-        lambda ids: {"latents": np.stack([latents[i] for i in ids])},
-        lambda some: {"hidden": np.stack([hidden[t] for t in some]), "content": np.stack([content[t] for t in some])},
-        settings.runtime.batch_size,
-    )
-    return engine, list(rows)
 
 
 @contextmanager

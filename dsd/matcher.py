@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -84,6 +85,7 @@ class Matcher:
         self._draws, self._evidence, self._batch_size = draws(noise, seed), evidence, batch_size
         self._parity, self._resolution = parity, resolution or backbone.resolution
         self._known: LRUCache[str, Arrays] = LRUCache(KEPT_TEXTS)
+        self._reading = Lock()  # a tokenizer is changed by its use
 
     @classmethod
     def from_pretrained(
@@ -240,7 +242,9 @@ class Matcher:
 
     def _words(self, text: str) -> list[str]:
         """The content tokens of a text."""
-        ids = self.backbone.tokenizer(text, truncation=True, max_length=self.backbone.max_tokens).input_ids[1:-1]
+        limit = self.backbone.max_tokens
+        with self._reading:
+            ids = self.backbone.tokenizer(text, truncation=True, max_length=limit).input_ids[1:-1]
         return [piece.removesuffix("</w>") for piece in self.backbone.tokenizer.convert_ids_to_tokens(ids)]
 
     def picture(self, image: ImageSource, max_pixels: int = MAX_PIXELS) -> Picture:
@@ -263,12 +267,13 @@ class Matcher:
 
     def _encoded(self, texts: Iterable[str]) -> dict[str, Arrays]:
         """hidden [M, D], content [M] and whether it was truncated, of each text: encoded once while it is kept."""
-        found = {text: self._known.get(text) for text in texts}
-        if new := [text for text, arrays in found.items() if arrays is None]:
-            out = self.backbone.encode_texts(new)
-            for n, text in enumerate(new):
-                tensors = {"hidden": out.hidden[n], "content": out.content[n], "truncated": out.truncated[n]}
-                self._known[text] = found[text] = {k: v.cpu().numpy().copy() for k, v in tensors.items()}
+        with self._reading:
+            found = {text: self._known.get(text) for text in texts}
+            if new := [text for text, arrays in found.items() if arrays is None]:
+                out = self.backbone.encode_texts(new)
+                for n, text in enumerate(new):
+                    tensors = {"hidden": out.hidden[n], "content": out.content[n], "truncated": out.truncated[n]}
+                    self._known[text] = found[text] = {k: v.cpu().numpy().copy() for k, v in tensors.items()}
         return {text: arrays for text, arrays in found.items() if arrays is not None}
 
     def _seen(self, picture: Picture, text: str) -> tuple[Tensor, Tensor, Tensor]:

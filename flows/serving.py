@@ -168,24 +168,39 @@ class Asked:
 
 
 class Rounds:
-    """One thread that owns the model, and takes all that is waiting, up to a batch for each core, in one round."""
+    """Threads that run the model, one a core (one for a GPU): each takes what is waiting, up to a batch, in one round.
+
+    A thread has one thread of arithmetic, so that no core waits for another: that serves more than to share a batch.
+    """
 
     def __init__(self, matcher: Matcher) -> None:
+        from dsd.engine import cores  # it loads torch
+
         self.matcher, self._waiting = matcher, SimpleQueue[Asked]()
-        Thread(target=self._run, name="rounds", daemon=True).start()
+        self._threads = cores(matcher.backbone.device)
+        for _ in range(self._threads):
+            Thread(target=self._run, name="round", daemon=True).start()
 
     def put(self, asked: Asked) -> None:
         self._waiting.put(asked)
 
     def _run(self) -> None:
+        import torch
+
+        if self._threads > 1:
+            torch.set_num_threads(1)
         while True:
             taken = [self._waiting.get()]
-            while sum(self.matcher.rows(1, len(asked.texts)) for asked in taken) < self.matcher.full:
+            share = self._waiting.qsize() // self._threads  # the other threads may be idle
+            while len(taken) <= share and sum(map(self._rows, taken)) < self.matcher.full:
                 try:
                     taken.append(self._waiting.get_nowait())
                 except Empty:
                     break
             self._answer([asked for asked in taken if asked.answer.set_running_or_notify_cancel()])
+
+    def _rows(self, asked: Asked) -> int:
+        return self.matcher.rows(1, len(asked.texts))
 
     def _answer(self, taken: Sequence[Asked]) -> None:
         """Where a round fails, each of it is tried alone: what is wrong with one is not the others' fault."""
@@ -380,7 +395,7 @@ def _absolute(place: str | None) -> str | None:
 
 def _record(record: Mapping[str, Any]) -> dict[str, Any]:
     """A row of a table without its empty cells, with lists for arrays."""
-    there = {name: value for name, value in record.items() if not (value is None or value is pd.NA or value != value)}
+    there = {name: value for name, value in record.items() if not (pd.api.types.is_scalar(value) and pd.isna(value))}
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in there.items()}
 
 
