@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import executors, plain
+from benchmarks import executors, plain, serving
 from benchmarks.drift import drift
 from benchmarks.setting import PREPARED, engine_over
 from dsd import growth, replay
@@ -185,6 +185,15 @@ def races() -> dict[str, Result]:
     }
 
 
+def served() -> dict[str, Result]:
+    """How the served model keeps up with the engine under many clients."""
+    share, waited = serving.throughput()
+    return {
+        "serving_throughput_share": at_least(share, "", 0.9),
+        "serving_p99_seconds": at_most(waited, "s", load().serving.wait_seconds),
+    }
+
+
 def course_of(told: Mapping[str, Any], schedule: str) -> Course:
     """Racing as it was chosen under this name."""
     setting = told["chosen"][schedule]["setting"]
@@ -262,6 +271,7 @@ def main() -> None:
         sys.stdout.write(f"{measure.__name__}: {results[measure.__name__]}\n")
     results |= many_machines()
     results |= arithmetic()
+    results |= served()
     try:
         results |= races()
         results |= reproduction()

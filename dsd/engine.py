@@ -20,7 +20,7 @@ from dsd.attention import Recording, during
 from dsd.backbones import StableDiffusion
 from dsd.backbones.checkpoint import DTYPES
 from dsd.batching import Entry, Filled, side_by_side
-from dsd.encoding import Arrays, Encodings
+from dsd.encoding import Arrays
 from dsd.evidence import Request, Shard
 from dsd.matching import Pair
 from dsd.params import CrossAttentionMethod, DenoisingMethod, EvidenceParams, Params
@@ -45,13 +45,16 @@ class Engine:
         backbone: StableDiffusion,
         prompt: AttentionPrompt | None,
         evidence: EvidenceParams,
-        latents: Encodings,
-        texts: Encodings,
+        latents: Callable[[Sequence[str]], Arrays],
+        texts: Callable[[Sequence[str]], Arrays],
         batch_size: int,
         cores: int | None = None,
     ) -> None:
-        """`cores`: batches are cut as on a processor of so many, so that two processes' evidence is the same to the
-        bit; None: as many as this one has threads."""
+        """latents [B, C, r, r] by image id; hidden [T, M, D] and content [T, M] by text.
+
+        `cores`: batches are cut as on a processor of so many, so that two processes' evidence is the same to the bit; None:
+        as many as this one has threads.
+        """
         self.backbone, self.evidence, self.batch_size = backbone, evidence, batch_size
         self._as_on = cores
         self.prompt = prompt.to(backbone.device) if prompt is not None else None
@@ -88,7 +91,7 @@ class Engine:
     @property
     def _cores(self) -> int:
         """How many batches are computed at once, where there are as many cores."""
-        return (self._as_on or torch.get_num_threads()) if self.backbone.device.type == "cpu" else 1
+        return self._as_on if self._as_on and self.backbone.device.type == "cpu" else cores(self.backbone.device)
 
     def _inputs(self, rows: Sequence[Request]) -> tuple[Tensor, ...]:
         """What `observe` asks for after its settings."""
@@ -141,6 +144,11 @@ class Engine:
             bar.update(len(shard.rows))
         bar.close()
         return computed
+
+
+def cores(device: torch.device) -> int:
+    """How many batches are computed at once."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def observe(

@@ -30,6 +30,14 @@ class TextError(DsdError):
     """A text that the text encoder cannot take."""
 
 
+class RequestError(DsdError):
+    """A request to the served model that it cannot take."""
+
+
+class BusyError(DsdError):
+    """A request that was not answered in time."""
+
+
 def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
     """The message for a lookup that missed.
 

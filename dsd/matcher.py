@@ -6,13 +6,17 @@ Shapes: I images, T texts, M words, R picture side.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from threading import Lock
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from cachetools import LRUCache
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -20,17 +24,29 @@ from dsd.attention import Recording, during
 from dsd.backbones import StableDiffusion, device_of, load_diffusion
 from dsd.backbones.checkpoint import family_of, folder_of
 from dsd.draws import Draw, draws
-from dsd.engine import observe
+from dsd.encoding import Arrays
+from dsd.engine import Engine, RacedMethod, cores, row_values
 from dsd.errors import CheckpointError, TextError, unknown
 from dsd.evidence import UNCONDITIONAL
-from dsd.images import ImageSource, load_image, resize, to_array
-from dsd.params import BackboneParams, EvidenceParams, NoiseParams
+from dsd.images import ImageSource, image_id, load_image, resize, to_array
+from dsd.matching import Pair
+from dsd.params import (
+    EXHAUSTIVE,
+    BackboneParams,
+    CrossAttentionMethod,
+    DenoisingMethod,
+    EvidenceParams,
+    NoiseParams,
+)
 from dsd.progress import progress
 from dsd.prompts import AttentionPrompt, pooled_latent
-from dsd.scorers import cross_attention
 
+KEPT_TEXTS = 512  # whose encodings are kept: some 240 kB each with Stable Diffusion 1.x
+MAX_PIXELS = 40_000_000
+AT_ONCE = 16  # batches whose evidence is held at once
 METHODS = ("cross-attention", "denoising")
 MethodName = Literal["cross-attention", "denoising"]
+Picture = NDArray[np.uint8]  # [R, R, 3] as `Matcher.picture` gives it
 
 
 @dataclass(frozen=True)
@@ -53,21 +69,23 @@ class Matcher:
         self,
         backbone: StableDiffusion,
         prompt: AttentionPrompt | None,
-        method: MethodName,
+        method: MethodName | RacedMethod,
         noise: NoiseParams,
         evidence: EvidenceParams,
         *,
         parity: int | None,
         batch_size: int,
         seed: int,
+        resolution: int | None = None,
     ) -> None:
-        self.backbone, self.prompt, self.method = backbone, prompt, method
-        self._draws, self._evidence, self._parity, self._batch_size = (
-            draws(noise, seed),
-            evidence,
-            parity,
-            batch_size,
-        )
+        """`method` is a row of params.yaml, or a name; `resolution` is the backbone's own where none is given."""
+        self.backbone, self.prompt = backbone, prompt
+        self._row = _row(method, prompt, noise) if isinstance(method, str) else method
+        self.method: MethodName = self._row.scorer
+        self._draws, self._evidence, self._batch_size = draws(noise, seed), evidence, batch_size
+        self._parity, self._resolution = parity, resolution or backbone.resolution
+        self._known: LRUCache[str, Arrays] = LRUCache(KEPT_TEXTS)
+        self._reading = Lock()  # a tokenizer is changed by its use
 
     @classmethod
     def from_pretrained(
@@ -129,55 +147,76 @@ class Matcher:
         """
         if isinstance(images, str | Path | bytes | np.ndarray | Image.Image):
             images = [images]
-        latents = self._latents(images)
         texts = [texts] if isinstance(texts, str) else list(texts)
-        hidden, content = self._encode(texts)
-        if self.method == "denoising":
-            # The unconditional pass makes images comparable with each other, not only texts.
-            nothing = self.backbone.encode_texts([UNCONDITIONAL])
-            hidden = torch.cat([hidden, nothing.hidden])
-            content = torch.cat(
-                [
-                    content,
-                    content.new_zeros(1, content.shape[1]).index_fill(
-                        1, torch.tensor([0], device=content.device), True
-                    ),
-                ]
+        check_texts(texts)
+        [found] = self.score_many([([self.picture(image) for image in images], texts)])
+        for text in self.cut(texts):
+            warnings.warn(
+                f"text is longer than the model's {self.backbone.max_tokens} tokens and was cut: {text[:60]!r}…",
+                stacklevel=2,
             )
-        found = torch.stack([self._column(latents, hidden, content, draw) for draw in self._draws]).mean(0)
-        return found[:, -1:] - found[:, :-1] if self.method == "denoising" else found
+        return found
 
-    @torch.inference_mode()
-    def _column(self, latents: Tensor, hidden: Tensor, content: Tensor, draw: Draw) -> Tensor:
-        """One draw's value of every (image, text): [I, T]; the attention score, or the denoising error."""
-        count, width = len(latents), len(hidden)
-        noise = draw.noise(tuple(latents.shape[1:])).to(latents.device)
-        timestep = draw.timestep(self.backbone.schedule_length)
-        values = []
-        for rows in progress(torch.arange(count * width).split(self._batch_size), desc="score", leave=False):
-            i, t = rows // width, rows % width
-            asked, texts = t.unique(return_inverse=True)
-            pooled, attribution, error = observe(
-                self.backbone, self.prompt, self._evidence, latents[i], hidden[asked], content[asked], texts,
-                torch.full((len(rows),), timestep, device=latents.device), noise.expand(len(rows), *noise.shape),
-            )  # fmt: skip
-            attention = cross_attention.reduce(pooled[:, 0], attribution, layers="all", heads="weighted")
-            values.append(error if self.method == "denoising" else attention)
-        return torch.cat(values).view(count, width).cpu()
+    def score_many(self, problems: Sequence[tuple[Sequence[Picture], Sequence[str]]]) -> list[Tensor]:
+        """`score` of several (pictures, texts) at once: their rows side by side in full batches.
+
+        What they have in common is encoded and computed once. Texts are taken as they are; see `check_texts` and `cut`.
+        """
+        pictures = {image_id(picture): picture for some, _ in problems for picture in some}
+        asked = [[[Pair(image_id(p), text) for text in self._columns(texts)] for p in some] for some, texts in problems]
+        rows = list(dict.fromkeys((pair, d) for found in asked for row in found for pair in row for d in self._draws))
+        latents, texts = self._latents(pictures), self._encoded({pair.text: None for pair, _ in rows})
+        engine = Engine(
+            self.backbone, self.prompt, self._evidence, partial(_stacked, latents), partial(_stacked, texts),
+            self._batch_size,
+        )  # fmt: skip
+        values: dict[tuple[Pair, Draw], float] = {}
+        size = AT_ONCE * self._batch_size
+        for n in progress(range(0, len(rows), size), desc="score", leave=False):
+            arrays = engine.compute(rows[n : n + size])
+            values |= zip(
+                rows[n : n + size], row_values(arrays, self._row, self._evidence.poolings).tolist(), strict=True
+            )
+        self._batch_size = engine.batch_size  # which it halves where memory does not suffice
+        return [
+            self._set_off(torch.tensor([[[values[pair, d] for d in self._draws] for pair in row] for row in found]))
+            for found in asked
+        ]
+
+    def rows(self, images: int, texts: int) -> int:
+        """How many (pair, draw) rows a problem of this size is."""
+        return images * len(self._columns([""] * texts)) * len(self._draws)
+
+    @property
+    def full(self) -> int:
+        """The rows that fill all that is computed at once."""
+        return self._batch_size * cores(self.backbone.device)
+
+    def _columns(self, texts: Sequence[str]) -> list[str]:
+        """The unconditional pass makes images comparable with each other, not only texts."""
+        return [*texts, UNCONDITIONAL] if self.method == "denoising" else [*texts]
+
+    def _set_off(self, values_ITK: Tensor) -> Tensor:
+        found_IT = values_ITK.mean(-1)
+        return found_IT[:, :-1] - found_IT[:, -1:] if self.method == "denoising" else found_IT
 
     @torch.inference_mode()
     def heatmap(self, image: ImageSource, text: str) -> Heatmap:
         """Cross-attention of each word over the picture, averaged over layers, heads and draws."""
-        picture = self._picture(image)
-        latents, (hidden, content) = self.backbone.encode_images(picture[None]), self._encode([text])
+        return self.heatmap_of(self.picture(image), text)
+
+    @torch.inference_mode()
+    def heatmap_of(self, picture: Picture, text: str) -> Heatmap:
+        """`heatmap` of a picture that is prepared."""
+        latents, hidden, content = self._seen(picture, text)
         maps = [self._maps(latents, hidden, content, draw, picture.shape[0])[0] for draw in self._draws]
         return Heatmap(self._words(text), _stretched(torch.stack(maps).sum(0)), picture)
 
     @torch.inference_mode()
     def heatmaps(self, image: ImageSource, text: str) -> dict[float, Heatmap]:
         """By noise level, at the first draw of each: what the model sees, decoded, and where each word looks in it."""
-        picture = self._picture(image)
-        latents, (hidden, content) = self.backbone.encode_images(picture[None]), self._encode([text])
+        picture = self.picture(image)
+        latents, hidden, content = self._seen(picture, text)
         first = {draw.level: draw for draw in reversed(self._draws)}
         found = {}
         for level, draw in sorted(first.items()):
@@ -203,29 +242,65 @@ class Matcher:
 
     def _words(self, text: str) -> list[str]:
         """The content tokens of a text."""
-        ids = self.backbone.tokenizer(text, truncation=True, max_length=self.backbone.max_tokens).input_ids[1:-1]
+        limit = self.backbone.max_tokens
+        with self._reading:
+            ids = self.backbone.tokenizer(text, truncation=True, max_length=limit).input_ids[1:-1]
         return [piece.removesuffix("</w>") for piece in self.backbone.tokenizer.convert_ids_to_tokens(ids)]
 
-    def _picture(self, image: ImageSource) -> np.ndarray:
-        loaded = load_image(image, max_pixels=40_000_000)
-        return to_array(resize(loaded, parity=self._parity, resolution=self.backbone.resolution))
+    def picture(self, image: ImageSource, max_pixels: int = MAX_PIXELS) -> Picture:
+        """What the model sees of an image. Raises ImageError, in one line, where there is nothing to see."""
+        loaded = load_image(image, max_pixels=max_pixels)
+        return to_array(resize(loaded, parity=self._parity, resolution=self._resolution))
 
-    def _latents(self, images: Sequence[ImageSource]) -> Tensor:
-        pictures = (np.stack([self._picture(image) for image in images[i : i + 16]]) for i in range(0, len(images), 16))
-        return torch.cat([self.backbone.encode_images(batch) for batch in pictures])
+    def cut(self, texts: Sequence[str]) -> list[str]:
+        """Those of the texts that are longer than the model's limit."""
+        found = self._encoded(dict.fromkeys(texts))
+        return [text for text in texts if found[text]["truncated"]]
 
-    def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        for number, text in enumerate(texts):
-            if not text.strip():
-                raise TextError(f"text {number + 1} of {len(texts)} is empty; give it at least one word")
-        out = self.backbone.encode_texts(list(texts))
-        for text, cut in zip(texts, out.truncated, strict=True):
-            if cut:
-                warnings.warn(
-                    f"text is longer than the model's {self.backbone.max_tokens} tokens and was cut: {text[:60]!r}…",
-                    stacklevel=3,
-                )
-        return out.hidden, out.content
+    def _latents(self, pictures: Mapping[str, Picture]) -> dict[str, Arrays]:
+        """The latent of each picture by its id."""
+        ids, found = list(pictures), dict[str, Arrays]()
+        for n in range(0, len(ids), 16):
+            latents = self.backbone.encode_images(np.stack([pictures[i] for i in ids[n : n + 16]])).cpu().numpy()
+            found |= {i: {"latents": latent} for i, latent in zip(ids[n:], latents, strict=False)}
+        return found
+
+    def _encoded(self, texts: Iterable[str]) -> dict[str, Arrays]:
+        """hidden [M, D], content [M] and whether it was truncated, of each text: encoded once while it is kept."""
+        with self._reading:
+            found = {text: self._known.get(text) for text in texts}
+            if new := [text for text, arrays in found.items() if arrays is None]:
+                out = self.backbone.encode_texts(new)
+                for n, text in enumerate(new):
+                    tensors = {"hidden": out.hidden[n], "content": out.content[n], "truncated": out.truncated[n]}
+                    self._known[text] = found[text] = {k: v.cpu().numpy().copy() for k, v in tensors.items()}
+        return {text: arrays for text, arrays in found.items() if arrays is not None}
+
+    def _seen(self, picture: Picture, text: str) -> tuple[Tensor, Tensor, Tensor]:
+        """latents [1, C, r, r], hidden [1, M, D] and content [1, M] of a pair."""
+        check_texts([text])
+        arrays = _stacked(self._encoded([text]), [text])
+        hidden, content = (torch.from_numpy(arrays[name]).to(self.backbone.device) for name in ("hidden", "content"))
+        return self.backbone.encode_images(picture[None]), hidden, content
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raises TextError, in one line, where one of the texts is empty."""
+    for number, text in enumerate(texts):
+        if not text.strip():
+            raise TextError(f"text {number + 1} of {len(texts)} is empty; give it at least one word")
+
+
+def _row(name: MethodName, prompt: AttentionPrompt | None, noise: NoiseParams) -> RacedMethod:
+    """The method of this name, as the papers have it."""
+    common: dict[str, Any] = dict(prompt="few-shot" if prompt else "none", levels=noise.levels, schedule=EXHAUSTIVE)
+    if name == "denoising":
+        return DenoisingMethod(scorer=name, **common)
+    return CrossAttentionMethod(scorer=name, pooling="logsumexp", layers="all", heads="weighted", **common)
+
+
+def _stacked(table: Mapping[str, Arrays], items: Sequence[str]) -> Arrays:
+    return {name: np.stack([table[item][name] for item in items]) for name in table[items[0]]}
 
 
 def _stretched(maps: Tensor) -> np.ndarray:

@@ -458,6 +458,28 @@ class GateParams(_Params):
     datasets: dict[str, GateRow]
 
 
+class Bounds(_Params):
+    """What the served model takes, a row of a request being an image and its texts.
+
+    max_bytes: of a request. max_images: of a request. max_texts: of an image.
+    max_waiting: requests under way; who comes when there are more is sent away.
+    """
+
+    max_pixels: Positive
+    max_bytes: Positive
+    max_images: Positive
+    max_texts: Positive
+    max_waiting: Positive
+    wait_seconds: Annotated[float, Field(gt=0)]
+
+
+class ServingParams(Bounds):
+    """prompt: the dataset whose attention prompt the method has; null where it has none."""
+
+    method: str
+    prompt: str | None
+
+
 class FitParams(_Params):
     steps: Positive
     batch: Positive
@@ -513,6 +535,7 @@ class Params(_Params):
     races: RacesParams
     report: ReportParams
     gate: GateParams
+    serving: ServingParams
     pretrain: PretrainParams
 
     @model_validator(mode="after")
@@ -606,6 +629,22 @@ class Params(_Params):
             raise ValueError(f"races.exhaustive.draws: {max(races.exhaustive.draws)}, but there are {draws} in all")
         if races.published.samples > races.draws_per_level:
             raise ValueError(f"races.published.samples: more than the {races.draws_per_level} of races.draws_per_level")
+        return self
+
+    @model_validator(mode="after")
+    def _what_serves_scores_pairs(self) -> Params:
+        name, prompt = self.serving.method, self.serving.prompt
+        if name not in self.methods:
+            raise ValueError(f"serving.method: {unknown('method', name, self.methods)}")
+        row = self.methods[name]
+        if not isinstance(row, CrossAttentionMethod | DenoisingMethod):
+            raise ValueError(f"serving.method: the scorer of {name} is neither cross-attention nor denoising")
+        if name in _raced(self.methods):
+            raise ValueError(f"serving.method: {name} has a schedule, which serving has not")
+        if row.prompt == "none" and prompt is not None:
+            raise ValueError(f"serving.prompt: {name} has none; set it to null")
+        if row.prompt != "none" and prompt not in self.datasets:
+            raise ValueError(f"serving.prompt: {unknown('dataset', str(prompt), self.datasets)}")
         return self
 
     @model_validator(mode="after")

@@ -115,6 +115,31 @@ def promote(
         print(verdict.reason)
 
 
+@app.command()
+def serve(
+    model: Annotated[
+        str, typer.Option(help="A registered version: a name with an alias or a number.")
+    ] = "models:/dsd-backbone@champion",
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 5000,
+) -> None:
+    """Answer requests over HTTP with the champion: images and texts to scores, and heat maps where they are asked for.
+
+    Requests are as MLflow's own server takes them; `serving` in params.yaml bounds them.
+
+    \b
+    Examples:
+      dsd serve
+      dsd serve --model models:/dsd-backbone/3 --port 8080
+    """
+    with one_line_errors():
+        from flows.serving import serve as answer
+
+        answer(model, host, port)
+
+
 def tell(params: Params, *, as_json: bool) -> int:
     """Prints what a reproduction would need; returns 1 where something stands against it."""
     from dsd.needs import needs

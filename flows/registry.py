@@ -1,8 +1,8 @@
 """The registry: checkpoints and prompts by version and alias, and the gate between challenger and champion.
 
 A version of the model `dsd-backbone` is one checkpoint as it was measured under some params: a reference to it, never a
-copy. One of `dsd-prompt-<dataset>` is what was trained for it, with the digest of the backbone that it belongs to.
-Registering is an upsert, as publishing is.
+copy, which MLflow can load and serve (`flows.serving`). One of `dsd-prompt-<dataset>` is what was trained for it, with
+the digest of the backbone that it belongs to. Registering is an upsert, as publishing is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 from mlflow.entities.model_registry import ModelVersion
@@ -27,10 +27,13 @@ from dsd.params import Params, prompted, raced
 from dsd.store import digest, file_digest
 from flows.tracking import Runs, locked, log_metrics
 
+if TYPE_CHECKING:
+    from flows.serving import Settings
+
 BACKBONE = "dsd-backbone"
 CHAMPION, CHALLENGER = "champion", "challenger"
 # What no result depends on, and what stands apart from those of `evaluate`.
-ASIDE = {"runtime", "backbone", "backbones", "ablations", "studies", "races", "report", "gate", "pretrain"}
+ASIDE = {"runtime", "backbone", "backbones", "ablations", "studies", "races", "report", "gate", "serving", "pretrain"}
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,7 @@ class Registry:
         """The artifacts' address of the run that holds all that was measured, entered once."""
         run = self.runs.finished("evaluation", key)
         if run is None:
+            model = _served(params, root, tags["dsd.digest"])
             name = f"{Path(tags['dsd.source']).name} {tags['dsd.digest'][:8]}"
             made = self.runs.start(name, "evaluation", key, {k: v for k, v in tags.items() if k != "dsd.params"})
             log_metrics(
@@ -200,8 +204,11 @@ class Registry:
                     for metric, interval in found.items()
                 },
             )
-            reference = {name: tags[f"dsd.{name}"] for name in ("source", "revision", "digest")}
-            self.client.log_dict(made, reference, "backbone/reference.json")
+            from flows.serving import save  # it loads a server
+
+            with TemporaryDirectory() as folder:
+                save(*model, Path(folder) / "backbone")
+                self.client.log_artifacts(made, folder)
             self.client.log_dict(made, params.model_dump(mode="json"), "params.json")
             self.client.log_dict(made, {name: _ranks(params, root, name) for name in metrics}, "ranks.json")
             for dataset, file in prompts(params, root, metrics).items():
@@ -277,6 +284,23 @@ def commit(root: Path) -> str:
 
     changed = git("status", "--porcelain", "--untracked-files=no")
     return git("rev-parse", "HEAD") + ("+" if changed else "")
+
+
+def _served(params: Params, root: Path, identity: str) -> tuple[Settings, Path | None]:
+    """What the model of a version is made of: its settings, and the file of its prompt.
+
+    Raises:
+        DataError: no prompt was trained for `serving.prompt`.
+    """
+    from flows.serving import Settings
+
+    if (dataset := params.serving.prompt) is None:
+        return Settings.of(params, identity), None
+    if (file := prompts(params, root, [dataset]).get(dataset)) is None:
+        raise DataError(
+            f"{root / 'data' / 'train' / dataset}: no attention prompt (serving.prompt); run `dsd reproduce`"
+        )
+    return Settings.of(params, identity), file
 
 
 def _ranks(params: Params, root: Path, dataset: str) -> dict[str, Any]:

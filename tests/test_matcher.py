@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -78,3 +79,37 @@ def test_maps_of_a_level_are_those_of_that_level_alone(models: Path) -> None:
     assert list(found) == [0.2, 0.6] and found[0.6].words == alone.words
     np.testing.assert_allclose(found[0.6].maps, alone.maps, atol=1e-5)
     assert found[0.2].picture.shape == (32, 32, 3) and not np.array_equal(found[0.2].picture, found[0.6].picture)
+
+
+@pytest.mark.parametrize("method", ["cross-attention", "denoising"])
+def test_many_problems_at_once_are_scored_as_one_by_one(
+    method: str, models: Path, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matcher = Matcher.from_pretrained(models / "embedded", method=method, levels=(0.3, 0.6), batch_size=4)
+    one, other = map(matcher.picture, pictures)
+    problems = [([one], TEXTS), ([other, one], TEXTS[:1]), ([other], TEXTS[1:])]
+    expected = [
+        Matcher.score(matcher, [pictures[0]], TEXTS),
+        *(matcher.score_many([asked])[0] for asked in problems[1:]),
+    ]
+    encoded, passes = [], []
+    backbone = matcher.backbone
+    images, predict = backbone.encode_images, backbone.predict_noise
+    monkeypatch.setattr(backbone, "encode_images", lambda batch: encoded.append(len(batch)) or images(batch))
+    monkeypatch.setattr(backbone, "predict_noise", lambda *asked: passes.append(len(asked[0])) or predict(*asked))
+    monkeypatch.setattr(backbone, "encode_texts", lambda texts: pytest.fail("are known"))
+    for scores, right in zip(matcher.score_many(problems), expected, strict=True):
+        assert scores.shape == right.shape and torch.allclose(scores, right, atol=1e-5)
+    pairs = 3 + 2 + (2 if method == "denoising" else 0)  # the first text of the first picture is asked for twice
+    assert sum(encoded) == 2 and sum(passes) == 2 * (pairs + 1)
+    assert matcher.score_many([]) == []
+
+
+def test_threads_share_a_matcher(models: Path, pictures: list[Image.Image]) -> None:
+    matcher = Matcher.from_pretrained(models / "embedded", levels=(0.3,))
+    texts = [[f"a red circle left of {'a ' * n}star"] for n in range(12)]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda some: matcher.score(pictures[0], some), texts))
+    fresh = Matcher.from_pretrained(models / "embedded", levels=(0.3,))
+    for some, scores in zip(texts, together, strict=True):
+        assert torch.allclose(scores, fresh.score(pictures[0], some), atol=1e-5)

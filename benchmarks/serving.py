@@ -1,0 +1,120 @@
+"""How the served model keeps up with the engine: the same rows over HTTP, from many clients at once, and offline.
+
+The clients are threads of this process, the server is a process of its own: both share the machine, as the engine has
+it for itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from http.client import HTTPConnection
+from itertools import chain
+from pathlib import Path
+from socket import socket
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from benchmarks.setting import PREPARED
+from dsd.backbones.checkpoint import locate
+from dsd.matching import read_examples
+from dsd.params import load
+from dsd.pictures import Pictures
+from flows import serving
+
+CLIENTS, REQUESTS, TEXTS = 16, 12, 10  # requests of each client, and texts of each request
+Question = tuple[bytes, list[str]]  # a picture's file, texts
+
+
+def throughput(rounds: int = 3) -> tuple[float, float]:
+    """Rows a second of the server over those of the engine, in the median of rounds, and the 99th percentile of the
+    seconds until a client had its answer.
+
+    Both encode each picture once, and each text once in all.
+    """
+    params, shares, waited = load(), [], list[float]()
+    asked, settings = questions(), serving.Settings.of(params, locate(params.backbones[params.backbone])[1])
+    matcher = settings.matcher(None)
+    problems = [([matcher.picture(file)], texts) for file, texts in asked]
+    matcher.score_many(problems[:CLIENTS])  # warm
+    with server(settings) as port, ThreadPoolExecutor(CLIENTS) as clients:
+        ask, parts = partial(client, port), [asked[n::CLIENTS] for n in range(CLIENTS)]
+        list(clients.map(ask, [part[:2] for part in parts]))  # warm
+        for _ in range(rounds):
+            start = time.perf_counter()
+            waited += chain(*clients.map(ask, parts))
+            between = time.perf_counter()
+            matcher.score_many(problems)
+            shares.append((time.perf_counter() - between) / (between - start))
+    return statistics.median(shares), float(np.quantile(waited, 0.99))
+
+
+def questions() -> list[Question]:
+    """Of each request, a picture of its own, and texts of which others have some too."""
+    pictures, examples = Pictures(PREPARED / "images.parquet"), read_examples(PREPARED / "examples.parquet", "test")
+    texts = list(dict.fromkeys(text for example in examples for text in example.texts))
+    found = []
+    for n in range(CLIENTS * REQUESTS):
+        file = io.BytesIO()
+        pictures[pictures.ids[n]].save(file, "PNG")
+        found.append((file.getvalue(), [texts[(n // 4 * TEXTS + m) % len(texts)] for m in range(TEXTS)]))
+    return found
+
+
+@contextmanager
+def server(settings: serving.Settings) -> Iterator[int]:
+    """`dsd serve` on a free port of this machine."""
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        serving.save(settings, None, model)
+        dsd = [sys.executable, "-c", "from flows.cli import app; app()"]
+        process = subprocess.Popen([*dsd, "serve", "--model", str(model), "--port", str(port)])
+        try:
+            while not answers(port):
+                if process.poll() is not None:
+                    raise RuntimeError(f"dsd serve ended with {process.returncode}")
+                time.sleep(0.1)
+            yield port
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def answers(port: int) -> bool:
+    try:
+        connection = HTTPConnection("127.0.0.1", port)
+        connection.request("GET", "/ping")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+
+
+def client(port: int, asked: Sequence[Question]) -> list[float]:
+    """Asks one after the other over one connection; the seconds of each."""
+    bodies = [
+        json.dumps({"inputs": [{"image": base64.b64encode(file).decode(), "texts": texts}]}) for file, texts in asked
+    ]
+    connection, waited = HTTPConnection("127.0.0.1", port), []
+    for body in bodies:
+        start = time.perf_counter()
+        connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        told = response.read()
+        if response.status != 200:
+            raise RuntimeError(told.decode())
+        waited.append(time.perf_counter() - start)
+    connection.close()
+    return waited

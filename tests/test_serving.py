@@ -1,0 +1,455 @@
+"""The champion as a service: its versions as models of MLflow, and answers over HTTP."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from socket import socket
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+from mlflow.pyfunc import PyFuncModel, scoring_server
+from PIL import Image
+from starlette.testclient import TestClient
+
+from dsd.errors import CheckpointError, DataError, DsdError, ParamsError
+from dsd.matcher import Matcher
+from dsd.params import Params, load
+from dsd.prompts import PROMPT, AttentionPrompt
+from flows import serving, tracking
+from flows.registry import BACKBONE, CHAMPION, Registry
+from flows.serving import Service, Settings, application
+from tests.tiny import small
+
+ROOT = Path(__file__).parent.parent
+TEXTS = ["a red circle", "a blue star", "a green ring left of a pink bolt"]
+MODEL = f"models:/{BACKBONE}@{CHAMPION}"
+
+
+def picture(seed: int, side: int = 40) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (side, side + 10, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def coded(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def row(seed: int = 0, texts: list[str] = TEXTS, **more: Any) -> dict[str, Any]:
+    return {"image": coded(picture(seed)), "texts": texts, **more}
+
+
+def enter(params: Params, root: Path) -> None:
+    """Registers what was measured there, which is nothing, and names it champion."""
+    (root / "data" / "evaluate").mkdir(parents=True, exist_ok=True)
+    (root / "data" / "evaluate" / "metrics.json").write_text("{}")
+    (root / "dvc.lock").touch()
+    version = Registry().register(params, root)
+    MlflowClient(tracking.uri()).set_registered_model_alias(BACKBONE, CHAMPION, str(version.number))
+
+
+@pytest.fixture(scope="module")
+def registered(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A workspace with a champion, on its own copy of the tiny checkpoint."""
+    root = tmp_path_factory.mktemp("registered")
+    shutil.copytree(models / "embedded", root / "models" / "embedded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        enter(small(root / "models"), root)
+        mlflow.set_tracking_uri(tracking.uri())
+        yield root
+
+
+@pytest.fixture(scope="module")
+def model(registered: Path) -> PyFuncModel:
+    return mlflow.pyfunc.load_model(MODEL)
+
+
+@pytest.fixture(scope="module")
+def service(model: PyFuncModel) -> Service:
+    return model.unwrap_python_model()
+
+
+@pytest.fixture(scope="module")
+def matcher(registered: Path) -> Matcher:
+    """The public API with the settings of the champion."""
+    place = registered / "models" / "embedded"
+    return Matcher.from_pretrained(place, method="denoising", device="cpu", levels=(0.2, 0.6), parity=24)
+
+
+@pytest.fixture(scope="module")
+def web(service: Service) -> Iterator[TestClient]:
+    """`dsd serve`, without a socket."""
+    with TestClient(application(service), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def its_own(model: PyFuncModel) -> Iterator[TestClient]:
+    """MLflow's server, without a socket."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")  # which the server sets for good
+        with TestClient(scoring_server.init(model), raise_server_exceptions=False) as client:
+            yield client
+
+
+def test_a_version_is_a_typed_reference_without_a_pickle_or_a_checkpoint(registered: Path, model: PyFuncModel) -> None:
+    folder = Path(mlflow.artifacts.download_artifacts(MODEL))
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert not [file for file in files if file.suffix in (".pkl", ".pickle", ".safetensors", ".bin")]
+    assert sum(file.stat().st_size for file in files) < 20_000
+    described = yaml.safe_load((folder / "MLmodel").read_text())
+    assert described["flavors"]["python_function"]["config"]["backbone"]["source"] == str(
+        registered / "models/embedded"
+    )
+    assert described["flavors"]["python_function"]["config"]["backbone"]["digest"]
+    assert model.metadata.signature.inputs.input_names() == ["image", "texts", "heatmap"]
+    assert model.metadata.signature.outputs.required_input_names() == ["scores", "best"]
+
+
+def test_a_table_is_answered_as_the_matcher_scores(model: PyFuncModel, matcher: Matcher) -> None:
+    table = pd.DataFrame(
+        {"image": [picture(0), coded(picture(1)), picture(2)], "texts": [TEXTS, TEXTS[1:], np.array(TEXTS[:1])]}
+    )
+    found = model.predict(table)
+    assert list(found.columns) == ["scores", "best"]
+    for n, texts in enumerate(table["texts"]):
+        scores = matcher.score(picture(n), list(texts))[0]
+        np.testing.assert_allclose(found["scores"][n], scores, atol=1e-5)
+        assert found["best"][n] == texts[int(scores.argmax())]
+        alone = model.predict(table[n : n + 1])
+        np.testing.assert_allclose(alone["scores"][0], found["scores"][n], atol=1e-5)
+
+
+def test_heat_maps_are_of_the_best_text_where_they_are_asked_for(
+    model: PyFuncModel, matcher: Matcher, web: TestClient
+) -> None:
+    table = pd.DataFrame({"image": [picture(0), picture(1)], "texts": [TEXTS, TEXTS], "heatmap": [True, False]})
+    found = model.predict(table)
+    assert found["heatmap"][1] is None
+    heatmap = matcher.heatmap(picture(0), found["best"][0])
+    assert [word["word"] for word in found["heatmap"][0]] == heatmap.words
+    maps = [Image.open(io.BytesIO(base64.b64decode(word["map"]))) for word in found["heatmap"][0]]
+    np.testing.assert_allclose([np.asarray(drawn) / 255 for drawn in maps], heatmap.maps, atol=0.01)
+    answers = web.post("/invocations", json={"inputs": [row(0, heatmap=True), row(1)]}).json()["predictions"]
+    assert answers[0]["heatmap"] == found["heatmap"][0] and "heatmap" not in answers[1]
+
+
+@pytest.mark.parametrize("form", ["inputs", "dataframe_records"])
+def test_both_servers_give_the_same_answers(
+    form: str, web: TestClient, its_own: TestClient, model: PyFuncModel
+) -> None:
+    body = {form: [row(0), row(1, TEXTS[:2])]}
+    ours, theirs = (client.post("/invocations", json=body) for client in (web, its_own))
+    assert ours.status_code == theirs.status_code == 200
+    for one, other in zip(ours.json()["predictions"], theirs.json()["predictions"], strict=True):
+        assert one["best"] == other["best"]
+        np.testing.assert_allclose(one["scores"], other["scores"], atol=1e-5)
+
+
+def test_sixteen_clients_get_what_one_gets(service: Service) -> None:
+    asked = [serving.read(json.dumps({"inputs": [row(n % 5, TEXTS[: 1 + n % 3])]}).encode()) for n in range(48)]
+    alone = [service.ask(rows)[0].result()["scores"] for rows in asked[:15]]
+    with ThreadPoolExecutor(16) as clients:
+        together = list(clients.map(lambda rows: service.ask(rows)[0].result()["scores"], asked))
+    for n, scores in enumerate(together):
+        np.testing.assert_allclose(scores, alone[n % 15], atol=1e-5)
+
+
+def bomb() -> str:
+    """A picture of 20 megapixels in some 20 kB."""
+    file = io.BytesIO()
+    Image.new("1", (5000, 4000)).save(file, "PNG")
+    return coded(file.getvalue())
+
+
+BAD = {
+    "no picture": ([row(image=coded(b"no picture"))], "row 1: image of 10 bytes: not an image"),
+    "half a picture": ([row(), row(image=coded(picture(0)[:900]))], "row 2: image of 900 bytes: "),
+    "an empty picture": ([row(image="")], "row 1: image of 0 bytes: not an image"),
+    "a huge picture": ([row(image=bomb())], "5000 x 4000 pixels, more than max_pixels = 16000000"),
+    "an address": ([row(image="http://127.0.0.1/a.png")], "not base64; send the file's content"),
+    "a data address": ([row(image="data:image/png;base64,AAAA")], "not base64; send the file's content"),
+    "a path": ([row(image="/etc/passwd")], "not base64; send the file's content"),
+    "a path in the letters of base64": ([row(image="/etc/passwd+")], "row 1: image of 9 bytes: not an image"),
+    "no text": ([row(texts=[])], "texts"),
+    "an empty text": ([row(texts=["a red circle", " "])], "row 1: text 2 of 2 is empty"),
+    "a long text": ([row(texts=["a red circle " * 20])], "longer than the model's 24 tokens"),
+    "a very long text": ([row(texts=["a" * 1_000_000])], "longer than the model's 24 tokens"),
+    "too many texts": ([row(texts=["a"] * 65)], "row 1: 65 texts; give 64 at most"),
+    "too many pictures": ([row(texts=["a"])] * 33, "33 images; ask for 1 to 32 at once"),
+    "a number for a text": ([row(texts=[1])], "texts"),
+    "a text for texts": ([row(texts="a red circle")], "texts"),
+    "a number for a picture": ([row(image=1)], "image"),
+    "no texts": ([{"image": coded(picture(0))}], "texts"),
+    "a word for heatmap": ([row(heatmap="very")], "heatmap"),
+    "nothing": ([], "0 images; ask for 1 to 32 at once"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_are_one_line(name: str, web: TestClient, its_own: TestClient) -> None:
+    rows, said = BAD[name]
+    response = web.post("/invocations", json={"inputs": rows})
+    assert response.status_code == 400
+    line = response.json()["message"]
+    assert said in line and "\n" not in line and len(line) < 200
+
+
+@pytest.mark.parametrize("name", sorted(set(BAD) - {"a word for heatmap"}))  # which MLflow takes for true
+def test_the_server_of_mlflow_refuses_them_too(name: str, its_own: TestClient) -> None:
+    response = its_own.post("/invocations", json={"dataframe_records": BAD[name][0]})
+    assert response.status_code == 400 and "stack_trace" not in response.json()
+
+
+def test_what_we_refuse_in_the_server_of_mlflow_is_one_line_too(its_own: TestClient) -> None:
+    response = its_own.post("/invocations", json={"dataframe_records": [row(image="/etc/passwd")]})
+    assert response.json() == {
+        "error_code": "BAD_REQUEST",
+        "message": "row 1: image '/etc/passwd': not base64; send the file's content (URLs and paths are never opened)",
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "Invalid JSON: EOF while parsing"),
+        (b"[]", "Input should be an object"),
+        (b"{}", "0 images"),
+        (b'{"instances": []}', "instances: Extra inputs are not permitted"),
+        (json.dumps({"inputs": [row()], "dataframe_records": [row()]}).encode(), "both inputs and dataframe_records"),
+        (json.dumps({"inputs": [row(size=3)]}).encode(), "inputs.0.size: Extra inputs are not permitted"),
+        (json.dumps({"inputs": [row(texts=["\ud800"])]}).encode(), "Invalid JSON"),
+    ],
+)
+def test_bodies_that_are_none(body: bytes, said: str, web: TestClient) -> None:
+    response = web.post("/invocations", content=body)
+    assert response.status_code == 400 and said in response.json()["message"]
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    body=st.binary(max_size=200)
+    | st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=20) | st.just(coded(b"\x89PNG\r\n\x1a\n")),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(["inputs", "dataframe_records", "image", "texts"]), inner, max_size=3)
+        ),
+        max_leaves=8,
+    ).map(lambda found: json.dumps(found).encode())
+)
+def test_garbage_is_refused_in_one_line(body: bytes, web: TestClient) -> None:
+    response = web.post("/invocations", content=body)
+    assert response.status_code == 400
+    line = response.json()["message"]
+    assert line and "\n" not in line and "Traceback" not in line
+
+
+def test_a_long_request_is_refused_before_it_is_read(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "settings", service.settings.model_copy(update={"max_bytes": 1000}))
+    monkeypatch.setattr(serving, "read", lambda body: pytest.fail("was read"))
+    with TestClient(application(service)) as client:
+        for content in (b"x" * 1001, iter([b"x" * 600, b"x" * 600])):
+            response = client.post("/invocations", content=content)
+            assert response.status_code == 413 and "Content Too Large" in response.text
+
+
+def test_pictures_of_a_table_are_bounded_too(service: Service, model: PyFuncModel, monkeypatch: Any) -> None:
+    monkeypatch.setattr(service, "settings", service.settings.model_copy(update={"max_bytes": 1000}))
+    with pytest.raises(serving.Refused, match="bytes of images; send 1000 at most"):
+        model.predict(pd.DataFrame([row()]))
+
+
+def test_who_waits_too_long_is_told_so(
+    service: Service, web: TestClient, its_own: TestClient, monkeypatch: Any
+) -> None:
+    score = service.rounds.matcher.score_many
+    monkeypatch.setattr(service, "settings", service.settings.model_copy(update={"wait_seconds": 0.05}))
+    monkeypatch.setattr(service.rounds.matcher, "score_many", lambda asked: time.sleep(0.3) or score(asked))
+    for client in (web, its_own):
+        response = client.post("/invocations", json={"inputs": [row()]})
+        assert response.status_code == 503
+        assert response.json()["message"] == "no answer within 0.05 seconds; try again later"
+
+
+def test_a_defect_tells_nothing_and_hurts_nobody_else(
+    service: Service, web: TestClient, its_own: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = service.rounds.matcher.score_many
+
+    def failing(asked: Any) -> Any:
+        if any("a blue star" in texts for _, texts in asked):
+            raise RuntimeError("a secret")
+        return score(asked)
+
+    monkeypatch.setattr(service.rounds.matcher, "score_many", failing)
+    rows = [row(), *[row(n, ["a red circle"]) for n in range(9)]]
+    with ThreadPoolExecutor(10) as clients:
+        found = list(clients.map(lambda one: web.post("/invocations", json={"inputs": [one]}), rows))
+    assert [response.status_code for response in found] == [500, *[200] * 9]
+    for response in (found[0], its_own.post("/invocations", json={"inputs": [row()]})):
+        assert response.status_code == 500 and "secret" not in response.text and "Traceback" not in response.text
+
+
+def test_the_bounds_can_be_others_where_a_version_is_loaded(registered: Path) -> None:
+    table = pd.DataFrame([row(n % 3, TEXTS[:1]) for n in range(40)])
+    wide = mlflow.pyfunc.load_model(MODEL, model_config={"max_images": 40})
+    assert len(wide.predict(table)) == 40
+
+
+def with_prompt(params: Params, root: Path) -> Params:
+    """The champion of method `dsd` under a prompt that is no zero."""
+    matcher = Matcher.from_pretrained(params.backbones["embedded"].source, device="cpu")
+    backbone = matcher.backbone
+    prompt = AttentionPrompt(
+        backbone.text_encoders[0].config.hidden_size, backbone.layer_widths, backbone.vae.config.latent_channels,
+        rank=2, conditional=True, seed=0,
+    )  # fmt: skip
+    for up in prompt.up:
+        up.data.normal_(std=0.1)
+    prompt.save(root / "data" / "train" / "scenes-com" / "dsd" / PROMPT, backbone.digest)
+    return params.model_copy(
+        update={"serving": params.serving.model_copy(update={"method": "dsd", "prompt": "scenes-com"})}
+    )
+
+
+def test_a_prompt_travels_with_its_version(models: Path, registered: Path, tmp_path: Path) -> None:
+    params = with_prompt(small(models), tmp_path)
+    trained = tmp_path / "data" / "train" / "scenes-com" / "dsd" / PROMPT
+    identity = Registry().alias(CHAMPION).digest
+    serving.save(Settings.of(params, identity), trained, tmp_path / "model")
+    expected = Matcher.from_pretrained(
+        models / "embedded", prompt=trained, device="cpu", levels=(0.2, 0.6), draws_per_level=2, parity=24
+    ).score(picture(0), TEXTS)
+    trained.unlink()
+    found = mlflow.pyfunc.load_model(str(tmp_path / "model")).predict(pd.DataFrame([row()]))
+    np.testing.assert_allclose(found["scores"][0], expected[0], atol=1e-5)
+    with pytest.raises(DataError, match=r"scenes-com: no attention prompt \(serving.prompt\)"):
+        enter(params, tmp_path)
+
+
+@pytest.mark.parametrize("command", [None, "serve"])
+def test_a_checkpoint_that_has_changed_is_refused(command: str | None, models: Path, tmp_path: Path) -> None:
+    place = tmp_path / "embedded"
+    shutil.copytree(models / "embedded", place)
+    params = small(tmp_path)
+    identity = Matcher.from_pretrained(place).backbone.digest
+    serving.save(Settings.of(params, identity), None, tmp_path / "model")
+    config = place / "unet" / "config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(CheckpointError, match=f"embedded: is not the checkpoint of digest {identity}, but"):
+        if command:
+            serving.serve(str(tmp_path / "model"), "127.0.0.1", 1)
+        mlflow.pyfunc.load_model(str(tmp_path / "model"))
+
+
+def test_a_version_that_is_not_there_is_one_line(registered: Path) -> None:
+    with pytest.raises(
+        DsdError, match=r"--model models:/dsd-backbone@loser: .*; `dsd promote` enters versions"
+    ) as told:
+        serving.serve(f"models:/{BACKBONE}@loser", "127.0.0.1", 1)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "denoisin"}, "serving.method: unknown method 'denoisin': did you mean 'denoising'?"),
+        (
+            {"method": "clip-prompt"},
+            "serving.method: the scorer of clip-prompt is neither cross-attention nor denoising",
+        ),
+        ({"prompt": "scenes-com"}, "serving.prompt: denoising has none; set it to null"),
+        ({"method": "dsd", "prompt": "scenes-con"}, "serving.prompt: unknown dataset 'scenes-con': did you mean"),
+        ({"max_texts": 0}, "serving.max_texts: "),
+    ],
+)
+def test_settings_that_make_no_sense(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content["serving"] |= changes
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ParamsError) as told:
+        load(tmp_path / "params.yaml")
+    assert said in str(told.value)
+
+
+@contextmanager
+def process(command: list[str]) -> Iterator[tuple[int, psutil.Process]]:
+    """A server on a free port, from the time that it answers."""
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": tracking.uri(), "PYTHONPATH": str(ROOT)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    running = subprocess.Popen(
+        [*command, "--port", str(port)], env={**environment, "PATH": path}, start_new_session=True
+    )
+    try:
+        for _ in range(1200):
+            assert running.poll() is None, "the server has ended"
+            try:
+                connection = HTTPConnection("127.0.0.1", port)
+                connection.request("GET", "/ping")
+                assert connection.getresponse().status == 200
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield port, psutil.Process(running.pid)
+    finally:
+        os.killpg(running.pid, signal.SIGTERM)
+        running.wait()
+
+
+def post(port: int, body: bytes) -> tuple[int, Any]:
+    connection = HTTPConnection("127.0.0.1", port)
+    connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
+DSD = [sys.executable, "-c", "from flows.cli import app; app()", "serve"]
+MLFLOW = [sys.executable, "-m", "mlflow", "models", "serve", "-m", MODEL, "--env-manager", "local"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [DSD, MLFLOW], ids=["dsd", "mlflow"])
+def test_a_real_server_answers_on_loopback_alone(command: list[str], registered: Path, matcher: Matcher) -> None:
+    with process(command) as (port, running):
+        expected = [matcher.score(picture(n), TEXTS)[0].numpy() for n in range(4)]
+        with ThreadPoolExecutor(16) as clients:
+            bodies = [json.dumps({"inputs": [row(n % 4)]}).encode() for n in range(64)]
+            found = list(clients.map(lambda body: post(port, body), bodies))
+        for n, (status, answer) in enumerate(found):
+            assert status == 200
+            np.testing.assert_allclose(answer["predictions"][0]["scores"], expected[n % 4], atol=1e-5)
+        for rows in (BAD["an address"][0], BAD["no picture"][0], BAD["an empty text"][0], BAD["too many texts"][0]):
+            status, answer = post(port, json.dumps({"inputs": rows}).encode())
+            assert status == 400 and "\n" not in answer["message"]
+        assert post(port, b"{")[0] == 400
+        servers = [running, *running.children(recursive=True)]
+        heard = {c.laddr.ip for one in servers for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        assert heard == {"127.0.0.1"}
