@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,6 @@ from dsd.params import BackboneParams, ContrastiveMethod, Params, backbone_of, t
 from dsd.store import digest, file_digest
 
 EXPERIMENT = "dsd"
-ARTIFACTS = Path("mlartifacts")
 FLUSH_SECONDS = 1.0
 BATCH = 1000  # metrics that MLflow takes in one call
 Intervals = Mapping[str, Mapping[str, float]]  # of one method on one dataset, by metric: value, low, high, n
@@ -36,11 +36,17 @@ def uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
 
 
+def artifacts() -> Path:
+    """Where artifacts and locks are: beside the SQLite file, whoever asks; of another store in this workspace."""
+    name = re.match(r"sqlite:///(.+)", uri())
+    return (Path(name[1]).parent if name else Path()).resolve() / "mlartifacts"
+
+
 @contextmanager
 def locked() -> Iterator[None]:
     """One process at a time writes."""
-    ARTIFACTS.mkdir(exist_ok=True)
-    with FileLock(ARTIFACTS / ".lock"):
+    artifacts().mkdir(exist_ok=True)
+    with FileLock(artifacts() / ".lock"):
         yield
 
 
@@ -59,7 +65,7 @@ class Runs:
             return str(found.experiment_id)
         # A server that the user named knows where its artifacts go.
         own = "MLFLOW_TRACKING_URI" not in os.environ
-        location = ARTIFACTS.resolve().as_uri() if own else None
+        location = artifacts().as_uri() if own else None
         return str(self.client.create_experiment(EXPERIMENT, artifact_location=location))
 
     def find(self, kind: str, key: str) -> list[Run]:
@@ -67,6 +73,16 @@ class Runs:
         where = f"tags.`dsd.kind` = '{kind}' and tags.`dsd.key` = '{key}'"
         newest = ["attributes.start_time DESC"]
         return list(self.client.search_runs([self.experiment], where, order_by=newest))
+
+    def every(self, kind: str) -> list[Run]:
+        """All runs of a kind, the newest first."""
+        where, newest = f"tags.`dsd.kind` = '{kind}'", ["attributes.start_time DESC"]
+        found: list[Run] = []
+        token: str | None = None
+        while token is None or token:
+            page = self.client.search_runs([self.experiment], where, order_by=newest, page_token=token)
+            found, token = [*found, *page], page.token or ""
+        return found
 
     def finished(self, kind: str, key: str) -> Run | None:
         """The finished run of a kind and key, if there is one; what a killed publication left is removed."""
