@@ -134,7 +134,7 @@ class _Tick:
         return self._told
 
     def _new(self) -> list[Checkpoint]:
-        """What is neither evaluated nor given up, the champion first: the others are compared with it."""
+        """What is neither evaluated nor given up."""
         versions, failed = self._registry.versions(), self._attempts.failed()
         known = {version.key for version in versions}
         known |= {key for key, runs in failed.items() if len(runs) >= self._params.watch.attempts}
@@ -142,9 +142,13 @@ class _Tick:
         found = checkpoints(self._params, versions, unseen)
         for name, reason in unseen.items():
             self._told.fail(f"watch.sources.{name}: not looked at: {reason}")
-        champion = self._registry.alias(CHAMPION)
-        first = champion and champion.digest
+        first = self._champion()
         return sorted((c for c in found if c.key not in known), key=lambda c: c.row.digest != first)
+
+    def _champion(self) -> str | None:
+        """Its digest: it always comes first, since the others are compared with it."""
+        champion = self._registry.alias(CHAMPION)
+        return champion and champion.digest
 
     def _clear(self, new: list[Checkpoint]) -> None:
         """Removes the clones that nothing goes on with."""
@@ -183,8 +187,8 @@ class _Tick:
 
     def _judge(self) -> bool:
         """Lets each version that has no verdict yet challenge the champion; says whether the registry has changed."""
-        changed = False
-        for version in reversed(self._registry.versions()):
+        changed, first = False, self._champion()
+        for version in sorted(self._registry.versions(), key=lambda v: (v.digest != first, v.number)):
             if version.verdict not in ("", NOT_COMPARED) or version.key != evaluation_key(self._params, version.digest):
                 continue
             try:

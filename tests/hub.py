@@ -55,7 +55,8 @@ class _Hub(BaseHTTPRequestHandler):
             ]
             self._answer(200, json.dumps(listed).encode(), Content_Type="application/json")
         elif api:
-            self._answer(200, json.dumps({"id": f"{owner}/{name}", "sha": COMMIT}).encode())
+            told = {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": [{"rfilename": n} for n in files]}
+            self._answer(200, json.dumps(told).encode())
         elif name == "gated":
             self._refuse(403, "GatedRepo", "Access to this model is restricted")
         elif (file := "/".join(rest[2:-1])) not in files:  # or a client of an earlier server at this port
