@@ -79,7 +79,8 @@ def reproduce(target: Path, lock: int) -> None:
     Raises:
         DsdError: it failed; with the last line that it said. run.log and run.err in the clone have the others.
     """
-    own = {"MLFLOW_TRACKING_URI": uri(), "PREFECT_HOME": str(target.resolve() / ".prefect"), "TQDM_DISABLE": "1"}
+    own = {"MLFLOW_TRACKING_URI": uri(), "PREFECT_HOME": str(target.resolve() / ".prefect")}
+    own |= {"TQDM_DISABLE": "1", "PREFECT_LOGGING_TO_API_ENABLED": "false"}  # or the last line may be theirs
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")}
     with (target / LOG).open("wb") as out, (target / ERRORS).open("wb") as errors:
         process = subprocess.Popen(
