@@ -9,9 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,7 +32,9 @@ from flows import watch as watching
 from flows.cli import app
 from flows.clone import clone, last_line
 from flows.registry import CHAMPION, Registry
+from flows.reproduce import free_port
 from flows.watch import KILLED, alone, tick
+from tests.conftest import ROOT
 from tests.hub import COMMIT, hub
 
 REF = "scenes-ref"
@@ -64,7 +69,7 @@ class Dag:
 
 def measure(folder: Path, right: int, seed: int) -> None:
     """Leaves what a reproduction leaves; another seed asks other examples."""
-    write_examples(folder / "data/prepare" / REF / "examples.parquet", (("test", e) for e in EXAMPLES[seed:]))
+    questions(folder, seed)
     rows = [{"method": "dsd", "rank": 1 if n < right else 2} for n in range(len(EXAMPLES) - seed)]
     scores = folder / "data/evaluate/scores"
     scores.mkdir(parents=True, exist_ok=True)
@@ -72,6 +77,12 @@ def measure(folder: Path, right: int, seed: int) -> None:
     share = right / len(EXAMPLES)
     interval = {"value": share, "low": share - 0.05, "high": share + 0.05, "n": len(EXAMPLES)}
     (scores.parent / "metrics.json").write_text(json.dumps({REF: {"dsd": {"top1": interval}}}))
+
+
+def questions(folder: Path, seed: int) -> None:
+    path = folder / "data/prepare" / REF / "examples.parquet"
+    if not path.exists():
+        write_examples(path, (("test", e) for e in EXAMPLES[seed:]))
 
 
 @pytest.fixture(scope="module")
@@ -353,8 +364,7 @@ print(*watch.tick().lines, sep="\\n")
 
 def test_two_ticks_at_once_evaluate_once(watched: Path) -> None:
     checkpoint(watched, "a")
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", SLOWLY, f"ready{n}"], stdout=subprocess.PIPE, text=True, env=environment
@@ -379,6 +389,165 @@ def test_who_inherits_the_lock_has_it_too(tmp_path: Path) -> None:
     child.communicate(b"\n")
     with alone(tmp_path / "lock") as after:
         assert after is not None
+
+
+# A DAG of two stages: what is asked, and the answers of the checkpoint of params.yaml, which its config holds.
+STAGE = """
+import os, sys, time
+from pathlib import Path
+from dsd.backbones.checkpoint import locate
+from dsd.params import load
+from tests.test_watch import measure, questions
+with open(os.environ["RAN"], "a") as file:
+    file.write(sys.argv[1] + " ")
+if sys.argv[1] == "prepare":
+    questions(Path(), 0)
+else:
+    params = load()
+    folder, _ = locate(params.backbones[params.backbone])
+    said = (folder / "unet" / "config.json").read_text()
+    while said == "wait" and not os.path.exists(os.environ["RAN"] + ".go"):
+        Path(os.environ["RAN"] + ".waits").touch()
+        time.sleep(0.05)
+    if said == "fail":
+        sys.exit("evaluate: no such component")
+    measure(Path(), 100 if said == "wait" else int(said), 0)
+"""
+STAGES = {
+    "prepare": {"cmd": "python stage.py prepare", "params": ["datasets"], "outs": ["data/prepare"]},
+    "evaluate": {
+        "cmd": "python stage.py evaluate",
+        "params": ["backbone", "backbones"],
+        "deps": ["data/prepare"],
+        "outs": ["data/evaluate/scores", {"data/evaluate/metrics.json": {"cache": False}}],
+    },
+}
+
+
+@pytest.fixture
+def small_project(watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace with this DAG, reproduced once; returns the file that says which stages ran since."""
+    for name in ("dsd", "flows", "tests"):
+        shutil.copytree(ROOT / name, name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / ".dvcignore", ".")
+    Path("stage.py").write_text(STAGE)
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": STAGES}))
+    Path(".gitignore").write_text((ROOT / ".gitignore").read_text() + "/ran*\n__pycache__/\n")
+    checkpoint(Path("models"), "embedded", "100")
+    git("init", "-q")
+    dvc("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "start")
+    ran = tmp_path / "ran"
+    monkeypatch.setenv("RAN", str(ran))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    dvc("repro", "-q")
+    assert ran.read_text() == "prepare evaluate "
+    ran.unlink()
+    return ran
+
+
+def everything() -> dict[str, tuple[int, int]]:
+    """Size and time of every file of the workspace but the stores and what the watch keeps for itself."""
+    own = (
+        ".watch",
+        "mlflow.db",
+        "mlartifacts",
+        ".prefect",
+        "data/leaderboard",
+        "ran",
+        ".git/index",
+        ".dvc/tmp",
+        ".dvc/cache",
+    )
+    files = [path for path in Path().rglob("*") if path.is_file() and not str(path).startswith(own)]
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in files if "__pycache__" not in p.parts}
+
+
+@pytest.mark.slow
+def test_the_dag_runs_beside_the_workspace_and_leaves_it_as_it_is(watched: Path, small_project: Path) -> None:
+    before, status, data = everything(), git("status", "--porcelain"), dvc("status")
+    for name, right in (("better", "180"), ("broken", "fail")):
+        checkpoint(watched, name, right)
+    told = tick()
+    assert told.lines[0] == "better: evaluated, version 1" and told.failed == 1
+    assert told.lines[-1] == "broken: failed: evaluate: no such component"
+    assert small_project.read_text() == "evaluate evaluate "  # what is asked came out of DVC's cache
+    assert (git("status", "--porcelain"), dvc("status")) == (status, data)
+    assert {name: what for name, what in everything().items() if not name.startswith("checkpoints")} == before
+    version = Registry().versions()[0]
+    assert version.commit == git("rev-parse", "HEAD").strip() and version.metrics[REF]["dsd"]["top1"]["value"] == 0.9
+    [run] = attempts("FAILED")
+    log = tracking.Runs().client.download_artifacts(run.info.run_id, "run.err")
+    assert Path(log).read_text().splitlines()[-1] == "evaluate: no such component"
+    assert "★ better" in Path("data/leaderboard/index.html").read_text()
+    assert len(list(Path(".watch").glob("*/"))) == 1
+
+
+@pytest.mark.slow
+def test_a_tick_that_is_killed_takes_its_run_with_it_and_the_next_goes_on(watched: Path, small_project: Path) -> None:
+    checkpoint(watched, "a", "wait")
+    command = [sys.executable, "-m", "flows.cli", "watch", "--once"]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
+    waits = Path(f"{small_project}.waits")
+    until(waits.exists)
+    assert tick().lines == ["another tick is at work"]
+    process.kill()
+    process.wait()
+    Path(f"{small_project}.go").touch()
+    until(lambda: tick().lines != ["another tick is at work"])
+    assert [version.name for version in Registry().versions()] == ["a"]
+    assert sorted(run.info.status for run in attempts()) == ["FAILED", "FINISHED"]
+    assert small_project.read_text() == "evaluate evaluate "
+
+
+def until(holds: Callable[[], bool], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_a_server_a_worker_and_a_deployment(watched: Path, small_project: Path, tmp_path: Path) -> None:
+    """The three commands of the README, on a free port."""
+    checkpoint(watched, "a", "150")
+    port = str(free_port())
+    own = {"PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    environment = {**os.environ, **own, "PYTHONPATH": str(ROOT)}
+
+    def start(*command: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", *command], env=environment, start_new_session=True)
+
+    def said(*command: str) -> str:
+        done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    started = [start("prefect", "server", "start", "--host", "127.0.0.1", "--port", port)]
+    try:
+        until(lambda: answers(f"{own['PREFECT_API_URL']}/health"))
+        assert "dsd: --pool dsd: " in said("flows.cli", "watch", "--pool", "dsd")  # whom no worker has made yet
+        started.append(start("prefect", "worker", "start", "--pool", "dsd", "--type", "process"))
+        until(lambda: "dsd" in said("prefect", "work-pool", "ls"))
+        assert said("flows.cli", "watch", "--pool", "dsd").startswith("watch/watch: in the work pool dsd, at */15")
+        shown = said("prefect", "deployment", "inspect", "watch/watch")
+        assert "*/15 * * * *" in shown and "CANCEL_NEW" in shown
+        said("prefect", "deployment", "run", "watch/watch")
+        until(lambda: Registry().alias(CHAMPION) is not None)
+        assert [version.name for version in Registry().versions()] == ["a"]
+    finally:
+        for process in reversed(started):
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def git(*arguments: str) -> str:

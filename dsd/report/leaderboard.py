@@ -118,22 +118,19 @@ def scores(board: Board, entries: Sequence[Entry], caption: str) -> Table:
                 *(cell(entry, name) for name in board.metrics),
                 Cell(f"{percent(entry.mean)} %" if entry.scores else NONE),
                 Cell(entry.verdict or NONE, mark=MARKS.get(entry.verdict, "")),
-                Cell(date(entry.when)),
+                Cell(f"{entry.when:%Y-%m-%d}"),
                 Cell(entry.commit[:8] + "+" * entry.commit.endswith("+")),
-                Cell(entry.digest[:8] if "@" not in entry.digest else entry.digest.rpartition("@")[2][:8]),
             ],
             "total" if entry.champion else "",
         )
         for entry in entries
     ]
-    sizes = {
-        name: {e.scores[name].n for e in entries if name in e.scores} for name in board.metrics
-    }  # one and the same with the params of now
+    sizes = {name: {e.scores[name].n for e in entries if name in e.scores} for name in board.metrics}
     columns = [
         f"{name}\n{metric}, n = {' or '.join(map(count, sorted(sizes[name]))) or NONE}"
         for name, metric in board.metrics.items()
     ]
-    return Table(caption, ["checkpoint", "version", *columns, "mean", "verdict", "when", "code", "digest"], rows)
+    return Table(caption, ["checkpoint", "version", *columns, "mean", "verdict", "measured", "code"], rows)
 
 
 MARKS = {"promoted": "higher", "kept out": "no", "not compared": "lower"}  # a verdict's colour
@@ -172,7 +169,7 @@ def failures(board: Board) -> Table:
             [
                 Cell(str(failure.attempts)),
                 Cell("given up" if failure.given_up else "is tried again", mark="lower" if failure.given_up else ""),
-                Cell(date(failure.when)),
+                Cell(f"{failure.when:%Y-%m-%d %H:%M} UTC"),
                 Cell(failure.reason),
             ],
         )
@@ -192,7 +189,3 @@ def trends(board: Board) -> list[figures.Drawing]:
         champion = next((place for place, entry in enumerate(entries) if entry.champion), None)
         drawn.append(figures.trend(name, metric, places, champion))
     return drawn
-
-
-def date(when: datetime) -> str:
-    return f"{when:%Y-%m-%d %H:%M} UTC"
