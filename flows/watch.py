@@ -148,7 +148,7 @@ class _Tick:
     def _champion(self) -> str | None:
         """Its digest: it always comes first, since the others are compared with it."""
         champion = self._registry.alias(CHAMPION)
-        return champion and champion.digest
+        return None if champion is None else champion.digest
 
     def _clear(self, new: list[Checkpoint]) -> None:
         """Removes the clones that nothing goes on with."""
