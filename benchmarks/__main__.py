@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import executors, plain, serving
+from benchmarks import executors, plain, serving, watching
 from benchmarks.drift import drift
 from benchmarks.setting import PREPARED, engine_over
 from dsd import growth, replay
@@ -262,6 +262,12 @@ def reproduction() -> dict[str, Result]:
     }
 
 
+def watch() -> dict[str, Result]:
+    """Of a finished run until the gate has spoken, and of a tick that finds nothing new."""
+    published, tick = watching.seconds()
+    return {"publish_seconds": at_most(published, "s", 15), "watch_tick_seconds": at_most(tick, "s", 5)}
+
+
 def main() -> None:
     if not PREPARED.exists():
         sys.exit(f"bench: {PREPARED}: no such folder; run `make reproduce` first")
@@ -275,6 +281,7 @@ def main() -> None:
     try:
         results |= races()
         results |= reproduction()
+        results |= watch()
     except DataError as error:
         sys.exit(f"bench: {error}")
     finally:

@@ -52,8 +52,8 @@ class Engine:
     ) -> None:
         """latents [B, C, r, r] by image id; hidden [T, M, D] and content [T, M] by text.
 
-        `cores`: batches are cut as on a processor of so many, so that two processes' evidence is the same to the bit; None:
-        as many as this one has threads.
+        `cores`: batches are cut as on a processor of so many, so that two processes' evidence is the same to the bit;
+        None: as many as this one has threads.
         """
         self.backbone, self.evidence, self.batch_size = backbone, evidence, batch_size
         self._as_on = cores

@@ -91,10 +91,9 @@ def judge(params: Params, challenger: Mapping[str, Ranks], champion: Mapping[str
     checked(params, list(challenger))
     if champion is None:
         return Verdict(True, "there was no champion", {})
+    for name in others_asked(params, challenger, champion):
+        raise DataError(f"{name}: the champion was asked other examples; evaluate it anew under these params first")
     names = [name for name in params.gate.datasets if name in challenger]
-    for name in names:
-        if name not in champion or champion[name].examples != challenger[name].examples:
-            raise DataError(f"{name}: the champion was asked other examples; evaluate it anew under these params first")
     compared = _compare(params, {name: (challenger[name], champion[name]) for name in names})
     better = [name for name, c in compared.items() if c.better]
     lost = [name for name, c in compared.items() if not c.kept]
@@ -106,6 +105,12 @@ def judge(params: Params, challenger: Mapping[str, Ranks], champion: Mapping[str
     else:
         reason = f"not shown to be better, and a tie keeps the champion: {_listed(list(compared), compared)}"
     return Verdict(False, reason, compared)
+
+
+def others_asked(params: Params, challenger: Mapping[str, Ranks], champion: Mapping[str, Ranks]) -> list[str]:
+    """The datasets of `gate` on which the champion was asked other examples than the challenger, or none."""
+    names = [name for name in params.gate.datasets if name in challenger]
+    return [n for n in names if n not in champion or champion[n].examples != challenger[n].examples]
 
 
 def _compare(params: Params, sides: Mapping[str, tuple[Ranks, Ranks]]) -> dict[str, Compared]:

@@ -480,6 +480,43 @@ class ServingParams(Bounds):
     prompt: str | None
 
 
+class FolderSource(_Params):
+    """Every checkpoint in a folder: a folder in the diffusers layout each, or one file .safetensors.
+
+    config, revision: of such files, as in a row of `backbones`.
+    """
+
+    kind: Literal["folder"]
+    path: str
+    config: str | None
+    revision: str | None
+
+
+class HubSource(_Params):
+    """A repository on the hub, at the commit that `revision`, a branch, is at today."""
+
+    kind: Literal["hub"]
+    source: str
+    revision: str
+
+
+class RegisteredSource(_Params):
+    """Every checkpoint that was measured before."""
+
+    kind: Literal["registered"]
+
+
+SourceParams = Annotated[FolderSource | HubSource | RegisteredSource, Field(discriminator="kind")]
+
+
+class WatchParams(_Params):
+    """When to look for checkpoints, where, and how often one that failed is tried in all."""
+
+    cron: Annotated[str, Field(pattern=r"^\S+( \S+){4}$")]  # minute, hour, day of the month, month, day of the week
+    attempts: Positive
+    sources: dict[str, SourceParams]
+
+
 class FitParams(_Params):
     steps: Positive
     batch: Positive
@@ -536,6 +573,7 @@ class Params(_Params):
     report: ReportParams
     gate: GateParams
     serving: ServingParams
+    watch: WatchParams
     pretrain: PretrainParams
 
     @model_validator(mode="after")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +24,7 @@ from dsd.errors import DsdError
 if TYPE_CHECKING:
     from dsd.matcher import Heatmap
     from dsd.params import Params
+    from dsd.report.leaderboard import Board
 
 MAX_PIXELS = 40_000_000  # as the matcher has it
 
@@ -138,6 +141,107 @@ def serve(
         from flows.serving import serve as answer
 
         answer(model, host, port)
+
+
+@app.command()
+def watch(
+    once: Annotated[
+        bool, typer.Option("--once", help="One tick, now and in this process; no server is needed.")
+    ] = False,
+    pool: Annotated[
+        str | None,
+        typer.Option(help="Let the workers of this Prefect work pool tick, at the server of PREFECT_API_URL."),
+    ] = None,
+) -> None:
+    """Evaluate every new checkpoint of `watch.sources` by itself, at the times of `watch.cron` in params.yaml.
+
+    Each runs in a clone of its own, is entered into the registry and challenges the champion; the leaderboard says what
+    came of it. Without --pool it ticks until it is ended, at the server of PREFECT_API_URL or under one of its own.
+
+    \b
+    Examples:
+      dsd watch --once
+      dsd watch
+      dsd watch --pool dsd
+    """
+    with one_line_errors():
+        if once:
+            from flows.watch import tick
+
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+            told = tick()
+            print("\n".join(told.lines))
+            sys.exit(told.failed > 0)
+        from dsd.params import load
+
+        cron = load().watch.cron
+        if pool is not None:
+            if "PREFECT_API_URL" not in os.environ:
+                raise DsdError("PREFECT_API_URL: not set; --pool needs a server (http://127.0.0.1:4200/api, say)")
+            from flows.schedule import deploy
+
+            print(f"{deploy(cron, pool)}: in the work pool {pool}, at {cron}")
+            return
+        # The runs of this workspace may have a server of their own, whose database is theirs.
+        with TemporaryDirectory(prefix="dsd-watch-") as home:
+            os.environ["PREFECT_HOME"] = home
+            from flows.reproduce import server
+
+            with server():
+                from flows.schedule import serve
+
+                serve(cron)
+
+
+@app.command()
+def leaderboard(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the page here; the watch keeps data/leaderboard/index.html.")
+    ] = None,
+) -> None:
+    """Show all measured checkpoints, the champion, what the gate said of each, and those that failed.
+
+    \b
+    Examples:
+      dsd leaderboard
+      dsd leaderboard --json
+      dsd leaderboard --html leaderboard.html
+    """
+    with one_line_errors():
+        from dsd.params import load
+        from dsd.report.leaderboard import write
+        from flows.leaderboard import board
+        from flows.registry import Registry
+
+        found = board(load(), Registry())
+        if html is not None:
+            print(f"page: {write(found, html)}")
+    if as_json:
+        show_json(asdict(found))
+    elif html is None:
+        tell_board(found)
+
+
+def tell_board(found: Board) -> None:
+    """Prints the leaderboard as tables; what has no rows is left out."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dsd.report.leaderboard import failures, scores
+
+    console = Console(highlight=False, markup=False)
+    others = scores(found, found.others, "measured with other params")
+    shown = [content for content in (scores(found, found.ranked, ""), others, failures(found)) if content.rows]
+    for content in shown:
+        table = Table(box=None, pad_edge=False, title=content.caption or None, title_justify="left")
+        for heading in content.head:
+            table.add_column(heading, overflow="fold")
+        for row in content.rows:
+            table.add_row(row.head, *(f"{cell.text} {cell.interval}".strip() for cell in row.cells))
+        console.print(table)
+    if not shown:
+        console.print("nothing was measured yet; `dsd promote` enters this workspace's results, `dsd watch` new ones")
 
 
 def tell(params: Params, *, as_json: bool) -> int:
@@ -288,7 +392,7 @@ def show(headings: Sequence[str], rows: Iterable[Sequence[str]], number: str = "
 
 
 def show_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
 def draw(heatmap: Heatmap, path: Path) -> None:

@@ -21,26 +21,31 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from dsd.errors import DataError, DsdError
-from dsd.gate import Ranks, Verdict, judge
-from dsd.matching import read_examples
-from dsd.params import Params, prompted, raced
+from dsd.params import BackboneParams, Params, backbone_of, prompted, raced
 from dsd.store import digest, file_digest
 from flows.tracking import Runs, locked, log_metrics
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # it loads scipy, and a server, which who only looks up can do without
+    from dsd.gate import Ranks, Verdict
     from flows.serving import Settings
 
 BACKBONE = "dsd-backbone"
 CHAMPION, CHALLENGER = "champion", "challenger"
+PROMOTED, KEPT_OUT, NOT_COMPARED = "promoted", "kept out", "not compared"  # the gate's verdicts
 # What no result depends on, and what stands apart from those of `evaluate`.
-ASIDE = {"runtime", "backbone", "backbones", "ablations", "studies", "races", "report", "gate", "serving", "pretrain"}
+ASIDE = {
+    *("runtime", "backbone", "backbones", "ablations", "studies", "races", "report", "gate", "serving", "watch"),
+    "pretrain",
+}
 
 
 @dataclass(frozen=True)
 class Version:
     """A measured checkpoint: where it is, what it is, what was found, and what the gate said of it ("" if unasked).
 
+    row: that of `backbones` by which it can be had again.
     metrics: dataset → method → metric → value, low, high, n.
+    compared, against: by dataset the `Compared` with a champion, and the number of that one's version.
     """
 
     number: int
@@ -48,13 +53,20 @@ class Version:
     digest: str
     source: str
     revision: str | None
+    row: BackboneParams
     metrics: dict[str, Any]
     verdict: str
     reason: str
+    compared: dict[str, Any]
+    against: int | None
     commit: str
     lock: str
     created: datetime
     run: str
+
+    @property
+    def name(self) -> str:
+        return Path(self.source).name
 
 
 def prompt_model(dataset: str) -> str:
@@ -63,9 +75,10 @@ def prompt_model(dataset: str) -> str:
 
 def evaluation_key(params: Params, identity: str) -> str:
     """The digest of a checkpoint's own digest and of every setting that its results depend on."""
-    others = {name: row for name, row in params.backbones.items() if name != params.backbone}
+    used = {name: params.backbones[name] for m in params.methods if (name := backbone_of(params, m)) != params.backbone}
     aside = ASIDE - {"races"} if raced(params) else ASIDE
-    return digest(identity, others, params.model_dump(mode="json", exclude=aside))
+    arithmetic = params.backbones[params.backbone].dtype
+    return digest(identity, arithmetic, used, params.model_dump(mode="json", exclude=aside))
 
 
 class Registry:
@@ -125,29 +138,40 @@ class Registry:
     def challenge(self, params: Params, challenger: Version) -> Verdict:
         """Lets a version challenge the champion; the verdict stands in its tags, and the aliases follow it.
 
+        Where the champion itself was asked other examples than before, nobody can be compared with what it answered
+        then: its new version takes the place of the old one.
+
         Raises:
-            DsdError: see `dsd.gate.judge`.
+            DsdError: see `dsd.gate.judge`; the tags say it too, as the reason why it was not compared.
         """
+        from dsd.gate import Verdict, judge, others_asked
+
         with locked():
             champion = self.alias(CHAMPION)
             if champion is not None and champion.number == challenger.number:
                 return Verdict(False, "it is the champion already", {})
-            verdict = judge(
-                params,
-                self.ranks(challenger, params.gate.method),
-                None if champion is None else self.ranks(champion, params.gate.method),
-            )
-            tags = {
-                "dsd.verdict": "promoted" if verdict.promoted else "kept out",
-                "dsd.reason": verdict.reason,
-                "dsd.compared": json.dumps({name: asdict(compared) for name, compared in verdict.compared.items()}),
-                "dsd.against": "" if champion is None else str(champion.number),
-            }
-            for name, value in tags.items():
-                self.client.set_model_version_tag(BACKBONE, str(challenger.number), name, value)
+            against = {} if champion is None else {"dsd.against": str(champion.number)}
+            try:
+                asked = self.ranks(challenger, params.gate.method)
+                before = None if champion is None else self.ranks(champion, params.gate.method)
+                own = champion is not None and champion.digest == challenger.digest
+                if own and before is not None and others_asked(params, asked, before):
+                    verdict = Verdict(True, "the champion itself, measured on other examples than before", {})
+                else:
+                    verdict = judge(params, asked, before)
+            except DsdError as error:
+                self._tag(challenger, {"dsd.verdict": NOT_COMPARED, "dsd.reason": str(error), **against})
+                raise
+            compared = json.dumps({name: asdict(compared) for name, compared in verdict.compared.items()})
+            told = {"dsd.verdict": PROMOTED if verdict.promoted else KEPT_OUT, "dsd.reason": verdict.reason}
+            self._tag(challenger, {**told, "dsd.compared": compared, **against})
             if verdict.promoted:
                 self._promote(challenger)
         return verdict
+
+    def _tag(self, version: Version, tags: Mapping[str, str]) -> None:
+        for name, value in tags.items():
+            self.client.set_model_version_tag(BACKBONE, str(version.number), name, value)
 
     def ranks(self, version: Version, method: str) -> dict[str, Ranks]:
         """By dataset, how a method answered the test examples with a version.
@@ -155,6 +179,8 @@ class Registry:
         Raises:
             DataError: it was not measured by that method.
         """
+        from dsd.gate import Ranks
+
         found = {}
         with TemporaryDirectory() as folder:
             told = json.loads(Path(self.client.download_artifacts(version.run, "ranks.json", folder)).read_text())
@@ -277,12 +303,12 @@ def prompts(params: Params, root: Path, datasets: Any) -> dict[str, Path]:
 
 
 def commit(root: Path) -> str:
-    """The commit that a workspace is at, with a plus where tracked files differ from it; "" outside of git."""
+    """The commit that a workspace is at, with a plus where its code differs from it; "" outside of git."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "dsd", "flows", "dvc.yaml")
     return git("rev-parse", "HEAD") + ("+" if changed else "")
 
 
@@ -305,6 +331,9 @@ def _served(params: Params, root: Path, identity: str) -> tuple[Settings, Path |
 
 def _ranks(params: Params, root: Path, dataset: str) -> dict[str, Any]:
     """`Ranks` of every method, which share the examples."""
+    from dsd.gate import Ranks
+    from dsd.matching import read_examples
+
     examples = read_examples(root / "data" / "prepare" / dataset / "examples.parquet", "test")
     scores = pq.read_table(root / "data" / "evaluate" / "scores" / f"{dataset}.parquet", columns=["method", "rank"])
     ranks: dict[str, list[int]] = {}
@@ -315,15 +344,20 @@ def _ranks(params: Params, root: Path, dataset: str) -> dict[str, Any]:
 
 def _version(found: ModelVersion) -> Version:
     tags = {name.removeprefix("dsd."): value for name, value in found.tags.items()}
+    measured = json.loads(tags["params"])
+    row = measured["backbones"][measured["backbone"]]
     return Version(
         number=int(found.version),
         key=tags["key"],
         digest=tags["digest"],
         source=tags["source"],
         revision=tags["revision"] or None,
+        row=BackboneParams.model_validate({**row, "source": tags["source"], "digest": tags["digest"]}),
         metrics=json.loads(tags["metrics"]),
         verdict=tags.get("verdict", ""),
         reason=tags.get("reason", ""),
+        compared=json.loads(tags.get("compared", "{}")),
+        against=int(tags["against"]) if "against" in tags else None,
         commit=tags["commit"],
         lock=tags["lock"],
         created=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),

@@ -48,7 +48,7 @@ from dsd.params import (
     RuntimeParams,
     noise_of,
 )
-from flows.tracking import uri
+from flows.stores import uri
 
 if TYPE_CHECKING:
     from dsd.matcher import Heatmap, Matcher, Picture

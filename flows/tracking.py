@@ -80,6 +80,16 @@ class Runs:
         newest = ["attributes.start_time DESC"]
         return list(self.client.search_runs([self.experiment], where, order_by=newest))
 
+    def every(self, kind: str) -> list[Run]:
+        """All runs of a kind, the newest first."""
+        where, newest = f"tags.`dsd.kind` = '{kind}'", ["attributes.start_time DESC"]
+        found: list[Run] = []
+        token: str | None = None
+        while token is None or token:
+            page = self.client.search_runs([self.experiment], where, order_by=newest, page_token=token)
+            found, token = [*found, *page], page.token or ""
+        return found
+
     def finished(self, kind: str, key: str) -> Run | None:
         """The finished run of a kind and key, if there is one; what a killed publication left is removed."""
         done = None

@@ -58,7 +58,7 @@ def test_a_stage_sees_the_params_that_dvc_knows_of(one_dataset: Path) -> None:
 
 def test_every_section_is_declared_somewhere(workspace: Path) -> None:
     names = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
-    assert set().union(*map(declared, names)) | {"runtime", "gate", "serving"} == set(Params.model_fields)
+    assert set().union(*map(declared, names)) | {"runtime", "gate", "serving", "watch"} == set(Params.model_fields)
 
 
 @stage

@@ -44,7 +44,7 @@ def measured(workspace: Path, database: Path, models: Path) -> Params:
     write_examples(workspace / "data" / "prepare" / COM / "examples.parquet", (("test", e) for e in EXAMPLES))
     measure(150)
     subprocess.run(["git", "init", "-q"], check=True)
-    subprocess.run(["git", "add", "params.yaml"], check=True)
+    subprocess.run(["git", "add", "params.yaml", "dvc.yaml"], check=True)
     who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     subprocess.run(["git", *who, "commit", "-qm", "settings"], check=True)
     return load()
@@ -94,9 +94,37 @@ def test_a_version_is_a_reference_and_a_prompt_a_few_kilobytes(measured: Params)
     assert json.loads(prompt.tags["dsd.params"])["seed"] == 0 and prompt.tags["dsd.lock"] == version.lock
 
 
-def test_changes_that_are_not_committed_show(measured: Params) -> None:
+def test_code_that_is_not_committed_shows(measured: Params) -> None:
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace("seed: 0", "seed: 1", 1))
-    assert Registry().register(load(), Path()).commit.endswith("+")
+    assert not Registry().register(load(), Path()).commit.endswith("+")  # params are tags of their own
+    Path("dvc.yaml").write_text("stages: {}\n")
+    assert Registry().register(measured, Path()).commit.endswith("+")
+
+
+def test_the_champion_on_other_examples_takes_its_own_place(measured: Params) -> None:
+    registry = Registry()
+    registry.challenge(measured, registry.register(measured, Path()))
+    others = measured.model_copy(update={"seed": 1})
+    write_examples(Path("data/prepare", COM, "examples.parquet"), (("test", e) for e in EXAMPLES[::-1]))
+    other = measured.backbones["embedded"].model_copy(update={"prediction": "v_prediction"})
+    rows = {**measured.backbones, "embedded": other}
+    another = registry.register(others.model_copy(update={"backbones": rows}), Path())
+    with pytest.raises(DataError, match="the champion was asked other examples"):
+        registry.challenge(others, another)
+    told = registry.versions()[0]
+    assert (told.verdict, told.against) == ("not compared", 1) and "was asked other examples" in told.reason
+    verdict = registry.challenge(others, registry.register(others, Path()))
+    assert (verdict.promoted, verdict.reason) == (True, "the champion itself, measured on other examples than before")
+    assert aliases()[CHAMPION] == 3
+    assert not registry.challenge(others, another).promoted  # a tie now
+
+
+def test_a_version_knows_the_row_that_it_can_be_had_by(measured: Params) -> None:
+    from dsd.backbones.checkpoint import locate
+
+    version = Registry().register(measured, Path())
+    assert version.row.digest == version.digest == locate(version.row)[1]
+    assert version.row.source == version.source and version.name == "embedded"
 
 
 def test_other_results_are_another_version(measured: Params) -> None:

@@ -15,7 +15,7 @@ from dsd.report.gallery import MAPPED, BackboneHeatMaps, HeatMaps, gallery, nois
 from dsd.report.inputs import Dataset, read_claims, read_datasets, read_growth, read_races, read_studies, read_timings
 from dsd.store import write_atomic
 
-__all__ = ["build"]
+__all__ = ["build", "environment"]
 
 
 def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = None) -> Path:
@@ -41,7 +41,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
     clips = [name for name, row in params.methods.items() if isinstance(row, ContrastiveMethod) and row.tuned == "none"]
     shown = [d for d in datasets if method in d.results]
     page = (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             params=params,
@@ -85,7 +85,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
     return target / "index.html"
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
     return Environment(
         loader=PackageLoader("dsd.report", "."),
         autoescape=True,

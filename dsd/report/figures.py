@@ -220,6 +220,33 @@ def costs(name: str, caption: str, fronts: Mapping[str, Sequence[tuple[float, fl
     return Drawing(to_svg(figure, name, alt), caption)
 
 
+def trend(dataset: str, metric: str, places: Sequence[tuple[str, Interval, bool]], champion: int | None) -> Drawing:
+    """A metric of one checkpoint after the other, in the order of time, with intervals.
+
+    Args:
+        places: label, value, and whether it was found with the params of now; what was not stands back.
+        champion: the place that is marked, with a dashed line at its height.
+    """
+    figure, (ax,) = _figure(2.9)
+    (colour, marker), (other, _) = look(1), look(7)
+    for x, (_, v, now) in enumerate(places):
+        shade, solid = (colour, 1.0) if now else (other, 0.6)
+        ax.plot([x, x], [100 * v.low, 100 * v.high], color=shade, lw=1.8, alpha=solid, solid_capstyle="round")
+        ax.plot(x, 100 * v.value, marker, color=shade, ms=5, mew=0, alpha=solid)
+    if champion is not None:
+        height = 100 * places[champion][1].value
+        ax.axhline(height, color=INK, alpha=0.7, lw=1, ls=(0, (3, 2)))
+        ax.plot(champion, height, "*", color=look(2)[0], ms=13, mew=0)
+    shown = [round(x) for x in np.linspace(0, len(places) - 1, min(len(places), 6))]
+    ax.set_xticks(shown, [places[x][0] for x in shown])
+    ax.set(ylabel=f"{metric}, %", xlim=(-0.5, len(places) - 0.5))
+    ax.grid(axis="y")
+    first, last = places[0][1].value, places[-1][1].value
+    said = f"from {100 * first:.1f} % to {100 * last:.1f} % over {len(places)} checkpoints"
+    best = "" if champion is None else f"; the champion has {100 * places[champion][1].value:.1f} %"
+    return Drawing(to_svg(figure, f"trend-{slug(dataset)}", f"{dataset}, {metric}: {said}{best}."), dataset)
+
+
 def _line(
     ax: Axes, xs: Sequence[float], values: Sequence[Interval], look: tuple[str, str], label: str | None = None
 ) -> None:

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from math import floor, log10
 from pathlib import Path
 from random import Random
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dsd.backbones import device_of, load_diffusion
-from dsd.matcher import Heatmap, Matcher
 from dsd.matching import MatchingExample
 from dsd.params import ContrastiveMethod, Params, under_test
 from dsd.pictures import Pictures
-from dsd.prompts import PROMPT, AttentionPrompt
 from dsd.report.inputs import Dataset
+
+if TYPE_CHECKING:
+    from dsd.matcher import Heatmap, Matcher
 
 MAPPED = 6  # examples of a dataset, right and wrong each, that heat maps are drawn for: they cost U-Net passes
 SHOWN = 3  # candidates of an example that are listed, the true one apart
@@ -47,9 +47,14 @@ class HeatMaps(Protocol):
 
 
 class BackboneHeatMaps:
-    """Heat maps of the method under test: one backbone, and the attention prompt of each dataset if it has one."""
+    """Heat maps of the method under test: one backbone, and the attention prompt of each dataset if it has one.
+
+    It alone loads torch: other pages are made of the same tables and figures.
+    """
 
     def __init__(self, params: Params, trained: Path) -> None:
+        from dsd.backbones import device_of, load_diffusion
+
         self._name = under_test(params)
         method = params.methods[self._name]
         assert not isinstance(method, ContrastiveMethod)  # which is what `under_test` looks for
@@ -74,6 +79,9 @@ class BackboneHeatMaps:
         return self._matchers[dataset]
 
     def _opened(self, dataset: str) -> Matcher:
+        from dsd.matcher import Matcher
+        from dsd.prompts import PROMPT, AttentionPrompt
+
         prompt = None
         if self._method.prompt == "few-shot":
             prompt = AttentionPrompt.load(self._trained / dataset / self._name / PROMPT, self._backbone.digest)

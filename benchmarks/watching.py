@@ -1,0 +1,73 @@
+"""What a finished run costs until the gate has spoken, and what a tick that finds nothing new costs, each as a process.
+
+Both work on a store of their own, beside the results of this workspace.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import yaml
+
+from dsd.params import FolderSource, RegisteredSource, load
+from flows import DATA
+
+ROOT = Path(__file__).parent.parent
+
+
+def seconds() -> tuple[float, float]:
+    """Of publishing, registering and gating this workspace's results; and of a tick over what is then registered."""
+    with TemporaryDirectory() as folder:
+        store = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "PYTHONPATH": str(ROOT)}
+
+        def taken(*words: str, within: str = ".") -> float:
+            start = time.perf_counter()
+            command = [sys.executable, "-m", *words]
+            subprocess.run(command, cwd=within, env={**os.environ, **store}, check=True, capture_output=True)
+            return time.perf_counter() - start
+
+        taken("benchmarks.watching", "champion")
+        published = taken("benchmarks.watching", "challenger")
+        _watched(Path(folder))
+        ticks = [taken("flows.cli", "watch", "--once", within=folder) for _ in range(4)]
+        return published, median(ticks[1:])  # the first reads the checkpoint's files
+
+
+def _watched(folder: Path) -> None:
+    """A workspace with the checkpoint of this one as a folder and as a version of the registry."""
+    params = load()
+    sources = {
+        "folder": FolderSource(kind="folder", path="checkpoints", config=None, revision=None),
+        "registered": RegisteredSource(kind="registered"),
+    }
+    settings = params.model_copy(update={"watch": params.watch.model_copy(update={"sources": sources})})
+    (folder / "params.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "own").symlink_to(Path(params.backbones[params.backbone].source).resolve())
+    for name in {row.source for row in params.backbones.values() if Path(row.source).exists()}:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(Path(name).resolve())
+
+
+def main() -> None:
+    """Enters this workspace's results; as the champion with other params, so that there is one to compare with."""
+    from flows.registry import Registry
+    from flows.tracking import publish
+
+    params, registry = load(), Registry()
+    if sys.argv[1] == "champion":
+        other = params.evaluate.model_copy(update={"resamples": params.evaluate.resamples + 1})
+        params = params.model_copy(update={"evaluate": other})
+    else:
+        publish(params, DATA)
+    registry.challenge(params, registry.register(params, Path()))
+
+
+if __name__ == "__main__":
+    main()

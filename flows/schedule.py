@@ -1,0 +1,44 @@
+"""When the watch ticks: as a deployment of Prefect, in this process or in those of a work pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+from prefect.exceptions import ObjectNotFound
+
+from dsd.errors import DsdError
+from flows.watch import tick
+
+NAME = "watch"
+# A tick that comes while another is at work would find nothing to do when that has ended.
+ALONE = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
+
+
+@flow(name=NAME, persist_result=False, log_prints=True)
+def watch() -> None:
+    """One tick; it fails where a checkpoint or a source did."""
+    told = tick()
+    print("\n".join(told.lines))
+    if told.failed:
+        raise DsdError(f"{told.failed} failed: {'; '.join(told.lines)}")
+
+
+def serve(cron: str) -> None:
+    """Ticks in processes that this one starts, until it is ended."""
+    watch.serve(name=NAME, cron=cron, global_limit=ALONE, print_starting_message=False)
+
+
+def deploy(cron: str, pool: str) -> str:
+    """Enters the watch of this workspace into a work pool, whose workers tick here; returns the deployment's name.
+
+    Raises:
+        DsdError: there is no such pool.
+    """
+    here = watch.from_source(source=str(Path().resolve()), entrypoint="flows/schedule.py:watch")
+    try:
+        here.deploy(name=NAME, work_pool_name=pool, cron=cron, concurrency_limit=ALONE, print_next_steps=False)
+    except (ObjectNotFound, ValueError) as error:
+        raise DsdError(f"--pool {pool}: {' '.join(str(error).split())[:200]}") from None
+    return f"{NAME}/{NAME}"
