@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import dsd.needs
 from dsd.evidence import normalises, requests
 from dsd.fusion import fitting_examples
 from dsd.matching import read_examples
-from dsd.needs import RATE, UNet, disk, needs, passes
-from dsd.params import BackboneParams, Params, noise_of
+from dsd.needs import RATE, UNet, disk, evaluations, needs, passes
+from dsd.params import (
+    BackboneParams,
+    HierarchicalSchedule,
+    Params,
+    ScheduleParams,
+    ShortlistParams,
+    StagedSchedule,
+    load,
+    noise_of,
+)
+from dsd.replay import course_of
+from dsd.schedules import Race
 from dsd.scoring import prompts
 from flows import cli, presets
 from tests.conftest import ROOT
+from tests.raced import few
 from tests.real import UNET
 from tests.tiny import row
 
@@ -70,6 +86,69 @@ def test_what_cannot_be_had_is_told_and_the_rest_too(params: Params, tmp_path: P
     broken = with_backbone(params, configured(tmp_path / "broken", block_out_channels=3))
     (problem,) = (need.problem for need in needs(broken, free=10**12) if need.what == "U-Net")
     assert problem is not None and "unet/config.json makes no U-Net" in problem and "\n" not in problem
+
+
+def test_texts_that_are_too_many_take_no_disk_and_are_told(params: Params, tmp_path: Path) -> None:
+    real = with_backbone(params, configured(tmp_path / "sd2", **UNET))
+    unet, count = UNet.of(real), 9 + round(0.15 * 60)  # a text an example
+    size = count * unet.text / 1e9
+    for gigabytes, there in ((size, True), (0.99 * size, False)):
+        of = real.model_copy(update={"runtime": real.runtime.model_copy(update={"cache_gigabytes": gigabytes})})
+        told = [(need.where, need.amount) for need in needs(of, free=10**12) if need.unit == "texts"]
+        why = "scenes-com, 0 GB are more than runtime.cache_gigabytes"
+        assert told == ([] if there else [(why, count)])
+        without = disk("scenes-com", real, replace(unet, text=0))
+        assert disk("scenes-com", of, unet) == without + (count * unet.text if there else 0)
+
+
+SHORTLISTS = st.none() | st.builds(dict, proposer=st.just("clip-zero-shot"), keep=st.integers(1, 20))
+BUDGETS = st.none() | st.floats(1, 9)
+STAGES = st.integers(1, 3).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.integers(1, 15), min_size=n, max_size=n).map(lambda kept: sorted(kept, reverse=True)),
+        st.lists(st.integers(1, 8), min_size=n, max_size=n, unique=True).map(sorted),
+    )
+)
+ROWS = st.one_of(
+    st.builds(
+        lambda stages, **row: StagedSchedule(kind="staged", to_keep=stages[0], n_samples=stages[1], **row),
+        STAGES,
+        shortlist=SHORTLISTS,
+        budget=BUDGETS,
+    ),
+    st.builds(
+        HierarchicalSchedule,
+        kind=st.just("hierarchical"),
+        shortlist=SHORTLISTS,
+        budget=BUDGETS,
+        direction=st.sampled_from(["clean", "noisy", "middle"]),
+        samples=st.integers(1, 2),
+        beam_factor=st.floats(1, 4),
+        patience=st.integers(1, 9),
+        shrinking=st.booleans(),
+    ),
+)
+
+
+@settings(deadline=None)
+@given(ROWS, st.integers(1, 16), st.integers(0, 99))
+def test_a_race_takes_no_more_evaluations_than_are_told(row: ScheduleParams, candidates: int, seed: int) -> None:
+    races, rng = few(load(ROOT / "params.yaml").races), np.random.default_rng(seed)
+    course, budget = course_of(row, races, {}), row.budget and int(row.budget * candidates)
+    proposal = rng.normal(size=candidates) if course.proposer else None
+    race = Race(candidates, course.schedule, proposal, budget)
+    while len(asked := race.asks()):
+        race.tell(rng.normal(size=len(asked)))
+    assert race.evaluations <= evaluations(row, candidates, races)
+
+
+@pytest.mark.parametrize(
+    ("keep", "budget", "expected"), [(4, None, 4 * 2 + 2 * 6), (None, None, 10 * 2 + 2 * 6), (4, 1.5, 15), (1, None, 8)]
+)
+def test_stages_cost_what_they_keep(keep: int | None, budget: float | None, expected: int) -> None:
+    listed = keep and ShortlistParams(proposer="clip-zero-shot", keep=keep)
+    row = StagedSchedule(kind="staged", to_keep=(2, 1), n_samples=(2, 8), shortlist=listed, budget=budget)
+    assert evaluations(row, 10, few(load(ROOT / "params.yaml").races)) == expected
 
 
 def test_a_dry_run_prints_a_table_and_changes_nothing(

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dsd.errors import ParamsError
-from dsd.params import NoisyTrainingParams, load, prompted, trained, twin, under_test
+from dsd.params import NoisyTrainingParams, Params, load, prompted, trained, twin, under_test
 from tests.conftest import ROOT
 
 Settings = dict[str, Any]
@@ -133,6 +133,34 @@ def test_nothing_need_learn(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(settings))
     with pytest.raises(ParamsError, match="methods: none sees with the diffusion model; one must"):
         load(path)
+
+
+def test_what_has_a_schedule_may_learn_and_needs_its_pooling(tmp_path: Path) -> None:
+    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    levels = settings["races"]["levels"]
+    listed = {"kind": "staged", "shortlist": None, "to_keep": [1], "n_samples": [4], "budget": None}
+    own = {**settings["methods"]["dsd"], "schedule": "listed", "levels": levels}
+    settings |= {"schedules": {"listed": listed}, "studies": {}}
+    path = tmp_path / "params.yaml"
+
+    def loaded(**methods: object) -> Params:
+        path.write_text(yaml.safe_dump(settings | {"methods": {**methods, **settings["methods"]}}, sort_keys=False))
+        return load(path)
+
+    assert prompted(loaded(first=own)) == "dsd"  # one without a schedule goes before
+    settings["ablations"]["methods"] = []
+    settings["races"]["datasets"] = {}
+    del settings["training"]["dsd"]
+    settings["methods"] = {name: row for name, row in settings["methods"].items() if row["scorer"] == "contrastive"}
+    with pytest.raises(ParamsError, match=r"methods\.first: learns, but training has no row first"):
+        loaded(first=own)
+    settings["training"]["first"] = yaml.safe_load((ROOT / "params.yaml").read_text())["training"]["dsd"]
+    params = loaded(first=own)
+    assert (prompted(params), trained(params)[0]) == ("first", "first")
+    with pytest.raises(ParamsError, match=r"methods\.first\.pooling: 'logsumexp' is not among evidence\.poolings"):
+        settings["evidence"]["poolings"] = ["maximum", "logits"]
+        settings["ablations"]["pooling"] = ["maximum"]
+        loaded(first=own)
 
 
 def test_what_learns_has_a_row() -> None:

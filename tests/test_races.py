@@ -11,17 +11,18 @@ import pytest
 
 from dsd.engine import Engine
 from dsd.errors import DataError, ParamsError
-from dsd.evaluation import raced_tables
+from dsd.evaluation import evaluate, raced_tables
 from dsd.evidence import UNCONDITIONAL, read_places
 from dsd.matching import MatchingExample, Pair, pairs, read_examples
-from dsd.params import NoiseParams, Params
+from dsd.params import NoiseParams, Params, prompted
 from dsd.races import entrants, live, methods, run
 from dsd.replay import Course, compare, replay
 from dsd.report.races import note
 from dsd.schedules import all_draws, hierarchical, shortlisted, staged
-from dsd.scoring import score, score_raced
+from dsd.scoring import prompts, score, score_raced
 from dsd.store import Store
 from dsd.tracks import Folders, Track, choices, proposals, right
+from dsd.training import train
 from tests.raced import LEVELS, few
 from tests.raced import entrants as made
 
@@ -237,6 +238,28 @@ def test_races_are_answered_from_the_evidence_of_the_same_stage(
         *(read_places(tmp_path / f, "denoising-staged", examples) for f in ("alone", "score")), strict=True
     ):
         np.testing.assert_array_equal(one, other)
+
+
+def test_all_methods_may_have_schedules_with_a_proposer(raced: Params, folders: Folders, tmp_path: Path) -> None:
+    """Nothing is asked of `make races`, and no evidence is left: the prompt is trained by a method with a schedule."""
+    listed = {"kind": "staged", "to_keep": [2, 1], "n_samples": [2, 8], "budget": None}
+    shortlist = {"proposer": "clip-zero-shot", "keep": 2}
+    whole = with_schedule(raced, listed={**listed, "shortlist": shortlist})
+    levels = whole.races.levels
+    methods = {
+        name: row.model_copy(update={"schedule": "listed", "levels": levels})
+        for name, row in whole.methods.items()
+        if name in ("dsd", "denoising")
+    } | {"clip-zero-shot": whole.methods["clip-zero-shot"]}
+    params = whole.model_copy(update={"methods": methods})
+    assert prompted(params) == "dsd" and not prompts(params)
+    list(train(DATASET, "dsd", params, folders.prepared, folders.cached, folders.trained / "dsd"))
+    target = tmp_path / "score"
+    assert score(DATASET, params, *folders, target, split="test")["rows"] == 0
+    costs = score_raced(DATASET, params, folders, tmp_path / "races", target, split="test")
+    assert costs == {"dsd": 2 * 8, "denoising": 2 * 8}
+    found = evaluate(DATASET, params, folders.prepared, target, tmp_path / "evaluate").results
+    assert list(found) == ["dsd", "denoising", "clip-zero-shot"]
 
 
 def test_racing_that_was_not_learned_is_one_line(raced: Params, folders: Folders, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from dsd.evaluation import SCHEMA, Results, hits_of, intervals, write_metrics
 from dsd.matcher import Heatmap
 from dsd.matching import MatchingExample, write_examples
 from dsd.metrics import SLOTS, rank
-from dsd.params import FusionMethod, Params, StudyParams, load, trained
+from dsd.params import ContrastiveMethod, FusionMethod, Params, StagedSchedule, StudyParams, load, trained
 from dsd.replay import compare as compare_schedules
 from dsd.report import build
 from dsd.report.figures import smooth
@@ -305,6 +305,23 @@ def test_the_page_is_one_well_formed_file(page: str) -> None:
     assert "http" not in page and "@import" not in page and "<script" not in page
     images, texts = (sum(n == name for t, n, v in parsed.attributes if t == "img" and v) for name in ("src", "alt"))
     assert images == texts > 0
+
+
+def test_a_page_where_every_method_has_a_schedule(params: Params, tmp_path: Path) -> None:
+    """As with thousands of candidates, of which a CLIP proposes some: there is no evidence to take apart."""
+    listed = StagedSchedule(kind="staged", shortlist=None, to_keep=(1,), n_samples=(4,), budget=None)
+    methods = {name: params.methods[name] for name in ("dsd-zero-shot", "dsd", "denoising", "clip-zero-shot")}
+    methods = {
+        name: row if isinstance(row, ContrastiveMethod) else row.model_copy(update={"schedule": "listed"})
+        for name, row in methods.items()
+    }
+    training = {"dsd": params.training["dsd"]}
+    ablations_ = params.ablations.model_copy(update={"methods": ()})
+    update = {"methods": methods, "training": training, "studies": {}, "ablations": ablations_}
+    bare = params.model_copy(update={**update, "schedules": {"listed": listed}})
+    write_results(bare, tmp_path)
+    told = build(bare, tmp_path, tmp_path / "report", FakeHeatMaps()).read_text(encoding="utf-8")
+    assert "dsd − dsd-zero-shot" in told and "Figure 5" not in told
 
 
 def test_a_page_where_nothing_has_learned(params: Params, tmp_path: Path) -> None:
