@@ -24,7 +24,7 @@ from dsd.params import Params
 from dsd.store import Store
 from dsd.tracks import Folders
 from dsd.training import train
-from flows.executors import Actor, Node, ahead, share
+from flows.executors import Actor, Node, ahead, probe, share
 from flows.stage import mistake
 from tests.workers import Deadly, Defective, Dies, Stubborn
 
@@ -228,6 +228,12 @@ def test_a_killed_actor_costs_nothing_but_its_work(
     assert content(target) == content(local)
     results = [evaluate(NAME, params, folders.prepared, scored, tmp_path).results for scored in (local, target)]
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "ray://127.0.0.1:1"])
+def test_a_cluster_that_does_not_answer_is_one_line(address: str) -> None:
+    with pytest.raises(DsdError, match=rf"^RAY_ADDRESS: no Ray cluster answers at {address}; give HOST:PORT of its"):
+        probe(address)
 
 
 @pytest.mark.ray
