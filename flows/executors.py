@@ -143,24 +143,35 @@ def cluster() -> Any:
         import ray.data
     except ImportError:
         raise DsdError("runtime.executor: ray is not installed; pip install 'dsd[ray]', or use local") from None
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     if ray.is_initialized():
         return ray
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS", "local")
+    if address not in ("local", "auto"):
+        probe(address)
     paths = os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH"))))
-    try:
-        ray.init(
-            address=address,
-            runtime_env={"env_vars": {"PYTHONPATH": paths}},
-            include_dashboard=False if address == "local" else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except ConnectionError as error:
-        raise DsdError(
-            f"RAY_ADDRESS: no Ray cluster answers at {address} ({' '.join(str(error).split())[:160]})"
-        ) from None
+    ray.init(
+        address=address,
+        runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        include_dashboard=False if address == "local" else None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     return ray
+
+
+def probe(address: str) -> None:
+    """Ray itself takes minutes to find out that nobody is there.
+
+    Raises:
+        DsdError: nobody is.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError):
+        line = f"RAY_ADDRESS: no Ray cluster answers at {address}; give HOST:PORT of its first machine"
+        raise DsdError(line) from None

@@ -24,7 +24,7 @@ from dsd.params import Params
 from dsd.store import Store
 from dsd.tracks import Folders
 from dsd.training import train
-from flows.executors import Actor, Node, ahead, share
+from flows.executors import Actor, Node, ahead, probe, share
 from flows.stage import mistake
 from tests.workers import Deadly, Defective, Dies, Stubborn
 
@@ -32,7 +32,7 @@ NAME = "scenes-com"
 
 
 @pytest.fixture(scope="module")
-def params(params: Params) -> Params:
+def lean(params: Params) -> Params:
     """Without the tuned CLIPs, whose trainings nothing here asks for."""
     methods = {name: row for name, row in params.methods.items() if name not in ("clip-finetune", "clip-prompt")}
     training = {"dsd": params.training["dsd"]}
@@ -40,18 +40,18 @@ def params(params: Params) -> Params:
 
 
 @pytest.fixture(scope="module")
-def folders(params: Params, prepared: Path, cached: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+def folders(lean: Params, prepared: Path, cached: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """A small scenes-com, prepared, encoded and trained on."""
     trained = tmp_path_factory.mktemp("trained")
-    list(train(NAME, "dsd", params, prepared, cached, trained / "dsd"))
+    list(train(NAME, "dsd", lean, prepared, cached, trained / "dsd"))
     return Folders(prepared, cached, trained)
 
 
 @pytest.fixture(scope="module")
-def local(params: Params, folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def local(lean: Params, folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its evidence, as the local executor leaves it."""
     target = tmp_path_factory.mktemp("local")
-    scoring.score(NAME, params, *folders, target, split="test")
+    scoring.score(NAME, lean, *folders, target, split="test")
     return target
 
 
@@ -59,55 +59,55 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def lacking(params: Params, folders: Folders, target: Path) -> dict[str, int]:
-    return scoring.missing(NAME, params, folders, target, split="test")
+def lacking(lean: Params, folders: Folders, target: Path) -> dict[str, int]:
+    return scoring.missing(NAME, lean, folders, target, split="test")
 
 
-def worker(params: Params, folders: Folders, target: Path, cores: int = 2) -> scoring.Worker:
-    return scoring.Worker(NAME, params, folders, target, split="test", cores=cores)
+def worker(lean: Params, folders: Folders, target: Path, cores: int = 2) -> scoring.Worker:
+    return scoring.Worker(NAME, lean, folders, target, split="test", cores=cores)
 
 
-def test_nothing_is_missing_of_what_was_computed(params: Params, folders: Folders, local: Path, tmp_path: Path) -> None:
-    missing = lacking(params, folders, tmp_path)
-    counts = scoring.score(NAME, params, *folders, local, split="test")
+def test_nothing_is_missing_of_what_was_computed(lean: Params, folders: Folders, local: Path, tmp_path: Path) -> None:
+    missing = lacking(lean, folders, tmp_path)
+    counts = scoring.score(NAME, lean, *folders, local, split="test")
     assert sum(missing.values()) == counts["rows"] > 0 == counts["computed"]
-    assert lacking(params, folders, local) == {}
-    assert encoding.missing(params, folders.prepared, folders.cached) == {}
+    assert lacking(lean, folders, local) == {}
+    assert encoding.missing(lean, folders.prepared, folders.cached) == {}
 
 
-def test_a_shard_that_was_cut_short_is_missing(params: Params, folders: Folders, tmp_path: Path) -> None:
-    key, *_ = lacking(params, folders, tmp_path)
-    worker(params, folders, tmp_path)(key)
-    assert key not in lacking(params, folders, tmp_path)
+def test_a_shard_that_was_cut_short_is_missing(lean: Params, folders: Folders, tmp_path: Path) -> None:
+    key, *_ = lacking(lean, folders, tmp_path)
+    worker(lean, folders, tmp_path)(key)
+    assert key not in lacking(lean, folders, tmp_path)
     file = tmp_path / f"{key}.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    assert key in lacking(params, folders, tmp_path)
+    assert key in lacking(lean, folders, tmp_path)
 
 
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_two_workers_leave_what_the_local_path_leaves(
-    data: st.DataObject, params: Params, folders: Folders, local: Path, tmp_path_factory: pytest.TempPathFactory
+    data: st.DataObject, lean: Params, folders: Folders, local: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """In any order, each shard by either of them or by both."""
     target = tmp_path_factory.mktemp("filled")
-    both = [worker(params, folders, target) for _ in range(2)]
-    for key in data.draw(st.permutations(list(lacking(params, folders, target)))):
+    both = [worker(lean, folders, target) for _ in range(2)]
+    for key in data.draw(st.permutations(list(lacking(lean, folders, target)))):
         for number in data.draw(st.sampled_from([(0,), (1,), (0, 1)])):
             both[number](key)
-    counts = scoring.score(NAME, params, *folders, target, split="test")
+    counts = scoring.score(NAME, lean, *folders, target, split="test")
     assert counts["computed"] == 0
     assert content(target) == content(local)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_evidence_is_the_same_to_the_bit_on_any_share_of_the_cores(
-    threads: int, params: Params, folders: Folders, tmp_path: Path
+    threads: int, lean: Params, folders: Folders, tmp_path: Path
 ) -> None:
     """Batches are cut as those of the process that the share is of."""
     before, kept = torch.get_num_threads(), {}
-    runtime = params.runtime.model_copy(update={"batch_size": 6})  # 16 rows on two cores: 4 + 4 + 4 + 4, not 5 + 5 + 6
-    odd = params.model_copy(update={"runtime": runtime})
+    runtime = lean.runtime.model_copy(update={"batch_size": 6})  # 16 rows on two cores: 4 + 4 + 4 + 4, not 5 + 5 + 6
+    odd = lean.model_copy(update={"runtime": runtime})
     try:
         for count in (2, threads):
             torch.set_num_threads(count)
@@ -121,35 +121,35 @@ def test_evidence_is_the_same_to_the_bit_on_any_share_of_the_cores(
     assert kept[2] == kept[threads]
 
 
-def test_the_cache_is_filled_shard_by_shard(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
-    missing = encoding.missing(params, prepared, tmp_path)
-    some = encoding.Worker(params, prepared, tmp_path)
+def test_the_cache_is_filled_shard_by_shard(lean: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
+    missing = encoding.missing(lean, prepared, tmp_path)
+    some = encoding.Worker(lean, prepared, tmp_path)
     for key in reversed(missing):
         some(key)
-    assert encoding.encode(NAME, params, prepared, tmp_path)["images"] * 2 <= sum(missing.values())
+    assert encoding.encode(NAME, lean, prepared, tmp_path)["images"] * 2 <= sum(missing.values())
     whole = Store(cached)
     assert {key for key in whole.keys() if not key.startswith("evidence")} == set(missing)  # noqa: SIM118
     assert all((tmp_path / f"{key}.json").read_bytes() == (cached / f"{key}.json").read_bytes() for key in missing)
 
 
 def test_a_full_cache_opens_no_model(
-    params: Params, prepared: Path, cached: Path, monkeypatch: pytest.MonkeyPatch
+    lean: Params, prepared: Path, cached: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("load_diffusion", "load_clip"):
         monkeypatch.setattr(encoding, name, pytest.fail)
-    assert encoding.encode(NAME, params, prepared, cached)["corrupt"] == 0
+    assert encoding.encode(NAME, lean, prepared, cached)["corrupt"] == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["embedded", "embedded-clip"])
-def test_the_digest_of_a_backbone_is_known_before_it_is_open(name: str, dtype: str, params: Params) -> None:
-    row = params.backbones[name].model_copy(update={"dtype": dtype})
+def test_the_digest_of_a_backbone_is_known_before_it_is_open(name: str, dtype: str, lean: Params) -> None:
+    row = lean.backbones[name].model_copy(update={"dtype": dtype})
     assert digest_of(row) == load(row, torch.device("cpu")).digest
 
 
-def test_a_prompt_that_was_not_trained_is_one_line(params: Params, folders: Folders, tmp_path: Path) -> None:
+def test_a_prompt_that_was_not_trained_is_one_line(lean: Params, folders: Folders, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file; train an attention prompt") as error:
-        lacking(params, folders._replace(trained=tmp_path), tmp_path)
+        lacking(lean, folders._replace(trained=tmp_path), tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -175,11 +175,11 @@ def test_a_cluster_without_room_is_one_line(gpu: bool, room: str) -> None:
         share([Node(2, 1)], 3, gpu)
 
 
-def test_a_missing_package_is_one_line(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_one_line(lean: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(DsdError, match=r"^runtime\.executor: .* pip install 'dsd\[ray\]', or use local$"):
-        ahead({"key": 1}, pytest.fail, params.runtime, "score")
-    assert ahead({}, pytest.fail, params.runtime, "score") == 0  # nothing to do needs none
+        ahead({"key": 1}, pytest.fail, lean.runtime, "score")
+    assert ahead({}, pytest.fail, lean.runtime, "score") == 0  # nothing to do needs none
 
 
 def test_an_actor_tells_a_mistake_and_works_in_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,38 +213,44 @@ def nodes() -> Iterator[Any]:
 @pytest.mark.ray
 @pytest.mark.parametrize("when", ["within", "after"])
 def test_a_killed_actor_costs_nothing_but_its_work(
-    when: str, nodes: Any, params: Params, folders: Folders, local: Path, tmp_path: Path
+    when: str, nodes: Any, lean: Params, folders: Folders, local: Path, tmp_path: Path
 ) -> None:
     target, marker = tmp_path / "scored", tmp_path / "marker"
-    missing = lacking(params, folders, target)
-    opened = partial(Dies, NAME, params, folders, target, split="test", cores=2, marker=marker, when=when)
-    assert ahead(missing, opened, params.runtime, "score") == sum(missing.values())
+    missing = lacking(lean, folders, target)
+    opened = partial(Dies, NAME, lean, folders, target, split="test", cores=2, marker=marker, when=when)
+    assert ahead(missing, opened, lean.runtime, "score") == sum(missing.values())
     assert marker.exists()
-    assert lacking(params, folders, target) == {}
-    counts = scoring.score(NAME, params, *folders, target, split="test")
+    assert lacking(lean, folders, target) == {}
+    counts = scoring.score(NAME, lean, *folders, target, split="test")
     assert (counts["computed"], counts["corrupt"]) == (0, 0)
     shards = [key for keys in json.loads((target / INDEX).read_text())["shards"].values() for key in keys]
     assert len(shards) == len(set(shards))
     assert content(target) == content(local)
-    results = [evaluate(NAME, params, folders.prepared, scored, tmp_path).results for scored in (local, target)]
+    results = [evaluate(NAME, lean, folders.prepared, scored, tmp_path).results for scored in (local, target)]
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "ray://127.0.0.1:1"])
+def test_a_cluster_that_does_not_answer_is_one_line(address: str) -> None:
+    with pytest.raises(DsdError, match=rf"^RAY_ADDRESS: no Ray cluster answers at {address}; give HOST:PORT of its"):
+        probe(address)
+
+
 @pytest.mark.ray
-def test_an_actors_mistake_is_the_stages(nodes: Any, params: Params) -> None:
+def test_an_actors_mistake_is_the_stages(nodes: Any, lean: Params) -> None:
     with pytest.raises(DsdError, match=r"^model\.safetensors: cut short$"):
-        ahead({"known": 1}, Stubborn, params.runtime, "score")
+        ahead({"known": 1}, Stubborn, lean.runtime, "score")
 
 
 @pytest.mark.ray
-def test_a_shard_that_kills_its_actors_is_given_up(nodes: Any, params: Params) -> None:
+def test_a_shard_that_kills_its_actors_is_given_up(nodes: Any, lean: Params) -> None:
     with pytest.raises(DsdError, match=r"^score: actors keep dying, 4 times") as error:
-        ahead({"known": 1}, Deadly, params.runtime, "score")
+        ahead({"known": 1}, Deadly, lean.runtime, "score")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.ray
-def test_a_defect_is_no_users_mistake(nodes: Any, params: Params) -> None:
+def test_a_defect_is_no_users_mistake(nodes: Any, lean: Params) -> None:
     with pytest.raises(Exception, match="ZeroDivisionError") as error:
-        ahead({"known": 1}, Defective, params.runtime, "score")
+        ahead({"known": 1}, Defective, lean.runtime, "score")
     assert mistake(error.value) is None
