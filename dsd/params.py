@@ -670,22 +670,6 @@ class Params(_Params):
         return self
 
     @model_validator(mode="after")
-    def _what_serves_scores_pairs(self) -> Params:
-        name, prompt = self.serving.method, self.serving.prompt
-        if name not in self.methods:
-            raise ValueError(f"serving.method: {unknown('method', name, self.methods)}")
-        row = self.methods[name]
-        if not isinstance(row, CrossAttentionMethod | DenoisingMethod):
-            raise ValueError(f"serving.method: the scorer of {name} is neither cross-attention nor denoising")
-        if name in _raced(self.methods):
-            raise ValueError(f"serving.method: {name} has a schedule, which serving has not")
-        if row.prompt == "none" and prompt is not None:
-            raise ValueError(f"serving.prompt: {name} has none; set it to null")
-        if row.prompt != "none" and prompt not in self.datasets:
-            raise ValueError(f"serving.prompt: {unknown('dataset', str(prompt), self.datasets)}")
-        return self
-
-    @model_validator(mode="after")
     def _what_learns_is_trained(self) -> Params:
         attentive = next(iter(_prompted(self.methods)), None)
         for name, method in self.methods.items():
@@ -707,6 +691,22 @@ class Params(_Params):
                 raise ValueError(f"training.{name}.levels: missing; an attention prompt is trained at noise levels")
             if name != attentive and isinstance(row, NoisyTrainingParams):
                 raise ValueError(f"training.{name}.levels: superfluous; a CLIP sees no noise")
+        return self
+
+    @model_validator(mode="after")
+    def _what_serves_scores_pairs(self) -> Params:
+        name, prompt = self.serving.method, self.serving.prompt
+        if name not in self.methods:
+            raise ValueError(f"serving.method: {unknown('method', name, self.methods)}")
+        row = self.methods[name]
+        if not isinstance(row, CrossAttentionMethod | DenoisingMethod):
+            raise ValueError(f"serving.method: the scorer of {name} is neither cross-attention nor denoising")
+        if name in _raced(self.methods):
+            raise ValueError(f"serving.method: {name} has a schedule, which serving has not")
+        if row.prompt == "none" and prompt is not None:
+            raise ValueError(f"serving.prompt: {name} has none; set it to null")
+        if row.prompt != "none" and prompt not in self.datasets:
+            raise ValueError(f"serving.prompt: {unknown('dataset', str(prompt), self.datasets)}")
         return self
 
 

@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# A white picture of one pixel, for the example of a request that MLflow keeps beside the signature.
+PIXEL = "R0lGODlhAQABAIAAAP///wAAACwAAAAAAQABAAACAkQBADs="
 LETTERS = 32  # of a token, at most: a text that has more of them than the model has tokens is not even split
 SIGNATURE = ModelSignature(
     inputs=Schema(
@@ -138,6 +140,7 @@ def save(settings: Settings, prompt: Path | None, folder: Path) -> None:
         model_config=settings.model_dump(mode="json"),
         artifacts=None if prompt is None else {"prompt": str(prompt)},
         signature=SIGNATURE,
+        input_example=pd.DataFrame([{"image": PIXEL, "texts": ["a red circle", "a blue square"], "heatmap": False}]),
         pip_requirements=[f"mlflow=={mlflow.__version__}"],  # what a version runs in is this project's environment
     )
 
