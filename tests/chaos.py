@@ -19,6 +19,7 @@ import psutil
 import pytest
 import yaml
 
+from flows.process import die_with_parent
 from tests.test_pipeline import environment, fill
 
 STAGES = ("download", "prepare", "cache", "train", "score", "evaluate", "report")
@@ -63,6 +64,7 @@ class Reproduction:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
         self.process = psutil.Process(self.popen.pid)
         self.served = self.staged = False
@@ -186,6 +188,7 @@ class Reference:
             seconds[phase] += time.monotonic() - last
             last = time.monotonic()
         assert started.wait() == 0, started.output
+        seconds["between"] /= len(STAGES)
         shutil.copytree(folder, copy)
         return cls(folder, copy, State.of(folder), seconds)
 
@@ -240,7 +243,9 @@ def forget(folder: Path, first: str) -> None:
         lock["stages"].pop(stage, None)
         shutil.rmtree(folder / "data" / stage, ignore_errors=True)
     (folder / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
-    shutil.rmtree(folder / ".dvc" / "cache" / "runs")
+    for path in (folder / ".dvc" / "cache" / "runs").rglob("*"):
+        if path.is_file() and yaml.safe_load(path.read_text())["cmd"].rpartition(".")[2] not in lock["stages"]:
+            path.unlink()
 
 
 class Mounts:
