@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce studies races test bench readme clean
+.PHONY: help reproduce studies races test chaos bench readme clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test: $(READY) ## Lint, contracts, types and tests
 	$(BIN)/lint-imports
 	$(BIN)/mypy dsd flows
 	$(BIN)/pytest
+
+chaos: $(READY) ## Kills, full disks, damaged files and the like, in mid-run: the results must stay, some twenty minutes
+	$(BIN)/pytest -v -m chaos
 
 bench: $(READY) ## Measure speed on this machine
 	@$(BIN)/python -m benchmarks

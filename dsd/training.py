@@ -9,8 +9,10 @@ Shapes: E examples of a step, I images and T texts of each that are compared.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,6 +48,10 @@ from dsd.prompts import PROMPT, AttentionPrompt
 from dsd.scorers import contrastive, cross_attention
 from dsd.store import Store, digest, file_digest, write_atomic
 
+log = logging.getLogger(__name__)
+
+CURVE, SUMMARY = "curve.csv", "summary.json"
+DIGEST = hashlib.sha256().digest_size  # bytes before a saved state: torch opens most damaged ones as if they were whole
 Table = list[list[Pair]]  # I images × T texts of one example
 
 
@@ -330,13 +336,18 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
         )
         torch.save(state, buffer)
-        write_atomic(path, buffer.getvalue())
+        data = buffer.getvalue()
+        write_atomic(path, hashlib.sha256(data).digest() + data)
 
     def resume(self, path: Path, key: str) -> None:
         """Goes on from a saved state of this very training; another training's state is of no use and is replaced."""
         if not path.exists():
             return
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        content = path.read_bytes()
+        if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:
+            log.warning("%s is damaged: the training begins anew", path)
+            return
+        state: dict[str, Any] = torch.load(io.BytesIO(content[DIGEST:]), weights_only=True)
         if state["key"] == key:
             self.step, self.curve = state["step"], state["curve"]
             self.learner.module.load_state_dict(state["module"])
@@ -364,21 +375,31 @@ def curve_csv(curve: Sequence[dict[str, float]]) -> bytes:
     return text.getvalue().encode()
 
 
+def is_done(target: Path, key: str) -> bool:
+    """Whether the training of this key has left its folder as its summary says: a damaged file is made again."""
+    try:
+        summary = json.loads((target / SUMMARY).read_text())
+        whole = all(file_digest(target / name) == content for name, content in summary["files"].items())
+        return bool(whole and summary["key"] == key)
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+
+
 def train(
     name: str, method: str, params: Params, prepared: Path, cached: Path, target: Path
 ) -> Iterator[dict[str, float]]:
     """Trains a method on the few-shot split of dataset `name`; yields a row of the curve per step, resumed ones too.
 
-    Writes what was learned, `curve.csv` and, last, `summary.json`, whose key says that this very training is done. Of
+    Writes what was learned, `curve.csv` and, last, `summary.json`, which says of which key and content they are. Of
     several processes the first one writes, into folders that all of them see.
 
     Raises:
         DataError: the split is empty or leaves nothing to choose, or the loss stops being finite; one line.
     """
     PartialState(cpu=params.runtime.device == "cpu")  # on GPUs each process has its own from here on
-    key, state, summary = training_key(name, method, params, prepared), target / "state.pt", target / "summary.json"
-    if summary.exists() and json.loads(summary.read_text())["key"] == key:
-        with (target / "curve.csv").open(newline="") as file:
+    key, state = training_key(name, method, params, prepared), target / "state.pt"
+    if is_done(target, key):
+        with (target / CURVE).open(newline="") as file:
             yield from ({k: float(v) for k, v in row.items()} for row in csv.DictReader(file))
         return
     examples = read_examples(prepared / "examples.parquet", "train")
@@ -408,13 +429,14 @@ def train(
     if trainer.processes.number > 0:
         return
     trainer.learner.save(target / trainer.learner.file)
-    write_atomic(target / "curve.csv", curve_csv(trainer.curve))
+    write_atomic(target / CURVE, curve_csv(trainer.curve))
     tail = trainer.curve[-max(1, len(trainer.curve) // 5) :]
     done = {
         "key": key,
+        "files": {name: file_digest(target / name) for name in (trainer.learner.file, CURVE)},
         "examples": len(examples),
         "parameters": sum(weight.numel() for weight in trainer.weights),
         "accuracy": float(np.mean([row["accuracy"] for row in tail])),
     }
-    write_atomic(summary, json.dumps(done, indent=2).encode())
+    write_atomic(target / SUMMARY, json.dumps(done, indent=2).encode())
     state.unlink(missing_ok=True)

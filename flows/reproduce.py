@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -12,14 +13,15 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dvc import dvcfile
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.stage.exceptions import StageCmdFailedError
+from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
 
 from dsd.errors import DsdError
 from dsd.params import load
@@ -31,6 +33,7 @@ from flows.stores import DATABASE, PREFECT, reach, shown
 LOG = logging.getLogger("dvc")
 LOG.setLevel(logging.ERROR)  # that a stage is frozen is no news
 LOG.propagate = False  # prefect would print it a second time
+RWLOCK = Path(".dvc") / "tmp" / "rwlock"  # which paths DVC's processes are at work on
 STARTUP_SECONDS = 600  # some 5 s on an idle machine; a server that has died is noticed at once
 
 
@@ -43,12 +46,24 @@ def main() -> None:
         print(reproduce())
     except KeyboardInterrupt:
         sys.exit(130)
-    except DsdError as error:
-        sys.exit(f"reproduce: {error}")
-    except DvcException as error:
-        cause = error.__cause__
-        told = isinstance(cause, StageCmdFailedError)
-        sys.exit(1 if told else f"reproduce: {error}{f': {cause}' if cause else ''}")
+    except Exception as error:
+        line = failure(error)
+        if line is None:
+            raise
+        sys.exit(f"reproduce: {line}" if line else 1)
+
+
+def failure(error: Exception) -> str | None:
+    """The line that a failed run ends with: "" where a stage has said it, None where it is a defect of ours."""
+    from flows.stage import mistake  # it imports prefect, which takes a while
+
+    cause = error.__cause__
+    # One that ended by itself; of one that was killed DVC knows the signal.
+    if isinstance(cause, StageCmdFailedError) and str(cause).endswith("exited with 1"):
+        return ""
+    if (line := mistake(error)) is None and isinstance(error, DvcException):
+        line = f"{error}{f': {cause}' if cause else ''}"
+    return line if line is None else " ".join(line.split())
 
 
 def reproduce() -> str:
@@ -61,6 +76,7 @@ def reproduce() -> str:
     started = datetime.now(UTC).replace(microsecond=0)
     clock = time.monotonic()
     params = load()
+    mend_rwlock()
     with Repo() as repo:
         every = {stage.name for stage in repo.index.stages if not stage.frozen}
         stale = bool(repo.status())
@@ -121,7 +137,7 @@ def remote() -> str | None:
         return f"{name} {address}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _dvc() -> Iterator[Repo]:
     """The repository here; what keeps DVC from working is one line."""
     try:
@@ -144,18 +160,39 @@ def run(repo: Repo) -> None:
         dag()
 
 
+@contextlib.contextmanager
+def modify_yaml(path: str, fs: Any = None) -> Iterator[Any]:
+    """DVC's own function writes dvc.lock in place and takes its time: a kill would cut it short. This one does not."""
+    file = Path(path)
+    data = parse_yaml_for_update(file.read_text(), path) if file.exists() else {}
+    yield data
+    write_atomic(file, dumps_yaml(data).encode())
+
+
+dvcfile.modify_yaml = modify_yaml
+
+
+def mend_rwlock() -> None:
+    """Removes DVC's list of paths in use where a kill has cut it short: DVC would refuse to work ever after."""
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            json.loads(RWLOCK.read_text())
+        except ValueError:
+            RWLOCK.unlink()
+
+
 def finished(since: datetime) -> list[dict[str, Any]]:
     """The timings of the stages that finished since then."""
     records = (json.loads(path.read_text()) for path in sorted((DATA / "timings").glob("*.json")))
     return [record for record in records if datetime.fromisoformat(record["finished"]) >= since]
 
 
-@contextmanager
+@contextlib.contextmanager
 def server() -> Iterator[None]:
     """A Prefect server on a free port of this machine, unless the user has named one in PREFECT_API_URL.
 
     Raises:
-        DsdError: it does not answer, or its database cannot be reached.
+        DsdError: it does not answer, its database cannot be reached, or it has ended before the work was done.
     """
     if PREFECT in os.environ:
         reach(PREFECT, os.environ[PREFECT])
@@ -180,6 +217,10 @@ def server() -> Iterator[None]:
         wait(process, f"{address}/api/health", log)
         print(f"Prefect shows the run at {address}", flush=True)
         yield
+    except Exception as error:
+        if process.poll() is None or isinstance(error, DsdError):
+            raise
+        raise DsdError(f"the Prefect server has ended in mid-run; {log} says why, and the next run goes on") from error
     finally:
         os.environ.pop(PREFECT, None)
         process.terminate()

@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import shutil
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import httpx
 import yaml
 from prefect import Flow, Task, flow, task
 from prefect.cache_policies import NO_CACHE
@@ -32,6 +34,7 @@ Stage: TypeAlias = Flow[[], None]
 # What went wrong is in Prefect's record of the run; the terminal gets it once, from `main`.
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
     logging.getLogger(_name).propagate = False
+logging.raiseExceptions = False  # that such a record did not reach a server which is going away is no news
 
 
 def declared(name: str) -> set[str]:
@@ -117,6 +120,14 @@ def mistake(error: BaseException | None) -> str | None:
             return str(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"{error.filename or Path.cwd()}: disk full, {shutil.disk_usage('.').free} bytes are free"
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"{error.filename or Path.cwd()}: {os.strerror(error.errno)}; it has to be writable"
+        if isinstance(error, sqlite3.OperationalError):  # locked, read-only, on a full disk
+            return f"the database of MLflow, mlflow.db unless MLFLOW_TRACKING_URI names another: {error}"
+        if isinstance(error, httpx.HTTPError):
+            server = os.environ.get("PREFECT_API_URL", "")
+            if server and str(error.request.url).startswith(server):
+                return f"the Prefect server at {server} does not answer as it should: {error}"
         error = error.__cause__
     return None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,8 +16,10 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.request import urlopen
 
+import httpx
 import pytest
 import yaml
+from dvc import dvcfile
 from dvc.repo import Repo
 from prefect.testing.utilities import prefect_test_harness
 
@@ -114,6 +118,38 @@ def test_a_mistake_is_found_behind_what_it_caused() -> None:
     wrapped.__cause__ = DataError("examples.parquet: no such file")
     assert stages.mistake(wrapped) == "examples.parquet: no such file"
     assert stages.mistake(RuntimeError()) is None
+
+
+def refused(url: str) -> httpx.HTTPError:
+    return httpx.ConnectError("refused", request=httpx.Request("GET", url))
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.EROFS, "", "data/score"), "data/score: Read-only file system; it has to be writable"),
+        (PermissionError(errno.EACCES, "", "data"), "data: Permission denied; it has to be writable"),
+        (
+            sqlite3.OperationalError("database is locked"),
+            "the database of MLflow, mlflow.db unless .*: database is locked",
+        ),
+        (
+            refused("http://127.0.0.1:42/api/flows"),
+            "the Prefect server at http://127.0.0.1:42/api does not answer .*: refused",
+        ),
+        (refused("https://elsewhere"), None),
+        (sqlite3.IntegrityError("a defect"), None),
+        (FileNotFoundError(errno.ENOENT, ""), None),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(
+    error: Exception, line: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:42/api")
+    wrapped = RuntimeError("a flow failed")
+    wrapped.__cause__ = error
+    found = stages.mistake(wrapped)
+    assert found is None if line is None else re.fullmatch(line, str(found))
 
 
 def test_only_the_outside_world_is_tried_again(one_dataset: Path, prefect_server: None) -> None:
@@ -252,6 +288,46 @@ def test_the_line_of_a_failed_stage_is_the_last(
     assert exit.value.code == 1
     assert capfd.readouterr().err.splitlines()[-1] == "what to mend"
     assert not small_dag
+
+
+@pytest.mark.slow
+def test_a_stage_that_was_killed_is_told_of(
+    small_dag: list[Any], prefect_server: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("dvc.yaml").write_text(Path("dvc.yaml").read_text().replace("cmd: ", "cmd: kill -9 $$; "))
+    with pytest.raises(SystemExit, match=r"reproduce: failed to reproduce 'report': failed to run: .* with -9"):
+        reproduce.main()
+
+
+def test_the_lock_is_whole_whenever_a_kill_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dvcfile.modify_yaml is reproduce.modify_yaml
+    lock = tmp_path / "dvc.lock"
+    with reproduce.modify_yaml(str(lock)) as data:
+        data["stages"] = {"train": {"cmd": "python -m flows.train"}}
+    before = lock.read_bytes()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt), reproduce.modify_yaml(str(lock)) as data:
+            data["stages"]["score"] = {}
+    assert lock.read_bytes() == before
+    with reproduce.modify_yaml(str(lock)) as data:
+        assert data == {"stages": {"train": {"cmd": "python -m flows.train"}}}
+
+
+@pytest.mark.parametrize("content", ["", '{"read": {"/a'])
+def test_a_list_of_paths_in_use_that_was_cut_short_is_removed(workspace: Path, content: str) -> None:
+    reproduce.mend_rwlock()
+    reproduce.RWLOCK.parent.mkdir(parents=True)
+    reproduce.RWLOCK.write_text("{}")
+    reproduce.mend_rwlock()
+    assert reproduce.RWLOCK.exists()
+    reproduce.RWLOCK.write_text(content)
+    reproduce.mend_rwlock()
+    assert not reproduce.RWLOCK.exists()
 
 
 @pytest.mark.slow

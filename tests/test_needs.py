@@ -91,11 +91,10 @@ def test_what_cannot_be_had_is_told_and_the_rest_too(params: Params, tmp_path: P
 def test_texts_that_are_too_many_take_no_disk_and_are_told(params: Params, tmp_path: Path) -> None:
     real = with_backbone(params, configured(tmp_path / "sd2", **UNET))
     unet, count = UNet.of(real), 9 + round(0.15 * 60)  # a text an example
-    size = count * unet.text / 1e9
-    for gigabytes, there in ((size, True), (0.99 * size, False)):
-        of = real.model_copy(update={"runtime": real.runtime.model_copy(update={"cache_gigabytes": gigabytes})})
+    for kept, there in ((count, True), (count - 1, False)):
+        of = real.model_copy(update={"runtime": real.runtime.model_copy(update={"kept_texts": kept})})
         told = [(need.where, need.amount) for need in needs(of, free=10**12) if need.unit == "texts"]
-        why = "scenes-com, 0 GB are more than runtime.cache_gigabytes"
+        why = "scenes-com, 0 GB, and more than runtime.kept_texts"
         assert told == ([] if there else [(why, count)])
         without = disk("scenes-com", real, replace(unet, text=0))
         assert disk("scenes-com", of, unet) == without + (count * unet.text if there else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -168,6 +169,35 @@ def test_an_interrupted_training_ends_with_the_same_bits(
     assert run(params, prepared, cached, tmp_path / "cut", method) == whole
     for name in (METHODS[method], "curve.csv", "summary.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("middle", [b"", b"?"])
+def test_a_damaged_state_begins_anew(
+    middle: bytes, params: Params, prepared: Path, cached: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run(params, prepared, cached, tmp_path, "clip-finetune")
+    (tmp_path / "summary.json").unlink()
+    cut = train("scenes-com", "clip-finetune", params, prepared, cached, tmp_path)
+    for _ in range(3):
+        next(cut)
+    cut.close()
+    state = (tmp_path / "state.pt").read_bytes()
+    half = len(state) // 2
+    (tmp_path / "state.pt").write_bytes(state[:half] + (middle and middle + state[half + 1 :]))
+    assert run(params, prepared, cached, tmp_path, "clip-finetune") == whole
+    assert "state.pt is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "curve.csv", "summary.json"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9] + b"123456789")])
+def test_what_is_damaged_is_learned_again(
+    name: str, damage: Callable[[Path], Any], params: Params, prepared: Path, cached: Path, tmp_path: Path
+) -> None:
+    run(params, prepared, cached, tmp_path, "clip-finetune")
+    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    damage(tmp_path / name)
+    run(params, prepared, cached, tmp_path, "clip-finetune")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == left
 
 
 def test_a_state_of_other_params_is_not_resumed(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
