@@ -108,13 +108,11 @@ class Registry:
             DataError: nothing was measured there.
             CheckpointError: the checkpoint cannot be had any more.
         """
-        from dsd.backbones.checkpoint import locate  # it loads torch
-
         file = root / "data" / "evaluate" / "metrics.json"
         if not file.exists():
             raise DataError(f"{file}: nothing has been measured here; run `dsd reproduce` first")
         row = params.backbones[params.backbone]
-        identity = locate(row)[1]
+        identity = row.digest or _located(row)  # nothing is measured that has another digest than its row
         key, metrics = evaluation_key(params, identity), json.loads(file.read_text())
         source = str(Path(row.source).resolve()) if Path(row.source).exists() else row.source
         tags = {
@@ -327,6 +325,12 @@ def _served(params: Params, root: Path, identity: str) -> tuple[Settings, Path |
             f"{root / 'data' / 'train' / dataset}: no attention prompt (serving.prompt); run `dsd reproduce`"
         )
     return Settings.of(params, identity), file
+
+
+def _located(row: BackboneParams) -> str:
+    from dsd.backbones.checkpoint import locate  # it loads torch
+
+    return locate(row)[1]
 
 
 def _ranks(params: Params, root: Path, dataset: str) -> dict[str, Any]:

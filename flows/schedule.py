@@ -38,7 +38,14 @@ def deploy(cron: str, pool: str) -> str:
     """
     here = watch.from_source(source=str(Path().resolve()), entrypoint="flows/schedule.py:watch")
     try:
-        here.deploy(name=NAME, work_pool_name=pool, cron=cron, concurrency_limit=ALONE, print_next_steps=False)
+        here.deploy(
+            name=NAME,
+            work_pool_name=pool,
+            cron=cron,
+            concurrency_limit=ALONE,
+            print_next_steps=False,
+            ignore_warnings=True,  # that one might as well serve it
+        )
     except (ObjectNotFound, ValueError) as error:
         raise DsdError(f"--pool {pool}: {' '.join(str(error).split())[:200]}") from None
     return f"{NAME}/{NAME}"
