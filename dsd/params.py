@@ -474,7 +474,9 @@ class Bounds(_Params):
 
 
 class ServingParams(Bounds):
-    """prompt: the dataset whose attention prompt the method has; null where it has none."""
+    """method: whose scorer and levels; every text is seen at all draws, whatever schedule it was measured under.
+    prompt: the dataset whose attention prompt the method has; null where it has none.
+    """
 
     method: str
     prompt: str | None
@@ -701,8 +703,6 @@ class Params(_Params):
         row = self.methods[name]
         if not isinstance(row, CrossAttentionMethod | DenoisingMethod):
             raise ValueError(f"serving.method: the scorer of {name} is neither cross-attention nor denoising")
-        if name in _raced(self.methods):
-            raise ValueError(f"serving.method: {name} has a schedule, which serving has not")
         if row.prompt == "none" and prompt is not None:
             raise ValueError(f"serving.prompt: {name} has none; set it to null")
         if row.prompt != "none" and prompt not in self.datasets:

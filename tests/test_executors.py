@@ -137,7 +137,7 @@ def test_a_full_cache_opens_no_model(
 ) -> None:
     for name in ("load_diffusion", "load_clip"):
         monkeypatch.setattr(encoding, name, pytest.fail)
-    assert encoding.encode(NAME, lean, prepared, cached)["corrupt"] == 0
+    assert encoding.missing(lean, prepared, cached) == {}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -151,6 +151,7 @@ def test_what_has_a_schedule_may_learn_and_needs_its_pooling(tmp_path: Path) -> 
     settings["ablations"]["methods"] = []
     settings["races"]["datasets"] = {}
     del settings["training"]["dsd"]
+    settings["serving"] |= {"method": "first", "prompt": "scenes-com"}
     settings["methods"] = {name: row for name, row in settings["methods"].items() if row["scorer"] == "contrastive"}
     with pytest.raises(ParamsError, match=r"methods\.first: learns, but training has no row first"):
         loaded(first=own)
