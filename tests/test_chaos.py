@@ -10,6 +10,8 @@ import math
 import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -31,9 +33,11 @@ from tests.chaos import (
     forget,
     held,
     mounts,
+    outside,
     run,
     workspace,
 )
+from tests.test_pipeline import environment
 
 pytestmark = pytest.mark.chaos
 KILLS, SEED = 30, 6
@@ -151,7 +155,7 @@ def test_damaged_files(finished: Path, reference: Reference, kind: str) -> None:
 
 @pytest.mark.parametrize("mode", [0o644, 0o444])
 def test_a_damaged_file_in_the_cache_of_dvc(finished: Path, reference: Reference, mode: int) -> None:
-    """It comes back when a folder is lost: DVC looks at files that are not read-only, and trusts those that are.
+    """It comes back with `dvc checkout`: DVC looks into files that can be written to, and trusts all others.
 
     What reads the evidence sees the damage all the same, and the next run computes it again.
     """
@@ -162,6 +166,8 @@ def test_a_damaged_file_in_the_cache_of_dvc(finished: Path, reference: Reference
     flip(kept)
     kept.chmod(mode)
     shutil.rmtree(finished / "data" / "score")
+    command = [Path(sys.executable).parent / "dvc", "checkout", "-q", "data/score"]
+    subprocess.run(command, cwd=finished, env=environment() | outside(finished), check=mode == 0o444)
     forget(finished, "evaluate")
     ended = run(finished)
     if mode == 0o444:
@@ -174,7 +180,7 @@ def test_a_damaged_file_in_the_cache_of_dvc(finished: Path, reference: Reference
 def test_a_damaged_lock(finished: Path, reference: Reference) -> None:
     lock = finished / "dvc.lock"
     whole = lock.read_text()
-    lock.write_text(whole[: len(whole) // 2] + "][")
+    lock.write_text(whole[: len(whole) // 2] + "\n][")
     assert "dvc.lock" in check_one_line(run(finished))
     lock.write_text(whole)
     check_same(run(finished), reference)
