@@ -34,6 +34,7 @@ LOG = logging.getLogger("dvc")
 LOG.setLevel(logging.ERROR)  # that a stage is frozen is no news
 LOG.propagate = False  # prefect would print it a second time
 RWLOCK = Path(".dvc") / "tmp" / "rwlock"  # which paths DVC's processes are at work on
+RUNS = Path(".dvc") / "cache" / "runs"  # what DVC remembers of stages, a folder a stage and its dependencies
 STARTUP_SECONDS = 600  # some 5 s on an idle machine; a server that has died is noticed at once
 
 
@@ -76,7 +77,7 @@ def reproduce() -> str:
     started = datetime.now(UTC).replace(microsecond=0)
     clock = time.monotonic()
     params = load()
-    mend_rwlock()
+    mend()
     with Repo() as repo:
         every = {stage.name for stage in repo.index.stages if not stage.frozen}
         stale = bool(repo.status())
@@ -172,13 +173,18 @@ def modify_yaml(path: str, fs: Any = None) -> Iterator[Any]:
 dvcfile.modify_yaml = modify_yaml
 
 
-def mend_rwlock() -> None:
-    """Removes DVC's list of paths in use where a kill has cut it short: DVC would refuse to work ever after."""
+def mend() -> None:
+    """Removes what a kill of DVC leaves half written: with an empty folder or a list cut short it fails ever after."""
     with contextlib.suppress(FileNotFoundError):
         try:
             json.loads(RWLOCK.read_text())
         except ValueError:
             RWLOCK.unlink()
+    for folder in RUNS.glob("*/*"):
+        for file in folder.glob(".*.tmp"):
+            file.unlink()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def finished(since: datetime) -> list[dict[str, Any]]:

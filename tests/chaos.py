@@ -47,20 +47,22 @@ def workspace(folder: Path) -> Path:
     return folder
 
 
+def outside(folder: Path) -> dict[str, str]:
+    """Variables: DVC's memory of files, else in /var/tmp for ever, and one thread, which is best for tiny models."""
+    return {"DVC_SITE_CACHE_DIR": str(folder.with_name(f"{folder.name}.dvc")), "OMP_NUM_THREADS": "1"}
+
+
 class Reproduction:
     """`python -m flows.reproduce`, started in a folder; its output goes to a file beside the folder."""
 
     def __init__(self, folder: Path, prefix: tuple[str, ...] = (), **variables: str) -> None:
         self.folder, self.log = folder, folder.with_name(f"{folder.name}.log")
         command = [*prefix, sys.executable, "-m", "flows.reproduce"]
-        # DVC's memory of files would otherwise stay in /var/tmp for ever, under a path that comes again.
-        outside = {"DVC_SITE_CACHE_DIR": str(folder.with_name(f"{folder.name}.dvc"))}
-        outside["OMP_NUM_THREADS"] = "1"  # models as small as these are slower on several
         with self.log.open("wb") as output:
             self.popen = subprocess.Popen(
                 command,
                 cwd=folder,
-                env=environment() | outside | variables,
+                env=environment() | outside(folder) | variables,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
@@ -237,7 +239,10 @@ def check_one_line(ended: Reproduction) -> str:
 
 
 def forget(folder: Path, first: str) -> None:
-    """Makes a stage and all after it stale: without outputs, lock entries and what DVC's run cache has of them."""
+    """Makes a stage and all after it stale: without outputs, lock entries and what DVC's run cache has of them.
+
+    Empty folders are left there, as by a kill within DVC.
+    """
     lock = yaml.safe_load((folder / "dvc.lock").read_text())
     for stage in STAGES[STAGES.index(first) :]:
         lock["stages"].pop(stage, None)

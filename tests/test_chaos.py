@@ -6,13 +6,15 @@ The models are tiny, all else is the real thing: `python -m flows.reproduce` ove
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,9 +33,11 @@ from tests.chaos import (
     forget,
     held,
     mounts,
+    outside,
     run,
     workspace,
 )
+from tests.test_pipeline import environment
 
 pytestmark = pytest.mark.chaos
 KILLS, SEED = 30, 6
@@ -73,20 +77,22 @@ def test_kills(tmp_path: Path, reference: Reference, pytestconfig: pytest.Config
     """
     rng = random.Random(SEED)
     kills: list[Kill] = []
-    for number in range(math.ceil(KILLS / (len(PHASES) + 1))):
+    for number in count():
         folder = workspace(tmp_path / f"round-{number}")
         for phase in round_of(rng)[: KILLS - len(kills)]:
             started = Reproduction(folder)
             if started.reach(phase, rng.random(), reference.seconds):
-                kills.append(kill(started, phase, VICTIMS[(len(kills) + number) % len(VICTIMS)]))
+                kills.append(kill(started, VICTIMS[(len(kills) + number) % len(VICTIMS)]))
                 assert "Traceback" not in started.output, started.output
             else:
                 assert started.wait() == 0, started.output
         ended = run(folder)
         check_same(ended, reference)
         shutil.rmtree(folder)
+        if len(kills) == KILLS:
+            break
     counts = Counter(kill.phase for kill in kills)
-    said = ["", *map(str, kills), ", ".join(f"{phase} {count}" for phase, count in counts.items())]
+    said = ["", *map(str, kills), ", ".join(f"{phase} {hits}" for phase, hits in counts.items())]
     pytestconfig.get_terminal_writer().write("\n".join(said) + "\n")
     assert {kill.phase for kill in kills} == {*PHASES, "between"}
 
@@ -97,17 +103,16 @@ def round_of(rng: random.Random) -> list[str]:
     return [*PHASES[:place], "between", *PHASES[place:]]
 
 
-def kill(started: Reproduction, aimed: str, victim: str) -> Kill:
+def kill(started: Reproduction, victim: str) -> Kill:
     phase, seconds = started.phase() or "ended", time.monotonic() - started.began
     hit = started.kill(victim)
     status = started.wait()
     last = started.output.strip().splitlines()[-1:] if status > 0 else []
-    return Kill(started.folder.name, aimed, phase, seconds, hit, " ".join([str(status), *last]))
+    return Kill(started.folder.name, phase, seconds, hit, " ".join([str(status), *last]))
 
 
 class Kill(NamedTuple):
     workspace: str
-    aimed: str
     phase: str
     seconds: float
     victim: str
@@ -151,7 +156,7 @@ def test_damaged_files(finished: Path, reference: Reference, kind: str) -> None:
 
 @pytest.mark.parametrize("mode", [0o644, 0o444])
 def test_a_damaged_file_in_the_cache_of_dvc(finished: Path, reference: Reference, mode: int) -> None:
-    """It comes back when a folder is lost: DVC looks at files that are not read-only, and trusts those that are.
+    """It comes back with `dvc checkout`: DVC looks into files that can be written to, and trusts all others.
 
     What reads the evidence sees the damage all the same, and the next run computes it again.
     """
@@ -162,6 +167,8 @@ def test_a_damaged_file_in_the_cache_of_dvc(finished: Path, reference: Reference
     flip(kept)
     kept.chmod(mode)
     shutil.rmtree(finished / "data" / "score")
+    command = [Path(sys.executable).parent / "dvc", "checkout", "-q", "data/score"]
+    subprocess.run(command, cwd=finished, env=environment() | outside(finished), check=mode == 0o444)
     forget(finished, "evaluate")
     ended = run(finished)
     if mode == 0o444:
@@ -174,7 +181,7 @@ def test_a_damaged_file_in_the_cache_of_dvc(finished: Path, reference: Reference
 def test_a_damaged_lock(finished: Path, reference: Reference) -> None:
     lock = finished / "dvc.lock"
     whole = lock.read_text()
-    lock.write_text(whole[: len(whole) // 2] + "][")
+    lock.write_text(whole[: len(whole) // 2] + "\n][")
     assert "dvc.lock" in check_one_line(run(finished))
     lock.write_text(whole)
     check_same(run(finished), reference)

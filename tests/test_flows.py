@@ -21,6 +21,7 @@ import pytest
 import yaml
 from dvc import dvcfile
 from dvc.repo import Repo
+from dvc_objects.fs.utils import tmp_fname
 from prefect.testing.utilities import prefect_test_harness
 
 from dsd import encoding, evaluation, pretraining, report, scoring, training
@@ -320,14 +321,29 @@ def test_the_lock_is_whole_whenever_a_kill_comes(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("content", ["", '{"read": {"/a'])
 def test_a_list_of_paths_in_use_that_was_cut_short_is_removed(workspace: Path, content: str) -> None:
-    reproduce.mend_rwlock()
+    reproduce.mend()
     reproduce.RWLOCK.parent.mkdir(parents=True)
     reproduce.RWLOCK.write_text("{}")
-    reproduce.mend_rwlock()
+    reproduce.mend()
     assert reproduce.RWLOCK.exists()
     reproduce.RWLOCK.write_text(content)
-    reproduce.mend_rwlock()
+    reproduce.mend()
     assert not reproduce.RWLOCK.exists()
+
+
+@pytest.mark.parametrize("left", ["empty", "half"])
+def test_a_memory_of_a_stage_that_was_cut_short_is_removed(small_dag: list[Any], left: str) -> None:
+    """DVC alone fails with a TypeError on it, now or the next time."""
+    for run in range(3):
+        with Repo() as repo:
+            repo.reproduce(force=run == 0)
+        [(kept,)] = (list(folder.iterdir()) for folder in reproduce.RUNS.glob("*/*"))
+        if left == "half":
+            kept.with_name(tmp_fname()).write_text("cmd: mk")
+        kept.unlink()
+        Path("dvc.lock").unlink()
+        reproduce.mend()
+        assert not list(reproduce.RUNS.glob("*/*"))
 
 
 @pytest.mark.slow
