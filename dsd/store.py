@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 DTYPES = ("bool", *INTEGERS, "float16", "float32", "float64")
 KEY = re.compile(r"[A-Za-z0-9._-]+")
+PLAIN = {str, int, float, bool, type(None)}
 ATTEMPTS = 20
 _BACKOFF = random.SystemRandom()  # neither moves the seeded generators nor repeats itself in forked workers
 
@@ -54,6 +55,8 @@ def digest(*parts: object) -> str:
 
 
 def _plain(part: Any) -> Any:
+    if type(part) in PLAIN:  # most parts are
+        return part
     if isinstance(part, PurePath):
         raise TypeError(f"{part} is a place, not a content: digest its file_digest instead")
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
