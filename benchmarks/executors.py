@@ -63,7 +63,7 @@ def measure(data: Path) -> Measured:
             return written[FEW - 1] - start, written[-1] - written[FEW - 1]
 
     start = time.perf_counter()
-    cluster()
+    ray = cluster()
     first, starts, shares, rates = time.perf_counter() - start, [], [], []
     alone(1)  # warm
     more = MANY - FEW
@@ -72,4 +72,5 @@ def measure(data: Path) -> Measured:
         shares.append((before + after) / 2 / many)
         starts.append(first + few - many * FEW / more)
         rates.append(ROWS * more / min(before, after))
+    ray.shutdown()
     return Measured(*map(statistics.median, (rates, shares, starts)))
