@@ -21,7 +21,7 @@ from flows.executors import ahead, cluster
 
 NAME = PREPARED.name
 ROWS = 384  # of a shard here: four full batches
-FEW, MANY = 4, 16  # shards
+FEW, MANY = 4, 24  # shards: when both actors are at work, and when they have done
 TURNS = 3
 
 
@@ -32,10 +32,7 @@ class Measured(NamedTuple):
 
 
 def measure(data: Path) -> Measured:
-    """In turns, so that a noisy machine moves both sides; medians. `data` is what a reproduction has left.
-
-    The seconds that actors take to start are those that many shards and few have in common.
-    """
+    """In turns, so that a noisy machine moves both sides; medians. `data` is what a reproduction has left."""
     params = load()
     methods = {name: method for name, method in params.methods.items() if name == "dsd-zero-shot"}
     evidence = params.evidence.model_copy(update={"shard": ROWS})
@@ -47,27 +44,33 @@ def measure(data: Path) -> Measured:
     def opened(target: Path) -> Callable[[], scoring.Worker]:
         return partial(scoring.Worker, NAME, params, folders, target, split="test", cores=cores)
 
-    def by_this_process(count: int, target: Path, worker: scoring.Worker) -> None:
-        for key in islice(worker.asked, count):
-            worker(key)
-
-    def by_actors(count: int, target: Path, worker: scoring.Worker) -> None:
-        ahead(dict.fromkeys(islice(worker.asked, count), ROWS), opened(target), runtime, "bench")
-
-    def seconds(work: Callable[[int, Path, scoring.Worker], None], count: int) -> float:
+    def alone(count: int) -> float:
+        """Seconds of this process for so many shards."""
         with TemporaryDirectory() as folder:
             worker = opened(Path(folder))()
             start = time.perf_counter()
-            work(count, Path(folder), worker)
+            for key in islice(worker.asked, count):
+                worker(key)
             return time.perf_counter() - start
 
+    def together() -> tuple[float, float]:
+        """Seconds of the actors for few shards, from the beginning, and for those that came after them."""
+        with TemporaryDirectory() as folder:
+            missing = scoring.missing(NAME, params, folders, Path(folder), split="test")
+            start = time.time()
+            ahead(dict(islice(missing.items(), MANY)), opened(Path(folder)), runtime, "bench")
+            written = sorted(path.stat().st_mtime for path in Path(folder).glob("*.json"))
+            return written[FEW - 1] - start, written[-1] - written[FEW - 1]
+
     start = time.perf_counter()
-    cluster()
+    ray = cluster()
     first, starts, shares, rates = time.perf_counter() - start, [], [], []
-    seconds(by_this_process, 1)  # warm
+    alone(1)  # warm
+    more = MANY - FEW
     for _ in range(TURNS):
-        few, alone, many = seconds(by_actors, FEW), seconds(by_this_process, MANY - FEW), seconds(by_actors, MANY)
-        shares.append(alone / (many - few))
-        starts.append(first + few - (many - few) * FEW / (MANY - FEW))
-        rates.append(ROWS * (MANY - FEW) / alone)
+        before, (few, many), after = alone(more), together(), alone(more)
+        shares.append((before + after) / 2 / many)
+        starts.append(first + few - many * FEW / more)
+        rates.append(ROWS * more / min(before, after))
+    ray.shutdown()
     return Measured(*map(statistics.median, (rates, shares, starts)))
