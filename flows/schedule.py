@@ -7,6 +7,7 @@ from pathlib import Path
 from prefect import flow
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
 from prefect.exceptions import ObjectNotFound
+from prefect.states import Completed, Failed, State
 
 from dsd.errors import DsdError
 from flows.watch import tick
@@ -16,13 +17,12 @@ NAME = "watch"
 ALONE = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
 
 
-@flow(name=NAME, persist_result=False, log_prints=True)
-def watch() -> None:
-    """One tick; it fails where a checkpoint or a source did."""
+@flow(name=NAME, persist_result=False)
+def watch() -> State:
+    """One tick; its state says what came of it, and fails where a checkpoint or a source did."""
     told = tick()
-    print("\n".join(told.lines))
-    if told.failed:
-        raise DsdError(f"{told.failed} failed: {'; '.join(told.lines)}")
+    print("\n".join(told.lines), flush=True)
+    return (Failed if told.failed else Completed)(message="; ".join(told.lines))
 
 
 def serve(cron: str) -> None:
