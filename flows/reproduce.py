@@ -32,7 +32,8 @@ from flows.stores import DATABASE, PREFECT, reach, shown
 
 LOG = logging.getLogger("dvc")
 LOG.setLevel(logging.ERROR)  # that a stage is frozen is no news
-LOG.propagate = False  # prefect would print it a second time
+for _name in ("dvc", "dvc_data", "dvc_objects"):
+    logging.getLogger(_name).propagate = False  # prefect would print it a second time
 RWLOCK = Path(".dvc") / "tmp" / "rwlock"  # which paths DVC's processes are at work on
 RUNS = Path(".dvc") / "cache" / "runs"  # what DVC remembers of stages, a folder a stage and its dependencies
 STARTUP_SECONDS = 600  # some 5 s on an idle machine; a server that has died is noticed at once

@@ -119,7 +119,11 @@ def mistake(error: BaseException | None) -> str | None:
         if isinstance(error, DsdError):
             return str(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"{error.filename or Path.cwd()}: disk full, {shutil.disk_usage('.').free} bytes are free"
+            # What fails to write, rather than to open, knows no name; the disk need not be that of this folder.
+            free = f"{Path.cwd()} has {shutil.disk_usage('.').free} bytes free"
+            return (
+                f"{error.filename}: disk full, {free}" if error.filename else f"disk full: {free}, other disks may not"
+            )
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"{error.filename or Path.cwd()}: {os.strerror(error.errno)}; it has to be writable"
         if isinstance(error, sqlite3.OperationalError):  # locked, read-only, on a full disk

@@ -274,25 +274,23 @@ def test_a_read_only_folder(finished: Path, reference: Reference, place: str) ->
 
 def test_a_clock_that_jumps(finished: Path, reference: Reference) -> None:
     """A year ahead within a training, and back to before it within the next stage."""
-    libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
-    if not libraries:
-        pytest.skip("needs libfaketime (Debian's package libfaketime)")
+    if shutil.which("cc") is None:
+        pytest.skip("needs a C compiler: the clock is put before that of the C library")
+    library, clock = finished.with_name("clock.so"), finished.with_name("clock")
+    source = Path(__file__).with_name("clock.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    clock.write_text("0")
     forget(finished, "prepare")
-    clock = finished.with_name("clock")
-    clock.write_text("+0")
-    started = Reproduction(
-        finished, LD_PRELOAD=str(libraries[0]), FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1",
-        FAKETIME_DONT_FAKE_MONOTONIC="1",
-    )  # fmt: skip
-    for stage, jump in (("train", "+365d"), ("score", "-30d")):
+    started = Reproduction(finished, LD_PRELOAD=str(library), CLOCK_FILE=str(clock))
+    for stage, days in (("train", 365), ("score", -30)):
         while started.phase() != stage:
             assert started.phase(), started.output
             time.sleep(0.02)
         time.sleep(2)
-        clock.write_text(jump)
+        clock.write_text(str(days * 86400))
     started.wait()
     check_same(started, reference)
-    check_same(run(finished), reference)
+    assert "up to date" in run(finished).output
 
 
 def test_files_from_the_past_and_the_future(finished: Path, reference: Reference) -> None:
