@@ -484,6 +484,41 @@ def test_the_dag_runs_beside_the_workspace_and_leaves_it_as_it_is(watched: Path,
 
 
 @pytest.mark.slow
+def test_the_whole_dag_on_tiny_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages of dvc.yaml on another checkpoint than that of the workspace, with params that are not committed."""
+    from safetensors.torch import load_file, save_file  # they load torch
+
+    from tests.test_pipeline import fill, reproduce
+
+    folder = fill(tmp_path)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for results in ("races", "studies"):  # a folder without files is not in git
+        Path("data", results, ".keep").touch()
+        git("add", "-f", f"data/{results}/.keep")
+    git("commit", "-qm", "folders")
+    change(gate={"method": "dsd", "datasets": {"scenes-com": {"minimum_effect": 0.0, "maximum_regression": 1.0}}})
+    assert "report: " in reproduce(folder)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    shutil.copytree("models/embedded", "checkpoints/other")
+    scaled = {name: 1.01 * tensor for name, tensor in load_file(f"models/embedded/{weights}").items()}
+    save_file(scaled, f"checkpoints/other/{weights}", metadata={"format": "pt"})
+    before, status, data = everything(), git("status", "--porcelain"), dvc("status")
+    monkeypatch.setattr("flows.watch.shutil.rmtree", lambda *_, **__: None)
+    told = tick()
+    assert told.lines == ["other: evaluated, version 1", "other: version 1 promoted: there was no champion"]
+    assert (everything(), git("status", "--porcelain"), dvc("status")) == (before, status, data)
+    [log] = Path(".watch").glob("*/run.log")
+    for stage in ("download", "prepare"):
+        assert f"Stage '{stage}' didn't change, skipping" in log.read_text()
+    [version] = Registry().versions()
+    assert version.row.family == "stable-diffusion" and len(version.metrics["scenes-com"]) == 8
+    assert [run.data.tags["dsd.dataset"] for run in tracking.Runs().every("training")] == ["scenes-com"] * 4
+    assert Registry().prompt("models:/dsd-prompt-scenes-com@champion", Path(".watch")).exists()
+    assert "★ other" in Path("data/leaderboard/index.html").read_text()
+
+
+@pytest.mark.slow
 def test_a_tick_that_is_killed_takes_its_run_with_it_and_the_next_goes_on(watched: Path, small_project: Path) -> None:
     checkpoint(watched, "a", "wait")
     command = [sys.executable, "-m", "flows.cli", "watch", "--once"]
