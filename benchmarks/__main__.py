@@ -27,7 +27,7 @@ from dsd.attention import Recording, during
 from dsd.batching import Filled
 from dsd.draws import draws
 from dsd.errors import DataError
-from dsd.evidence import Request, requests
+from dsd.evidence import Requests, requests
 from dsd.matching import MatchingExample, read_examples
 from dsd.params import DenoisingMethod, load
 from dsd.pictures import Pictures
@@ -64,7 +64,7 @@ def engine_vs_plain_loop() -> Result:
     few, many, seen = examples[:6], examples[:480], draws(params.noise, params.seed)
     pictures, ratios = Pictures(PREPARED / "images.parquet"), []
 
-    def asked_of(some: list[MatchingExample]) -> list[Request]:
+    def asked_of(some: list[MatchingExample]) -> Requests:
         return requests(some, params.noise, params.seed, normalised=False)  # the plain loop scores attention alone
 
     for _ in range(3):

@@ -100,6 +100,7 @@ def test_texts_that_are_too_many_take_no_disk_and_are_told(params: Params, tmp_p
         assert disk("scenes-com", of, unet) == without + (count * unet.text if there else 0)
 
 
+RACES = few(load(ROOT / "params.yaml").races)
 SHORTLISTS = st.none() | st.builds(dict, proposer=st.just("clip-zero-shot"), keep=st.integers(1, 20))
 BUDGETS = st.none() | st.floats(1, 9)
 STAGES = st.integers(1, 3).flatmap(
@@ -132,13 +133,16 @@ ROWS = st.one_of(
 @settings(deadline=None)
 @given(ROWS, st.integers(1, 16), st.integers(0, 99))
 def test_a_race_takes_no_more_evaluations_than_are_told(row: ScheduleParams, candidates: int, seed: int) -> None:
-    races, rng = few(load(ROOT / "params.yaml").races), np.random.default_rng(seed)
-    course, budget = course_of(row, races, {}), row.budget and int(row.budget * candidates)
+    rng, course, budget = (
+        np.random.default_rng(seed),
+        course_of(row, RACES, {}),
+        row.budget and int(row.budget * candidates),
+    )
     proposal = rng.normal(size=candidates) if course.proposer else None
     race = Race(candidates, course.schedule, proposal, budget)
     while len(asked := race.asks()):
         race.tell(rng.normal(size=len(asked)))
-    assert race.evaluations <= evaluations(row, candidates, races)
+    assert race.evaluations <= evaluations(row, candidates, RACES)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +151,7 @@ def test_a_race_takes_no_more_evaluations_than_are_told(row: ScheduleParams, can
 def test_stages_cost_what_they_keep(keep: int | None, budget: float | None, expected: int) -> None:
     listed = keep and ShortlistParams(proposer="clip-zero-shot", keep=keep)
     row = StagedSchedule(kind="staged", to_keep=(2, 1), n_samples=(2, 8), shortlist=listed, budget=budget)
-    assert evaluations(row, 10, few(load(ROOT / "params.yaml").races)) == expected
+    assert evaluations(row, 10, RACES) == expected
 
 
 def test_a_dry_run_prints_a_table_and_changes_nothing(
