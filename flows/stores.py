@@ -89,7 +89,10 @@ def reach(setting: str, address: str, seconds: int = SECONDS) -> None:
         if url.get_backend_name() == "sqlite" and not _is_there(url):
             return
         if url.get_dialect().is_async:
-            asyncio.run(_asked(url, seconds))
+            try:
+                asyncio.run(_asked(url, seconds))
+            except Exception as error:  # what an async driver raises comes as it is
+                raise refusal(setting, address, error) from None
         else:
             with _connected(url, seconds) as connection:
                 _written(connection)

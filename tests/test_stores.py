@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import re
 import sqlite3
 import subprocess
@@ -21,6 +19,7 @@ from sqlalchemy.exc import OperationalError
 from dsd.errors import DsdError
 from flows import reproduce, stores, tracking
 from flows.stores import DATABASE, MLFLOW, PREFECT, alone, artifacts, reach, uri
+from tests.conftest import ROOT
 from tests.postgres import Postgres
 from tests.test_pipeline import environment, fill
 
@@ -150,18 +149,13 @@ def test_several_workspaces_open_a_fresh_database_at_once(
 ) -> None:
     monkeypatch.setenv(MLFLOW, postgres())
 
-    def opened(folder: Path) -> None:
-        os.chdir(folder)
-        tracking.Runs()
-
-    fork, folders = multiprocessing.get_context("fork"), [tmp_path / str(number) for number in range(3)]
-    processes = [fork.Process(target=opened, args=(folder,)) for folder in folders]
-    for folder, process in zip(folders, processes, strict=True):
-        folder.mkdir()
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    opened = [sys.executable, "-c", "from flows import tracking; tracking.Runs()"]
+    processes = []
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()
+        processes.append(subprocess.Popen(opened, cwd=tmp_path / str(number)))
+    assert [process.wait() for process in processes] == [0, 0, 0]
 
 
 def test_a_reproduction_asks_before_it_starts_a_server(
