@@ -415,3 +415,7 @@ def draw(heatmap: Heatmap, path: Path) -> None:
         figure.savefig(path)
     except (OSError, ValueError) as error:
         raise DsdError(f"--heatmap {path}: {error}") from None
+
+
+if __name__ == "__main__":
+    app()
