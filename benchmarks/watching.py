@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
+from dsd.errors import DataError
 from dsd.params import FolderSource, RegisteredSource, load
 from flows import DATA
 
@@ -26,16 +27,21 @@ def seconds() -> tuple[float, float]:
     with TemporaryDirectory() as folder:
         store = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "PYTHONPATH": str(ROOT)}
 
-        def taken(*words: str, within: str = ".") -> float:
+        def taken(*words: str, said: str, within: str = ".") -> float:
             start = time.perf_counter()
             command = [sys.executable, "-m", *words]
-            subprocess.run(command, cwd=within, env={**os.environ, **store}, check=True, capture_output=True)
-            return time.perf_counter() - start
+            done = subprocess.run(
+                command, cwd=within, env={**os.environ, **store}, check=True, capture_output=True, text=True
+            )
+            passed = time.perf_counter() - start
+            if done.stdout.strip() != said:  # who does nothing is fast
+                raise DataError(f"{' '.join(words)}: said {done.stdout!r}, not {said!r}")
+            return passed
 
-        taken("benchmarks.watching", "champion")
-        published = taken("benchmarks.watching", "challenger")
+        taken("benchmarks.watching", "champion", said="promoted")
+        published = taken("benchmarks.watching", "challenger", said="kept out")
         _watched(Path(folder))
-        ticks = [taken("flows.cli", "watch", "--once", within=folder) for _ in range(4)]
+        ticks = [taken("flows.cli", "watch", "--once", said="nothing new", within=folder) for _ in range(4)]
         return published, median(ticks[1:])  # the first reads the checkpoint's files
 
 
@@ -57,7 +63,7 @@ def _watched(folder: Path) -> None:
 
 def main() -> None:
     """Enters this workspace's results; as the champion with other params, so that there is one to compare with."""
-    from flows.registry import Registry
+    from flows.registry import KEPT_OUT, PROMOTED, Registry
     from flows.tracking import publish
 
     params, registry = load(), Registry()
@@ -66,7 +72,8 @@ def main() -> None:
         params = params.model_copy(update={"evaluate": other})
     else:
         publish(params, DATA)
-    registry.challenge(params, registry.register(params, Path()))
+    verdict = registry.challenge(params, registry.register(params, Path()))
+    print(PROMOTED if verdict.promoted else KEPT_OUT)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
+from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
@@ -34,8 +35,8 @@ CHAMPION, CHALLENGER = "champion", "challenger"
 PROMOTED, KEPT_OUT, NOT_COMPARED = "promoted", "kept out", "not compared"  # the gate's verdicts
 # What no result depends on, and what stands apart from those of `evaluate`.
 ASIDE = {
-    *("runtime", "backbone", "backbones", "ablations", "studies", "races", "report", "gate", "serving", "watch"),
-    "pretrain",
+    *("ablations", "backbone", "backbones", "gate", "pretrain", "races"),
+    *("report", "runtime", "serving", "studies", "watch"),
 }
 
 
@@ -92,14 +93,10 @@ class Registry:
         """Every measured checkpoint, the newest first."""
         return [_version(found) for found in self._all(BACKBONE)]
 
-    def find(self, key: str) -> Version | None:
-        """The newest version of an `evaluation_key`."""
-        return next((version for version in self.versions() if version.key == key), None)
-
-    def alias(self, alias: str, model: str = BACKBONE) -> Version | None:
-        """The version of a backbone that has an alias."""
-        number = self._aliases(model).get(alias)
-        return None if number is None else _version(self.client.get_model_version(model, number))
+    def alias(self, alias: str) -> Version | None:
+        """The measured checkpoint that has an alias."""
+        number = self._aliases(BACKBONE).get(alias)
+        return None if number is None else _version(self.client.get_model_version(BACKBONE, number))
 
     def register(self, params: Params, root: Path) -> Version:
         """Enters what was measured in the workspace `root` as the challenger, unless it is there already.
@@ -128,7 +125,7 @@ class Registry:
             for dataset in metrics:
                 self._register_prompt(params, root, dataset, run, {**tags, "dsd.metrics": json.dumps(metrics[dataset])})
             shown = {**tags, "dsd.key": key, "dsd.metrics": json.dumps(metrics)}
-            number = self._upsert(BACKBONE, f"{run}/backbone", digest(key, metrics), shown)
+            number = self._upsert(BACKBONE, run, "backbone", digest(key, metrics), shown)
             if self._aliases(BACKBONE).get(CHAMPION) != number:
                 self.client.set_registered_model_alias(BACKBONE, CHALLENGER, number)
         return _version(self.client.get_model_version(BACKBONE, number))
@@ -211,8 +208,8 @@ class Registry:
 
     def _measured(
         self, params: Params, root: Path, key: str, metrics: Mapping[str, Any], tags: Mapping[str, str]
-    ) -> str:
-        """The artifacts' address of the run that holds all that was measured, entered once."""
+    ) -> Run:
+        """The run that holds all that was measured, entered once."""
         run = self.runs.finished("evaluation", key)
         if run is None:
             model = _served(params, root, tags["dsd.digest"])
@@ -239,19 +236,21 @@ class Registry:
                 self.client.log_artifact(made, str(file), f"prompts/{dataset}")
             self.client.set_terminated(made)
             run = self.client.get_run(made)
-        return str(run.info.artifact_uri)
+        return run
 
-    def _register_prompt(self, params: Params, root: Path, dataset: str, run: str, tags: Mapping[str, str]) -> None:
+    def _register_prompt(self, params: Params, root: Path, dataset: str, run: Run, tags: Mapping[str, str]) -> None:
+        """A version for each measurement, though its file be another's: it goes where its backbone's version goes."""
         if (file := prompts(params, root, [dataset]).get(dataset)) is None:
             return
         shown = {**tags, "dsd.dataset": dataset, "dsd.method": str(prompted(params))}
         model = prompt_model(dataset)
-        number = self._upsert(model, f"{run}/prompts/{dataset}", file_digest(file), shown)
+        content = digest(run.info.run_id, file_digest(file))
+        number = self._upsert(model, run, f"prompts/{dataset}", content, shown)
         if self._aliases(model).get(CHAMPION) != number:
             self.client.set_registered_model_alias(model, CHALLENGER, number)
 
-    def _upsert(self, model: str, source: str, content: str, tags: Mapping[str, str]) -> str:
-        """The number of the version with this content, which is made where there is none."""
+    def _upsert(self, model: str, run: Run, part: str, content: str, tags: Mapping[str, str]) -> str:
+        """The number of the version with this content, which is made of a part of the run where there is none."""
         try:
             self.client.create_registered_model(model)
         except MlflowException as error:
@@ -260,8 +259,8 @@ class Registry:
         for version in self._all(model):
             if version.tags.get("dsd.content") == content:
                 return str(version.version)
-        run = Path(source.partition("/artifacts/")[0]).name
-        made = self.client.create_model_version(model, source, run_id=run, tags={**tags, "dsd.content": content})
+        source, shown = f"{run.info.artifact_uri}/{part}", {**tags, "dsd.content": content}
+        made = self.client.create_model_version(model, source, run_id=run.info.run_id, tags=shown)
         return str(made.version)
 
     def _promote(self, version: Version) -> None:
@@ -291,7 +290,7 @@ class Registry:
             return {}
 
 
-def prompts(params: Params, root: Path, datasets: Any) -> dict[str, Path]:
+def prompts(params: Params, root: Path, datasets: Iterable[str]) -> dict[str, Path]:
     """By dataset, the file of the attention prompt that was trained for it."""
     from dsd.prompts import PROMPT  # it loads torch
 

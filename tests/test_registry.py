@@ -28,13 +28,6 @@ EXAMPLES = [MatchingExample(f"e{n}", ("a", "b"), (f"t{n}",), ((0, 0),), ["subjec
             for n in range(300)]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def measured(workspace: Path, database: Path, models: Path) -> Params:
     """The params of a workspace in which a checkpoint was measured on one dataset, and in git."""
@@ -132,7 +125,7 @@ def test_other_results_are_another_version(measured: Params) -> None:
     measure(200)
     second = Registry().register(measured, Path())
     assert (first.number, second.number) == (1, 2) and first.key == second.key
-    assert Registry().find(second.key) == second
+    assert Registry().versions() == [second, first]
     assert aliases() == aliases(PROMPTS) == {CHALLENGER: 2}
 
 
@@ -145,6 +138,20 @@ def test_the_better_challenger_takes_the_place_and_brings_its_prompts(measured: 
     assert verdict.promoted and aliases() == aliases(PROMPTS) == {CHAMPION: 2}
     told = registry.alias(CHAMPION)
     assert told is not None and (told.verdict, told.reason) == ("promoted", verdict.reason)
+
+
+def test_a_prompt_that_was_learned_again_goes_with_its_own_measurement(measured: Params) -> None:
+    registry = Registry()
+    registry.register(measured, Path())
+    file = Path("data/train", COM, "dsd", "prompt.safetensors")
+    learned = file.read_bytes()
+    measure(200)
+    registry.challenge(measured, registry.register(measured, Path()))
+    assert aliases() == aliases(PROMPTS) == {CHAMPION: 2}
+    measure(280)
+    file.write_bytes(learned)  # as the first had it
+    assert registry.challenge(measured, registry.register(measured, Path())).promoted
+    assert aliases() == aliases(PROMPTS) == {CHAMPION: 3}
 
 
 def test_a_tie_keeps_the_champion_and_the_reason_stands_in_the_registry(measured: Params) -> None:

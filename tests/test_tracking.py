@@ -22,14 +22,6 @@ CURVE = [{"step": step, "loss": 1 / step, "accuracy": 0.5} for step in range(1, 
 METHODS = ("dsd", "clip-finetune")
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's empty database: creating its tables takes longer than any test here."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def data(workspace: Path, database: Path) -> Path:
     """The data folder of a finished reproduction of two methods on two datasets, a row each."""

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from mlflow import MlflowClient
 from mlflow.entities import Run
 from typer.testing import CliRunner
 
@@ -83,13 +82,6 @@ def questions(folder: Path, seed: int) -> None:
     path = folder / "data/prepare" / REF / "examples.parquet"
     if not path.exists():
         write_examples(path, (("test", e) for e in EXAMPLES[seed:]))
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
 
 
 @pytest.fixture
@@ -591,7 +583,7 @@ def git(*arguments: str) -> str:
 @pytest.fixture
 def project(workspace: Path) -> Path:
     """A workspace in git with DVC, one stage whose output is in DVC's cache, and files that git does not know."""
-    dag = {"stages": {"work": {"cmd": "mkdir -p data/work && touch data/work/done", "outs": ["data/work"]}}}
+    dag = {"stages": {"step": {"cmd": "mkdir -p data/step && touch data/step/done", "outs": ["data/step"]}}}
     Path("dvc.yaml").write_text(yaml.safe_dump(dag))
     Path(".gitignore").write_text("/data/\n/.watch/\n/own/\n")
     git("init", "-q")
@@ -623,7 +615,7 @@ def test_a_clone_has_the_commit_the_params_and_the_data(project: Path) -> None:
     assert settings["backbone"] == "new" and settings["backbones"]["new"]["digest"] == "d"
     own = yaml.safe_load(Path("params.yaml").read_text())
     assert {**settings, "backbones": own["backbones"], "backbone": own["backbone"]} == own
-    assert (target / "data/work/done").exists() and (target / "own").resolve() == project / "own"
+    assert (target / "data/step/done").exists() and (target / "own").resolve() == project / "own"
     assert subprocess.run(["git", "rev-parse", "HEAD"], cwd=target, capture_output=True, text=True).stdout == git(
         "rev-parse", "HEAD"
     )
@@ -642,7 +634,7 @@ def test_a_clone_that_is_whole_is_gone_on_with_on_the_commit_of_now(project: Pat
     assert yaml.safe_load((target / "params.yaml").read_text())["backbone"] == "new"
     (target / ".git" / "ready").unlink()  # killed while it was made
     clone(Path(".watch/key"), "new", row("/checkpoints/new"))
-    assert not (target / "data" / "partial").exists() and (target / "data/work/done").exists()
+    assert not (target / "data" / "partial").exists() and (target / "data/step/done").exists()
 
 
 def test_without_git_there_is_one_line(workspace: Path) -> None:
