@@ -1,4 +1,4 @@
-"""MLflow: every result once, whether it was computed or came out of DVC's cache. The only importer of mlflow.
+"""MLflow: every result once, whether it was computed or came out of DVC's cache.
 
 An entry is found by its tag `dsd.key`, a digest of what it shows, so publishing is an upsert. A run in which
 a publication was killed is removed by the next; a lock lets several processes publish at once.

@@ -16,7 +16,7 @@ from dsd.statistics import Difference, Interval
 from flows.cli import app
 from flows.registry import Registry
 from flows.watch import tick
-from tests.test_watch import Dag, change, checkpoint, dag, database, watched  # noqa: F401 (fixtures)
+from tests.test_watch import Dag, change, checkpoint, dag, watched  # noqa: F401 (fixtures)
 
 COM, REF = "scenes-com", "scenes-ref"
 START = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
