@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dsd.matcher import Heatmap
     from dsd.params import Params
     from dsd.report.leaderboard import Board
+    from dsd.statistics import Interval
 
 MAX_PIXELS = 40_000_000  # as the matcher has it
 
@@ -106,16 +107,21 @@ def promote(
     """
     with one_line_errors():
         from dsd.params import load
+        from flows.leaderboard import draw
         from flows.registry import BACKBONE, Registry
 
         params, registry = load(), Registry()
         version = registry.register(params, Path())
-        verdict = registry.challenge(params, version)
+        try:
+            verdict = registry.challenge(params, version)
+        finally:
+            page = draw(params, registry)
     if as_json:
         show_json({"version": version.number, **asdict(verdict)})
     else:
         print(f"{BACKBONE} version {version.number}: {'promoted' if verdict.promoted else 'not promoted'}")
         print(verdict.reason)
+        print(f"leaderboard: {page}")
 
 
 @app.command()
@@ -197,7 +203,7 @@ def watch(
 def leaderboard(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     html: Annotated[
-        Path | None, typer.Option(help="Write the page here; the watch keeps data/leaderboard/index.html.")
+        Path | None, typer.Option(help="Write the page here; `promote` and `watch` keep data/leaderboard/index.html.")
     ] = None,
 ) -> None:
     """Show all measured checkpoints, the champion, what the gate said of each, and those that failed.
@@ -210,13 +216,13 @@ def leaderboard(
     """
     with one_line_errors():
         from dsd.params import load
-        from dsd.report.leaderboard import write
-        from flows.leaderboard import board
+        from flows.leaderboard import board, draw
         from flows.registry import Registry
 
-        found = board(load(), Registry())
+        params, registry = load(), Registry()
         if html is not None:
-            print(f"page: {write(found, html)}")
+            print(f"page: {draw(params, registry, html)}")
+        found = board(params, registry)
     if as_json:
         show_json(asdict(found))
     elif html is None:
@@ -224,23 +230,43 @@ def leaderboard(
 
 
 def tell_board(found: Board) -> None:
-    """Prints the leaderboard as tables; what has no rows is left out."""
+    """Prints the leaderboard as tables that fit a terminal; what has no rows is left out."""
     from rich.console import Console
     from rich.table import Table
 
-    from dsd.report.leaderboard import failures, scores
+    from dsd.report.leaderboard import failures
+    from dsd.report.tables import NONE, count, interval, percent
 
     console = Console(highlight=False, markup=False)
-    others = scores(found, found.others, "measured with other params")
-    shown = [content for content in (scores(found, found.ranked, ""), others, failures(found)) if content.rows]
-    for content in shown:
-        table = Table(box=None, pad_edge=False, title=content.caption or None, title_justify="left")
-        for heading in content.head:
-            table.add_column(heading, overflow="fold")
-        for row in content.rows:
-            table.add_row(row.head, *(f"{cell.text} {cell.interval}".strip() for cell in row.cells))
-        console.print(table)
-    if not shown:
+
+    def table(title: str | None, headings: Iterable[str], rows: Iterable[Sequence[str]]) -> None:
+        shown = Table(box=None, pad_edge=False, title=title, title_justify="left")
+        for heading in headings:
+            shown.add_column(heading, overflow="fold")
+        for row in rows:
+            shown.add_row(*row)
+        if shown.rows:
+            console.print(shown)
+
+    def value(score: Interval | None) -> str:
+        return NONE if score is None else f"{percent(score.value)} %\n{interval(score)}\nn = {count(score.n)}"
+
+    names = (f"{dataset}\n{metric}" for dataset, metric in found.metrics.items())
+    headings = ["checkpoint", *names, "mean", "verdict"]
+    for title, entries in ((None, found.ranked), ("measured with other params", found.others)):
+        rows = (
+            (
+                f"{entry.label}\nversion {entry.number}",
+                *(value(entry.scores.get(name)) for name in found.metrics),
+                f"{percent(entry.mean)} %" if entry.scores else NONE,
+                f"{entry.verdict or NONE}\n{entry.when:%Y-%m-%d}",
+            )
+            for entry in entries
+        )
+        table(title, headings, rows)
+    failed = failures(found)
+    table(failed.caption, failed.head, ((row.head, *(cell.text for cell in row.cells)) for row in failed.rows))
+    if not found.entries and not found.failures:
         console.print("nothing was measured yet; `dsd promote` enters this workspace's results, `dsd watch` new ones")
 
 

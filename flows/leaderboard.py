@@ -8,13 +8,18 @@ from pathlib import Path
 from dsd.datasets import benchmark
 from dsd.metrics import HEADLINES
 from dsd.params import Params
-from dsd.report.leaderboard import Board, Entry, Failure
+from dsd.report.leaderboard import Board, Entry, Failure, write
 from dsd.statistics import Difference, Interval
 from flows import DATA
 from flows.registry import CHAMPION, Registry, Version, evaluation_key
 from flows.watch import Attempts
 
 PAGE = DATA / "leaderboard" / "index.html"
+
+
+def draw(params: Params, registry: Registry, target: Path = PAGE) -> Path:
+    """Writes the page and returns its path."""
+    return write(board(params, registry), target)
 
 
 def board(params: Params, registry: Registry) -> Board:

@@ -145,7 +145,7 @@ class Registry:
             champion = self.alias(CHAMPION)
             if champion is not None and champion.number == challenger.number:
                 return Verdict(False, "it is the champion already", {})
-            against = {} if champion is None else {"dsd.against": str(champion.number)}
+            against = {} if champion is None else {"against": str(champion.number)}
             try:
                 asked = self.ranks(challenger, params.gate.method)
                 before = None if champion is None else self.ranks(champion, params.gate.method)
@@ -155,18 +155,20 @@ class Registry:
                 else:
                     verdict = judge(params, asked, before)
             except DsdError as error:
-                self._tag(challenger, {"dsd.verdict": NOT_COMPARED, "dsd.reason": str(error), **against})
+                self._say(challenger, NOT_COMPARED, str(error), **against)
                 raise
             compared = json.dumps({name: asdict(compared) for name, compared in verdict.compared.items()})
-            told = {"dsd.verdict": PROMOTED if verdict.promoted else KEPT_OUT, "dsd.reason": verdict.reason}
-            self._tag(challenger, {**told, "dsd.compared": compared, **against})
+            told = PROMOTED if verdict.promoted else KEPT_OUT
+            self._say(challenger, told, verdict.reason, compared=compared, **against)
             if verdict.promoted:
                 self._promote(challenger)
         return verdict
 
-    def _tag(self, version: Version, tags: Mapping[str, str]) -> None:
-        for name, value in tags.items():
-            self.client.set_model_version_tag(BACKBONE, str(version.number), name, value)
+    def _say(self, version: Version, verdict: str, reason: str, **more: str) -> None:
+        """The verdict as tags, and as the description that MLflow's own pages show."""
+        for name, value in {"verdict": verdict, "reason": reason, **more}.items():
+            self.client.set_model_version_tag(BACKBONE, str(version.number), f"dsd.{name}", value)
+        self.client.update_model_version(BACKBONE, str(version.number), f"{verdict}: {reason}")
 
     def ranks(self, version: Version, method: str) -> dict[str, Ranks]:
         """By dataset, how a method answered the test examples with a version.

@@ -203,7 +203,6 @@ class _Tick:
         return changed
 
     def _draw(self) -> None:
-        from dsd.report.leaderboard import write  # it loads what draws
-        from flows.leaderboard import PAGE, board
+        from flows.leaderboard import draw  # it loads what draws
 
-        write(board(self._params, self._registry), PAGE)
+        draw(self._params, self._registry)

@@ -84,9 +84,7 @@ def test_the_page_has_every_checkpoint_once_in_its_place(board: Board, tmp_path:
     assert now[0][2] == "58.0 % [55.0, 61.0] "
     assert [row[0].strip() for row in page.tables["Checkpoints measured with other params"][1:]] == ["first"]
     best = page.tables["Challenger minus champion"][2]
-    assert (best[3], best[4]) == ("−0.4 [−3.0, 2.0] p 0.800 ", "+6.0 [+2.0, +10.0] p 0.004 ") or best[4].startswith(
-        "+6.0"
-    )
+    assert (best[3], best[4]) == ("−0.4 [−3.0, +2.0] p 0.800 ", "+6.0 [+2.0, +10.0] p 0.004 ")
     assert page.tables["Checkpoints that failed"][1] == [
         "broken ", "3 ", "given up ", "2026-11-01 12:00 UTC ", "cache: lacks the component vae/ ",
     ]  # fmt: skip
@@ -126,8 +124,9 @@ def test_the_command_shows_what_the_registry_has(watched: Path, dag: Dag) -> Non
     difference = told["entries"][0]["differences"][REF]
     assert difference["value"] == pytest.approx(0.4) and difference["low"] > 0.3 and told["entries"][0]["against"] == 1
     assert [(f["name"], f["attempts"], f["given_up"]) for f in told["failures"]] == [("c", 1, False)]
-    shown = CliRunner().invoke(app, ["leaderboard"], env={"COLUMNS": "200"}).output
-    assert "★ b" in shown and "90.0 % [85.0, 95.0]" in shown and "score: out of memory" in shown
+    shown = CliRunner().invoke(app, ["leaderboard"], env={"COLUMNS": "80"}).output
+    for part in ("★ b ", "version 2 ", " 90.0 % ", " [85.0, 95.0] ", " n = 200 ", "promoted", "score: out of memory"):
+        assert part in shown
     run = CliRunner().invoke(app, ["leaderboard", "--html", "elsewhere/page.html"])
     assert run.output == "page: elsewhere/page.html\n" and "★ b" in Path("elsewhere/page.html").read_text()
     change(seed=1)

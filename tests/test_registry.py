@@ -247,7 +247,11 @@ def test_a_checkpoint_that_has_changed_is_refused(models: Path) -> None:
 
 def test_promote_tells_what_was_decided(measured: Params) -> None:
     run = CliRunner().invoke(app, ["promote"])
-    assert (run.exit_code, run.stdout) == (0, f"{BACKBONE} version 1: promoted\nthere was no champion\n")
+    page = Path("data/leaderboard/index.html")
+    assert run.exit_code == 0
+    assert run.stdout == f"{BACKBONE} version 1: promoted\nthere was no champion\nleaderboard: {page}\n"
+    assert "there was no champion" in page.read_text()
+    assert Registry().client.get_model_version(BACKBONE, "1").description == "promoted: there was no champion"
     measure(150 + 50)
     told = json.loads(CliRunner().invoke(app, ["promote", "--json"]).stdout)
     assert (told["version"], told["promoted"]) == (2, True)

@@ -32,6 +32,7 @@ from flows.cli import app
 from flows.clone import clone, last_line
 from flows.registry import CHAMPION, Registry
 from flows.reproduce import free_port
+from flows.stores import DATABASE, MLFLOW
 from flows.watch import KILLED, alone, tick
 from tests.conftest import ROOT
 from tests.hubserver import COMMIT, Hub, connected, files_of
@@ -535,12 +536,26 @@ def until(holds: Callable[[], bool], seconds: float = 600) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_a_worker_and_a_deployment(watched: Path, small_project: Path, tmp_path: Path) -> None:
-    """The three commands of the README, on a free port; it ticks when it is time to."""
+@pytest.mark.parametrize("store", ["files", "postgres"])
+def test_a_server_a_worker_and_a_deployment(
+    store: str,
+    watched: Path,
+    small_project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """The three commands of the README, on a free port; it ticks when it is time to, and the gate compares."""
     watch_settings(cron="* * * * *")
-    checkpoint(watched, "a", "150")
+    for name, right in (("a", "150"), ("b", "190"), ("c", "152")):
+        checkpoint(watched, name, right)
     port = str(free_port())
     own = {"PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    if store == "postgres":
+        postgres = request.getfixturevalue("postgres")
+        monkeypatch.setenv(MLFLOW, postgres())
+        own[DATABASE] = postgres().replace("postgresql:", "postgresql+asyncpg:")
+        Path("mlflow.db").unlink()
     environment = {**os.environ, **own, "PYTHONPATH": str(ROOT)}
 
     def start(*command: str) -> subprocess.Popen[bytes]:
@@ -559,8 +574,11 @@ def test_a_server_a_worker_and_a_deployment(watched: Path, small_project: Path, 
         assert "watch/watch: in the work pool dsd, at * * * * *\n" in said("flows.cli", "watch", "--pool", "dsd")
         shown = said("prefect", "deployment", "inspect", "watch/watch")
         assert "'cron': '* * * * *'" in shown and "CANCEL_NEW" in shown
-        until(lambda: Registry().alias(CHAMPION) is not None)
-        assert [version.name for version in Registry().versions()] == ["a"]
+        until(lambda: [version.verdict for version in Registry().versions()] == ["kept out", "promoted", "promoted"])
+        assert [version.name for version in Registry().versions()] == ["c", "b", "a"]
+        champion = Registry().alias(CHAMPION)
+        assert champion is not None and (champion.name, champion.against) == ("b", 1)
+        assert Path("mlflow.db").exists() == (store == "files")
     finally:
         for process in reversed(started):
             os.killpg(process.pid, signal.SIGTERM)
