@@ -63,20 +63,19 @@ def _watched(folder: Path) -> None:
 
 def main() -> None:
     """Enters this workspace's results; as the champion with other params, so that there is one to compare with."""
-    from flows.leaderboard import draw
-    from flows.registry import KEPT_OUT, PROMOTED, Registry
+    from flows.promote import promote
+    from flows.registry import KEPT_OUT, PROMOTED
     from flows.tracking import publish
 
-    params, registry = load(), Registry()
+    params = load()
     if sys.argv[1] == "champion":
         other = params.evaluate.model_copy(update={"resamples": params.evaluate.resamples + 1})
         params = params.model_copy(update={"evaluate": other})
     else:
         publish(params, DATA)
-    verdict = registry.challenge(params, registry.register(params, Path()))
     with TemporaryDirectory() as folder:  # this workspace's own page is of its own store
-        draw(params, registry, Path(folder) / "index.html")
-    print(PROMOTED if verdict.promoted else KEPT_OUT)
+        promoted = promote(params, Path(folder) / "index.html").verdict.promoted
+    print(PROMOTED if promoted else KEPT_OUT)
 
 
 if __name__ == "__main__":

@@ -102,9 +102,10 @@ def learn(seen: Seen, method: FusionMethod, params: Params) -> Fitted:
 def scores(
     fitted: Fitted, plain: Evidence, prompted: Evidence, method: FusionMethod, poolings: Sequence[str]
 ) -> Scores:
-    """The weighted sum for every pair."""
+    """The weighted sum for every pair, as precise as evidence is: the bits below are another processor's choice."""
     _, pairs, values_EF = features(plain, prompted, method, poolings)
-    return dict(zip(pairs, (values_EF @ fitted.weights_F).tolist(), strict=True))
+    sums_E = (values_EF @ fitted.weights_F).astype(np.float32)
+    return dict(zip(pairs, sums_E.tolist(), strict=True))
 
 
 def features(

@@ -107,15 +107,10 @@ def promote(
     """
     with one_line_errors():
         from dsd.params import load
-        from flows.leaderboard import draw
-        from flows.registry import BACKBONE, Registry
+        from flows.promote import promote as enter
+        from flows.registry import BACKBONE
 
-        params, registry = load(), Registry()
-        version = registry.register(params, Path())
-        try:
-            verdict = registry.challenge(params, version)
-        finally:
-            page = draw(params, registry)
+        version, verdict, page = enter(load())
     if as_json:
         show_json({"version": version.number, **asdict(verdict)})
     else:

@@ -1,4 +1,4 @@
-"""When the watch ticks: as a deployment of Prefect, in this process or in those of a work pool."""
+"""What Prefect runs of the registry: the watch at its times, here or in a work pool, and the gate where one asks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Failed, State
 
 from dsd.errors import DsdError
+from dsd.params import load
+from flows.promote import promote as enter
+from flows.registry import KEPT_OUT, PROMOTED
 from flows.watch import tick
 
 NAME = "watch"
@@ -23,6 +26,14 @@ def watch() -> State:
     told = tick()
     print("\n".join(told.lines), flush=True)
     return (Failed if told.failed else Completed)(message="; ".join(told.lines))
+
+
+@flow(name="promote", persist_result=False)
+def promote() -> State:
+    """`dsd promote` as a flow, for a pipeline that ends with it; its state has the verdict and the reason."""
+    version, verdict, _ = enter(load())
+    told = f"version {version.number}: {PROMOTED if verdict.promoted else KEPT_OUT}: {verdict.reason}"
+    return Completed(message=told)
 
 
 def serve(cron: str) -> None:

@@ -41,6 +41,14 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=600):
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _clean_prefect_home() -> Iterator[None]:
     yield

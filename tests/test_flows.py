@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -22,7 +22,6 @@ import yaml
 from dvc import dvcfile
 from dvc.repo import Repo
 from dvc_objects.fs.utils import tmp_fname
-from prefect.testing.utilities import prefect_test_harness
 
 from dsd import encoding, evaluation, pretraining, report, scoring, training
 from dsd.datasets import DATASETS
@@ -32,12 +31,6 @@ from flows import reproduce
 from flows import stage as stages
 from flows.download import outside
 from flows.stage import declared, each, main, params, prune, stage, unit
-
-
-@pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=600):
-        yield
 
 
 @pytest.fixture

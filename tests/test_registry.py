@@ -260,6 +260,17 @@ def test_promote_tells_what_was_decided(measured: Params) -> None:
     )
 
 
+def test_promoting_is_a_flow_too(measured: Params, prefect_server: None) -> None:
+    from flows.schedule import promote  # it loads prefect
+
+    assert promote(return_state=True).message == "version 1: promoted: there was no champion"
+    measure(100)
+    state = promote(return_state=True)
+    assert state.is_completed() and str(state.message).startswith("version 2: kept out: may have lost")
+    Path("data/evaluate/metrics.json").unlink()
+    assert promote(return_state=True).is_failed()
+
+
 def test_match_takes_a_registered_prompt(measured: Params) -> None:
     Registry().register(measured, Path())
     Image.new("RGB", (32, 32)).save("picture.png")
