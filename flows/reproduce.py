@@ -81,6 +81,7 @@ def reproduce() -> str:
     mend()
     with Repo() as repo:
         every = {stage.name for stage in repo.index.stages if not stage.frozen}
+        empty = not any(out.exists for out in repo.index.outs if out.persist)  # nothing that a stage could go on with
         stale = bool(repo.status())
         if stale:
             run(repo)
@@ -92,7 +93,7 @@ def reproduce() -> str:
         return f"everything is up to date\n{report}"
     total, stages = time.monotonic() - clock, finished(since=started)
     orchestration = total - sum(record["seconds"] for record in stages)
-    if {record["stage"] for record in stages} == every:  # a whole reproduction, which `make bench` reports
+    if empty and {record["stage"] for record in stages} == every:  # a whole one, which `make bench` reports
         whole = {"seconds": total, "orchestration": orchestration}
         write_atomic(DATA / "reproduction.json", json.dumps(whole, indent=2).encode())
     return f"orchestration: {orchestration:.0f} s of {total:.0f} s\n{report}"

@@ -273,6 +273,22 @@ def test_reproducing_twice_runs_the_stages_once(
 
 
 @pytest.mark.slow
+def test_only_a_reproduction_from_nothing_is_recorded_as_whole(small_dag: list[Any], prefect_server: None) -> None:
+    timing = '{"stage": "report", "seconds": 0, "finished": "2999-01-01T00:00:00+00:00"}'
+    command = f"mkdir -p data/kept data/timings && echo '{timing}' > data/timings/report.json"
+    stage = {"cmd": command, "params": ["seed"], "outs": [{"data/kept": {"persist": True}}]}
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": {"report": stage}}))
+    reproduce.reproduce()
+    record = Path("data/reproduction.json")
+    assert set(json.loads(record.read_text())) == {"seconds", "orchestration"}
+    record.unlink()
+    settings = yaml.safe_load(Path("params.yaml").read_text())
+    Path("params.yaml").write_text(yaml.safe_dump({**settings, "seed": 1}))
+    assert reproduce.reproduce().startswith("orchestration: ")  # it went on with what it had kept
+    assert not record.exists()
+
+
+@pytest.mark.slow
 def test_the_line_of_a_failed_stage_is_the_last(
     small_dag: list[Any], prefect_server: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
