@@ -235,7 +235,7 @@ def tell_board(found: Board) -> None:
     console = Console(highlight=False, markup=False)
 
     def table(title: str | None, headings: Iterable[str], rows: Iterable[Sequence[str]]) -> None:
-        shown = Table(box=None, pad_edge=False, title=title, title_justify="left")
+        shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, title=title, title_justify="left")
         for heading in headings:
             shown.add_column(heading, overflow="fold")
         for row in rows:

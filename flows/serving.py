@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from dsd.matcher import Heatmap, Matcher, Picture
 
 log = logging.getLogger(__name__)
+logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # that it looks at our example is no news
 
 # A white picture of one pixel, for the example of a request that MLflow keeps beside the signature.
 PIXEL = "R0lGODlhAQABAIAAAP///wAAACwAAAAAAQABAAACAkQBADs="
