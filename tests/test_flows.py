@@ -176,7 +176,6 @@ def test_a_dataset_that_is_gone_is_removed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-@pytest.mark.slow
 def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with its params, its folders and nothing else, in the order of dvc.yaml."""
     from flows import cache, download, evaluate, prepare, pretrain, score, tracking, train
@@ -231,7 +230,8 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
         (name, folders["download"], folders["prepare"]),
         (name, folders["prepare"], folders["cache"]),
         *((name, m, folders["prepare"], folders["cache"], f"{folders['train']}/{m}") for m in learning),
-        (name, *(folders[s] for s in ("prepare", "cache", "train", "score"))),
+        (name, *(folders[s] for s in ("prepare", "cache", "train", "score")), "test"),
+        (name, "data/races", folders["score"], "test"),
         (name, folders["prepare"], folders["score"], "data/evaluate"),
         ("data/evaluate",),
         ("data", "data/report"),
