@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 from dvc import dvcfile
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
@@ -35,7 +37,6 @@ LOG.setLevel(logging.ERROR)  # that a stage is frozen is no news
 for _name in ("dvc", "dvc_data", "dvc_objects"):
     logging.getLogger(_name).propagate = False  # prefect would print it a second time
 RWLOCK = Path(".dvc") / "tmp" / "rwlock"  # which paths DVC's processes are at work on
-RUNS = Path(".dvc") / "cache" / "runs"  # what DVC remembers of stages, a folder a stage and its dependencies
 STARTUP_SECONDS = 600  # some 5 s on an idle machine; a server that has died is noticed at once
 
 
@@ -84,7 +85,8 @@ def reproduce() -> str:
         empty = not any(out.exists for out in repo.index.outs if out.persist)  # nothing that a stage could go on with
         stale = bool(repo.status())
         if stale:
-            run(repo)
+            with at_work(Path(repo.cache.local.path).parent.parent):
+                run(repo)
     from flows.tracking import publish
 
     publish(params, DATA)
@@ -176,15 +178,32 @@ dvcfile.modify_yaml = modify_yaml
 
 
 def mend() -> None:
-    """Removes what a kill of DVC leaves half written: with an empty folder or a list cut short it fails ever after."""
+    """Removes DVC's list of the paths in use where a kill has cut it short: with it DVC fails ever after."""
     with contextlib.suppress(FileNotFoundError):
         try:
             json.loads(RWLOCK.read_text())
         except ValueError:
             RWLOCK.unlink()
-    for folder in RUNS.glob("*/*"):
-        for file in folder.glob(".*.tmp"):
+
+
+@contextlib.contextmanager
+def at_work(cache: Path) -> Iterator[None]:
+    """In the block DVC's cache, which other workspaces may share, is in use; who finds it idle mends it first."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / ".lock").open("a") as lock:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mend_cache(cache)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+
+
+def mend_cache(cache: Path) -> None:
+    """Removes what a kill or a full disk leaves half written, and what DVC fails on: empty folders in its memory."""
+    for place in ("files/md5", "files/md5/*", "runs/*/*"):
+        for file in cache.glob(f"{place}/.*.tmp"):
             file.unlink()
+    for folder in cache.glob("runs/*/*"):  # a folder for each stage with its dependencies
         with contextlib.suppress(OSError):
             folder.rmdir()
 
@@ -226,9 +245,15 @@ def server() -> Iterator[None]:
         print(f"Prefect shows the run at {address}", flush=True)
         yield
     except Exception as error:
-        if process.poll() is None or isinstance(error, DsdError):
-            raise
-        raise DsdError(f"the Prefect server has ended in mid-run; {log} says why, and the next run goes on") from error
+        from flows.stage import mistake
+
+        if process.poll() is not None and not isinstance(error, DsdError):
+            raise DsdError(
+                f"the Prefect server has ended in mid-run; {log} says why, and the next run goes on"
+            ) from error
+        if isinstance(error, httpx.HTTPError) and (line := mistake(error)):  # while it is known where the server is
+            raise DsdError(line) from error
+        raise
     finally:
         os.environ.pop(PREFECT, None)
         process.terminate()

@@ -28,6 +28,7 @@ from dsd.store import write_atomic
 from flows import DATA
 from flows.process import die_with_parent
 
+FULL = 2**20  # bytes: with fewer of them free no database gets on
 Details = dict[str, Any]
 Stage: TypeAlias = Flow[[], None]
 
@@ -131,7 +132,9 @@ def mistake(error: BaseException | None) -> str | None:
         if isinstance(error, httpx.HTTPError):
             server = os.environ.get("PREFECT_API_URL", "")
             if server and str(error.request.url).startswith(server):
-                return f"the Prefect server at {server} does not answer as it should: {error}"
+                left = shutil.disk_usage(".").free
+                why = f"disk full, {Path.cwd()} has {left} bytes free" if left < FULL else str(error)
+                return f"the Prefect server at {server} does not answer as it should: {why}"
         error = error.__cause__
     return None
 

@@ -343,16 +343,29 @@ def test_a_list_of_paths_in_use_that_was_cut_short_is_removed(workspace: Path, c
 @pytest.mark.parametrize("left", ["empty", "half"])
 def test_a_memory_of_a_stage_that_was_cut_short_is_removed(small_dag: list[Any], left: str) -> None:
     """DVC alone fails with a TypeError on it, now or the next time."""
+    cache = Path(".dvc", "cache")
     for run in range(3):
         with Repo() as repo:
             repo.reproduce(force=run == 0)
-        [(kept,)] = (list(folder.iterdir()) for folder in reproduce.RUNS.glob("*/*"))
+        [(kept,)] = (list(folder.iterdir()) for folder in cache.glob("runs/*/*"))
         if left == "half":
             kept.with_name(tmp_fname()).write_text("cmd: mk")
         kept.unlink()
         Path("dvc.lock").unlink()
-        reproduce.mend()
-        assert not list(reproduce.RUNS.glob("*/*"))
+        (cache / "files" / "md5" / tmp_fname()).touch()
+        with reproduce.at_work(cache):
+            assert not [*cache.glob("runs/*/*"), *cache.rglob("*.tmp")]
+
+
+def test_a_cache_that_others_are_at_work_with_is_left_alone(tmp_path: Path) -> None:
+    begun = tmp_path / "files" / "md5" / tmp_fname()
+    begun.parent.mkdir(parents=True)
+    with reproduce.at_work(tmp_path):
+        begun.touch()
+        with reproduce.at_work(tmp_path):
+            assert begun.exists()
+    with reproduce.at_work(tmp_path):
+        assert not begun.exists()
 
 
 @pytest.mark.slow
