@@ -144,7 +144,10 @@ class Registry:
         with locked():
             champion = self.alias(CHAMPION)
             if champion is not None and champion.number == challenger.number:
-                return Verdict(False, "it is the champion already", {})
+                if challenger.verdict:
+                    return Verdict(False, "it is the champion already", {})
+                self._say(challenger, PROMOTED, challenger.reason)  # a kill has kept it from being said
+                return Verdict(True, challenger.reason, {})
             against = {} if champion is None else {"against": str(champion.number)}
             try:
                 asked = self.ranks(challenger, params.gate.method)
@@ -160,15 +163,19 @@ class Registry:
             compared = json.dumps({name: asdict(compared) for name, compared in verdict.compared.items()})
             told = PROMOTED if verdict.promoted else KEPT_OUT
             self._say(challenger, told, verdict.reason, compared=compared, **against)
-            if verdict.promoted:
-                self._promote(challenger)
         return verdict
 
     def _say(self, version: Version, verdict: str, reason: str, **more: str) -> None:
-        """The verdict as tags, and as the description that MLflow's own pages show."""
-        for name, value in {"verdict": verdict, "reason": reason, **more}.items():
+        """Does what the verdict says and writes it down, as tags and as the description that MLflow's own pages show.
+
+        The verdict is last: where a kill comes before it, the gate is asked again.
+        """
+        for name, value in {"reason": reason, **more}.items():
             self.client.set_model_version_tag(BACKBONE, str(version.number), f"dsd.{name}", value)
+        if verdict == PROMOTED:
+            self._promote(version)
         self.client.update_model_version(BACKBONE, str(version.number), f"{verdict}: {reason}")
+        self.client.set_model_version_tag(BACKBONE, str(version.number), "dsd.verdict", verdict)
 
     def ranks(self, version: Version, method: str) -> dict[str, Ranks]:
         """By dataset, how a method answered the test examples with a version.

@@ -12,7 +12,6 @@ from prefect.states import Completed, Failed, State
 from dsd.errors import DsdError
 from dsd.params import load
 from flows.promote import promote as enter
-from flows.registry import KEPT_OUT, PROMOTED
 from flows.watch import tick
 
 NAME = "watch"
@@ -32,8 +31,8 @@ def watch() -> State:
 def promote() -> State:
     """`dsd promote` as a flow, for a pipeline that ends with it; its state has the verdict and the reason."""
     version, verdict, _ = enter(load())
-    told = f"version {version.number}: {PROMOTED if verdict.promoted else KEPT_OUT}: {verdict.reason}"
-    return Completed(message=told)
+    word = "promoted" if verdict.promoted else "not promoted"
+    return Completed(message=f"version {version.number}: {word}: {verdict.reason}")
 
 
 def serve(cron: str) -> None:

@@ -154,6 +154,28 @@ def test_a_prompt_that_was_learned_again_goes_with_its_own_measurement(measured:
     assert aliases() == aliases(PROMPTS) == {CHAMPION: 3}
 
 
+@pytest.mark.parametrize("before", ["_promote", "update_model_version"])
+def test_a_kill_within_a_promotion_is_made_good(measured: Params, monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+    registry = Registry()
+    registry.challenge(measured, registry.register(measured, Path()))
+    measure(200)
+    challenger = registry.register(measured, Path())
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry if hasattr(registry, before) else registry.client, before, killed)
+        with pytest.raises(KeyboardInterrupt):
+            registry.challenge(measured, challenger)
+    assert registry.versions()[0].verdict == ""
+    verdict = registry.challenge(measured, registry.register(measured, Path()))
+    assert verdict.promoted and verdict.reason.startswith("better on scenes-com")
+    assert aliases() == aliases(PROMPTS) == {CHAMPION: 2}
+    told = registry.alias(CHAMPION)
+    assert told is not None and (told.verdict, told.reason, told.against) == ("promoted", verdict.reason, 1)
+
+
 def test_a_tie_keeps_the_champion_and_the_reason_stands_in_the_registry(measured: Params) -> None:
     registry = Registry()
     registry.challenge(measured, registry.register(measured, Path()))
@@ -266,7 +288,7 @@ def test_promoting_is_a_flow_too(measured: Params, prefect_server: None) -> None
     assert promote(return_state=True).message == "version 1: promoted: there was no champion"
     measure(100)
     state = promote(return_state=True)
-    assert state.is_completed() and str(state.message).startswith("version 2: kept out: may have lost")
+    assert state.is_completed() and str(state.message).startswith("version 2: not promoted: may have lost")
     Path("data/evaluate/metrics.json").unlink()
     assert promote(return_state=True).is_failed()
 
