@@ -27,7 +27,7 @@ test: $(READY) ## Lint, contracts, types and tests
 	$(BIN)/mypy dsd flows
 	$(BIN)/pytest
 
-chaos: $(READY) ## Kills, full disks, damaged files and the like, in mid-run: the results must stay, some twenty minutes
+chaos: $(READY) ## Kills, full disks, damaged files and the like, in mid-run: the results must stay, half an hour
 	$(BIN)/pytest -v -m chaos
 
 bench: $(READY) ## Measure speed on this machine
