@@ -211,13 +211,13 @@ def leaderboard(
     """
     with one_line_errors():
         from dsd.params import load
-        from flows.leaderboard import board, draw
+        from dsd.report.leaderboard import write
+        from flows.leaderboard import board
         from flows.registry import Registry
 
-        params, registry = load(), Registry()
+        found = board(load(), Registry())
         if html is not None:
-            print(f"page: {draw(params, registry, html)}")
-        found = board(params, registry)
+            print(f"page: {write(found, html)}")
     if as_json:
         show_json(asdict(found))
     elif html is None:

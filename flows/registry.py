@@ -146,7 +146,7 @@ class Registry:
             if champion is not None and champion.number == challenger.number:
                 if challenger.verdict:
                     return Verdict(False, "it is the champion already", {})
-                self._say(challenger, PROMOTED, challenger.reason)  # a kill has kept it from being said
+                self._carry_out(challenger, PROMOTED, challenger.reason)  # a kill has kept it from being said
                 return Verdict(True, challenger.reason, {})
             against = {} if champion is None else {"against": str(champion.number)}
             try:
@@ -158,14 +158,14 @@ class Registry:
                 else:
                     verdict = judge(params, asked, before)
             except DsdError as error:
-                self._say(challenger, NOT_COMPARED, str(error), **against)
+                self._carry_out(challenger, NOT_COMPARED, str(error), **against)
                 raise
             compared = json.dumps({name: asdict(compared) for name, compared in verdict.compared.items()})
             told = PROMOTED if verdict.promoted else KEPT_OUT
-            self._say(challenger, told, verdict.reason, compared=compared, **against)
+            self._carry_out(challenger, told, verdict.reason, compared=compared, **against)
         return verdict
 
-    def _say(self, version: Version, verdict: str, reason: str, **more: str) -> None:
+    def _carry_out(self, version: Version, verdict: str, reason: str, **more: str) -> None:
         """Does what the verdict says and writes it down, as tags and as the description that MLflow's own pages show.
 
         The verdict is last: where a kill comes before it, the gate is asked again.

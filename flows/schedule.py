@@ -11,7 +11,6 @@ from prefect.states import Completed, Failed, State
 
 from dsd.errors import DsdError
 from dsd.params import load
-from flows.promote import promote as enter
 from flows.watch import tick
 
 NAME = "watch"
@@ -30,6 +29,8 @@ def watch() -> State:
 @flow(name="promote", persist_result=False)
 def promote() -> State:
     """`dsd promote` as a flow, for a pipeline that ends with it; its state has the verdict and the reason."""
+    from flows.promote import promote as enter  # it loads what draws, which few ticks need
+
     version, verdict, _ = enter(load())
     word = "promoted" if verdict.promoted else "not promoted"
     return Completed(message=f"version {version.number}: {word}: {verdict.reason}")
