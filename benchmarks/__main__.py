@@ -22,19 +22,20 @@ import torch
 from benchmarks import executors, plain, serving, watching
 from benchmarks.drift import drift
 from benchmarks.setting import PREPARED, engine_over
-from dsd import growth, replay
-from dsd.attention import Recording, during
-from dsd.batching import Filled
-from dsd.draws import draws
+from dsd.config import DenoisingMethod, load
+from dsd.data.draws import draws
+from dsd.data.examples import MatchingExample, read_examples
+from dsd.data.image_table import Pictures
+from dsd.engine.batching import Filled
+from dsd.engine.tracks import Folders, Track, proposals
 from dsd.errors import DataError
-from dsd.evidence import Requests, requests
-from dsd.matching import MatchingExample, read_examples
-from dsd.params import DenoisingMethod, load
-from dsd.pictures import Pictures
-from dsd.replay import Course, promising, raced
-from dsd.schedules import Floats, Learned, all_draws
+from dsd.experiments import scaling as growth
+from dsd.models.attention import Recording, during
+from dsd.schedules import replay
+from dsd.schedules.race import Floats, Learned, all_draws
+from dsd.schedules.replay import Course, promising, raced
+from dsd.scorers.evidence import Requests, requests
 from dsd.store import write_atomic
-from dsd.tracks import Folders, Track, proposals
 
 RESULTS = Path("benchmarks/results.json")
 RACES, CLASSES = Path("data/races"), "scenes-cls"

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsd.draws import draws
-from dsd.engine import Engine
-from dsd.evaluation import attention_scores, denoising_scores, tables
-from dsd.evidence import Evidence, requests, wanted
-from dsd.matching import MatchingExample
-from dsd.params import CrossAttentionMethod, DenoisingMethod, Params
+from dsd.config import CrossAttentionMethod, DenoisingMethod, Params
+from dsd.data.draws import draws
+from dsd.data.examples import MatchingExample
+from dsd.engine.engine import Engine
+from dsd.evaluation.evaluate import attention_scores, denoising_scores, tables
+from dsd.scorers.evidence import Evidence, requests, wanted
 
 
 class Drift(NamedTuple):

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.setting import PREPARED
-from dsd import scoring
-from dsd.params import load
-from dsd.tracks import Folders
+from dsd.config import load
+from dsd.engine import score as scoring
+from dsd.engine.tracks import Folders
 from flows.executors import ahead, cluster
 
 NAME = PREPARED.name

@@ -8,9 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.setting import PREPARED, engine_over
-from dsd.evidence import plan, requests
-from dsd.matching import read_examples
-from dsd.params import load
+from dsd.config import load
+from dsd.data.examples import read_examples
+from dsd.scorers.evidence import plan, requests
 from dsd.store import Store
 
 

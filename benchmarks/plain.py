@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dsd.attention import Recording, during
-from dsd.backbones import StableDiffusion
-from dsd.draws import Draw
-from dsd.images import resize, to_array
-from dsd.matching import MatchingExample, Pair
-from dsd.params import EvidenceParams
-from dsd.pictures import Pictures
+from dsd.config import EvidenceParams
+from dsd.data.draws import Draw
+from dsd.data.examples import MatchingExample, Pair
+from dsd.data.image_table import Pictures
+from dsd.data.images import resize, to_array
+from dsd.models import StableDiffusion
+from dsd.models.attention import Recording, during
 
 
 @torch.inference_mode()

@@ -26,11 +26,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from benchmarks.setting import PREPARED
-from dsd.backbones.checkpoint import locate
-from dsd.matching import read_examples
-from dsd.params import load
-from dsd.pictures import Pictures
-from flows import serving
+from dsd.config import load
+from dsd.data.examples import read_examples
+from dsd.data.image_table import Pictures
+from dsd.models.checkpoint import locate
+from flows.serving import server as serving
 
 CLIENTS, REQUESTS, TEXTS = 16, 12, 10  # requests of each client, and texts of each request
 Question = tuple[bytes, list[str]]  # a picture's file, texts

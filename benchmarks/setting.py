@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsd.backbones import device_of, load_diffusion
-from dsd.encoding import all_texts, diffusion_encodings, read_all
-from dsd.engine import Engine
-from dsd.params import Params
-from dsd.pictures import Pictures
+from dsd.config import Params
+from dsd.data.image_table import Pictures
+from dsd.engine.encodings import all_texts, diffusion_encodings, read_all
+from dsd.engine.engine import Engine
+from dsd.models import device_of, load_diffusion
 from dsd.store import Store
 
 PREPARED = Path("data/prepare/scenes-com")

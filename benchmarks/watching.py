@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
+from dsd.config import FolderSource, RegisteredSource, load
 from dsd.errors import DataError
-from dsd.params import FolderSource, RegisteredSource, load
 from flows import DATA
 
 ROOT = Path(__file__).parent.parent
@@ -63,8 +63,8 @@ def _watched(folder: Path) -> None:
 
 def main() -> None:
     """Enters this workspace's results; as the champion with other params, so that there is one to compare with."""
-    from flows.promote import promote
-    from flows.registry import KEPT_OUT, PROMOTED
+    from flows.registry.promote import promote
+    from flows.registry.registry import KEPT_OUT, PROMOTED
     from flows.tracking import publish
 
     params = load()

@@ -20,17 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dsd.attention import Recording, during
-from dsd.backbones import StableDiffusion, device_of, load_diffusion
-from dsd.backbones.checkpoint import family_of, folder_of
-from dsd.draws import Draw, draws
-from dsd.encoding import Arrays
-from dsd.engine import Engine, RacedMethod, cores, row_values
-from dsd.errors import CheckpointError, TextError, unknown
-from dsd.evidence import UNCONDITIONAL
-from dsd.images import ImageSource, image_id, load_image, resize, to_array
-from dsd.matching import Pair
-from dsd.params import (
+from dsd.config import (
     EXHAUSTIVE,
     BackboneParams,
     CrossAttentionMethod,
@@ -38,8 +28,18 @@ from dsd.params import (
     EvidenceParams,
     NoiseParams,
 )
+from dsd.data.draws import Draw, draws
+from dsd.data.examples import Pair
+from dsd.data.images import ImageSource, image_id, load_image, resize, to_array
+from dsd.engine.encodings import Arrays
+from dsd.engine.engine import Engine, RacedMethod, cores, row_values
+from dsd.errors import CheckpointError, TextError, unknown
+from dsd.models import StableDiffusion, device_of, load_diffusion
+from dsd.models.attention import Recording, during
+from dsd.models.checkpoint import family_of, folder_of
+from dsd.models.prompts import AttentionPrompt, pooled_latent
 from dsd.progress import progress
-from dsd.prompts import AttentionPrompt, pooled_latent
+from dsd.scorers.evidence import UNCONDITIONAL
 
 KEPT_TEXTS = 512  # whose encodings are kept: some 240 kB each with Stable Diffusion 1.x
 MAX_PIXELS = 40_000_000

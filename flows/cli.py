@@ -22,8 +22,8 @@ import typer
 from dsd.errors import DsdError
 
 if TYPE_CHECKING:
+    from dsd.config import Params
     from dsd.matcher import Heatmap
-    from dsd.params import Params
     from dsd.report.leaderboard import Board
     from dsd.statistics import Interval
 
@@ -79,7 +79,7 @@ def reproduce(
         if as_json and not dry_run:
             raise DsdError("--json: only with --dry-run; what a reproduction finds is in data/evaluate/metrics.json")
         if dry_run:
-            from dsd.params import load
+            from dsd.config import load
             from flows import presets
 
             sys.exit(tell(presets.applied(preset, commits=presets.today)[1] if preset else load(), as_json=as_json))
@@ -106,9 +106,9 @@ def promote(
       dsd promote --json
     """
     with one_line_errors():
-        from dsd.params import load
-        from flows.promote import promote as enter
-        from flows.registry import BACKBONE
+        from dsd.config import load
+        from flows.registry.promote import promote as enter
+        from flows.registry.registry import BACKBONE
 
         version, verdict, page = enter(load())
     if as_json:
@@ -139,7 +139,7 @@ def serve(
       dsd serve --model models:/dsd-backbone/3 --port 8080
     """
     with one_line_errors():
-        from flows.serving import serve as answer
+        from flows.serving.server import serve as answer
 
         answer(model, host, port)
 
@@ -167,19 +167,19 @@ def watch(
     """
     with one_line_errors():
         if once:
-            from flows.watch import tick
+            from flows.watch.tick import tick
 
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
             told = tick()
             print("\n".join(told.lines))
             sys.exit(told.failed > 0)
-        from dsd.params import load
+        from dsd.config import load
 
         cron = load().watch.cron
         if pool is not None:
             if "PREFECT_API_URL" not in os.environ:
                 raise DsdError("PREFECT_API_URL: not set; --pool needs a server (http://127.0.0.1:4200/api, say)")
-            from flows.schedule import deploy
+            from flows.watch.deployment import deploy
 
             print(f"{deploy(cron, pool)}: in the work pool {pool}, at {cron}")
             return
@@ -189,7 +189,7 @@ def watch(
             from flows.reproduce import server
 
             with server():
-                from flows.schedule import serve
+                from flows.watch.deployment import serve
 
                 serve(cron)
 
@@ -210,10 +210,10 @@ def leaderboard(
       dsd leaderboard --html leaderboard.html
     """
     with one_line_errors():
-        from dsd.params import load
+        from dsd.config import load
         from dsd.report.leaderboard import write
-        from flows.leaderboard import board
-        from flows.registry import Registry
+        from flows.registry.leaderboard import board
+        from flows.registry.registry import Registry
 
         found = board(load(), Registry())
         if html is not None:
@@ -267,7 +267,7 @@ def tell_board(found: Board) -> None:
 
 def tell(params: Params, *, as_json: bool) -> int:
     """Prints what a reproduction would need; returns 1 where something stands against it."""
-    from dsd.needs import needs
+    from dsd.estimate import needs
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # how often it tries is no news
     wanted = list(needs(params, free=shutil.disk_usage(".").free))
@@ -329,7 +329,7 @@ def match(
 
         with TemporaryDirectory() as folder:
             if prompt is not None and prompt.startswith("models:/"):
-                from flows.registry import Registry
+                from flows.registry.registry import Registry
 
                 prompt = str(Registry().prompt(prompt, Path(folder)))
             matcher = Matcher.from_pretrained(checkpoint, prompt=prompt, method=method)
@@ -379,7 +379,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 def read(images: Iterable[Path]) -> None:
     """Ends the command with a line for each picture that cannot be read, before a checkpoint is opened for them."""
-    from dsd.images import load_image
+    from dsd.data.images import load_image
 
     mistakes = []
     for image in images:

@@ -23,8 +23,8 @@ from typing import NamedTuple
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from dsd.config import DrawnDataset, Params, load
 from dsd.errors import CheckpointError, DsdError, unknown
-from dsd.params import DrawnDataset, Params, load
 from flows import DATA, stores
 
 SECONDS = 15.0  # that all checks have, from the start on
@@ -84,7 +84,7 @@ def _finding(check: Check) -> Finding:
 def checks() -> list[Check]:
     """Everything there is to look at here; what depends on params.yaml only where it can be read."""
     with suppress(ImportError):  # here and not in the threads: its modules are loaded by one at a time
-        import dsd.needs  # noqa: F401
+        import dsd.estimate  # noqa: F401
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # how often it tries is no news
     settings = Check("params.yaml", _settings, "run from the project's folder, and mend the key that it names")
     with suppress(DsdError):
@@ -164,7 +164,7 @@ def _machine(params: Params) -> Iterator[Check]:
 def _device(params: Params) -> str:
     import torch
 
-    from dsd.backbones import device_of
+    from dsd.models import device_of
 
     device = device_of(params.runtime.device)
     if device.type == "cuda":
@@ -183,9 +183,9 @@ def _attention(params: Params) -> str:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from dsd.attention import install
-    from dsd.backbones import device_of
-    from dsd.backbones.checkpoint import DTYPES, component_config
+    from dsd.models import device_of
+    from dsd.models.attention import install
+    from dsd.models.checkpoint import DTYPES, component_config
 
     row, backend = params.backbones[params.backbone], params.runtime.attention
     if not _opens(params):
@@ -201,9 +201,9 @@ def _checkpoint(params: Params, name: str) -> str:
     """What its configuration tells; of a local one also whether every part is there, weights unread."""
     from huggingface_hub import constants
 
-    from dsd.backbones import FAMILIES, StableDiffusion
-    from dsd.backbones.checkpoint import family_of, folder_of, one_file, prediction_of, remote, require
-    from dsd.needs import UNet
+    from dsd.estimate import UNet
+    from dsd.models import FAMILIES, StableDiffusion
+    from dsd.models.checkpoint import family_of, folder_of, one_file, prediction_of, remote, require
 
     row = params.backbones[name]
     if row.family not in FAMILIES:
@@ -237,7 +237,7 @@ def _opens(params: Params) -> bool:
 
 def _disk(params: Params) -> str:
     """For everything from the start: what an earlier run has left here counts again."""
-    from dsd.needs import needs
+    from dsd.estimate import needs
 
     free = shutil.disk_usage(".").free
     if not _opens(params):
@@ -260,7 +260,7 @@ def _hub(params: Params) -> str:
     """Who asks; whether that suffices, the rows tell."""
     from huggingface_hub import constants, get_token
 
-    from dsd.datasets import hub
+    from dsd.datasets import repository as hub
 
     backbones = params.backbones.values()
     datasets = [row for row in params.datasets.values() if isinstance(row, hub.Row)]
@@ -274,7 +274,8 @@ def _hub(params: Params) -> str:
 def _dataset(params: Params, name: str) -> str:
     from huggingface_hub import constants
 
-    from dsd.datasets import benchmark, hub
+    from dsd.datasets import benchmark
+    from dsd.datasets import repository as hub
 
     row = params.datasets[name]
     if (DATA / "download" / name / "annotations.jsonl").exists():

@@ -14,8 +14,8 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from dsd.config import RuntimeParams
 from dsd.errors import DsdError
-from dsd.params import RuntimeParams
 from dsd.progress import progress
 
 RETRIES = 3  # of a shard whose actor has died
@@ -23,7 +23,7 @@ CODE = Path(__file__).resolve().parent.parent  # where the actors import from
 
 
 class Worker(Protocol):
-    """Computes shards by their keys: `dsd.encoding.Worker`, `dsd.scoring.Worker`."""
+    """Computes shards by their keys: `dsd.engine.encodings.Worker`, `dsd.engine.score.Worker`."""
 
     @property
     def asked(self) -> Container[str]:

@@ -12,8 +12,8 @@ import yaml
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
+from dsd.config import Params, mistake
 from dsd.errors import ParamsError, unknown
-from dsd.params import Params, mistake
 from dsd.store import write_atomic
 
 PARAMS = Path("params.yaml")
@@ -63,8 +63,8 @@ def today(params: Params) -> Iterator[tuple[str, str, str]]:
     Raises:
         DsdError: a repository that cannot be had.
     """
-    from dsd.backbones import checkpoint
-    from dsd.datasets import hub
+    from dsd.datasets import repository as hub
+    from dsd.models import checkpoint
 
     for name, row in params.backbones.items():
         if row.revision is None and (commit := checkpoint.commit(row)):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from prefect import flow
 
-from dsd.params import load
+from dsd.config import load
 from flows import DATA
-from flows.stage import Details, each, main, unit
+from flows.stages.common import Details, each, main, unit
 
 
 @flow(name="races", persist_result=False)
 def run() -> None:
     """Runs what is missing of the races of params.yaml; goes on where it was stopped."""
-    from dsd import growth, races
-    from dsd.tracks import Folders
+    from dsd.engine.tracks import Folders
+    from dsd.experiments import races
+    from dsd.experiments import scaling as growth
 
     params = load()
 

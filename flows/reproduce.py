@@ -25,8 +25,8 @@ from dvc.repo import Repo
 from dvc.stage.exceptions import StageCmdFailedError
 from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
 
+from dsd.config import load
 from dsd.errors import DsdError
-from dsd.params import load
 from dsd.store import write_atomic
 from flows import DATA
 from flows.process import die_with_parent
@@ -58,7 +58,7 @@ def main() -> None:
 
 def failure(error: Exception) -> str | None:
     """The line that a failed run ends with: "" where a stage has said it, None where it is a defect of ours."""
-    from flows.stage import mistake  # it imports prefect, which takes a while
+    from flows.stages.common import mistake  # it imports prefect, which takes a while
 
     cause = error.__cause__
     # One that ended by itself; of one that was killed DVC knows the signal.
@@ -239,13 +239,13 @@ def server() -> Iterator[None]:
         )
     try:
         os.environ[PREFECT] = f"{address}/api"
-        import flows.stage  # noqa: F401  (it imports prefect, which takes a while, as the server does)
+        import flows.stages.common  # noqa: F401  (it imports prefect, which takes a while, as the server does)
 
         wait(process, f"{address}/api/health", log)
         print(f"Prefect shows the run at {address}", flush=True)
         yield
     except Exception as error:
-        from flows.stage import mistake
+        from flows.stages.common import mistake
 
         if process.poll() is not None and not isinstance(error, DsdError):
             raise DsdError(

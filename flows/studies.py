@@ -7,16 +7,16 @@ import sys
 
 from prefect import flow
 
+from dsd.config import load
 from dsd.errors import DsdError, unknown
-from dsd.params import load
 from flows import DATA
-from flows.stage import Details, each, main, unit
+from flows.stages.common import Details, each, main, unit
 
 
 @flow(name="studies", persist_result=False)
 def run() -> None:
     """Runs what is missing of the studies of params.yaml, or of those named as arguments; goes on where it stopped."""
-    from dsd import study
+    from dsd.experiments import studies as study
 
     params, asked, target = load(), sys.argv[1:], DATA / "studies"
     for name in asked:

@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
 from sqlalchemy.exc import SQLAlchemyError
 
-from dsd.params import BackboneParams, ContrastiveMethod, Params, backbone_of, trained
+from dsd.config import BackboneParams, ContrastiveMethod, Params, backbone_of, trained
 from dsd.store import digest, file_digest
 from flows.stores import MLFLOW, alone, artifacts, refusal, served, told, uri
 
@@ -158,7 +158,7 @@ def _identity(backbone: BackboneParams) -> str:
     """The digest of a local checkpoint, the revision of one on the hub."""
     if not Path(backbone.source).exists():
         return str(backbone.revision)
-    from dsd.backbones.checkpoint import locate  # it loads torch, which only a new entry is worth
+    from dsd.models.checkpoint import locate  # it loads torch, which only a new entry is worth
 
     return locate(backbone)[1]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dsd.params import Params
+from dsd.config import Params
 
 if TYPE_CHECKING:
     from tests.postgres import Postgres
@@ -86,7 +86,7 @@ def params(models: Path) -> Params:
 def prepared(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small scenes-com, prepared."""
     from dsd.datasets import benchmark
-    from dsd.preparation import prepare
+    from dsd.datasets.preparation import prepare
 
     raw, folder = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("prepared")
     row = params.datasets["scenes-com"]
@@ -98,7 +98,7 @@ def prepared(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cached(params: Params, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its latents and text embeddings."""
-    from dsd.encoding import encode
+    from dsd.engine.encodings import encode
 
     folder = tmp_path_factory.mktemp("cached")
     encode("scenes-com", params, prepared, folder)

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 from pydantic import TypeAdapter
 
+from dsd.config import DatasetParams
 from dsd.datasets import benchmark
 from dsd.datasets.raw import ANNOTATIONS, IMAGES, RawExample
-from dsd.params import DatasetParams
 
 hf.disable_progress_bars()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsd.params import RacesParams
-from dsd.replay import Entrants
+from dsd.config import RacesParams
+from dsd.schedules.replay import Entrants
 
 LEVELS = (0.1, 0.4, 0.7, 0.9)
 

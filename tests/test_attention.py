@@ -14,12 +14,11 @@ from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsd import attention
-from dsd.attention import Recording, during, logsumexp_pooling, over_tokens, token_weights
-from dsd.backbones import StableDiffusion, load_diffusion
+from dsd.config import Params
 from dsd.errors import CheckpointError
-from dsd.params import Params
-from dsd.prompts import AttentionPrompt, pooled_latent
+from dsd.models import StableDiffusion, attention, load_diffusion
+from dsd.models.attention import Recording, during, logsumexp_pooling, over_tokens, token_weights
+from dsd.models.prompts import AttentionPrompt, pooled_latent
 from dsd.scorers import cross_attention
 
 

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsd import Matcher
-from dsd.attention import Recording, during
-from dsd.backbones import load, load_clip, load_diffusion, stable_diffusion
-from dsd.backbones.checkpoint import commit, locate, remote
+from dsd.config import Params
 from dsd.errors import CheckpointError
-from dsd.params import Params
-from dsd.prompts import AttentionPrompt, pooled_latent
-from dsd.scorers.contrastive import cosine
-from dsd.training import training_key
+from dsd.models import load, load_clip, load_diffusion, stable_diffusion
+from dsd.models.attention import Recording, during
+from dsd.models.checkpoint import commit, locate, remote
+from dsd.models.clip_heads import cosine
+from dsd.models.prompts import AttentionPrompt, pooled_latent
+from dsd.training.loop import training_key
 from tests.hubserver import COMMIT, TOKEN, Hub, connected, files_of
 from tests.tiny import row, save_tokenizer
 

@@ -6,11 +6,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsd.batching import Entry, Filled, side_by_side
-from dsd.draws import Draw
-from dsd.evidence import Request
-from dsd.matching import Pair
-from dsd.schedules import Race, Schedule, all_draws, hierarchical, racing, staged
+from dsd.data.draws import Draw
+from dsd.data.examples import Pair
+from dsd.engine.batching import Entry, Filled, side_by_side
+from dsd.schedules.race import Race, Schedule, all_draws, hierarchical, racing, staged
+from dsd.scorers.evidence import Request
 from tests.test_schedules import simple
 
 DRAWS = [Draw(0.5, number) for number in range(8)]

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsd.ablations import Variant, ablate, mean, subsets, values, with_intervals, write
-from dsd.claims import Answers, Comparison, judge, measure, stated, uncorrected
-from dsd.claims import write as write_claims
-from dsd.draws import Draw
-from dsd.evaluation import evaluate
-from dsd.evidence import Evidence
-from dsd.matching import MatchingExample, Pair, read_examples
+from dsd.config import Params
+from dsd.data.draws import Draw
+from dsd.data.examples import MatchingExample, Pair, read_examples
+from dsd.engine.score import score
+from dsd.evaluation.ablations import Variant, ablate, mean, subsets, values, with_intervals, write
+from dsd.evaluation.claims import Answers, Comparison, judge, measure, stated, uncorrected
+from dsd.evaluation.claims import write as write_claims
+from dsd.evaluation.evaluate import evaluate
 from dsd.metrics import slots
-from dsd.params import Params
-from dsd.scoring import score
-from dsd.training import train
+from dsd.scorers.evidence import Evidence
+from dsd.training.loop import train
 
 SENTENCES = 60
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from dsd import matcher
 from dsd.errors import CheckpointError
+from dsd.estimate import Need
 from dsd.matcher import Heatmap
-from dsd.needs import Need
 from flows.cli import app
 
 
@@ -100,8 +100,8 @@ def test_help_shows_examples(command: list[str]) -> None:
 
 def dry_run(monkeypatch: pytest.MonkeyPatch, problem: str | None) -> Any:
     needs = [Need("checkpoint embedded", "models/embedded", 2.5e9, "bytes", problem), Need("time", "", 0.5, "h", None)]
-    monkeypatch.setattr("dsd.needs.needs", lambda params, free: iter(needs))
-    monkeypatch.setattr("dsd.params.load", lambda: None)
+    monkeypatch.setattr("dsd.estimate.needs", lambda params, free: iter(needs))
+    monkeypatch.setattr("dsd.config.load", lambda: None)
     return CliRunner().invoke(app, ["reproduce", "--dry-run", "--json"])
 
 

@@ -16,17 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsd.config import ComvgDataset, Params, load
+from dsd.data.examples import read_examples
 from dsd.datasets import RawExample, benchmark
 from dsd.datasets.comvg import COLUMNS, Row, read_list
+from dsd.datasets.preparation import prepare
 from dsd.errors import DataError, DsdError, ParamsError
-from dsd.evidence import requests, wanted
-from dsd.matching import read_examples
 from dsd.metrics import SLOTS
-from dsd.params import ComvgDataset, Params, load
-from dsd.preparation import prepare
 from dsd.scenes.captions import TEMPLATES
 from dsd.scenes.captions import sentence as caption
 from dsd.scenes.world import random_triplet
+from dsd.scorers.evidence import requests, wanted
 from tests.serving import Server
 from tests.test_visual_genome import Json, annotate, hosted, image, names, paint, pictures, server
 
@@ -348,8 +348,8 @@ def test_the_size_of_the_published_list(local: Path, tmp_path: Path) -> None:
 def test_every_picture_and_text_is_encoded_once(
     params: Params, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dsd.backbones import Clip, StableDiffusion  # they load torch, which the other tests do without
-    from dsd.encoding import encode
+    from dsd.engine.encodings import encode
+    from dsd.models import Clip, StableDiffusion  # they load torch, which the other tests do without
 
     counts: Counter[str] = Counter()
     for owner, name in (

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from dsd.backbones import Clip, load_clip
-from dsd.encoding import all_texts, contrastive_encodings, read_all
-from dsd.engine import cosines
+from dsd.config import Params
+from dsd.data.examples import Pair, read_examples
+from dsd.data.image_table import Pictures
+from dsd.engine.encodings import all_texts, contrastive_encodings, read_all
+from dsd.engine.engine import cosines
+from dsd.engine.score import score_contrastive
 from dsd.errors import CheckpointError, TextError
-from dsd.matching import Pair, read_examples
-from dsd.params import Params
-from dsd.pictures import Pictures
-from dsd.scorers.contrastive import ContextPrompt, Features, Head, Projections, learned, untrained
-from dsd.scoring import score_contrastive
+from dsd.models import Clip, load_clip
+from dsd.models.clip_heads import ContextPrompt, Features, Head, Projections, learned, untrained
 from dsd.store import Store
 from tests.gradients import check_gradient
 

@@ -17,14 +17,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from dsd.config import DrawnDataset, load
 from dsd.datasets import DATASETS, RawExample, benchmark, scenes_cls, scenes_com, scenes_ref, scenes_vqa
+from dsd.datasets.drawn import Item, arguable, rivals
 from dsd.datasets.raw import read_annotations, write_annotations
-from dsd.datasets.scenes import Item, arguable, rivals
 from dsd.errors import DataError, ParamsError
 from dsd.metrics import METRICS
-from dsd.mutation import SLOTS
-from dsd.params import DrawnDataset, load
 from dsd.scenes.captions import binary_question, open_question, vocabulary
+from dsd.scenes.mutation import SLOTS
 from dsd.scenes.world import BACKGROUNDS, COLOURS, PREDICATES, SHAPES, Noun, Scene, Triplet, facts, holds
 from tests.test_scenes import answer, world
 

@@ -16,8 +16,8 @@ from dvc.repo import Repo
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
+from dsd.config import BackboneParams, Params
 from dsd.errors import DsdError
-from dsd.params import BackboneParams, Params
 from flows import cli, doctor
 from flows.doctor import Check, Finding, examine
 from flows.stores import DATABASE, MLFLOW, PREFECT

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsd import downloads
-from dsd.downloads import fetch, fetch_all, opened
+from dsd.data import downloads
+from dsd.data.downloads import fetch, fetch_all, opened
 from dsd.errors import DataError, DsdError
 from tests.serving import Server, serve
 

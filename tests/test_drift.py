@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from benchmarks.drift import Drift, between, drift
-from dsd.backbones import load_diffusion
-from dsd.encoding import all_texts, diffusion_encodings, read_all
-from dsd.engine import Engine
-from dsd.matching import read_examples
-from dsd.params import Params
-from dsd.pictures import Pictures
+from dsd.config import Params
+from dsd.data.examples import read_examples
+from dsd.data.image_table import Pictures
+from dsd.engine.encodings import all_texts, diffusion_encodings, read_all
+from dsd.engine.engine import Engine
+from dsd.models import load_diffusion
 from dsd.store import Store
 
 

@@ -14,17 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from dsd import encoding
-from dsd.backbones import StableDiffusion, device_of, load_diffusion
-from dsd.backbones.checkpoint import longer
-from dsd.draws import Draw
-from dsd.encoding import Arrays, Encodings, all_texts, encode, read_all
-from dsd.evidence import INDEX, Requests, plan
-from dsd.matching import AT_ONCE, MatchingExample, Pair, read_examples, write_examples
-from dsd.params import Params, trained
-from dsd.scoring import score
+from dsd.config import Params, trained
+from dsd.data.draws import Draw
+from dsd.data.examples import AT_ONCE, MatchingExample, Pair, read_examples, write_examples
+from dsd.engine import encodings as encoding
+from dsd.engine.encodings import Arrays, Encodings, all_texts, encode, read_all
+from dsd.engine.score import score
+from dsd.models import StableDiffusion, device_of, load_diffusion
+from dsd.models.checkpoint import longer
+from dsd.scorers.evidence import INDEX, Requests, plan
 from dsd.store import Store
-from dsd.training import train
+from dsd.training.loop import train
 from tests.tiny import row, save_tokenizer
 
 NAME, ITEMS = "scenes-com", [f"text {n}" for n in range(40)]

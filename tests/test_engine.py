@@ -14,18 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import dsd.engine
-from dsd.backbones import load_diffusion
-from dsd.draws import Draw, draws
-from dsd.encoding import all_texts, diffusion_encodings, read_all
-from dsd.engine import Engine
+import dsd.engine.engine
+from dsd.config import NoiseParams, Params, noise_of, trained
+from dsd.data.draws import Draw, draws
+from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
+from dsd.data.image_table import Pictures
+from dsd.engine.encodings import all_texts, diffusion_encodings, read_all
+from dsd.engine.engine import Engine
+from dsd.engine.score import score
 from dsd.errors import DataError
-from dsd.evidence import INDEX, UNCONDITIONAL, plan, read_evidence, requests, wanted
-from dsd.matching import MatchingExample, Pair, pairs, read_examples
-from dsd.params import NoiseParams, Params, noise_of, trained
-from dsd.pictures import Pictures
-from dsd.schedules import exhaustive
-from dsd.scoring import score
+from dsd.models import load_diffusion
+from dsd.schedules.race import exhaustive
+from dsd.scorers.evidence import INDEX, UNCONDITIONAL, plan, read_evidence, requests, wanted
 from dsd.store import Store
 
 
@@ -58,7 +58,7 @@ def test_batches_are_halved_until_memory_suffices(
 ) -> None:
     engine, examples = make(params, prepared, cached, 12)
     rows = requests(examples, params.noise, params.seed, normalised=True)[:12]
-    expected, observed = engine.compute(rows), dsd.engine.observe
+    expected, observed = engine.compute(rows), dsd.engine.engine.observe
 
     def limited(most: int) -> None:
         def attempt(*arguments: Tensor) -> object:
@@ -66,7 +66,7 @@ def test_batches_are_halved_until_memory_suffices(
                 raise torch.OutOfMemoryError("no room")
             return observed(*arguments)
 
-        monkeypatch.setattr(dsd.engine, "observe", attempt)
+        monkeypatch.setattr(dsd.engine.engine, "observe", attempt)
 
     limited(3)
     for name, array in engine.compute(rows).items():

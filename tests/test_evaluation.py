@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsd.draws import Draw
-from dsd.evaluation import attention_scores, denoising_scores, evaluate, table, write_metrics
-from dsd.evidence import UNCONDITIONAL, Evidence
-from dsd.matching import MatchingExample, Pair
-from dsd.params import CrossAttentionMethod, DenoisingMethod, Params
-from dsd.scoring import score
+from dsd.config import CrossAttentionMethod, DenoisingMethod, Params
+from dsd.data.draws import Draw
+from dsd.data.examples import MatchingExample, Pair
+from dsd.engine.score import score
+from dsd.evaluation.evaluate import attention_scores, denoising_scores, evaluate, table, write_metrics
+from dsd.scorers.evidence import UNCONDITIONAL, Evidence
 from dsd.statistics import Interval
-from dsd.training import train
+from dsd.training.loop import train
 
 
 def by_hand() -> Evidence:

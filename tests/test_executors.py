@@ -14,18 +14,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsd import encoding, scoring
-from dsd.backbones import load
-from dsd.backbones.checkpoint import digest_of
+from dsd.config import Params
+from dsd.engine import encodings as encoding
+from dsd.engine import score as scoring
+from dsd.engine.tracks import Folders
 from dsd.errors import CheckpointError, DsdError
-from dsd.evaluation import evaluate
-from dsd.evidence import INDEX
-from dsd.params import Params
+from dsd.evaluation.evaluate import evaluate
+from dsd.models import load
+from dsd.models.checkpoint import digest_of
+from dsd.scorers.evidence import INDEX
 from dsd.store import Store
-from dsd.tracks import Folders
-from dsd.training import train
+from dsd.training.loop import train
 from flows.executors import Actor, Node, ahead, probe, share
-from flows.stage import mistake
+from flows.stages.common import mistake
 from tests.workers import Deadly, Defective, Dies, Stubborn
 
 NAME = "scenes-com"

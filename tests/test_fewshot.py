@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsd.data.splits import SPLITS, split
 from dsd.errors import DataError
-from dsd.fewshot import SPLITS, split
 
 GROUPS = st.dictionaries(st.text("ab/1", max_size=6), st.integers(1, 4), min_size=1, max_size=40)
 SEEDS = st.integers(0, 2**32)

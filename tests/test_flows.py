@@ -23,14 +23,19 @@ from dvc import dvcfile
 from dvc.repo import Repo
 from dvc_objects.fs.utils import tmp_fname
 
-from dsd import encoding, evaluation, pretraining, report, scoring, training
+from dsd import report
+from dsd.config import Params
 from dsd.datasets import DATASETS
+from dsd.engine import encodings as encoding
+from dsd.engine import score as scoring
 from dsd.errors import DataError
-from dsd.params import Params
+from dsd.evaluation import evaluate as evaluation
+from dsd.pretraining import recipe as pretraining
+from dsd.training import loop as training
 from flows import reproduce
-from flows import stage as stages
-from flows.download import outside
-from flows.stage import declared, each, main, params, prune, stage, unit
+from flows.stages import common as stages
+from flows.stages.common import declared, each, main, params, prune, stage, unit
+from flows.stages.download import outside
 
 
 @pytest.fixture
@@ -178,8 +183,9 @@ def test_a_dataset_that_is_gone_is_removed(tmp_path: Path) -> None:
 
 def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with its params, its folders and nothing else, in the order of dvc.yaml."""
-    from flows import cache, download, evaluate, prepare, pretrain, score, tracking, train
-    from flows import report as reporting
+    from flows import tracking
+    from flows.stages import cache, download, evaluate, prepare, pretrain, score, train
+    from flows.stages import report as reporting
 
     called: list[tuple[Any, ...]] = []
 
@@ -192,7 +198,7 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
         return stub
 
     monkeypatch.setitem(DATASETS, "scenes-com", replace(DATASETS["scenes-com"], download=note(None)))
-    monkeypatch.setattr("dsd.preparation.prepare", note({"test": 1}))
+    monkeypatch.setattr("dsd.datasets.preparation.prepare", note({"test": 1}))
     monkeypatch.setattr(encoding, "encode", note({"images": 1}))
     monkeypatch.setattr(training, "training_key", lambda *_: "key")
     monkeypatch.setattr(training, "train", note([{"step": 1, "loss": 0.5, "accuracy": 1.0}]))
@@ -201,12 +207,12 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
     monkeypatch.setattr(evaluation, "evaluate", note(evaluation.Evaluated({"dsd": {}}, {})))
     # What is made of the same evidence has tests of its own.
     for function, answer in {
-        "dsd.ablations.ablate": {},
-        "dsd.ablations.with_intervals": {},
-        "dsd.ablations.write": None,
-        "dsd.claims.judge": ({}, {}),
-        "dsd.claims.write": None,
-        "dsd.matching.read_examples": [],
+        "dsd.evaluation.ablations.ablate": {},
+        "dsd.evaluation.ablations.with_intervals": {},
+        "dsd.evaluation.ablations.write": None,
+        "dsd.evaluation.claims.judge": ({}, {}),
+        "dsd.evaluation.claims.write": None,
+        "dsd.data.examples.read_examples": [],
     }.items():
         monkeypatch.setattr(function, lambda *_, answer=answer: answer)
     monkeypatch.setattr(evaluation, "write_metrics", note(None))
@@ -313,7 +319,7 @@ def test_the_lock_is_whole_whenever_a_kill_comes(tmp_path: Path, monkeypatch: py
     assert dvcfile.modify_yaml is reproduce.modify_yaml
     lock = tmp_path / "dvc.lock"
     with reproduce.modify_yaml(str(lock)) as data:
-        data["stages"] = {"train": {"cmd": "python -m flows.train"}}
+        data["stages"] = {"train": {"cmd": "python -m flows.stages.train"}}
     before = lock.read_bytes()
 
     def killed(*_: object) -> None:
@@ -325,7 +331,7 @@ def test_the_lock_is_whole_whenever_a_kill_comes(tmp_path: Path, monkeypatch: py
             data["stages"]["score"] = {}
     assert lock.read_bytes() == before
     with reproduce.modify_yaml(str(lock)) as data:
-        assert data == {"stages": {"train": {"cmd": "python -m flows.train"}}}
+        assert data == {"stages": {"train": {"cmd": "python -m flows.stages.train"}}}
 
 
 @pytest.mark.parametrize("content", ["", '{"read": {"/a'])

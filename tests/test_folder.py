@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from dsd.config import load
 from dsd.datasets import benchmark
+from dsd.datasets.preparation import prepare
 from dsd.datasets.raw import ANNOTATIONS, IMAGES
 from dsd.errors import DataError, DsdError
-from dsd.params import load
-from dsd.preparation import prepare
 from tests.conftest import ROOT
 from tests.hubdata import downloaded, picture
 from tests.hubdata import row as row_of

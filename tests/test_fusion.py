@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from scipy.optimize import check_grad
 from sklearn.linear_model import LogisticRegression
 
-from dsd.draws import Draw
+from dsd.config import FusionMethod, FusionParams, Params
+from dsd.data.draws import Draw
+from dsd.data.examples import MatchingExample, Pair
+from dsd.engine.score import score
 from dsd.errors import DataError
-from dsd.evaluation import evaluate
-from dsd.evidence import UNCONDITIONAL, Evidence
-from dsd.fusion import (
+from dsd.evaluation.evaluate import evaluate
+from dsd.scorers.evidence import UNCONDITIONAL, Evidence
+from dsd.scorers.fusion import (
     Seen,
     _loss,
     _weights,
@@ -30,10 +33,7 @@ from dsd.fusion import (
     related,
     scores,
 )
-from dsd.matching import MatchingExample, Pair
-from dsd.params import FusionMethod, FusionParams, Params
-from dsd.scoring import score
-from dsd.training import train
+from dsd.training.loop import train
 
 PARAMS = FusionParams(examples=100, candidates=4, folds=5, penalties=(0.001, 0.01, 0.1, 1.0, 10.0), denoising=1.0)
 

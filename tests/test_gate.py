@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsd.config import GateParams, GateRow, Params, load
+from dsd.data.examples import MatchingExample
 from dsd.errors import DataError, ParamsError
-from dsd.gate import Ranks, checked, judge
-from dsd.matching import MatchingExample
-from dsd.params import GateParams, GateRow, Params, load
+from dsd.evaluation.gate import Ranks, checked, judge
 
 N = 400
 COM, REF = "scenes-com", "scenes-ref"

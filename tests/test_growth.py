@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsd.growth import NOISES, grow, read, synthetic
-from dsd.params import Params
+from dsd.config import Params
+from dsd.experiments.scaling import NOISES, grow, read, synthetic
 from tests.raced import few
 
 
@@ -23,7 +23,7 @@ def test_costs_of_each_noise_and_number(params: Params, tmp_path: Path, monkeypa
     few_of, many_of = told[:2]
     assert many_of["share"]["value"] < few_of["share"]["value"]
 
-    monkeypatch.setattr("dsd.growth.synthetic", None)
+    monkeypatch.setattr("dsd.experiments.scaling.synthetic", None)
     grow(raced, tmp_path)  # what is there is left
     with pytest.raises(TypeError):
         grow(raced.model_copy(update={"seed": 9}), tmp_path)

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
-from dsd.datasets import hub, parquet, webdataset
-from dsd.datasets.hub import Place, Repository, fetch
+from dsd.datasets import parquet, webdataset
+from dsd.datasets import repository as hub
+from dsd.datasets.repository import Place, Repository, fetch
 from dsd.errors import DataError, DsdError, ImageError, ParamsError
 from tests.conftest import ROOT
 from tests.hubdata import cifar10, downloaded, fgvc_aircraft, image, picture, row, samples, tar, written
@@ -214,7 +215,7 @@ def test_a_revision_is_a_commit_of_the_hub(source: str, revision: str | None, li
 def test_the_settings_of_the_hubs_own_client_are_heeded(served: Hub, tmp_path: Path) -> None:
     served.gated, served.accepted = {OWNER}, True
     code = (
-        "import sys; from tests.test_hub import pinned; from dsd.datasets.hub import fetch;"
+        "import sys; from tests.test_hub import pinned; from dsd.datasets.repository import fetch;"
         "print(fetch('mine', pinned(), workers=1).root)"
     )
     settings = {

@@ -17,15 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dsd.config import Params, load
+from dsd.data.examples import read_examples
 from dsd.datasets import benchmark
+from dsd.datasets.preparation import prepare
 from dsd.datasets.raw import ANNOTATIONS, IMAGES, RawExample, read_annotations
 from dsd.datasets.selection import stem
 from dsd.errors import DataError, DsdError, ParamsError
-from dsd.evaluation import evaluate, hits_of, ranked
-from dsd.matching import read_examples
+from dsd.evaluation.evaluate import evaluate, hits_of, ranked
 from dsd.metrics import METRICS, rank
-from dsd.params import Params, load
-from dsd.preparation import prepare
 from tests.conftest import ROOT
 from tests.hubdata import (
     MAKE,
@@ -431,8 +431,8 @@ def test_winoground_is_squares(made: dict[str, Path], tmp_path: Path) -> None:
 
 def test_winoground_all_the_way(params: Params, made: dict[str, Path], tmp_path: Path) -> None:
     """From files to text, image and group score, by methods that learn nothing."""
-    from dsd.encoding import encode
-    from dsd.scoring import score
+    from dsd.engine.encodings import encode
+    from dsd.engine.score import score
 
     mine = row("winoground", made["winoground"], test=4)
     methods = {name: params.methods[name] for name in ("dsd-zero-shot", "denoising", "clip-zero-shot")}

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dsd.data.images import ImageSource, Quarantine, image_id, load_image, resize, to_array, to_model
 from dsd.errors import DsdError, ImageError, unknown
-from dsd.images import ImageSource, Quarantine, image_id, load_image, resize, to_array, to_model
 
 LIMIT = 1_000_000
 

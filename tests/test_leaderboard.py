@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from dsd.report.leaderboard import Board, Entry, Failure, scores, trends, write
 from dsd.statistics import Difference, Interval
 from flows.cli import app
-from flows.registry import Registry
-from flows.watch import tick
+from flows.registry.registry import Registry
+from flows.watch.tick import tick
 from tests.test_watch import Dag, change, checkpoint, dag, watched  # noqa: F401 (fixtures)
 
 COM, REF = "scenes-com", "scenes-ref"

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dsd.backbones import StableDiffusion, load, load_diffusion
-from dsd.backbones.lora import mistakes, projections
+from dsd.config import BackboneParams, Params
 from dsd.errors import CheckpointError
-from dsd.params import BackboneParams, Params
-from dsd.prompts import AttentionPrompt
+from dsd.models import StableDiffusion, load, load_diffusion
+from dsd.models.lora import mistakes, projections
+from dsd.models.prompts import AttentionPrompt
 from tests.test_released import SD21
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dsd.errors import DataError
-from dsd.mutation import HARD, SLOTS, Slot, hard_noun, mutate, valid_negative
 from dsd.scenes.captions import NUMBERS
+from dsd.scenes.mutation import HARD, SLOTS, Slot, hard_noun, mutate, valid_negative
 from dsd.scenes.world import COLOURS, PREDICATES, SHAPES, Noun, Triplet, holds, random_triplet, sample_scene
 
 NOUNS = st.builds(Noun, st.sampled_from(COLOURS), st.sampled_from(SHAPES))

@@ -13,12 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-import dsd.needs
-from dsd.evidence import normalises, requests
-from dsd.fusion import fitting_examples
-from dsd.matching import read_examples
-from dsd.needs import RATE, UNet, disk, evaluations, needs, passes
-from dsd.params import (
+import dsd.estimate
+from dsd.config import (
     BackboneParams,
     HierarchicalSchedule,
     Params,
@@ -28,9 +24,13 @@ from dsd.params import (
     load,
     noise_of,
 )
-from dsd.replay import course_of
-from dsd.schedules import Race
-from dsd.scoring import prompts
+from dsd.data.examples import read_examples
+from dsd.engine.score import prompts
+from dsd.estimate import RATE, UNet, disk, evaluations, needs, passes
+from dsd.schedules.race import Race
+from dsd.schedules.replay import course_of
+from dsd.scorers.evidence import normalises, requests
+from dsd.scorers.fusion import fitting_examples
 from flows import cli, presets
 from tests.conftest import ROOT
 from tests.raced import few
@@ -175,7 +175,7 @@ def test_amounts(value: float, unit: str, told: str) -> None:
 
 def test_the_table_of_presets_is_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(dsd.needs, "component_config", lambda row, component: UNET)
+    monkeypatch.setattr(dsd.estimate, "component_config", lambda row, component: UNET)
     told = [line for line in Path("docs/benchmarks.md").read_text().splitlines() if line.startswith("| [")]
     expected = []
     for path in sorted(Path("presets").glob("*.yaml")):

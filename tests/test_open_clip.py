@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from dsd.backbones import OpenClip, load, load_clip
-from dsd.backbones.checkpoint import family_of, remote
-from dsd.backbones.open_clip import Model, Origin, Towers
+from dsd.config import Params
 from dsd.errors import CheckpointError
-from dsd.params import Params
-from dsd.scorers.contrastive import Projections
-from dsd.training import train
+from dsd.models import OpenClip, load, load_clip
+from dsd.models.checkpoint import family_of, remote
+from dsd.models.clip_heads import Projections
+from dsd.models.open_clip import Model, Origin, Towers
+from dsd.training.loop import train
 from tests.hubserver import COMMIT, Hub, connected, files_of
 from tests.test_single_file import in_open_clip
 from tests.tiny import row, save_tokenizer

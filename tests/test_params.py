@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from dsd.config import NoisyTrainingParams, Params, load, prompted, trained, twin, under_test
 from dsd.errors import ParamsError
-from dsd.params import NoisyTrainingParams, Params, load, prompted, trained, twin, under_test
 from tests.conftest import ROOT
 
 Settings = dict[str, Any]

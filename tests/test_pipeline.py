@@ -123,7 +123,7 @@ def test_from_a_clone_to_a_report_and_back_after_a_kill(tmp_path: Path) -> None:
         shutil.rmtree(place)
         killed(folder, f"flows.{stage}", lambda place=place, kept=kept: any(place.rglob(kept)))  # type: ignore[misc]
         assert run(folder, f"flows.{stage}").returncode == 0
-    assert run(folder, "flows.evaluate").returncode == 0
+    assert run(folder, "flows.stages.evaluate").returncode == 0
     assert (folder / "data/evaluate/metrics.json").read_bytes() == metrics
 
 
@@ -156,7 +156,7 @@ def test_a_users_mistake_is_one_line(tmp_path: Path) -> None:
     settings = yaml.safe_load((folder / "params.yaml").read_text())
     settings["training"]["dsd"]["learningrate"] = 1
     (folder / "params.yaml").write_text(yaml.safe_dump(settings))
-    done = run(folder, "flows.download")
+    done = run(folder, "flows.stages.download")
     assert done.returncode == 1
     assert "did you mean 'training.dsd.learning_rate'" in done.stderr
     assert "Traceback" not in done.stderr

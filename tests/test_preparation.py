@@ -11,16 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dsd import preparation
-from dsd.datasets import RawExample
+from dsd.config import Params, load
+from dsd.data.examples import MatchingExample, read_examples
+from dsd.data.image_table import Pictures
+from dsd.data.images import image_id, load_image, resize, to_array
+from dsd.data.splits import Split
+from dsd.datasets import RawExample, preparation
+from dsd.datasets.preparation import prepare
 from dsd.datasets.raw import write_annotations
 from dsd.errors import DataError, ParamsError
-from dsd.fewshot import Split
-from dsd.images import image_id, load_image, resize, to_array
-from dsd.matching import MatchingExample, read_examples
-from dsd.params import Params, load
-from dsd.pictures import Pictures
-from dsd.preparation import prepare
 
 NAME = "scenes-cls"
 FILES = ("examples.parquet", "images.parquet", "quarantine.json", "summary.json")
@@ -149,7 +148,7 @@ def test_no_picture_is_in_two_splits(params: Params, tmp_path: Path) -> None:
 
 
 def test_random_access(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsd.pictures.ROW_GROUP", 4)
+    monkeypatch.setattr("dsd.data.image_table.ROW_GROUP", 4)
     monkeypatch.setattr(preparation, "AHEAD", 3)
     source, target = tmp_path / "raw", tmp_path / "prepared"
     dataset(source, 42)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsd import gate
+from dsd.config import Params
 from dsd.errors import ParamsError
-from dsd.params import Params
+from dsd.evaluation import gate
 from flows.presets import applied, put
 from tests.conftest import ROOT
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from dsd import pretraining
-from dsd.backbones import load_clip, load_diffusion
+from dsd.config import FitParams, Params
 from dsd.errors import ParamsError
-from dsd.params import FitParams, Params
-from dsd.pretraining import Loss, claim, fit, pretrain, tokenizer
+from dsd.models import load_clip, load_diffusion
+from dsd.pretraining import recipe as pretraining
+from dsd.pretraining.recipe import Loss, claim, fit, pretrain, tokenizer
 from dsd.scenes.captions import vocabulary
 from tests.tiny import SIZES
 

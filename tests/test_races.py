@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsd.engine import Engine
+from dsd.config import NoiseParams, Params, prompted
+from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
+from dsd.engine.engine import Engine
+from dsd.engine.score import prompts, score, score_raced
+from dsd.engine.tracks import Folders, Track, choices, proposals, right
 from dsd.errors import DataError, ParamsError
-from dsd.evaluation import evaluate, raced_tables
-from dsd.evidence import UNCONDITIONAL, read_places
-from dsd.matching import MatchingExample, Pair, pairs, read_examples
-from dsd.params import NoiseParams, Params, prompted
-from dsd.races import entrants, live, methods, run
-from dsd.replay import Course, compare, replay
+from dsd.evaluation.evaluate import evaluate, raced_tables
+from dsd.experiments.races import entrants, live, methods, run
 from dsd.report.races import note
-from dsd.schedules import all_draws, hierarchical, shortlisted, staged
-from dsd.scoring import prompts, score, score_raced
+from dsd.schedules.race import all_draws, hierarchical, shortlisted, staged
+from dsd.schedules.replay import Course, compare, replay
+from dsd.scorers.evidence import UNCONDITIONAL, read_places
 from dsd.store import Store
-from dsd.tracks import Folders, Track, choices, proposals, right
-from dsd.training import train
+from dsd.training.loop import train
 from tests.raced import LEVELS, few
 from tests.raced import entrants as made
 
@@ -107,7 +107,7 @@ def test_a_run_tells_of_every_method(
         assert method["races"] == {"train": 12, "calibration": 9, "test": 9} and method["draws"] == K
         assert all(row["live"]["differ"] == 0 for row in method["chosen"].values())
 
-    monkeypatch.setattr("dsd.races.compare", None)  # nothing has changed, so nothing is compared again
+    monkeypatch.setattr("dsd.experiments.races.compare", None)  # nothing has changed, so nothing is compared again
     run(DATASET, raced, folders, tmp_path / "draws", tmp_path / "races")
     assert json.loads((tmp_path / "races" / f"{DATASET}.json").read_text()) == told
     within = raced.races.model_copy(update={"within": 0.5})
@@ -195,7 +195,7 @@ def test_methods_with_a_schedule_are_ranked_by_their_races(
         racing={"kind": "racing", "delta": 0.9, "proposer": "clip-zero-shot", "budget": None},
         cut={"kind": "staged", "to_keep": [2, 1], "n_samples": [2, 8], "shortlist": None, "budget": 3.0},
     )
-    monkeypatch.setattr("dsd.scoring.GROUP", 4)
+    monkeypatch.setattr("dsd.engine.score.GROUP", 4)
     target = tmp_path / "score"
     costs = score_raced(DATASET, params, folders, tmp_path / "races", target, split="test")
     assert costs["denoising-staged"] == 2 * 8 and costs["denoising-cut"] == 2 * 3

@@ -12,22 +12,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dsd.attention import cross_attention_layers
-from dsd.backbones import StableDiffusion, load_diffusion
+from dsd.config import NoiseParams, Params
+from dsd.data.draws import Draw
+from dsd.data.examples import Pair
+from dsd.data.image_table import Picture, Pictures, PictureWriter
 from dsd.datasets import benchmark
-from dsd.draws import Draw
-from dsd.encoding import diffusion_encodings, encode
-from dsd.engine import Engine
-from dsd.evaluation import evaluate
-from dsd.evidence import UNCONDITIONAL
-from dsd.matching import Pair
-from dsd.params import NoiseParams, Params
-from dsd.pictures import Picture, Pictures, PictureWriter
-from dsd.preparation import prepare
-from dsd.prompts import PROMPT
-from dsd.scoring import score
+from dsd.datasets.preparation import prepare
+from dsd.engine.encodings import diffusion_encodings, encode
+from dsd.engine.engine import Engine
+from dsd.engine.score import score
+from dsd.evaluation.evaluate import evaluate
+from dsd.models import StableDiffusion, load_diffusion
+from dsd.models.attention import cross_attention_layers
+from dsd.models.prompts import PROMPT
+from dsd.scorers.evidence import UNCONDITIONAL
 from dsd.store import Store
-from dsd.training import train
+from dsd.training.loop import train
 from tests.real import stable_diffusion_2
 from tests.tiny import row, small
 

@@ -15,12 +15,12 @@ from mlflow import MlflowClient
 from PIL import Image
 from typer.testing import CliRunner
 
+from dsd.config import BackboneParams, Params, load
+from dsd.data.examples import MatchingExample, write_examples
 from dsd.errors import CheckpointError, DataError, DsdError
-from dsd.matching import MatchingExample, write_examples
-from dsd.params import BackboneParams, Params, load
 from flows import tracking
 from flows.cli import app
-from flows.registry import BACKBONE, CHALLENGER, CHAMPION, Registry, evaluation_key
+from flows.registry.registry import BACKBONE, CHALLENGER, CHAMPION, Registry, evaluation_key
 
 COM = "scenes-com"
 PROMPTS = f"dsd-prompt-{COM}"
@@ -45,7 +45,7 @@ def measured(workspace: Path, database: Path, models: Path) -> Params:
 
 def measure(right: int) -> None:
     """Leaves what a reproduction leaves of so many right answers, and a prompt that is another one for each number."""
-    from dsd.prompts import AttentionPrompt
+    from dsd.models.prompts import AttentionPrompt
 
     rows = [{"method": "dsd", "rank": 1 if n < right else 2} for n in range(len(EXAMPLES))]
     scores = Path("data/evaluate/scores")
@@ -113,7 +113,7 @@ def test_the_champion_on_other_examples_takes_its_own_place(measured: Params) ->
 
 
 def test_a_version_knows_the_row_that_it_can_be_had_by(measured: Params) -> None:
-    from dsd.backbones.checkpoint import locate
+    from dsd.models.checkpoint import locate
 
     version = Registry().register(measured, Path())
     assert version.row.digest == version.digest == locate(version.row)[1]
@@ -256,7 +256,7 @@ def test_a_prompt_that_is_not_there_is_one_line(measured: Params, reference: str
 
 
 def test_a_checkpoint_that_has_changed_is_refused(models: Path) -> None:
-    from dsd.backbones.checkpoint import locate
+    from dsd.models.checkpoint import locate
 
     row = BackboneParams(
         family="stable-diffusion", source=str(models / "embedded"), revision=None, lora=None, dtype="float32"
@@ -283,7 +283,7 @@ def test_promote_tells_what_was_decided(measured: Params) -> None:
 
 
 def test_promoting_is_a_flow_too(measured: Params, prefect_server: None) -> None:
-    from flows.schedule import promote  # it loads prefect
+    from flows.watch.deployment import promote  # it loads prefect
 
     assert promote(return_state=True).message == "version 1: promoted: there was no champion"
     measure(100)

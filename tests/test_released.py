@@ -13,18 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsd.attention import Recording, cross_attention_layers, during, logits_pooling
-from dsd.backbones import StableDiffusion, load_diffusion
-from dsd.draws import Draw, draws
-from dsd.encoding import all_texts, diffusion_encodings, read_all
+from dsd.config import Params, ReleasedMethod, load, noise_of
+from dsd.data.draws import Draw, draws
+from dsd.data.examples import Pair, pairs, read_examples
+from dsd.data.image_table import Pictures
+from dsd.engine.encodings import all_texts, diffusion_encodings, read_all
+from dsd.engine.score import score
 from dsd.errors import ParamsError
-from dsd.evaluation import method_scores, released_scores
-from dsd.evidence import UNCONDITIONAL, Evidence, normalises, read_evidence
-from dsd.matching import Pair, pairs, read_examples
-from dsd.params import Params, ReleasedMethod, load, noise_of
-from dsd.pictures import Pictures
+from dsd.evaluation.evaluate import method_scores, released_scores
+from dsd.models import StableDiffusion, load_diffusion
+from dsd.models.attention import Recording, cross_attention_layers, during, logits_pooling
 from dsd.scorers import released
-from dsd.scoring import score
+from dsd.scorers.evidence import UNCONDITIONAL, Evidence, normalises, read_evidence
 from dsd.store import Store
 from tests.conftest import ROOT
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from dsd.claims import Answers, judge
-from dsd.matching import MatchingExample
+from dsd.config import Params
+from dsd.data.examples import MatchingExample
+from dsd.evaluation.claims import Answers, judge
 from dsd.metrics import HEADLINES, METRICS
-from dsd.params import Params
-from dsd.replay import (
+from dsd.schedules.race import Learned, all_draws, staged
+from dsd.schedules.replay import (
     AGREED,
     EXHAUSTIVE,
     SPARED,
@@ -30,7 +31,6 @@ from dsd.replay import (
     read_hits,
     replay,
 )
-from dsd.schedules import Learned, all_draws, staged
 from dsd.store import digest
 from tests.raced import LEVELS, entrants, few
 
@@ -100,7 +100,7 @@ def test_racing_is_not_judged_on_what_it_has_learned_from(raced: Params, monkeyp
         seen.append(len(races.values))
         return replay(course, races)
 
-    monkeypatch.setattr("dsd.replay.replay", spy)
+    monkeypatch.setattr("dsd.schedules.replay.replay", spy)
     compare(entrants(100), entrants(60, seed=1), np.repeat(LEVELS, 2).tolist(), raced)
     assert set(seen) == {100, 60, 75}
 

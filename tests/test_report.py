@@ -19,14 +19,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dsd import ablations, claims, growth, variants
+from dsd.config import ContrastiveMethod, FusionMethod, Params, StagedSchedule, StudyParams, load, trained
+from dsd.data.examples import MatchingExample, write_examples
 from dsd.errors import DataError
-from dsd.evaluation import SCHEMA, Results, hits_of, intervals, write_metrics
+from dsd.evaluation import ablations, claims
+from dsd.evaluation.evaluate import SCHEMA, Results, hits_of, intervals, write_metrics
+from dsd.experiments import scaling as growth
+from dsd.experiments import variants
 from dsd.matcher import Heatmap
-from dsd.matching import MatchingExample, write_examples
 from dsd.metrics import SLOTS, rank
-from dsd.params import ContrastiveMethod, FusionMethod, Params, StagedSchedule, StudyParams, load, trained
-from dsd.replay import compare as compare_schedules
 from dsd.report import build
 from dsd.report.figures import smooth
 from dsd.report.findings import names, unbeaten
@@ -34,6 +35,7 @@ from dsd.report.gallery import BackboneHeatMaps, choose, decimals, noisy, overla
 from dsd.report.inputs import Dataset, read_datasets
 from dsd.report.races import front, paper
 from dsd.report.tables import Comparison, chance, compare, duration, points
+from dsd.schedules.replay import compare as compare_schedules
 from dsd.statistics import Difference
 from tests.raced import LEVELS, entrants, few
 
@@ -590,7 +592,7 @@ def test_scores_of_other_examples_are_refused(params: Params, own_data: Path) ->
 
 
 def test_heat_maps_are_those_of_the_trained_prompt(models: Path, tmp_path: Path) -> None:
-    from dsd.prompts import AttentionPrompt
+    from dsd.models.prompts import AttentionPrompt
     from tests.tiny import small
 
     params = small(models)

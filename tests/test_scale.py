@@ -18,12 +18,12 @@ from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-import dsd.needs
-from dsd.draws import draws
-from dsd.evidence import plan, requests
-from dsd.matching import MatchingExample
-from dsd.needs import RATE, TOKENS, UNet
-from dsd.params import Params
+import dsd.estimate
+from dsd.config import Params
+from dsd.data.draws import draws
+from dsd.data.examples import MatchingExample
+from dsd.estimate import RATE, TOKENS, UNet
+from dsd.scorers.evidence import plan, requests
 from dsd.store import Store
 from flows import presets
 from tests.conftest import ROOT
@@ -48,7 +48,7 @@ def size(count: float) -> str:
 
 def test_the_table_is_what_the_code_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(dsd.needs, "component_config", lambda row, component: UNET)
+    monkeypatch.setattr(dsd.estimate, "component_config", lambda row, component: UNET)
     _, params = presets.applied(Path("presets/paper-refcocog-sd2.yaml"))
     unet, seen = UNet.of(params), len(draws(params.noise, params.seed))
     with torch.device("meta"):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsd.schedules import (
+from dsd.schedules.race import (
     Learned,
     Race,
     Schedule,

@@ -13,17 +13,17 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from dsd import Matcher
-from dsd.attention import Recording, during
-from dsd.backbones import StableDiffusionXL, load, load_diffusion
-from dsd.draws import draws
-from dsd.encoding import encode
+from dsd.config import Params, noise_of
+from dsd.data.draws import draws
+from dsd.data.examples import read_examples
+from dsd.engine.encodings import encode
+from dsd.engine.score import score
 from dsd.errors import CheckpointError
-from dsd.evidence import read_evidence
-from dsd.matching import read_examples
-from dsd.params import Params, noise_of
-from dsd.prompts import AttentionPrompt, pooled_latent
-from dsd.scoring import score
-from dsd.training import train
+from dsd.models import StableDiffusionXL, load, load_diffusion
+from dsd.models.attention import Recording, during
+from dsd.models.prompts import AttentionPrompt, pooled_latent
+from dsd.scorers.evidence import read_evidence
+from dsd.training.loop import train
 from tests.tiny import row
 
 CPU = torch.device("cpu")

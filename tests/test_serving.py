@@ -32,13 +32,14 @@ from mlflow.pyfunc import PyFuncModel, scoring_server
 from PIL import Image
 from starlette.testclient import TestClient
 
+from dsd.config import Params, load
 from dsd.errors import CheckpointError, DataError, DsdError, ParamsError
 from dsd.matcher import Matcher
-from dsd.params import Params, load
-from dsd.prompts import PROMPT, AttentionPrompt
-from flows import serving, tracking
-from flows.registry import BACKBONE, CHAMPION, Registry
-from flows.serving import Service, Settings, application
+from dsd.models.prompts import PROMPT, AttentionPrompt
+from flows import tracking
+from flows.registry.registry import BACKBONE, CHAMPION, Registry
+from flows.serving import server as serving
+from flows.serving.server import Service, Settings, application
 from tests.tiny import small
 
 ROOT = Path(__file__).parent.parent

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsd import Matcher
-from dsd.backbones import load, load_diffusion
 from dsd.errors import CheckpointError
+from dsd.models import load, load_diffusion
 from tests.test_released import SD21
 from tests.tiny import row
 

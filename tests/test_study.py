@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsd import study
-from dsd.claims import Answers
+from dsd.config import Params, StudyParams
+from dsd.data.examples import read_examples
 from dsd.errors import ParamsError
-from dsd.evaluation import hits_of
-from dsd.matching import read_examples
-from dsd.params import Params, StudyParams
-from dsd.study import keys, missing, run
-from dsd.variants import changed, compare, in_force, params_key, read
+from dsd.evaluation.claims import Answers
+from dsd.evaluation.evaluate import hits_of
+from dsd.experiments import studies as study
+from dsd.experiments.studies import keys, missing, run
+from dsd.experiments.variants import changed, compare, in_force, params_key, read
 
 DATASET = "scenes-com"
 

@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from dsd.params import Params, load
+from dsd.config import Params, load
 from flows import tracking
 from flows.tracking import Live, publish
 

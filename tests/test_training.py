@@ -18,11 +18,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from dsd.draws import Draw
+from dsd.config import Params
+from dsd.data.draws import Draw
+from dsd.data.examples import MatchingExample, read_examples
 from dsd.errors import DataError
-from dsd.matching import MatchingExample, read_examples
-from dsd.params import Params
-from dsd.training import ContrastiveLearner, Processes, Trainer, accuracy, learner, matching_loss, shape, table, train
+from dsd.training.loop import (
+    ContrastiveLearner,
+    Processes,
+    Trainer,
+    accuracy,
+    learner,
+    matching_loss,
+    shape,
+    table,
+    train,
+)
 from tests.conftest import ROOT
 from tests.gradients import check_gradient
 
@@ -268,7 +278,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_step(
 def test_nothing_to_train_on_is_said(
     params: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsd.training.read_examples", lambda *_: [])
+    monkeypatch.setattr("dsd.training.loop.read_examples", lambda *_: [])
     with pytest.raises(DataError, match=r"datasets\.scenes-com\.few_shot"):
         run(params, prepared, cached, tmp_path)
 

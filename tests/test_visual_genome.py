@@ -20,15 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dsd import downloads
+from dsd.config import VisualGenomeDataset, VisualGenomeParams
+from dsd.data import downloads
 from dsd.datasets import RawExample, benchmark
 from dsd.datasets import genome as genome_module
 from dsd.datasets.genome import Genome, Words, _entries, read_genome
+from dsd.datasets.preparation import prepare
 from dsd.datasets.visual_genome import mutations, sentence
 from dsd.errors import DataError, DsdError, ParamsError
-from dsd.mutation import SLOTS
-from dsd.params import VisualGenomeDataset, VisualGenomeParams
-from dsd.preparation import prepare
+from dsd.scenes.mutation import SLOTS
 from tests.serving import Server, serve
 from tests.test_preparation import params as params
 

@@ -23,17 +23,17 @@ import yaml
 from mlflow.entities import Run
 from typer.testing import CliRunner
 
+from dsd.config import BackboneParams, load
+from dsd.data.examples import MatchingExample, write_examples
 from dsd.errors import DsdError
-from dsd.matching import MatchingExample, write_examples
-from dsd.params import BackboneParams, load
 from flows import tracking
-from flows import watch as watching
 from flows.cli import app
-from flows.clone import clone, last_line
-from flows.registry import CHAMPION, Registry
+from flows.registry.registry import CHAMPION, Registry
 from flows.reproduce import free_port
 from flows.stores import DATABASE, MLFLOW
-from flows.watch import KILLED, alone, tick
+from flows.watch import tick as watching
+from flows.watch.clone import clone, last_line
+from flows.watch.tick import KILLED, alone, tick
 from tests.conftest import ROOT
 from tests.hubserver import COMMIT, Hub, connected, files_of
 
@@ -160,7 +160,8 @@ def test_a_tick_that_finds_nothing_new_loads_no_torch(watched: Path, dag: Dag) -
     watch_settings(attempts=1)
     tick()
     script = (
-        "from flows.watch import tick; import sys; print(tick().lines, {'torch', 'prefect', 'dvc'} & {*sys.modules})"
+        "from flows.watch.tick import tick; import sys; "
+        "print(tick().lines, {'torch', 'prefect', 'dvc'} & {*sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "['nothing new'] set()\n", done.stderr
@@ -338,7 +339,7 @@ def test_a_tick_that_was_killed_between_registry_and_gate_is_finished(watched: P
 SLOWLY = """
 import sys, time
 from pathlib import Path
-from flows import watch
+from flows.watch import tick as watch
 from tests.test_watch import Dag
 dag = Dag()
 def reproduce(target, lock):
@@ -386,8 +387,8 @@ def test_who_inherits_the_lock_has_it_too(tmp_path: Path) -> None:
 STAGE = """
 import os, sys, time
 from pathlib import Path
-from dsd.backbones.checkpoint import locate
-from dsd.params import load
+from dsd.models.checkpoint import locate
+from dsd.config import load
 from tests.test_watch import measure, questions
 with open(os.environ["RAN"], "a") as file:
     file.write(sys.argv[1] + " ")
@@ -497,7 +498,7 @@ def test_the_whole_dag_on_tiny_models(tmp_path: Path, monkeypatch: pytest.Monkey
     scaled = {name: 1.01 * tensor for name, tensor in load_file(f"models/embedded/{weights}").items()}
     save_file(scaled, f"checkpoints/other/{weights}", metadata={"format": "pt"})
     before, status, data = everything(), git("status", "--porcelain"), dvc("status")
-    monkeypatch.setattr("flows.watch.shutil.rmtree", lambda *_, **__: None)
+    monkeypatch.setattr("flows.watch.tick.shutil.rmtree", lambda *_, **__: None)
     told = tick()
     assert told.lines == ["other: evaluated, version 1", "other: version 1 promoted: there was no champion"]
     assert (everything(), git("status", "--porcelain"), dvc("status")) == (before, status, data)

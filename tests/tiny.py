@@ -9,8 +9,8 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dsd.params import BackboneParams, FitParams, Params, PretrainParams, load
-from dsd.pretraining import (
+from dsd.config import BackboneParams, FitParams, Params, PretrainParams, load
+from dsd.pretraining.recipe import (
     build_autoencoder,
     build_clip,
     build_text_encoder,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from dsd.params import Params
-from dsd.training import train
+from dsd.config import Params
+from dsd.training.loop import train
 
 
 def main() -> None:

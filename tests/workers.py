@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from dsd import scoring
+from dsd.engine import score as scoring
 from dsd.errors import DsdError
 
 

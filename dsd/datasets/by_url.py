@@ -6,10 +6,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dsd.config import UrlParams
+from dsd.data.downloads import fetch, fetch_all, length
 from dsd.datasets.raw import IMAGES, RawExample, write_annotations
-from dsd.downloads import fetch, fetch_all, length
 from dsd.errors import DataError
-from dsd.params import UrlParams
 from dsd.store import digest
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def fetched(row: UrlParams, folder: Path, key: str) -> Path:
 
 
 def remote(rows: Mapping[str, UrlParams]) -> int:
-    """The bytes of the files of rows of params, by key; see `dsd.downloads.length`."""
+    """The bytes of the files of rows of params, by key; see `dsd.data.downloads.length`."""
     return sum(length(row.source, setting=key) for key, row in rows.items())
 
 

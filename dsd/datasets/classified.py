@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from dsd.config import ClassifiedDataset
 from dsd.datasets import parquet
-from dsd.datasets.hub import Place, Repository, fetch, remote
 from dsd.datasets.raw import Benchmark, Expected, RawExample
+from dsd.datasets.repository import Place, Repository, fetch, remote
 from dsd.datasets.selection import Content, deal, examples, keep, stem
 from dsd.errors import DataError
-from dsd.params import ClassifiedDataset
 
 
 class Labelled(NamedTuple):
@@ -61,7 +61,7 @@ def _download(format: Format, row: ClassifiedDataset, *, seed: int, folder: Path
     """See `dsd.datasets.raw.Download`.
 
     Raises:
-        ParamsError, DataError: see `dsd.datasets.hub.fetch`, `deal` and `keep`; files that differ in their classes,
+        ParamsError, DataError: see `repository.fetch`, `deal` and `keep`; files that differ in their classes,
             classes of the same name, and a number that is no class.
     """
     name = folder.name

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from dsd.config import ComvgDataset, UrlParams
+from dsd.data.downloads import opened
+from dsd.data.splits import split
 from dsd.datasets import by_url, genome, visual_genome
 from dsd.datasets.raw import ANNOTATIONS, Benchmark, Expected, RawExample, annotated
-from dsd.downloads import opened
 from dsd.errors import DataError, ParamsError
-from dsd.fewshot import split
-from dsd.params import ComvgDataset, UrlParams
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dsd.datasets import webdataset
 from dsd.datasets.classified import Format, Labelled, classified
-from dsd.datasets.hub import Place, Repository
+from dsd.datasets.repository import Place, Repository
 from dsd.errors import DataError
 
 CLASSES = "classnames.txt"

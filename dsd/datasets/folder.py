@@ -23,11 +23,11 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from dsd.config import FolderDataset
+from dsd.data.splits import SPLITS, Split
 from dsd.datasets.raw import Benchmark, Expected, RawExample
 from dsd.datasets.selection import Content, deal, examples, keep, stem
 from dsd.errors import DataError, ImageError, ParamsError, unknown
-from dsd.fewshot import SPLITS, Split
-from dsd.params import FolderDataset
 
 REQUIRED = ("image", "text", "label")
 OPTIONAL = ("id", "split", "category")

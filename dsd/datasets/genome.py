@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dsd.config import UrlParams, VisualGenomeParams
+from dsd.data.downloads import opened
 from dsd.datasets.by_url import fetched
-from dsd.downloads import opened
 from dsd.errors import DataError
-from dsd.mutation import SLOTS, Slot
-from dsd.params import UrlParams, VisualGenomeParams
+from dsd.scenes.mutation import SLOTS, Slot
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
-from dsd.datasets.hub import Place, Repository
+from dsd.datasets.repository import Place, Repository
 from dsd.datasets.selection import Content
 from dsd.errors import DataError, ImageError
 

@@ -10,8 +10,8 @@ from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from dsd.data.splits import Split
 from dsd.errors import DataError
-from dsd.fewshot import Split
 from dsd.store import write_atomic
 
 ANNOTATIONS = "annotations.jsonl"

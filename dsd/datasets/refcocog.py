@@ -19,13 +19,13 @@ from pathlib import Path, PurePosixPath
 from random import Random
 from typing import NamedTuple
 
+from dsd.config import RefcocogDataset
+from dsd.data.splits import Split
 from dsd.datasets import parquet
-from dsd.datasets.hub import Place, fetch, remote
 from dsd.datasets.raw import Benchmark, Expected, RawExample
+from dsd.datasets.repository import Place, fetch, remote
 from dsd.datasets.selection import apart, deal, examples, keep, stem
 from dsd.errors import DataError
-from dsd.fewshot import Split
-from dsd.params import RefcocogDataset
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def _download(row: RefcocogDataset, *, seed: int, folder: Path, workers: int) ->
     """See `dsd.datasets.raw.Download`.
 
     Raises:
-        ParamsError, DataError: see `dsd.datasets.hub.fetch`, `parquet.rows`, `deal` and `keep`; and too few expressions
+        ParamsError, DataError: see `repository.fetch`, `parquet.rows`, `deal` and `keep`; and too few expressions
             for so many candidates.
     """
     name = folder.name

@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import product
 from random import Random
 
+from dsd.config import DrawnDataset
+from dsd.data.splits import Split
+from dsd.datasets.drawn import Item, embedded, picture
 from dsd.datasets.raw import RawExample
-from dsd.datasets.scenes import Item, embedded, picture
-from dsd.fewshot import Split
-from dsd.params import DrawnDataset
 from dsd.scenes.captions import a
 from dsd.scenes.world import COLOURS, SHAPES, Noun, sample_single
 

@@ -18,12 +18,12 @@ from collections.abc import Set
 from functools import partial
 from random import Random
 
+from dsd.config import DrawnDataset
+from dsd.data.splits import Split
+from dsd.datasets.drawn import Item, arguable, distractors, embedded, picture, rename, rivals
 from dsd.datasets.raw import RawExample
-from dsd.datasets.scenes import Item, arguable, distractors, embedded, picture, rename, rivals
-from dsd.fewshot import Split
-from dsd.mutation import SLOTS, hard_noun, mutate, valid_negative
-from dsd.params import DrawnDataset
 from dsd.scenes.captions import TEMPLATES, sentence
+from dsd.scenes.mutation import SLOTS, hard_noun, mutate, valid_negative
 from dsd.scenes.world import PREDICATES, Noun, Scene, Triplet, holds, random_noun, sample_scene
 
 DECOY = 0.75  # how often a distractor that is there takes on what is missing

@@ -11,12 +11,12 @@ from itertools import product
 from math import prod
 from random import Random
 
+from dsd.config import DrawnDataset
+from dsd.data.splits import Split
+from dsd.datasets.drawn import Item, arguable, distractors, embedded, picture, rename, rivals
 from dsd.datasets.raw import RawExample
-from dsd.datasets.scenes import Item, arguable, distractors, embedded, picture, rename, rivals
-from dsd.fewshot import Split
-from dsd.mutation import hard_noun
-from dsd.params import DrawnDataset
 from dsd.scenes.captions import REFERRING, referring
+from dsd.scenes.mutation import hard_noun
 from dsd.scenes.world import PREDICATES, Noun, Scene, Triplet, holds, random_noun, sample_scene
 
 NAMED = 0.5  # how often a further thing in the scene is one that the other candidates name

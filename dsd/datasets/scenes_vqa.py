@@ -11,12 +11,12 @@ from __future__ import annotations
 from itertools import permutations
 from random import Random
 
+from dsd.config import DrawnDataset
+from dsd.data.splits import Split
+from dsd.datasets.drawn import Item, arguable, embedded, picture
 from dsd.datasets.raw import RawExample
-from dsd.datasets.scenes import Item, arguable, embedded, picture
-from dsd.fewshot import Split
-from dsd.mutation import hard_noun
-from dsd.params import DrawnDataset
 from dsd.scenes.captions import NUMBERS, Question, a, answered, open_question, referring
+from dsd.scenes.mutation import hard_noun
 from dsd.scenes.world import COLOURS, SHAPES, Scene, Triplet, holds, random_triplet, sample_scene
 
 COUNTS = NUMBERS[1:]  # things in a scene: two to four

@@ -13,11 +13,11 @@ from typing import Protocol, TypeVar
 
 from PIL import Image
 
+from dsd.config import ClassifiedDataset, FolderDataset, RefcocogDataset, Vqav2Dataset, WinogroundDataset
+from dsd.data.images import FORMATS
+from dsd.data.splits import Split, split
 from dsd.datasets.raw import ANNOTATIONS, IMAGES, RawExample, read_annotations, write_annotations
 from dsd.errors import DataError, ImageError, ParamsError
-from dsd.fewshot import Split, split
-from dsd.images import FORMATS
-from dsd.params import ClassifiedDataset, FolderDataset, RefcocogDataset, Vqav2Dataset, WinogroundDataset
 from dsd.progress import progress
 from dsd.store import write_atomic
 
@@ -53,7 +53,7 @@ def apart(name: str, training: Sequence[Some], testing: Sequence[Item]) -> list[
 def deal(
     name: str, row: Published, training: Sequence[Item] | None, testing: Sequence[Item], *, seed: int
 ) -> dict[str, Split]:
-    """The split of every row that is taken, by id; see `dsd.fewshot.split`.
+    """The split of every row that is taken, by id; see `dsd.data.splits.split`.
 
     Args:
         training: rows that may be trained on; None where all splits come from `testing`.

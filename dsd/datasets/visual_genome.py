@@ -30,13 +30,13 @@ from itertools import chain, count, islice
 from pathlib import Path
 from random import Random
 
+from dsd.config import ComvgDataset, VisualGenomeDataset
+from dsd.data.splits import Split, split
 from dsd.datasets import by_url
 from dsd.datasets.genome import Genome, Relation, Word, files, read_genome
 from dsd.datasets.raw import ANNOTATIONS, Benchmark, Expected, RawExample, annotated
 from dsd.errors import DataError, ParamsError
-from dsd.fewshot import Split, split
-from dsd.mutation import SLOTS, Slot, valid_negative
-from dsd.params import ComvgDataset, VisualGenomeDataset
+from dsd.scenes.mutation import SLOTS, Slot, valid_negative
 
 TRIES = 50  # pictures that are looked at for a negative of one value
 # Nouns that take no article, among them those that end in a single s.

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from dsd.config import Vqav2Dataset
 from dsd.datasets import parquet
-from dsd.datasets.hub import Place, Repository, fetch, remote
 from dsd.datasets.raw import Benchmark, Expected, RawExample
+from dsd.datasets.repository import Place, Repository, fetch, remote
 from dsd.datasets.selection import apart, deal, examples, keep, stem
 from dsd.errors import DataError, ParamsError
-from dsd.params import Vqav2Dataset
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def _download(row: Vqav2Dataset, *, seed: int, folder: Path, workers: int) -> No
     """See `dsd.datasets.raw.Download`.
 
     Raises:
-        ParamsError, DataError: see `dsd.datasets.hub.fetch`, `parquet.rows`, `deal` and `keep`; and fewer answers than
+        ParamsError, DataError: see `repository.fetch`, `parquet.rows`, `deal` and `keep`; and fewer answers than
             the row asks for.
     """
     name = folder.name

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from dsd.datasets.hub import Place, Repository
+from dsd.datasets.repository import Place, Repository
 from dsd.datasets.selection import Content
 from dsd.errors import DataError, ImageError
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from dsd.config import WinogroundDataset
 from dsd.datasets import parquet
-from dsd.datasets.hub import Place, fetch, remote
 from dsd.datasets.raw import Benchmark, Expected, RawExample
+from dsd.datasets.repository import Place, fetch, remote
 from dsd.datasets.selection import deal, examples, keep, stem
 from dsd.errors import DataError, ParamsError
-from dsd.params import WinogroundDataset
 
 IMAGES = ("image_0", "image_1")
 
@@ -41,7 +41,7 @@ def _download(row: WinogroundDataset, *, seed: int, folder: Path, workers: int) 
     """See `dsd.datasets.raw.Download`.
 
     Raises:
-        ParamsError, DataError: see `dsd.datasets.hub.fetch`, `parquet.rows`, `deal` and `keep`; training rows are asked
+        ParamsError, DataError: see `repository.fetch`, `parquet.rows`, `deal` and `keep`; training rows are asked
             for, or two rows have the same id.
     """
     name = folder.name

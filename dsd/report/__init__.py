@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from dsd.params import ContrastiveMethod, FusionMethod, Params, noise_of, trained, twin, under_test
+from dsd.config import ContrastiveMethod, FusionMethod, Params, noise_of, trained, twin, under_test
 from dsd.progress import progress
 from dsd.report import figures, findings, paper, races, studies, tables
 from dsd.report.gallery import MAPPED, BackboneHeatMaps, HeatMaps, gallery, noisy

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dsd.params import ContrastiveMethod, DenoisingMethod, FusionMethod, Params, twin, under_test
+from dsd.config import ContrastiveMethod, DenoisingMethod, FusionMethod, Params, twin, under_test
 from dsd.report.inputs import Claims, Dataset
 from dsd.report.tables import Comparison, chance, compare, interval, percent, points
 from dsd.statistics import Interval

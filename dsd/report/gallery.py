@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dsd.matching import MatchingExample
-from dsd.params import ContrastiveMethod, Params, under_test
-from dsd.pictures import Pictures
+from dsd.config import ContrastiveMethod, Params, under_test
+from dsd.data.examples import MatchingExample
+from dsd.data.image_table import Pictures
 from dsd.report.inputs import Dataset
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class BackboneHeatMaps:
     """
 
     def __init__(self, params: Params, trained: Path) -> None:
-        from dsd.backbones import device_of, load_diffusion
+        from dsd.models import device_of, load_diffusion
 
         self._name = under_test(params)
         method = params.methods[self._name]
@@ -80,7 +80,7 @@ class BackboneHeatMaps:
 
     def _opened(self, dataset: str) -> Matcher:
         from dsd.matcher import Matcher
-        from dsd.prompts import PROMPT, AttentionPrompt
+        from dsd.models.prompts import PROMPT, AttentionPrompt
 
         prompt = None
         if self._method.prompt == "few-shot":

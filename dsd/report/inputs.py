@@ -16,14 +16,15 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dsd import growth, replay
-from dsd.ablations import Ablations
-from dsd.claims import Judgement
+from dsd.config import DatasetParams, Params, trained
+from dsd.data.examples import MatchingExample, read_examples
 from dsd.datasets import benchmark
 from dsd.errors import DataError, unknown
-from dsd.matching import MatchingExample, read_examples
+from dsd.evaluation.ablations import Ablations
+from dsd.evaluation.claims import Judgement
+from dsd.experiments import scaling as growth
 from dsd.metrics import HEADLINES, METRICS, Hits
-from dsd.params import DatasetParams, Params, trained
+from dsd.schedules import replay
 from dsd.statistics import Interval
 
 # In the order in which they run. The report's own time is not known while it is written.
@@ -116,18 +117,18 @@ def read_claims(data: Path) -> Claims:
 
 
 def read_studies(data: Path) -> dict[str, Any]:
-    """What dsd.variants.compare tells of each study."""
+    """What dsd.experiments.variants.compare tells of each study."""
     return dict(read_json(data / "evaluate" / "studies.json", "evaluate"))
 
 
 def read_races(params: Params, data: Path) -> dict[str, dict[str, Any]]:
-    """What `dsd.races` has told, by dataset and method; a dataset whose races were not run is absent."""
+    """What `dsd.experiments.races` has told, by dataset and method; a dataset whose races were not run is absent."""
     found = {name: replay.read(data / "races" / f"{name}.json") for name in params.races.datasets}
     return {name: told for name, told in found.items() if told}
 
 
 def read_growth(data: Path) -> list[dict[str, Any]]:
-    """What `dsd.growth` has told; nothing where it was not run."""
+    """What `dsd.experiments.scaling` has told; nothing where it was not run."""
     return list(growth.read(data / "races").get("rows", []))
 
 

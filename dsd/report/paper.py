@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from dsd.claims import TASKS
-from dsd.params import ContrastiveMethod, Params, prompted
+from dsd.config import ContrastiveMethod, Params, prompted
+from dsd.evaluation.claims import TASKS
 from dsd.report import figures
 from dsd.report.inputs import Dataset
 from dsd.report.tables import NONE, Cell, Row, Table, interval, percent

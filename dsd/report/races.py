@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsd.claims import TASKS
-from dsd.replay import DIRECTIONS, EXHAUSTIVE, LEARNED_FROM, MEASURED_ON, published
+from dsd.evaluation.claims import TASKS
 from dsd.report import figures
 from dsd.report.inputs import Dataset
 from dsd.report.tables import NONE, Cell, Row, Table, count, interval, percent, points
+from dsd.schedules.replay import DIRECTIONS, EXHAUSTIVE, LEARNED_FROM, MEASURED_ON, published
 from dsd.statistics import Interval
 
-Told = Mapping[str, Any]  # of a method on a dataset, see dsd.replay.compare
+Told = Mapping[str, Any]  # of a method on a dataset, see dsd.schedules.replay.compare
 SCHEDULES = ("exhaustive", "staged", "hierarchical", "racing")
 # The second paper's accuracy in percent and hours, by dataset: exhaustive, pruned; and CLIP with a ResNet-50.
 THEIRS = {

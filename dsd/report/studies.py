@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from dsd.params import Params, StudyParams
+from dsd.config import Params, StudyParams
+from dsd.experiments.variants import in_force, params_key
 from dsd.report import figures
 from dsd.report.inputs import Dataset
 from dsd.report.tables import NONE, Cell, Row, Table, interval, p_value, percent, points
 from dsd.statistics import Difference, Interval
-from dsd.variants import in_force, params_key
 
 SAMPLE = "dataset.sample"  # its values name samples and are no amounts
 AS_IS = "as params.yaml has it"

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from dsd.config import Params, twin
 from dsd.datasets import benchmark
 from dsd.metrics import SQUARE_CHANCE
-from dsd.params import Params, twin
 from dsd.report.inputs import Claims, Dataset
 from dsd.statistics import Difference, Interval, paired_difference
 

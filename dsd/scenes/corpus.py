@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsd.images import resize
+from dsd.data.images import resize
 from dsd.progress import progress
 from dsd.scenes.captions import caption, pretraining_scene
 from dsd.scenes.render import render

@@ -1,0 +1,1 @@
+"""Data: examples, images, draws, splits, mutations, downloads."""

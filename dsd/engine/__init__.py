@@ -1,0 +1,1 @@
+"""Evidence of (pair, draw) requests: sessions, encodings, batches, races."""

@@ -1,0 +1,1 @@
+"""Evidence to scores to metrics with intervals; ablations, claims, gate."""

@@ -1,0 +1,141 @@
+"""The gate: whether a challenger takes the champion's place, from the ranks of both on the same examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dsd.config import Params
+from dsd.data.examples import MatchingExample
+from dsd.datasets import benchmark
+from dsd.errors import DataError, ParamsError, unknown
+from dsd.metrics import HEADLINES, METRICS
+from dsd.statistics import Difference, holm, paired_difference
+from dsd.store import digest
+
+
+class Ranks(NamedTuple):
+    """What one checkpoint's answers to the test examples of a dataset are compared by: n of each."""
+
+    kind: str
+    examples: str  # digest of the examples: who has another one was asked something else
+    categories: list[str]
+    clusters: list[str]
+    ranks: list[int]  # of the right pair, 1 is right
+
+    @classmethod
+    def of(cls, kind: str, examples: Sequence[MatchingExample], ranks: Sequence[int]) -> Ranks:
+        categories, clusters = [e.category for e in examples], [e.cluster for e in examples]
+        return cls(kind, digest(*examples), categories, clusters, list(ranks))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Challenger minus champion on the headline metric of a dataset, beside what params.yaml asks of it.
+
+    `p` is Holm's over the datasets; low and high are of `evaluate.confidence`.
+    """
+
+    metric: str
+    difference: Difference
+    p: float
+    minimum_effect: float
+    maximum_regression: float
+    better: bool
+    kept: bool  # shown not to have lost more than maximum_regression
+
+    def __str__(self) -> str:
+        d = self.difference
+        return f"{_points(d.value)} points [{_points(d.low)}, {_points(d.high)}], p {self.p:.3f}, n = {d.n}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the challenger is promoted, why, and by dataset what that rests on (nothing, without a champion)."""
+
+    promoted: bool
+    reason: str
+    compared: Mapping[str, Compared]
+
+
+def checked(params: Params, datasets: Sequence[str]) -> None:
+    """Whether `gate` makes sense for these datasets.
+
+    Raises:
+        ParamsError: it names a method or a dataset that is not there, or none of these.
+    """
+    gate = params.gate
+    if gate.method not in params.methods:
+        raise ParamsError(f"gate.method: {unknown('method', gate.method, params.methods)}")
+    for name in gate.datasets:
+        if name not in params.datasets:
+            raise ParamsError(f"gate.datasets: {unknown('dataset', name, params.datasets)}")
+    if not set(gate.datasets) & set(datasets):
+        raise ParamsError(f"gate.datasets: has a row for none of {', '.join(datasets)}; give at least one")
+
+
+def judge(params: Params, challenger: Mapping[str, Ranks], champion: Mapping[str, Ranks] | None) -> Verdict:
+    """The verdict on a challenger.
+
+    It is promoted where it is shown to be better on a dataset by at least `minimum_effect` (the paired test of
+    `paired_difference`, corrected by Holm for the number of datasets), and is shown on every dataset not to be worse by
+    more than `maximum_regression` (the interval of the difference lies above). So a tie keeps the champion.
+
+    Raises:
+        ParamsError: `gate` does not make sense; see `checked`.
+        DataError: the champion was asked other examples.
+    """
+    checked(params, list(challenger))
+    if champion is None:
+        return Verdict(True, "there was no champion", {})
+    for name in others_asked(params, challenger, champion):
+        raise DataError(f"{name}: the champion was asked other examples; evaluate it anew under these params first")
+    names = [name for name in params.gate.datasets if name in challenger]
+    compared = _compare(params, {name: (challenger[name], champion[name]) for name in names})
+    better = [name for name, c in compared.items() if c.better]
+    lost = [name for name, c in compared.items() if not c.kept]
+    if better and not lost:
+        return Verdict(True, "better on " + _listed(better, compared), compared)
+    if lost:
+        allowed = ", ".join(f"{100 * compared[name].maximum_regression:.1f} on {name}" for name in lost)
+        reason = f"may have lost more than is allowed ({allowed}, in points): {_listed(lost, compared)}"
+    else:
+        reason = f"not shown to be better, and a tie keeps the champion: {_listed(list(compared), compared)}"
+    return Verdict(False, reason, compared)
+
+
+def others_asked(params: Params, challenger: Mapping[str, Ranks], champion: Mapping[str, Ranks]) -> list[str]:
+    """The datasets of `gate` on which the champion was asked other examples than the challenger, or none."""
+    names = [name for name in params.gate.datasets if name in challenger]
+    return [n for n in names if n not in champion or champion[n].examples != challenger[n].examples]
+
+
+def _compare(params: Params, sides: Mapping[str, tuple[Ranks, Ranks]]) -> dict[str, Compared]:
+    settings: dict[str, Any] = dict(params.evaluate.model_dump(), seed=params.seed)
+    found: dict[str, tuple[str, Difference]] = {}
+    for name, (one, other) in sides.items():
+        counted = benchmark(one.kind).metrics
+        metric = HEADLINES[counted]
+        (hits, groups), (others, _) = (
+            METRICS[counted](np.array(side.ranks), side.categories)[metric] for side in (one, other)
+        )
+        found[name] = metric, paired_difference(hits, others, one.clusters, groups, **settings)
+    corrected = holm([difference.p for _, difference in found.values()])
+    compared = {}
+    for (name, (metric, d)), p in zip(found.items(), corrected, strict=True):
+        row = params.gate.datasets[name]
+        better = d.value > 0 and d.value >= row.minimum_effect and p < 1 - params.evaluate.confidence
+        kept = d.low > -row.maximum_regression
+        compared[name] = Compared(metric, d, p, row.minimum_effect, row.maximum_regression, better, kept)
+    return compared
+
+
+def _listed(names: Sequence[str], compared: Mapping[str, Compared]) -> str:
+    return "; ".join(f"{name} {compared[name]}" for name in names)
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "−")

@@ -1,0 +1,1 @@
+"""Studies, schedule comparisons and scaling: what takes too long for every run."""

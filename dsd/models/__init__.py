@@ -1,0 +1,68 @@
+"""Backbones: one small interface over model families, one row of the table a family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dsd.config import BackboneParams
+from dsd.errors import CheckpointError, unknown
+from dsd.models.checkpoint import device_of
+from dsd.models.clip import Clip
+from dsd.models.open_clip import OpenClip
+from dsd.models.sdxl import StableDiffusionXL
+from dsd.models.stable_diffusion import StableDiffusion, TextEmbeddings
+
+FAMILIES: dict[str, type[StableDiffusion] | type[Clip]] = {
+    kind.family: kind for kind in (StableDiffusion, StableDiffusionXL, Clip, OpenClip)
+}
+
+__all__ = [
+    "FAMILIES",
+    "Clip",
+    "OpenClip",
+    "StableDiffusion",
+    "StableDiffusionXL",
+    "TextEmbeddings",
+    "device_of",
+    "load",
+    "load_clip",
+    "load_diffusion",
+]
+
+
+def load(row: BackboneParams, device: torch.device, attention: str = "sdpa") -> StableDiffusion | Clip:
+    """Opens the checkpoint of a `backbones` row; raises CheckpointError with one line.
+
+    `attention` is the backend of `runtime.attention`, which changes no result.
+    """
+    if row.family not in FAMILIES:
+        raise CheckpointError(unknown("family", row.family, FAMILIES))
+    kind = FAMILIES[row.family]
+    if issubclass(kind, StableDiffusion):
+        return kind(row, device, attention)
+    for key in ("config", "prediction", "lora"):
+        if (found := getattr(row, key)) is not None:
+            raise CheckpointError(
+                f"{row.source}: family {row.family} takes no {key}, found {found}; only diffusion does"
+            )
+    if Path(row.source).is_file():
+        raise CheckpointError(f"{row.source}: a file, but family {row.family} is opened by its folder")
+    return kind(row, device)
+
+
+def load_diffusion(row: BackboneParams, device: torch.device, attention: str = "sdpa") -> StableDiffusion:
+    backbone = load(row, device, attention)
+    if not isinstance(backbone, StableDiffusion):
+        raise CheckpointError(
+            f"{row.source}: family {row.family} has no cross-attention; this method needs a diffusion model"
+        )
+    return backbone
+
+
+def load_clip(row: BackboneParams, device: torch.device) -> Clip:
+    backbone = load(row, device)
+    if not isinstance(backbone, Clip):
+        raise CheckpointError(f"{row.source}: family {row.family} is no CLIP; the contrastive scorer needs one")
+    return backbone

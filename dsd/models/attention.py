@@ -1,0 +1,281 @@
+"""Cross-attention of a U-Net: inject the prompt, pool the maps, weight the heads — in one processor.
+
+Shapes: B batch, H heads, N image tokens, M text tokens, D width of a head, L cross-attention layers, P poolings.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from dsd.config import EvidenceParams
+from dsd.errors import CheckpointError, unknown
+
+
+def logsumexp_pooling(attn_BHNM: Tensor, scale: float, normalise: bool) -> tuple[Tensor, Tensor]:
+    """Eq. 3 over the image tokens, and eq. 7 in closed form: S [B, H, M] and the attribution Σ_i A ∂S/∂A [B, H, M].
+
+    ∂S_j/∂A_ij = softmax_i(λ A_ij), so the attribution of a token is the softmax-weighted mean of its own column. A lies
+    in [0, 1] and λ ≤ 60 (params), so that exp(λA) cannot overflow float32 and needs no shift by the maximum.
+    """
+    exp_BHNM = (attn_BHNM * scale).exp_()
+    sum_BHM = exp_BHNM.sum(-2)
+    attribution_BHM = (attn_BHNM * exp_BHNM).sum(-2) / sum_BHM
+    if normalise:  # the mean instead of the sum: layers of different N become comparable
+        sum_BHM = sum_BHM / attn_BHNM.shape[-2]
+    return sum_BHM.log() / scale, attribution_BHM
+
+
+def maximum_pooling(attn_BHNM: Tensor) -> Tensor:
+    """The limit λ → ∞ of eq. 3: [B, H, M]. By halves, which processors do ten times as fast as one strided amax."""
+    while (half := attn_BHNM.shape[-2] // 2) * 2 == attn_BHNM.shape[-2]:
+        attn_BHNM = torch.maximum(attn_BHNM[..., :half, :], attn_BHNM[..., half:, :])
+    return attn_BHNM.amax(-2)
+
+
+def cosine_pooling(query_BHND: Tensor, key_BHMD: Tensor) -> Tensor:
+    """Cosine between each text token's key and the image tokens' queries, averaged over the image: [B, H, M].
+
+    The paper compares "the shared dimensions" of the image and text features; W^q and W^k already map both to the same
+    dimensions, so nothing has to be cut off.
+    """
+    # Lengths as products with ones, and the mean of the unit queries as one with their inverse lengths: no unit vectors
+    # are written down, and products are what processors do fastest.
+    ones_D1 = query_BHND.new_ones(query_BHND.shape[-1], 1)
+    queries_BH1N = (query_BHND.square() @ ones_D1).clamp_min(1e-24).rsqrt().transpose(-1, -2)
+    keys_BHM1 = (key_BHMD.square() @ ones_D1).clamp_min(1e-24).rsqrt()
+    query_BH1D = queries_BH1N @ query_BHND / query_BHND.shape[-2]
+    return ((query_BH1D @ key_BHMD.transpose(-1, -2)).squeeze(-2)) * keys_BHM1.squeeze(-1)
+
+
+def logits_pooling(logits_BHNM: Tensor, attn_BHNM: Tensor) -> Tensor:
+    """The rule of the published implementation: log Σ_j exp(logits_ij) over all text tokens j, padding and special ones
+    included, averaged over the image tokens: [B, H].
+
+    The softmax A is at hand, and log A_ij = logits_ij − logsumexp_i for every j, so one column of both gives it without
+    another exponential. We take the begin token, which attention falls back on: the identity needs A_i0 > 0 in float32,
+    which is lost only where its logit lies more than 87 below the largest of the row.
+    """
+    return (logits_BHNM[..., 0] - attn_BHNM[..., 0].log()).mean(-1)
+
+
+def token_weights(tokens_BM: Tensor) -> Tensor:
+    """1 / the number of the text tokens that count at each of them, 0 at the others: [B, 1, M]."""
+    return (tokens_BM / tokens_BM.sum(-1, keepdim=True))[:, None, :]
+
+
+def over_tokens(values_BHM: Tensor, weights_B1M: Tensor) -> Tensor:
+    """Eq. 4: the mean over the text tokens that count: [B, H]."""
+    return (values_BHM * weights_B1M).sum(-1)
+
+
+class Prompt(Protocol):
+    """What the processor needs of an attention prompt (dsd.models.prompts.AttentionPrompt)."""
+
+    def __call__(self, layer: int, text_BMD: Tensor, latents_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """What p_k(x) and p_v(x) add to the keys and values of a layer, each [B, M, inner]."""
+        ...
+
+
+@dataclass
+class Recording:
+    """What one pass with capture leaves behind, a list entry per layer in the order of the U-Net's forward pass."""
+
+    poolings: tuple[str, ...]
+    scale: float
+    normalise: bool
+    weights_B1M: Tensor
+    pooled: list[Tensor] = field(default_factory=list)  # [P, B, H] each
+    attribution: list[Tensor] = field(default_factory=list)  # [B, H] each
+    maps: list[Tensor] | None = None  # [B, H, N, M] each, kept only for heat maps
+
+    @classmethod
+    def of(cls, params: EvidenceParams, tokens_BM: Tensor, keep_maps: bool = False) -> Recording:
+        weights_B1M = token_weights(tokens_BM)
+        return cls(params.poolings, params.scale, params.normalise, weights_B1M, maps=[] if keep_maps else None)
+
+    def add(self, logits_BHNM: Tensor, attn_BHNM: Tensor, query_BHND: Tensor, key_BHMD: Tensor) -> None:
+        """Pools one layer: its scaled logits QKᵀ/√d, their softmax in float32, and what they are made of."""
+        weights_B1M = self.weights_B1M
+        soft, attribution = logsumexp_pooling(attn_BHNM, self.scale, self.normalise)
+        pooled: dict[str, Callable[[], Tensor]] = {
+            "logsumexp": lambda: over_tokens(soft, weights_B1M),
+            "maximum": lambda: over_tokens(maximum_pooling(attn_BHNM), weights_B1M),
+            "cosine": lambda: over_tokens(cosine_pooling(query_BHND.float(), key_BHMD.float()), weights_B1M),
+            "logits": lambda: logits_pooling(logits_BHNM.float(), attn_BHNM),
+        }
+        self.pooled.append(torch.stack([pooled[name]() for name in self.poolings]))
+        self.attribution.append(over_tokens(attribution, weights_B1M))
+        if self.maps is not None:
+            self.maps.append(attn_BHNM)
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """Pooled attention [B, P, L, H] and attribution [B, L, H].
+
+        Layers may have fewer heads than others, as in Stable Diffusion 2: what they lack is zero in both, and the
+        attribution of a head that is there never is.
+        """
+        heads = max(layer.shape[-1] for layer in self.attribution)
+
+        def pad(x: Tensor) -> Tensor:
+            return torch.nn.functional.pad(x, (0, heads - x.shape[-1]))
+
+        pooled = torch.stack([pad(layer) for layer in self.pooled])  # [L, P, B, H]
+        return pooled.permute(2, 1, 0, 3), torch.stack([pad(layer) for layer in self.attribution], 1)
+
+
+class AttentionState(threading.local):
+    """Shared by all processors of one U-Net; set for the length of one pass, by every thread for its own passes."""
+
+    recording: Recording | None = None
+    prompt: Prompt | None = None
+    latents_BC: Tensor | None = None
+    texts_B: Tensor | None = None
+
+
+class CrossAttentionProcessor:
+    """Replaces the processor of one cross-attention layer.
+
+    Without capture or prompt it calls the fused kernel, exactly as diffusers does.
+    """
+
+    def __init__(self, layer: int, state: AttentionState) -> None:
+        self.layer, self.state = layer, state
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        text, texts_B = encoder_hidden_states, self.state.texts_B
+        key, value = attn.to_k(text), attn.to_v(text)
+        if texts_B is not None:
+            key, value = key[texts_B], value[texts_B]
+        if self.state.prompt is not None:
+            assert self.state.latents_BC is not None
+            text_BMD = text if texts_B is None else text[texts_B]
+            # A prompt is float32, whatever the U-Net is.
+            add_key, add_value = self.state.prompt(self.layer, text_BMD.float(), self.state.latents_BC)
+            key, value = key + add_key.to(key.dtype), value + add_value.to(value.dtype)
+        query_BHND, key_BHMD, value_BHMD = (
+            x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (attn.to_q(hidden_states), key, value)
+        )
+        if self.state.recording is None:
+            mixed = torch.nn.functional.scaled_dot_product_attention(query_BHND, key_BHMD, value_BHMD, scale=attn.scale)
+        else:
+            if attn.upcast_attention:  # as Stable Diffusion 2.1 asks: its logits do not fit into float16
+                query_BHND, key_BHMD = query_BHND.float(), key_BHMD.float()
+            # There are fewer text than image tokens: it is the keys that are scaled.
+            logits_BHNM = query_BHND @ (key_BHMD * attn.scale).transpose(-1, -2)
+            attn_BHNM = logits_BHNM.softmax(-1, dtype=torch.float32)
+            self.state.recording.add(logits_BHNM, attn_BHNM, query_BHND, key_BHMD)
+            mixed = attn_BHNM.to(value_BHMD.dtype) @ value_BHMD
+        out = attn.to_out[0](mixed.transpose(1, 2).flatten(-2))
+        return attn.to_out[1](out)
+
+
+class SelfAttentionProcessor:
+    """Replaces the processor of one self-attention layer: by `fused`, from queries, keys and values [B, N, H, D]."""
+
+    def __init__(self, fused: Callable[..., Tensor]) -> None:
+        self.fused = fused
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        out = attn.to_out[0](self.fused(query, key, value, scale=attn.scale).flatten(-2))
+        return attn.to_out[1](out)
+
+
+def _sdpa(unet: UNet2DConditionModel) -> None:
+    """PyTorch's fused kernel, which diffusers calls by itself."""
+
+
+def _xformers(unet: UNet2DConditionModel) -> None:
+    """The kernel of xformers, tried once: it imports where it cannot run, and says so only when it is called."""
+    weight, layers = unet.conv_in.weight, [module for _, module in attention_layers(unet, "attn1")]
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        for heads, inner in sorted({(layer.heads, layer.to_q.out_features) for layer in layers}):
+            tokens_BNHD = weight.new_zeros(1, 8, heads, inner // heads)
+            memory_efficient_attention(tokens_BNHD, tokens_BNHD, tokens_BNHD)
+    except ImportError:
+        raise CheckpointError(
+            "runtime.attention: xformers is not installed; install the extra `gpu`, or use sdpa"
+        ) from None
+    except (NotImplementedError, RuntimeError) as error:
+        reason, kind = " ".join(str(error).split())[:80], str(weight.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"runtime.attention: xformers cannot run on {weight.device.type} in {kind}; use sdpa ({reason})"
+        ) from None
+    for layer in layers:
+        layer.set_processor(SelfAttentionProcessor(memory_efficient_attention))
+
+
+SELF_ATTENTION = {"sdpa": _sdpa, "xformers": _xformers}  # what `runtime.attention` names
+
+
+def attention_layers(unet: UNet2DConditionModel, kind: str) -> list[tuple[str, Attention]]:
+    """The layers of self-attention ("attn1") or cross-attention ("attn2"), by name, in the order in which a forward
+    pass visits them (down, mid, up)."""
+    order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+    found = [
+        (name, module)
+        for name, module in unet.named_modules()
+        if name.endswith(f".{kind}") and isinstance(module, Attention)
+    ]
+    return sorted(found, key=lambda item: order[item[0].split(".")[0]])  # stable: within a block, by index
+
+
+def cross_attention_layers(unet: UNet2DConditionModel) -> list[tuple[str, Attention]]:
+    return attention_layers(unet, "attn2")
+
+
+def install(unet: UNet2DConditionModel, backend: str = "sdpa") -> AttentionState:
+    """Puts the processor into every cross-attention layer of the U-Net; the state returned drives all of them.
+
+    Self-attention goes through the backend, which changes no result.
+
+    Raises:
+        CheckpointError: there is no such backend, or it cannot run here; one line.
+    """
+    if backend not in SELF_ATTENTION:
+        raise CheckpointError(f"runtime.attention: {unknown('attention backend', backend, SELF_ATTENTION)}")
+    SELF_ATTENTION[backend](unet)
+    state = AttentionState()
+    for number, (_, module) in enumerate(cross_attention_layers(unet)):
+        module.set_processor(CrossAttentionProcessor(number, state))
+    return state
+
+
+@contextmanager
+def during(
+    state: AttentionState,
+    recording: Recording | None = None,
+    prompt: Prompt | None = None,
+    latents_BC: Tensor | None = None,
+    texts_B: Tensor | None = None,
+) -> Iterator[None]:
+    """Capture and prompt for the passes within the block, and for none after it.
+
+    With texts_B the U-Net is given every text once, and texts_B says which of them each row of the batch has: their
+    keys and values are computed once.
+    """
+    state.recording, state.prompt, state.latents_BC, state.texts_B = recording, prompt, latents_BC, texts_B
+    try:
+        yield
+    finally:
+        state.recording, state.prompt, state.latents_BC, state.texts_B = None, None, None, None

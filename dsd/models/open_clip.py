@@ -1,0 +1,248 @@
+"""CLIP in the layout in which open_clip publishes it: a ResNet, or a vision transformer, beside the text tower.
+
+The text tower and the vision transformer are those of transformers, under other names. F is the width of a tower.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from dsd.errors import CheckpointError
+from dsd.models.checkpoint import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, PICKLES, family_of, tokenizer
+from dsd.models.clip import Clip, Opened
+from dsd.models.resnet import ResNet
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Vision(_Settings):
+    """`layers` of a ResNet are the bottlenecks of its four stages; of a transformer, which has patches, a number."""
+
+    image_size: PositiveInt
+    layers: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] | PositiveInt
+    width: PositiveInt
+    patch_size: PositiveInt | None = None
+    head_width: PositiveInt = 64
+    mlp_ratio: PositiveFloat = 4.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Vision:
+        if isinstance(self.layers, int) == (self.patch_size is None):
+            raise ValueError("layers must be four numbers and patch_size null, or one number beside a patch_size")
+        if self.features % self.head_width:
+            raise ValueError(f"head_width {self.head_width} must divide the {self.features} features of the tower")
+        return self
+
+    @property
+    def features(self) -> int:
+        """F, which in a ResNet grows with its stages."""
+        return self.width if isinstance(self.layers, int) else 32 * self.width
+
+
+class Text(_Settings):
+    context_length: PositiveInt
+    vocab_size: PositiveInt
+    width: PositiveInt
+    heads: PositiveInt
+    layers: PositiveInt
+
+
+class Model(_Settings):
+    """What is built; a key that is not here stands for a kind of CLIP that is not built here."""
+
+    embed_dim: PositiveInt
+    quick_gelu: bool = False
+    vision_cfg: Vision
+    text_cfg: Text
+
+
+class Preprocess(BaseModel):
+    """How pixels are normalised; how pictures are cut and resized is no matter of the checkpoint here."""
+
+    mean: tuple[float, float, float]
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+
+
+class Config(BaseModel):
+    model_cfg: Model
+    preprocess_cfg: Preprocess
+
+    @classmethod
+    def read(cls, folder: Path) -> Config:
+        """Raises CheckpointError, in one line, where it is not there or says what cannot be built."""
+        file = folder / OPEN_CLIP_CONFIG
+        if not file.is_file():
+            found = (
+                f"of family {other}; correct family" if (other := family_of(folder)) else "not in open_clip's layout"
+            )
+            raise CheckpointError(f"{folder}: no {OPEN_CLIP_CONFIG}: {found}")
+        try:
+            return cls.model_validate_json(file.read_text(errors="replace"))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = "".join(f"{part}: " if part == first["loc"][-1] else f"{part}." for part in first["loc"])
+            unknown = first["type"] == "extra_forbidden"
+            reason = "a setting of another kind of CLIP than is built here" if unknown else first["msg"]
+            raise CheckpointError(f"{file}: {key}{' '.join(reason.split())[:160]}") from None
+
+
+class Towers(nn.Module):
+    """Both towers and their linear heads, named as in transformers' CLIPModel; untrained.
+
+    `end` is the token at which a text is pooled.
+    """
+
+    def __init__(self, config: Model, end: int) -> None:
+        super().__init__()
+        vision, text = config.vision_cfg, config.text_cfg
+        shared = {"projection_dim": config.embed_dim, "hidden_act": "quick_gelu" if config.quick_gelu else "gelu"}
+        words = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=text.vocab_size, max_position_embeddings=text.context_length, hidden_size=text.width,
+                intermediate_size=4 * text.width, num_hidden_layers=text.layers, num_attention_heads=text.heads,
+                eos_token_id=end, **shared,
+            )
+        )  # fmt: skip
+        self.text_model, self.text_projection = words.text_model, words.text_projection
+        if isinstance(vision.layers, tuple):
+            self.vision_model = ResNet(vision.layers, vision.width, vision.image_size, vision.head_width)
+            self.visual_projection = nn.Linear(vision.features, config.embed_dim)
+        else:
+            pictures = CLIPVisionModelWithProjection(
+                CLIPVisionConfig(
+                    image_size=vision.image_size, patch_size=vision.patch_size, hidden_size=vision.width,
+                    intermediate_size=int(vision.width * vision.mlp_ratio), num_hidden_layers=vision.layers,
+                    num_attention_heads=vision.width // vision.head_width, **shared,
+                )
+            )  # fmt: skip
+            self.vision_model, self.visual_projection = pictures.vision_model, pictures.visual_projection
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+
+
+# Parts of names, ours and open_clip's, in the order in which they are replaced.
+NAMES = {
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "text_model.final_layer_norm": "ln_final",
+    "text_projection.weight": "text_projection",
+    "visual_projection.weight": "visual.proj",
+    "vision_model.embeddings.patch_embedding": "visual.conv1",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.embeddings.": "visual.",
+    "vision_model.pre_layrnorm": "visual.ln_pre",
+    "vision_model.post_layernorm": "visual.ln_post",
+    "vision_model.encoder.layers": "visual.transformer.resblocks",
+    "vision_model.": "visual.",
+    ".self_attn.": ".attn.",
+    ".layer_norm": ".ln_",
+    ".mlp.fc1": ".mlp.c_fc",
+    ".mlp.fc2": ".mlp.c_proj",
+}
+RESNET_NAMES = {"visual_projection.": "visual.attnpool.c_proj."}
+
+
+class Origin(NamedTuple):
+    """Where in the file a tensor of ours is: as `name`, from left to right where `flipped`, or a third of it."""
+
+    name: str
+    flipped: bool = False
+    third: int | None = None
+
+    @classmethod
+    def of(cls, key: str, resnet: bool) -> Origin:
+        name = key
+        for ours, theirs in ((RESNET_NAMES if resnet else {}) | NAMES).items():
+            name = name.replace(ours, theirs)
+        if found := re.fullmatch(r"(.*resblocks\.\d+\.attn)\.([qkv])_proj\.(weight|bias)", name):
+            return cls(f"{found[1]}.in_proj_{found[3]}", third="qkv".index(found[2]))
+        return cls(name, flipped=name in ("text_projection", "visual.proj"))
+
+    def shape(self, ours: torch.Size) -> tuple[int, ...]:
+        """What the tensor of the file must have for one of ours."""
+        if self.third is not None:
+            return 3 * ours[0], *ours[1:]
+        return tuple(reversed(ours)) if self.flipped else tuple(ours)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        if self.third is not None:
+            return tensor.chunk(3)[self.third]
+        return tensor.T if self.flipped else tensor
+
+
+def fill(towers: Towers, file: Path) -> None:
+    """Puts the weights of the file into the towers.
+
+    Raises:
+        CheckpointError: no safetensors there, or the file lacks a tensor, has one more or one of another shape.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a file in safetensors ({' '.join(str(error).split())[:160]})") from None
+    resnet = isinstance(towers.vision_model, ResNet)
+    ours = {key: own for key, own in towers.state_dict().items() if not _counts(key)}
+    origins = {key: Origin.of(key, resnet) for key in ours}
+    wrong = {}
+    for key, (name, *_) in origins.items():
+        shape = origins[key].shape(ours[key].shape)
+        if name not in tensors:
+            wrong[name] = "missing"
+        elif tensors[name].shape != shape:
+            wrong[name] = f"{list(tensors[name].shape)} and not {list(shape)}"
+    used = {origin.name for origin in origins.values()}
+    wrong |= {name: "of no part of it" for name in tensors if name not in used and not _counts(name)}
+    if wrong:
+        name, reason = next(iter(wrong.items()))
+        raise CheckpointError(
+            f"{file}: {len(wrong)} tensors are not those of the model of {OPEN_CLIP_CONFIG}; {name} is {reason}"
+        )
+    towers.load_state_dict({key: origin.take(tensors[origin.name]) for key, origin in origins.items()}, strict=False)
+
+
+def _counts(name: str) -> bool:
+    """Of a batch norm: how many batches it was trained on, which nothing reads."""
+    return name.endswith("num_batches_tracked")
+
+
+class OpenClip(Clip):
+    """A frozen CLIP of `open_clip_config.json` and `open_clip_model.safetensors`, its tokenizer beside them."""
+
+    family: ClassVar[str] = "open-clip"
+
+    @classmethod
+    def _open(cls, folder: Path, dtype: torch.dtype) -> Opened:
+        config, weights = Config.read(folder), folder / OPEN_CLIP_WEIGHTS
+        if not weights.is_file():
+            pickles = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
+            found = f", only {pickles[0]}, a pickle; convert it to safetensors" if pickles else ""
+            raise CheckpointError(f"{folder}: no {OPEN_CLIP_WEIGHTS}{found}")
+        tokens = tokenizer(folder, "")
+        if len(tokens) != (size := config.model_cfg.text_cfg.vocab_size):
+            raise CheckpointError(f"{folder}: tokenizer of {len(tokens)} tokens, but vocab_size is {size}")
+        try:
+            towers = Towers(config.model_cfg, int(tokens.eos_token_id))
+        except (StrictDataclassError, RuntimeError) as error:  # sizes that do not fit each other, or no memory
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{folder / OPEN_CLIP_CONFIG}: makes no CLIP ({reason})") from None
+        fill(towers, weights)
+        mean_3, deviation_3 = (torch.tensor(x) for x in (config.preprocess_cfg.mean, config.preprocess_cfg.std))
+        towers = towers.to(dtype).eval().requires_grad_(False)
+        return Opened(towers, tokens, config.model_cfg.vision_cfg.image_size, mean_3, deviation_3)

@@ -1,0 +1,69 @@
+"""Stable Diffusion XL behind the backbone protocol: two text encoders, and a U-Net that is also told a text's pooled
+embedding and the size of the picture.
+
+Shapes: B batch, T texts, M text tokens, D text width (of both encoders together), P width of the pooled embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from dsd.errors import CheckpointError
+from dsd.models.stable_diffusion import StableDiffusion
+
+
+class StableDiffusionXL(StableDiffusion):
+    """The base model of XL and its fine-tunes (Podell et al. 2023).
+
+    Micro-conditioning: the U-Net is told that every picture was of the model's own resolution and not cropped, as the
+    published pipeline tells it, and nothing of the picture at hand.
+
+    Content tokens are those of the first tokenizer. The second pads with "!" and takes each "!" of a text for a token
+    of its own, so that the two are out of step after a "!!", here as in the published pipeline.
+    """
+
+    family = "stable-diffusion-xl"
+    encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}  # noqa: RUF012
+
+    @property
+    def _pooled(self) -> int:
+        return int(self.text_encoders[1].config.projection_dim)
+
+    def _check_shapes(self, folder: str) -> None:
+        super()._check_shapes(folder)
+        unet, width = self.unet.config, self._pooled
+        if unet.addition_embed_type != "text_time":
+            raise CheckpointError(
+                f"{folder}: unet has addition_embed_type {unet.addition_embed_type!r}; XL's has 'text_time'"
+            )
+        sizes = 6 * unet.addition_time_embed_dim
+        if unet.projection_class_embeddings_input_dim != sizes + width or width > unet.cross_attention_dim:
+            raise CheckpointError(
+                f"{folder}: unet expects {unet.projection_class_embeddings_input_dim} values of a text and a picture's "
+                f"sizes, text_encoder_2 gives {width} and the sizes {sizes}"
+            )
+
+    def _hidden(self, ids: Sequence[Tensor]) -> Tensor:
+        """[B, M + 1, D]: the penultimate hidden states of both encoders side by side, and in the last row the second's
+        pooled embedding, filled up with zeros."""
+        outputs = [
+            encoder(some, output_hidden_states=True) for encoder, some in zip(self.text_encoders, ids, strict=True)
+        ]
+        hidden_BMD = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+        pooled_BD = torch.nn.functional.pad(outputs[1].text_embeds, (0, hidden_BMD.shape[-1] - self._pooled))
+        return torch.cat([hidden_BMD, pooled_BD[:, None]], 1)
+
+    def _output(self, noised: Tensor, timesteps: Tensor, hidden: Tensor) -> Tensor:
+        hidden_TMD, pooled_TP, texts_B = hidden[:, :-1], hidden[:, -1, : self._pooled], self.attention.texts_B
+        side = float(self.resolution)
+        told = {
+            "text_embeds": pooled_TP if texts_B is None else pooled_TP[texts_B],
+            # original height and width, top and left of the crop, height and width aimed at
+            "time_ids": torch.tensor([side, side, 0, 0, side, side], device=noised.device).expand(len(noised), -1),
+        }
+        return cast(Tensor, self.unet(noised, timesteps, hidden_TMD, added_cond_kwargs=told).sample)

@@ -1,0 +1,1 @@
+"""The recipes and cards of the embedded checkpoints."""

@@ -1,0 +1,1 @@
+"""Schedules: which (candidate, draw) is computed next. No torch."""

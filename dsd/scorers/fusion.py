@@ -1,0 +1,219 @@
+"""Several kinds of evidence in one score: a weighted sum whose weights are fitted on the few-shot split.
+
+The weights are those of a conditional logit: the probability of a candidate among its rivals is the softmax of their
+scores (McFadden 1974). It is convex, so the fit does not depend on where it starts. How strongly the weights are held
+back is chosen by cross-validation within the few-shot split.
+
+Shapes: E pairs, K draws, L layers, F features; n contests of at most C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.special import logsumexp
+
+from dsd.config import FusionMethod, FusionParams, Params, noise_of
+from dsd.data.examples import MatchingExample, Pair, read_examples
+from dsd.errors import DataError
+from dsd.scorers import cross_attention
+from dsd.scorers.evidence import Evidence, normalises, read_evidence, unconditional
+
+Floats = NDArray[np.float64]
+Scores = dict[Pair, float]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What the fit found: a weight for each feature as it comes out of the evidence."""
+
+    names: list[str]
+    weights_F: Floats
+    penalty: float
+
+
+def fitting_entry(prompt: str) -> str:
+    """Under which name the index of the evidence has that of the few-shot examples."""
+    return f"{prompt}, few-shot split"
+
+
+def fitting_examples(params: Params, prepared: Path) -> list[MatchingExample]:
+    """The few-shot examples that the weights are fitted on, each with at most so many texts, the right ones among them.
+
+    None where no method fuses evidence.
+    """
+    if not any(isinstance(method, FusionMethod) for method in params.methods.values()):
+        return []
+    examples = read_examples(prepared / "examples.parquet", "train")[: params.fusion.examples]
+    return [narrowed(example, params.fusion.candidates, params.seed) for example in examples]
+
+
+def narrowed(example: MatchingExample, candidates: int, seed: int) -> MatchingExample:
+    """The example with at most so many texts, right ones among them, the others at random."""
+    right = sorted({t for _, t in example.answer})
+    wrong = [t for t in range(len(example.texts)) if t not in right]
+    rng = Random(f"fusion/{seed}/{example.id}")
+    kept = sorted(right + rng.sample(wrong, min(len(wrong), max(0, candidates - len(right)))))
+    texts = tuple(example.texts[t] for t in kept)
+    return replace(example, texts=texts, answer=tuple((i, kept.index(t)) for i, t in example.answer))
+
+
+class Seen(NamedTuple):
+    """Few-shot examples and their stored evidence without and with the attention prompt."""
+
+    examples: list[MatchingExample]
+    plain: Evidence
+    prompted: Evidence
+
+
+def fitted_on(name: str, params: Params, prepared: Path, scored: Path) -> Seen:
+    """The few-shot examples of dataset `name` that weights are fitted on."""
+    examples = fitting_examples(params, prepared)
+
+    def read(prompt: str) -> Evidence:
+        normalised = normalises(params.methods, prompt)
+        return read_evidence(scored, fitting_entry(prompt), examples, noise_of(params, name), params.seed, normalised)
+
+    return Seen(examples, read("none"), read("few-shot"))
+
+
+def learn(seen: Seen, method: FusionMethod, params: Params) -> Fitted:
+    """The weights of a method.
+
+    Raises:
+        DataError: the examples cannot be parted for cross-validation.
+    """
+    names, pairs, values_EF = features(seen.plain, seen.prompted, method, params.evidence.poolings)
+    asked, group_n = list(contests(seen.examples, pairs)), related(seen.examples)
+    if len(np.unique(group_n)) < 2:
+        raise DataError("fusion: the few-shot examples all share pictures, so none can be held out; raise few_shot")
+    return fit(names, values_EF, asked, group_n, params.fusion)
+
+
+def scores(
+    fitted: Fitted, plain: Evidence, prompted: Evidence, method: FusionMethod, poolings: Sequence[str]
+) -> Scores:
+    """The weighted sum for every pair, as precise as evidence is: the bits below are another processor's choice."""
+    _, pairs, values_EF = features(plain, prompted, method, poolings)
+    sums_E = (values_EF @ fitted.weights_F).astype(np.float32)
+    return dict(zip(pairs, sums_E.tolist(), strict=True))
+
+
+def features(
+    plain: Evidence, prompted: Evidence, method: FusionMethod, poolings: Sequence[str]
+) -> tuple[list[str], list[Pair], Floats]:
+    """The names [F] of what is weighed, the pairs [E] and the values [E, F], averaged over the draws of a noise level.
+
+    attention, prompted-attention: the pooled attention of each layer, without and with the attention prompt.
+    denoising, prompted-denoising: the error without a text minus that with it; the first is never prompted.
+    """
+    names: list[str] = []
+    columns: list[Floats] = []
+    without = unconditional(plain, plain.error)
+    row = {pair: n for n, pair in enumerate(prompted.pairs)}
+    common = [n for n, pair in enumerate(plain.pairs) if pair in row]
+    order = [row[plain.pairs[n]] for n in common]
+    for level in method.levels:
+        draws = [k for k, draw in enumerate(plain.draws) if draw.level == level]
+        for part in method.parts:
+            evidence, rows = (prompted, order) if part.startswith("prompted") else (plain, common)
+            if part.endswith("attention"):
+                pooled = evidence.attention[rows][:, draws, poolings.index(method.pooling)]
+                attribution = evidence.attribution[rows][:, draws]
+                for layer in range(pooled.shape[2]):
+                    one = slice(layer, layer + 1)
+                    value = cross_attention.reduce(
+                        pooled[:, :, one], attribution[:, :, one], layers="all", heads=method.heads
+                    )
+                    names.append(f"{part}, level {level}, layer {layer + 1}")
+                    columns.append(value.mean(-1))
+            else:
+                names.append(f"{part}, level {level}")
+                columns.append((without[common][:, draws] - evidence.error[rows][:, draws]).mean(-1))
+    return names, [plain.pairs[n] for n in common], np.stack(columns, -1).astype(np.float64)
+
+
+def contests(examples: Sequence[MatchingExample], pairs: Sequence[Pair]) -> Iterator[tuple[list[int], int]]:
+    """(rows of the candidates, which is right): the images of a text where there are several, else the texts."""
+    row = {pair: n for n, pair in enumerate(pairs)}
+    for example in examples:
+        for i, t in example.answer:
+            if len(example.images) > 1:
+                rows = [row[Pair(image, example.texts[t])] for image in example.images]
+                yield rows, i
+            else:
+                yield [row[Pair(example.images[i], text)] for text in example.texts], t
+
+
+def related(examples: Sequence[MatchingExample]) -> NDArray[np.int64]:
+    """[n] the group of each contest: examples that share an image, or are linked by others that do, are one."""
+    number = {image: n for n, image in enumerate(dict.fromkeys(i for e in examples for i in e.images))}
+    row, column = zip(*((n, number[image]) for n, e in enumerate(examples) for image in e.images), strict=True)
+    shows = coo_array((np.ones(len(row)), (row, column)), shape=(len(examples), len(number)))
+    _, group = connected_components(shows @ shows.T, directed=False)
+    return np.repeat(group, [len(example.answer) for example in examples])
+
+
+def fit(
+    names: list[str],
+    values_EF: Floats,
+    asked: Sequence[tuple[list[int], int]],
+    group_n: NDArray[np.int64],
+    fusion: FusionParams,
+) -> Fitted:
+    """The weights under the penalty with the best cross-validated likelihood; a group is held out as a whole.
+
+    Denoising has few features, each of which tells much: its weights are held back less, by the factor
+    `fusion.denoising`.
+    """
+    width = max(len(rows) for rows, _ in asked)
+    there_nC = np.array([[c < len(rows) for c in range(width)] for rows, _ in asked])
+    values_nCF = np.stack([values_EF[rows + rows[:1] * (width - len(rows))] for rows, _ in asked])
+    right_n = np.array([right for _, right in asked])
+    # Only differences within a contest count. They give each feature its unit; one that never differs gets no weight.
+    centred_nCF = values_nCF - (values_nCF * there_nC[..., None]).sum(1, keepdims=True) / there_nC.sum(1)[:, None, None]
+    unit_F = centred_nCF[there_nC].std(0)
+    unit_F[unit_F <= 1e-9 * np.abs(values_EF).max(0)] = np.inf
+    values_nCF = centred_nCF / unit_F
+    relative_F = np.array([fusion.denoising if "denoising" in name else 1.0 for name in names])
+    fold_n, free_F = group_n % fusion.folds, np.zeros_like(relative_F)
+
+    def validated(penalty: float) -> float:
+        lost = 0.0
+        for fold in np.unique(fold_n):
+            seen, held = fold_n != fold, fold_n == fold
+            weights_F = _weights(values_nCF[seen], there_nC[seen], right_n[seen], penalty * relative_F)
+            lost += held.sum() * _loss(weights_F, values_nCF[held], there_nC[held], right_n[held], free_F)[0]
+        return float(lost)
+
+    penalty = min(fusion.penalties, key=validated)
+    return Fitted(names, _weights(values_nCF, there_nC, right_n, penalty * relative_F) / unit_F, penalty)
+
+
+def _loss(
+    weights_F: Floats, values_nCF: Floats, there_nC: NDArray[np.bool_], right_n: NDArray[np.int64], penalty_F: Floats
+) -> tuple[float, Floats]:
+    """The mean negative log-likelihood plus the penalties on the squared weights, and its gradient."""
+    n = np.arange(len(right_n))
+    scores_nC = np.where(there_nC, values_nCF @ weights_F, -np.inf)
+    logs_nC = scores_nC - logsumexp(scores_nC, axis=1, keepdims=True)
+    excess_nC = np.exp(logs_nC)
+    excess_nC[n, right_n] -= 1
+    gradient_F = np.einsum("nc,ncf->f", excess_nC, values_nCF) / len(n)
+    loss = -logs_nC[n, right_n].mean() + (penalty_F * weights_F**2).sum()
+    return float(loss), gradient_F + 2 * penalty_F * weights_F
+
+
+def _weights(values_nCF: Floats, there_nC: NDArray[np.bool_], right_n: NDArray[np.int64], penalty_F: Floats) -> Floats:
+    start = np.zeros(values_nCF.shape[-1])
+    found = minimize(_loss, start, (values_nCF, there_nC, right_n, penalty_F), method="L-BFGS-B", jac=True)
+    return np.asarray(found.x)

@@ -1,0 +1,443 @@
+"""Few-shot training (eq. 6) of the attention prompt and of the tuned CLIPs; the backbone stays frozen.
+
+One loop, resumable to the bit; a learner says what learns, how it scores and how it is kept. Processes that were
+launched together by Accelerate share the examples of each step, and take the steps that one would take by itself.
+
+Shapes: E examples of a step, I images and T texts of each that are compared.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import gather, reduce
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dsd.config import (
+    ContrastiveMethod,
+    CrossAttentionMethod,
+    NoisyTrainingParams,
+    Params,
+    TrainingParams,
+    backbone_of,
+)
+from dsd.data.draws import Draw
+from dsd.data.examples import MatchingExample, Pair, read_examples
+from dsd.data.image_table import Pictures
+from dsd.engine.encodings import Encodings, all_texts, contrastive_encodings, diffusion_encodings, read_all
+from dsd.engine.engine import observe
+from dsd.errors import DataError
+from dsd.models import StableDiffusion, device_of, load_clip, load_diffusion
+from dsd.models import clip_heads as contrastive
+from dsd.models.checkpoint import locate
+from dsd.models.prompts import PROMPT, AttentionPrompt
+from dsd.scorers import cross_attention
+from dsd.scorers.evidence import Request
+from dsd.store import Store, digest, file_digest, write_atomic
+
+log = logging.getLogger(__name__)
+
+CURVE, SUMMARY = "curve.csv", "summary.json"
+DIGEST = hashlib.sha256().digest_size  # bytes before a saved state: torch opens most damaged ones as if they were whole
+Table = list[list[Pair]]  # I images × T texts of one example
+
+
+def table(example: MatchingExample, images: int, texts: int, rng: Random) -> tuple[Table, list[list[bool]]]:
+    """So many images and texts of the example, and which pairs are right; a right pair first, others at random.
+
+    No other image is right for the first text, nor another text for the first image.
+    """
+    i, t = rng.choice(example.answer)
+    wrong_images = [k for k in range(len(example.images)) if (k, t) not in example.answer]
+    wrong_texts = [k for k in range(len(example.texts)) if (i, k) not in example.answer]
+    rows, columns = [i, *rng.sample(wrong_images, images - 1)], [t, *rng.sample(wrong_texts, texts - 1)]
+    pairs = [[Pair(example.images[row], example.texts[column]) for column in columns] for row in rows]
+    return pairs, [[(row, column) in example.answer for column in columns] for row in rows]
+
+
+def shape(examples: Sequence[MatchingExample], most: int) -> tuple[int, int]:
+    """Images and texts of a table: at most so many, and as many as every right pair has wrong ones to fill it with.
+
+    Raises:
+        DataError: an example leaves nothing to choose.
+    """
+    right = [(example, i, t) for example in examples for i, t in example.answer]
+    images = min(1 + sum((k, t) not in e.answer for k in range(len(e.images))) for e, _, t in right)
+    texts = min(1 + sum((i, k) not in e.answer for k in range(len(e.texts))) for e, i, _ in right)
+    if images == texts == 1:
+        raise DataError("a few-shot example has neither a wrong image nor a wrong text to train against")
+    return min(most, images), min(most, texts)
+
+
+def contests(scores_EIT: Tensor) -> list[int]:
+    """The dimensions along which there is something to choose: images for a text, texts for an image, or both."""
+    return [dim for dim in (1, 2) if scores_EIT.shape[dim] > 1]
+
+
+def matching_loss(scores_EIT: Tensor, right_EIT: Tensor, training: TrainingParams) -> Tensor:
+    """Eq. 6 over tables of scores, of which right_EIT [E, I, T] bool marks the right pairs; one of three losses.
+
+    softmax (METHOD: the default): cross-entropy of each right pair among the images of its text and the texts of its
+    image. binary: cross-entropy of each pair against the example's mean score. hinge: against the hardest negative of
+    row and column, with a margin in units of the score.
+    """
+    logits_EIT = scores_EIT / training.temperature
+    if training.loss == "binary":
+        logits_EIT = logits_EIT - logits_EIT.mean((1, 2), keepdim=True)
+        return F.binary_cross_entropy_with_logits(logits_EIT, right_EIT.to(logits_EIT.dtype))
+    losses = []
+    for dim in contests(scores_EIT):
+        if training.loss == "softmax":
+            losses.append(-logits_EIT.log_softmax(dim)[right_EIT].mean())
+        else:
+            hardest = scores_EIT.masked_fill(right_EIT, -torch.inf).amax(dim, keepdim=True)
+            short = F.relu(training.margin + hardest - scores_EIT)[right_EIT]
+            losses.append(short.mean() / training.temperature)
+    return torch.stack(losses).mean()
+
+
+def accuracy(scores_EIT: Tensor, right_EIT: Tensor) -> Tensor:
+    """The share of right pairs that beat every wrong pair with the same image or the same text."""
+    wrong_EIT = scores_EIT.masked_fill(right_EIT, -torch.inf)
+    beaten = [(scores_EIT > wrong_EIT.amax(dim, keepdim=True))[right_EIT] for dim in contests(scores_EIT)]
+    return torch.stack(beaten).all(0).float().mean()
+
+
+class Learner(Protocol):
+    """What a method learns: all that the trainings differ in."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def file(self) -> str:
+        """The name of the file that `save` writes."""
+        ...
+
+    def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
+        """[E, I, T], differentiable in the module; higher is better. A draw each, none without noise."""
+        ...
+
+    def save(self, path: Path) -> None: ...
+
+
+class AttentionLearner:
+    """The attention prompt (eq. 5), by the score of a cross-attention method."""
+
+    file = PROMPT
+
+    def __init__(
+        self,
+        params: Params,
+        method: CrossAttentionMethod,
+        backbone: StableDiffusion,
+        latents: Encodings,
+        texts: Encodings,
+    ) -> None:
+        self._method, self._backbone, self._latents, self._texts = method, backbone, latents, texts
+        self._batch_size = params.runtime.batch_size
+        self._evidence = params.evidence.model_copy(update={"poolings": (method.pooling,)})
+        self.module = AttentionPrompt(
+            text_width=int(backbone.unet.config.cross_attention_dim),
+            inner=backbone.layer_widths,
+            latent_channels=int(backbone.unet.config.in_channels),
+            rank=params.prompt.rank,
+            conditional=params.prompt.conditional,
+            seed=params.seed,
+        ).to(backbone.device)
+
+    def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
+        """The pairs of an example share its draw, which takes most of the variance out.
+
+        Rows that are more than a batch go through the U-Net a batch at a time, and again for their gradient, so that
+        no more than a batch is held in memory (Chen et al. 2016, arXiv:1604.06174).
+        """
+        rows = [(pair, draw) for table, draw in zip(tables, draws, strict=True) for line in table for pair in line]
+        size = self._batch_size
+        if len(rows) <= size:
+            flat = self._scores(rows)
+        else:
+            batches = (rows[first : first + size] for first in range(0, len(rows), size))
+            flat = torch.cat([checkpoint(self._scores, batch, use_reentrant=False) for batch in batches])
+        return flat.view(len(tables), len(tables[0]), -1)
+
+    def _scores(self, rows: list[Request]) -> Tensor:
+        device = self._backbone.device
+        latents = torch.from_numpy(self._latents([pair.image for pair, _ in rows])["latents"]).to(device)
+        asked, texts = np.unique([pair.text for pair, _ in rows], return_inverse=True)
+        text = self._texts(asked.tolist())
+        timesteps = [draw.timestep(self._backbone.schedule_length) for _, draw in rows]
+        noise = {draw: draw.noise(tuple(latents.shape[1:])) for _, draw in rows}
+        pooled, attribution, _ = observe(
+            self._backbone,
+            self.module,
+            self._evidence,
+            latents,
+            torch.from_numpy(text["hidden"]).to(device),
+            torch.from_numpy(text["content"]).to(device),
+            torch.from_numpy(texts).to(device),
+            torch.tensor(timesteps, device=device),
+            torch.stack([noise[draw] for _, draw in rows]).to(device),
+        )
+        # Eq. 7 weights the heads by a gradient, which is itself held fixed while the prompt is updated.
+        found: Tensor = cross_attention.reduce(
+            pooled[:, 0], attribution.detach(), layers=self._method.layers, heads=self._method.heads
+        )
+        return found
+
+    def save(self, path: Path) -> None:
+        self.module.save(path, self._backbone.digest)
+
+
+class ContrastiveLearner:
+    """A head of CLIP, by its cosine."""
+
+    def __init__(self, head: contrastive.Head) -> None:
+        self.module, self.file = head, head.file
+
+    def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
+        flat = [pair for rows in tables for row in rows for pair in row]
+        cosines: Tensor = self.module(flat)
+        return cosines.view(len(tables), len(tables[0]), -1)
+
+    def save(self, path: Path) -> None:
+        self.module.save(path)
+
+
+def learner(name: str, params: Params, prepared: Path, cached: Path) -> Learner:
+    """What method `name` learns on a dataset, as it is before the first step."""
+    method, row = params.methods[name], params.backbones[backbone_of(params, name)]
+    device, store, most = device_of(params.runtime.device), Store(cached), params.runtime.kept_texts
+    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
+    if isinstance(method, ContrastiveMethod):
+        clip = load_clip(row, device)
+        features = contrastive_encodings(clip, pictures, texts, store, most)
+        return ContrastiveLearner(contrastive.untrained(method, clip, *features, params.context, params.seed))
+    assert isinstance(method, CrossAttentionMethod)  # params refuses anything else
+    backbone = load_diffusion(row, device, params.runtime.attention)
+    tables = diffusion_encodings(backbone, pictures, texts, params.images.resolution, store, most)
+    return AttentionLearner(params, method, backbone, *tables)
+
+
+class Processes:
+    """Those that Accelerate has launched together, of which this is one; alone where it has launched none.
+
+    Each sees some of a step's examples and learns the others' scores, so that the loss is the same in all of them; what
+    flows back through its own scores is its part of the gradient.
+    """
+
+    def __init__(self, state: PartialState) -> None:
+        self.count, self.number = state.num_processes, state.process_index
+
+    def own(self, examples: int, number: int | None = None) -> slice:
+        """Which of so many examples are this process's, or that number's."""
+        n = self.number if number is None else number
+        return slice(examples * n // self.count, examples * (n + 1) // self.count)
+
+    def joined(self, own_EIT: Tensor, examples: int) -> Tensor:
+        """The scores of all examples, differentiable in what its own depend on."""
+        if self.count == 1:
+            return own_EIT
+        padded = F.pad(own_EIT.detach(), (0, 0, 0, 0, 0, math.ceil(examples / self.count) - len(own_EIT)))
+        parts = list(gather(padded).chunk(self.count))
+        for number, part in enumerate(parts):
+            own = self.own(examples, number)
+            parts[number] = part[: own.stop - own.start]
+        parts[self.number] = own_EIT
+        return torch.cat(parts)
+
+    def add_up(self, weights: Sequence[nn.Parameter]) -> None:
+        """Puts the whole gradient in place of this process's part."""
+        if self.count > 1:
+            for weight in weights:
+                weight.grad = reduce(weight.grad, "sum")
+
+
+class Trainer:
+    """The state of one training: what learns, optimiser, step and curve."""
+
+    def __init__(
+        self, name: str, training: TrainingParams, seed: int, learner: Learner, examples: Sequence[MatchingExample]
+    ) -> None:
+        self.name, self.training, self.seed, self.learner, self.examples = name, training, seed, learner, examples
+        self.shape = shape(examples, training.candidates)
+        self.batch = min(training.examples_per_step, len(examples))
+        self.processes = Processes(PartialState())
+        # Rounded first: 0.07 × 100 is a little more than 7.
+        seen = math.ceil(round(training.epochs * len(examples) / self.batch, 6))
+        self.steps = max(1, training.least_steps, seen)
+        self.weights = list(learner.module.parameters())
+        self.optimizer = torch.optim.AdamW(self.weights, lr=training.learning_rate, weight_decay=0.0)
+        self.step = 0
+        self.curve: list[dict[str, float]] = []
+
+    def _rows(self) -> tuple[list[Table], Tensor, list[Draw]]:
+        """The step's tables, their right pairs [E, I, T] and a draw for each: a function of (seed, step) alone.
+
+        Methods with as many examples a step see the same tables.
+        """
+        rng = Random(f"train/{self.name}/{self.seed}/{self.step}")
+        chosen = rng.sample(self.examples, self.batch)
+        tables, right = zip(*(table(example, *self.shape, rng) for example in chosen), strict=True)
+        levels = self.training.levels if isinstance(self.training, NoisyTrainingParams) else ()
+        seen = [Draw(rng.choice(levels), rng.getrandbits(62)) for _ in chosen if levels]
+        return list(tables), torch.tensor(right), seen
+
+    def advance(self) -> dict[str, float]:
+        """One step; returns its row of the curve.
+
+        Raises:
+            DataError: the loss or its gradient is not finite; nothing has changed then.
+        """
+        training = self.training
+        rate = training.learning_rate * min(1.0, (self.step + 1) / max(1, training.warmup))
+        rate *= 1 - 0.9 * self.step / self.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        tables, right, draws = self._rows()
+        own = self.processes.own(len(tables))
+        scores = self.processes.joined(self.learner.scores(tables[own], draws[own]), len(tables))
+        right = right.to(scores.device)
+        loss = matching_loss(scores, right, training)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.processes.add_up(self.weights)
+        norm = nn.utils.clip_grad_norm_(self.weights, 1.0)
+        if not (loss.isfinite() and norm.isfinite()):
+            raise DataError(f"step {self.step + 1}: the loss is {loss.item():g} and its gradient {norm.item():g}")
+        self.optimizer.step()
+        self.step += 1
+        won = accuracy(scores, right).item()
+        self.curve.append({"step": self.step, "loss": round(loss.item(), 6), "accuracy": round(won, 6)})
+        return self.curve[-1]
+
+    def save(self, path: Path, key: str) -> None:
+        if self.processes.number > 0:
+            return
+        buffer = io.BytesIO()
+        state = dict(
+            key=key,
+            step=self.step,
+            curve=self.curve,
+            module=self.learner.module.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+        )
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+        write_atomic(path, hashlib.sha256(data).digest() + data)
+
+    def resume(self, path: Path, key: str) -> None:
+        """Goes on from a saved state of this very training; another training's state is of no use and is replaced."""
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:
+            log.warning("%s is damaged: the training begins anew", path)
+            return
+        state: dict[str, Any] = torch.load(io.BytesIO(content[DIGEST:]), weights_only=True)
+        if state["key"] == key:
+            self.step, self.curve = state["step"], state["curve"]
+            self.learner.module.load_state_dict(state["module"])
+            self.optimizer.load_state_dict(state["optimizer"])
+
+
+def training_key(name: str, method: str, params: Params, prepared: Path) -> str:
+    """The digest of everything that the training of a method on dataset `name` depends on."""
+    row, examples = params.methods[method], file_digest(prepared / "examples.parquet")
+    opened = params.backbones[backbone_of(params, method)]
+    _, backbone = locate(opened)
+    if opened.dtype != "float32":
+        backbone = digest(backbone, opened.dtype)
+    sizes: list[Any] = [params.evidence.model_copy(update={"shard": 1}), params.prompt]
+    if isinstance(row, ContrastiveMethod):
+        sizes = [params.context] if row.tuned == "context" else []
+    return digest(name, backbone, examples, params.training[method], row, params.seed, params.images, *sizes)
+
+
+def curve_csv(curve: Sequence[dict[str, float]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["step", "loss", "accuracy"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(curve)
+    return text.getvalue().encode()
+
+
+def is_done(target: Path, key: str) -> bool:
+    """Whether the training of this key has left its folder as its summary says: a damaged file is made again."""
+    try:
+        summary = json.loads((target / SUMMARY).read_text())
+        whole = all(file_digest(target / name) == content for name, content in summary["files"].items())
+        return bool(whole and summary["key"] == key)
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+
+
+def train(
+    name: str, method: str, params: Params, prepared: Path, cached: Path, target: Path
+) -> Iterator[dict[str, float]]:
+    """Trains a method on the few-shot split of dataset `name`; yields a row of the curve per step, resumed ones too.
+
+    Writes what was learned, `curve.csv` and, last, `summary.json`, which says of which key and content they are. Of
+    several processes the first one writes, into folders that all of them see.
+
+    Raises:
+        DataError: the split is empty or leaves nothing to choose, or the loss stops being finite; one line.
+    """
+    PartialState(cpu=params.runtime.device == "cpu")  # on GPUs each process has its own from here on
+    key, state = training_key(name, method, params, prepared), target / "state.pt"
+    if is_done(target, key):
+        with (target / CURVE).open(newline="") as file:
+            yield from ({k: float(v) for k, v in row.items()} for row in csv.DictReader(file))
+        return
+    examples = read_examples(prepared / "examples.parquet", "train")
+    if not examples:
+        raise DataError(f"datasets.{name}.few_shot: leaves no example to train on; raise it or size")
+    trainer = Trainer(name, params.training[method], params.seed, learner(method, params, prepared, cached), examples)
+    if trainer.batch < (count := trainer.processes.count):
+        raise DataError(
+            f"training.{method}.examples_per_step: {trainer.batch} examples of a step on {name} are too few for "
+            f"{count} processes; launch fewer"
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    trainer.resume(state, key)
+    yield from list(trainer.curve)
+    while trainer.step < trainer.steps:
+        try:
+            row = trainer.advance()
+        except DataError as error:
+            trainer.save(state, key)
+            raise DataError(
+                f"{state}: {method} on {name} stopped after step {trainer.step}, which is kept ({error}); "
+                f"lower training.{method}.learning_rate"
+            ) from None
+        yield row
+        if trainer.step % trainer.training.checkpoint_every == 0:
+            trainer.save(state, key)
+    if trainer.processes.number > 0:
+        return
+    trainer.learner.save(target / trainer.learner.file)
+    write_atomic(target / CURVE, curve_csv(trainer.curve))
+    tail = trainer.curve[-max(1, len(trainer.curve) // 5) :]
+    done = {
+        "key": key,
+        "files": {name: file_digest(target / name) for name in (trainer.learner.file, CURVE)},
+        "examples": len(examples),
+        "parameters": sum(weight.numel() for weight in trainer.weights),
+        "accuracy": float(np.mean([row["accuracy"] for row in tail])),
+    }
+    write_atomic(target / SUMMARY, json.dumps(done, indent=2).encode())
+    state.unlink(missing_ok=True)

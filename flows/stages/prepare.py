@@ -1,0 +1,21 @@
+"""Stage prepare: examples with their splits, and the pictures at the size that the models see."""
+
+from __future__ import annotations
+
+from dsd.config import Params
+from flows import DATA
+from flows.stages.common import Details, each, main, stage, unit
+
+
+@stage
+def prepare(params: Params) -> dict[str, Details]:
+    from dsd.datasets import preparation
+
+    def dataset(name: str) -> Details:
+        return {**preparation.prepare(name, params, DATA / "download" / name, DATA / "prepare" / name)}
+
+    return each(unit(dataset), params.datasets)
+
+
+if __name__ == "__main__":
+    main(prepare)

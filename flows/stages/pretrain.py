@@ -1,0 +1,24 @@
+"""Stage pretrain (frozen): the embedded checkpoints, from nothing but drawn scenes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dsd.config import Params
+from flows import DATA
+from flows.stages.common import Details, each, main, stage, unit
+
+
+@stage
+def pretrain(params: Params) -> dict[str, Details]:
+    from dsd.pretraining import recipe as pretraining
+
+    def models(name: str) -> Details:
+        *_, last = pretraining.pretrain(params, DATA / "pretrain", Path(name))
+        return dict(last)
+
+    return each(unit(models), ["models"])
+
+
+if __name__ == "__main__":
+    main(pretrain)

@@ -1,0 +1,1 @@
+"""Every new checkpoint evaluated by itself."""
