@@ -20,6 +20,8 @@ import shutil
 import time
 import uuid
 from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -35,8 +37,10 @@ log = logging.getLogger(__name__)
 # What numpy can give back: it has no bfloat16, which float32 holds exactly.
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 DTYPES = ("bool", *INTEGERS, "float16", "float32", "float64")
+LIBRARIES = ("torch", "diffusers", "transformers")  # whose arithmetic the arrays are
 KEY = re.compile(r"[A-Za-z0-9._-]+")
 PLAIN = {str, int, float, bool, type(None)}
+RECOMPUTE = "dsd reproduce --recompute"
 ATTEMPTS = 20
 _BACKOFF = random.SystemRandom()  # neither moves the seeded generators nor repeats itself in forked workers
 
@@ -76,6 +80,28 @@ def file_digest(path: Path) -> str:
     """The SHA-256 of a file's content, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def libraries() -> dict[str, str]:
+    """The installed minor version of each library, such as {"torch": "2.13"}: patch releases keep the arithmetic."""
+    return {name: ".".join(version(name).split(".")[:2]) for name in LIBRARIES}
+
+
+@cache
+def _warn_of_libraries(place: Path, recorded: tuple[tuple[str, str], ...], remedy: str) -> None:
+    differing = [f"{name} {minor}, not {libraries()[name]}" for name, minor in recorded if libraries()[name] != minor]
+    if differing:
+        log.warning("%s: computed with %s; to recompute: %s", place, " and ".join(differing), remedy)
+
+
+def check_libraries(place: Path, recorded: Mapping[str, str], remedy: str = RECOMPUTE) -> None:
+    """Warn, once a place, where results were computed with other minor versions of the libraries than are installed.
+
+    Results without a record are from before versions were recorded, and are taken as they are.
+    """
+    known = {name: minor for name, minor in recorded.items() if name in LIBRARIES}
+    _warn_of_libraries(place, tuple(sorted(known.items())), remedy)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -126,7 +152,8 @@ class Store:
         data = save({name: np.asarray(arrays[name], order="C") for name in sorted(arrays)})
         shapes = {name: {"dtype": array.dtype.name, "shape": list(array.shape)} for name, array in arrays.items()}
         sha256 = hashlib.sha256(data).hexdigest()
-        content = json.dumps({"sha256": sha256, "size": len(data), "arrays": shapes}, sort_keys=True, indent=1).encode()
+        described = {"sha256": sha256, "size": len(data), "arrays": shapes, "libraries": libraries()}
+        content = json.dumps(described, sort_keys=True, indent=1).encode()
         for attempt in range(ATTEMPTS):
             start = time.monotonic()
             manifest.unlink(missing_ok=True)
@@ -157,6 +184,8 @@ class Store:
             manifest.unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 os.replace(self._file(key), self.root / f"{key}.corrupt")
+        if arrays is not None:
+            check_libraries(self.root, json.loads(content).get("libraries", {}))
         return arrays
 
     def rows(self, key: str, name: str, indices: ArrayLike) -> NDArray[Any]:

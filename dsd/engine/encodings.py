@@ -22,6 +22,7 @@ from dsd.models.checkpoint import digest_of
 from dsd.progress import progress
 from dsd.scorers.evidence import UNCONDITIONAL
 from dsd.store import Store, digest
+from dsd.versions import versioned
 
 SPLITS = ("train", "validation", "test")
 SHARD = 256  # items that are computed and stored together
@@ -147,8 +148,8 @@ def _of_diffusion(
             "truncated": out.truncated.numpy(),
         }
 
-    images = Encodings(store, "latents", digest(source, resolution), pictures.ids, latents)
-    return images, Encodings(store, "texts", source, texts, hidden, kept=len(texts) <= kept)
+    images = Encodings(store, "latents", versioned("latents", digest(source, resolution)), pictures.ids, latents)
+    return images, Encodings(store, "texts", versioned("texts", source), texts, hidden, kept=len(texts) <= kept)
 
 
 def contrastive_encodings(
@@ -167,8 +168,9 @@ def _of_contrastive(
     def words(batch: list[str]) -> Arrays:
         return {"features": opened().text_features(batch).cpu().numpy()}
 
-    return Encodings(store, "clip-image-features", source, pictures.ids, images), Encodings(
-        store, "clip-text-features", source, texts, words, kept=len(texts) <= kept
+    key = versioned("features", source)
+    return Encodings(store, "clip-image-features", key, pictures.ids, images), Encodings(
+        store, "clip-text-features", key, texts, words, kept=len(texts) <= kept
     )
 
 

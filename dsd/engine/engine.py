@@ -29,6 +29,7 @@ from dsd.progress import progress
 from dsd.scorers import cross_attention
 from dsd.scorers.evidence import Request, Shard
 from dsd.store import Store, digest, file_digest
+from dsd.versions import versioned
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ def source_digest(params: Params, backbone: str, trained: Path | None) -> str:
     """Everything but the rows that evidence depends on: of the backbone its digest, of a prompt its file."""
     prompt = None if trained is None else file_digest(trained)
     settings, dtype = params.evidence.model_dump(exclude={"shard"}), DTYPES[params.backbones[params.backbone].dtype]
-    return digest(backbone, prompt, settings, params.images.resolution, str(dtype))
+    return versioned("evidence", digest(backbone, prompt, settings, params.images.resolution, str(dtype)))
 
 
 @torch.inference_mode()

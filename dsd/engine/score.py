@@ -42,6 +42,7 @@ from dsd.scorers.evidence import (
 )
 from dsd.scorers.fusion import fitting_entry, fitting_examples
 from dsd.store import Store, digest, file_digest, write_atomic
+from dsd.versions import versioned
 
 GROUP = 256  # examples whose races are stored together
 
@@ -68,7 +69,7 @@ def score_contrastive(
             if isinstance(method, ContrastiveMethod) and method.backbone == row:
                 head = contrastive.learned(method, clip, *tables, trained / name)
                 weights = None if method.tuned == "none" else file_digest(trained / name / head.file)
-                keys[name] = [f"cosines-{digest(clip.digest, weights, asked)}"]
+                keys[name] = [f"cosines-{versioned('cosines', digest(clip.digest, weights, asked))}"]
                 if store.read(keys[name][0]) is None:
                     store.write(keys[name][0], {"cosine": cosines(head, asked, params.runtime.batch_size)})
     return keys
@@ -198,7 +199,10 @@ def score_raced(
         course = course_of(schedule, params.races, told)
         settings = [schedule.model_dump(), told.get("learned"), told.get("promised")]
         groups = [examples[first : first + GROUP] for first in range(0, len(examples), GROUP)]
-        keys[row] = [f"races-{digest(track.source, settings, [astuple(e) for e in group])}" for group in groups]
+        keys[row] = [
+            f"races-{versioned('races', digest(track.source, settings, [astuple(e) for e in group]))}"
+            for group in groups
+        ]
         missing = {key: group for key, group in zip(keys[row], groups, strict=True) if store.read(key) is None}
         some = [example for group in missing.values() for example in group]
         said = proposals(course.proposer, some, params, folders) if course.proposer and some else None

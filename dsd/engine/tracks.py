@@ -27,6 +27,7 @@ from dsd.schedules.race import Floats, Race
 from dsd.schedules.replay import Course
 from dsd.scorers.evidence import UNCONDITIONAL, plan, requests, wanted
 from dsd.store import Store, digest
+from dsd.versions import versioned
 
 
 class Folders(NamedTuple):
@@ -115,7 +116,8 @@ class Track:
         noise = NoiseParams(levels=params.races.levels, draws_per_level=params.races.draws_per_level)
         learning = params.training[training].model_dump() if training else None
         settings = [params.datasets[name], params.images, params.evidence, params.prompt, noise]
-        key = digest(backbone.digest, reduced, learning, [row.model_dump() for row in settings], params.seed)
+        content = digest(backbone.digest, reduced, learning, [row.model_dump() for row in settings], params.seed)
+        key = versioned("races", content if training is None else versioned("prompts", content))
         return cls(method, engine, source, key, noise, params)
 
     @property

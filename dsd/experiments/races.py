@@ -23,7 +23,7 @@ from dsd.engine.tracks import Folders, Track, proposals, right
 from dsd.errors import ParamsError, unknown
 from dsd.schedules.race import Floats
 from dsd.schedules.replay import LEARNED_FROM, MEASURED_ON, Course, Entrants, compare, read, replay
-from dsd.store import Store, digest, write_atomic
+from dsd.store import Store, check_libraries, digest, libraries, write_atomic
 
 
 def run(name: str, params: Params, folders: Folders, seen: Path, target: Path) -> dict[str, Any]:
@@ -53,6 +53,8 @@ def run(name: str, params: Params, folders: Folders, seen: Path, target: Path) -
             "examples": digest([example.id for example in splits[MEASURED_ON]]),
         }
         if known.items() <= before.get(row, {}).items():
+            recorded = before[row].get("libraries", {})
+            check_libraries(target / f"{name}.json", recorded, "remove it and data/draws, then `make races`")
             told[row] = before[row]
             continue
         learning, measured = (
@@ -62,7 +64,7 @@ def run(name: str, params: Params, folders: Folders, seen: Path, target: Path) -
         compared = compare(learning, measured, [draw.level for draw in track.draws], params)
         for schedule, course in compared.chosen.items():
             compared.told["chosen"][schedule]["live"] = live(track, course, splits[MEASURED_ON], measured)
-        told[row] = known | compared.told
+        told[row] = known | {"libraries": libraries()} | compared.told
     write_atomic(target / f"{name}.json", (json.dumps(told, indent=1) + "\n").encode())
     return {"races": sum(map(len, splits.values()))}
 

@@ -16,6 +16,7 @@ from dsd.config import Params
 from dsd.schedules.race import Floats, Learned, all_draws, learn
 from dsd.schedules.replay import Course, Entrants, Proposer, judged, promised, raced, replay
 from dsd.store import digest, write_atomic
+from dsd.versions import versioned
 
 FILE = "growth.json"
 MOST = 1000  # candidates of a race that is learned from
@@ -34,7 +35,7 @@ def grow(params: Params, target: Path) -> None:
     """
     races = params.races.model_dump(include={"levels", "draws_per_level", "growth"})
     racing = params.races.racing.model_dump(include={"threshold", "rivals", "confidence"})
-    key = digest(races, racing, params.evaluate.model_dump(), params.seed)
+    key = versioned("scaling", digest(races, racing, params.evaluate.model_dump(), params.seed))
     if read(target).get("params") == key:
         return
     rows = [row(noise, candidates, params) for noise in NOISES for candidates in params.races.growth.candidates]

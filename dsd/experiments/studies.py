@@ -16,7 +16,7 @@ from dsd.engine.score import score
 from dsd.evaluation.evaluate import method_scores, ranked, tables
 from dsd.experiments import variants
 from dsd.models.checkpoint import locate
-from dsd.store import digest, write_atomic
+from dsd.store import check_libraries, digest, libraries, write_atomic
 from dsd.training.loop import train
 
 
@@ -61,7 +61,10 @@ def missing(name: str, params: Params, target: Path) -> list[tuple[str, str]]:
 
     def done(variant: str, dataset: str) -> bool:
         entry, wanted = found.get(variant, {}).get(dataset), keys(name, variant, dataset, params)
-        return entry is not None and all(entry[part] == value for part, value in wanted.items())
+        if entry is None or any(entry[part] != value for part, value in wanted.items()):
+            return False
+        check_libraries(target / f"{name}.json", entry.get("libraries", {}), "remove it, then `make studies`")
+        return True
 
     return [piece for piece in asked if not done(*piece)]
 
@@ -79,7 +82,7 @@ def run(name: str, variant: str, dataset: str, params: Params, target: Path, wor
     folder = work / digest(wanted)[:16]
     result = answer(dataset, row.split, of_variant, data, folder)
     found = variants.read(file)
-    found.setdefault(variant, {})[dataset] = {**wanted, **result}
+    found.setdefault(variant, {})[dataset] = {**wanted, "libraries": libraries(), **result}
     ordered = {v: {d: found[v][d] for d in row.datasets if d in found[v]} for v in row.variants if v in found}
     write_atomic(file, (json.dumps(ordered, indent=1) + "\n").encode())
     shutil.rmtree(folder)

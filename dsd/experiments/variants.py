@@ -22,6 +22,7 @@ from dsd.evaluation.evaluate import hits_of, intervals
 from dsd.metrics import Hits
 from dsd.statistics import Difference, paired_difference
 from dsd.store import digest, write_atomic
+from dsd.versions import versioned
 
 Findings = dict[str, dict[str, dict[str, Any]]]  # variant → dataset → what `answered` makes
 
@@ -70,7 +71,7 @@ def params_key(params: Params, study: str, dataset: str, variant: str) -> str:
     content["datasets"] = content["datasets"][dataset]
     for section in ("methods", "training"):
         content[section] = {name: row for name, row in content[section].items() if name in methods}
-    return digest(content)
+    return versioned("studies", digest(content))
 
 
 def _ranked_by(params: Params) -> dict[str, Any]:

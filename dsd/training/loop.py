@@ -47,7 +47,8 @@ from dsd.models.checkpoint import locate
 from dsd.models.prompts import PROMPT, AttentionPrompt
 from dsd.scorers import cross_attention
 from dsd.scorers.evidence import Request
-from dsd.store import Store, digest, file_digest, write_atomic
+from dsd.store import Store, check_libraries, digest, file_digest, libraries, write_atomic
+from dsd.versions import versioned
 
 log = logging.getLogger(__name__)
 
@@ -365,7 +366,8 @@ def training_key(name: str, method: str, params: Params, prepared: Path) -> str:
     sizes: list[Any] = [params.evidence.model_copy(update={"shard": 1}), params.prompt]
     if isinstance(row, ContrastiveMethod):
         sizes = [params.context] if row.tuned == "context" else []
-    return digest(name, backbone, examples, params.training[method], row, params.seed, params.images, *sizes)
+    content = digest(name, backbone, examples, params.training[method], row, params.seed, params.images, *sizes)
+    return versioned("heads" if isinstance(row, ContrastiveMethod) else "prompts", content)
 
 
 def curve_csv(curve: Sequence[dict[str, float]]) -> bytes:
@@ -381,7 +383,9 @@ def is_done(target: Path, key: str) -> bool:
     try:
         summary = json.loads((target / SUMMARY).read_text())
         whole = all(file_digest(target / name) == content for name, content in summary["files"].items())
-        return bool(whole and summary["key"] == key)
+        if done := bool(whole and summary["key"] == key):
+            check_libraries(target, summary.get("libraries", {}))
+        return done
     except (FileNotFoundError, ValueError, KeyError):
         return False
 
@@ -434,6 +438,7 @@ def train(
     tail = trainer.curve[-max(1, len(trainer.curve) // 5) :]
     done = {
         "key": key,
+        "libraries": libraries(),
         "files": {name: file_digest(target / name) for name in (trainer.learner.file, CURVE)},
         "examples": len(examples),
         "parameters": sum(weight.numel() for weight in trainer.weights),

@@ -23,7 +23,8 @@ from mlflow.exceptions import MlflowException
 
 from dsd.config import BackboneParams, Params, backbone_of, prompted, raced
 from dsd.errors import DataError, DsdError
-from dsd.store import digest, file_digest
+from dsd.store import digest, file_digest, libraries
+from dsd.versions import VERSIONS, dependencies, versioned
 from flows.tracking import Runs, locked, log_metrics
 
 if TYPE_CHECKING:  # it loads scipy, and a server, which who only looks up can do without
@@ -46,6 +47,7 @@ class Version:
 
     row: that of `backbones` by which it can be had again.
     metrics: dataset → method → metric → value, low, high, n.
+    versions: of the code that measured it, by kind of result; empty for one from before versions were recorded.
     compared, against: by dataset the `Compared` with a champion, and the number of that one's version.
     """
 
@@ -62,6 +64,7 @@ class Version:
     against: int | None
     commit: str
     lock: str
+    versions: dict[str, int]
     created: datetime
     run: str
 
@@ -75,11 +78,11 @@ def prompt_model(dataset: str) -> str:
 
 
 def evaluation_key(params: Params, identity: str) -> str:
-    """The digest of a checkpoint's own digest and of every setting that its results depend on."""
+    """The digest of a checkpoint's own digest, and of each setting and code version that its results depend on."""
     used = {name: params.backbones[name] for m in params.methods if (name := backbone_of(params, m)) != params.backbone}
     aside = ASIDE - {"races"} if raced(params) else ASIDE
     arithmetic = params.backbones[params.backbone].dtype
-    return digest(identity, arithmetic, used, params.model_dump(mode="json", exclude=aside))
+    return versioned("scores", digest(identity, arithmetic, used, params.model_dump(mode="json", exclude=aside)))
 
 
 class Registry:
@@ -118,6 +121,8 @@ class Registry:
             "dsd.revision": row.revision or "",
             "dsd.commit": commit(root),
             "dsd.lock": file_digest(root / "dvc.lock"),
+            "dsd.versions": json.dumps(VERSIONS),
+            "dsd.libraries": json.dumps(libraries()),
             "dsd.params": params.model_dump_json(exclude={"studies", "pretrain"}),
         }
         with locked():
@@ -153,8 +158,12 @@ class Registry:
                 asked = self.ranks(challenger, params.gate.method)
                 before = None if champion is None else self.ranks(champion, params.gate.method)
                 own = champion is not None and champion.digest == challenger.digest
-                if own and before is not None and others_asked(params, asked, before):
-                    verdict = Verdict(True, "the champion itself, measured on other examples than before", {})
+                moved = [] if champion is None else _moved(champion.versions, challenger.versions)
+                if own and before is not None and (moved or others_asked(params, asked, before)):
+                    what = "by other code" if moved else "on other examples"
+                    verdict = Verdict(True, f"the champion itself, measured {what} than before", {})
+                elif moved:
+                    raise DataError(f"measured by other code than the champion ({', '.join(moved)}): evaluate it again")
                 else:
                     verdict = judge(params, asked, before)
             except DsdError as error:
@@ -354,6 +363,12 @@ def _ranks(params: Params, root: Path, dataset: str) -> dict[str, Any]:
     return {**Ranks.of(params.datasets[dataset].kind, examples, [])._asdict(), "ranks": ranks}
 
 
+def _moved(before: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
+    """The kinds of results that scores depend on whose code has another version; no record is version 1."""
+    pairs = {kind: (before.get(kind, 1), now.get(kind, 1)) for kind in dependencies("scores")}
+    return [f"{kind} {a} → {b}" for kind, (a, b) in sorted(pairs.items()) if a != b]
+
+
 def _version(found: ModelVersion) -> Version:
     tags = {name.removeprefix("dsd."): value for name, value in found.tags.items()}
     measured = json.loads(tags["params"])
@@ -372,6 +387,7 @@ def _version(found: ModelVersion) -> Version:
         against=int(tags["against"]) if "against" in tags else None,
         commit=tags["commit"],
         lock=tags["lock"],
+        versions=json.loads(tags.get("versions", "{}")),
         created=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
         run=found.run_id,
     )

@@ -1,0 +1,57 @@
+"""Versions of the code whose results are stored.
+
+Every stored key contains the versions of the code that made the result: raise a constant when a change moves results of
+its kind, and everything that depends on it is computed again. Version 1 adds nothing to a key, so that what was stored
+before there were versions stays valid. tests/test_golden.py fails when results move and the constant did not.
+"""
+
+from __future__ import annotations
+
+from dsd.store import digest
+
+LATENTS = 1  # dsd/data/images.py and datasets/preparation.py (resizing), encode_images of dsd/models
+TEXTS = 1  # encode_texts of dsd/models
+FEATURES = 1  # of CLIP's two towers: dsd/models/clip.py, open_clip.py; resizing
+EVIDENCE = 1  # dsd/data/draws.py, dsd/engine, and of dsd/models: add_noise, predict_noise, attention.py, prompts.py
+COSINES = 1  # dsd/models/clip_heads.py
+PROMPTS = 1  # training of attention prompts: dsd/training
+HEADS = 1  # training of CLIP's heads: dsd/training
+RACES = 1  # dsd/schedules and how dsd/engine runs them
+SCORES = 1  # dsd/scorers, dsd/evaluation, dsd/metrics.py: computed at every run, but compared between checkpoints
+STUDIES = 1  # dsd/experiments/studies.py
+SCALING = 1  # dsd/experiments/scaling.py and dsd/schedules
+
+VERSIONS = {
+    "latents": LATENTS,
+    "texts": TEXTS,
+    "features": FEATURES,
+    "evidence": EVIDENCE,
+    "cosines": COSINES,
+    "prompts": PROMPTS,
+    "heads": HEADS,
+    "races": RACES,
+    "scores": SCORES,
+    "studies": STUDIES,
+    "scaling": SCALING,
+}
+# What each kind is computed from directly. A trained prompt or head is in the key of its evidence as a file.
+INPUTS = {
+    "evidence": ("latents", "texts"),
+    "cosines": ("features",),
+    "prompts": ("evidence",),
+    "heads": ("cosines",),
+    "races": ("evidence", "cosines"),
+    "scores": ("prompts", "heads", "races"),
+    "studies": ("scores",),
+}
+
+
+def versioned(kind: str, key: str) -> str:
+    """The key of a result of this kind under the versions of the code that computes it."""
+    raised = {name: VERSIONS[name] for name in sorted(dependencies(kind)) if VERSIONS[name] != 1}
+    return digest(key, raised) if raised else key
+
+
+def dependencies(kind: str) -> set[str]:
+    """The kind itself and all that results of this kind are computed from."""
+    return {kind}.union(*(dependencies(name) for name in INPUTS.get(kind, ())))
