@@ -1,10 +1,11 @@
-"""Presets: settings of params.yaml that belong together, in a file of their own."""
+"""Presets: files of settings that belong together, applied to params.yaml and the files beside it."""
 
 from __future__ import annotations
 
 import io
+import os
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from dsd.config import Params, mistake
+from dsd.config import Params, files, merged, mistake, read
 from dsd.errors import ParamsError, unknown
 from dsd.store import write_atomic
 
@@ -20,48 +21,56 @@ PARAMS = Path("params.yaml")
 Commits = Callable[[Params], Iterable[tuple[str, str, str]]]
 
 
-def applied(preset: Path, path: Path = PARAMS, *, commits: Commits | None = None) -> tuple[bytes, Params]:
-    """params.yaml with the settings of a preset: its text, which keeps the comments, and what it says.
+def applied(preset: Path, path: Path = PARAMS, *, commits: Commits | None = None) -> tuple[dict[Path, bytes], Params]:
+    """Apply the settings of a preset: the new text of each params file, comments kept, and the params that they hold.
 
-    A preset maps keys of params.yaml, written as paths (`images.resolution`), to what stands there instead.
+    A preset maps keys, written as paths (`images.resolution`), to new values.
 
     Args:
-        commits: what gives rows of a hub that have no revision yet the commit that they are at.
+        commits: finds the current commit of each hub row without a revision.
 
     Raises:
-        ParamsError: a preset that cannot be read, a key that is not there, or params that make no sense; one line.
+        ParamsError: the preset cannot be read, a key does not exist, or the params are invalid; one line.
     """
-    settings, yaml_ = _read(preset), _as_written()
-    content = yaml_.load(path.read_text())
+    settings, round_trip = _read(preset), _round_trip()
+    read(path)  # checks that each section is in its file
+    contents = {file: round_trip.load(file.read_text()) for file in files(path)}
+    holder = {section: content for content in contents.values() for section in content}
     for key, value in settings.items():
         *parents, last = str(key).split(".")
-        node = content
+        node = holder.get([*parents, last][0], holder)
         for part in parents:
             node = _inside(node, part, f"{preset}: {key}")
         _inside(node, last, f"{preset}: {key}")
         node[last] = value
-    text, params = _told(yaml_, content, preset)
+    texts, params = _written(round_trip, contents, preset, path)
     if commits is not None:
         for section, name, commit in commits(params):
-            content[section][name]["revision"] = commit
-        text, params = _told(yaml_, content, preset)
-    return text, params
+            holder[section][section][name]["revision"] = commit
+        texts, params = _written(round_trip, contents, preset, path)
+    return texts, params
 
 
-def _told(yaml_: YAML, content: Any, preset: Path) -> tuple[bytes, Params]:
-    text = io.StringIO()
-    yaml_.dump(content, text)
+def _written(
+    round_trip: YAML, contents: Mapping[Path, Any], preset: Path, path: Path
+) -> tuple[dict[Path, bytes], Params]:
+    texts = {}
+    for file, content in contents.items():
+        text = io.StringIO()
+        round_trip.dump(content, text)
+        texts[file] = text.getvalue().encode()
     try:
-        return text.getvalue().encode(), Params.model_validate(yaml.safe_load(text.getvalue()))
+        sections = merged({file: yaml.safe_load(text) for file, text in texts.items()}, path)
+        return texts, Params.model_validate(sections)
     except ValidationError as error:
         raise ParamsError(mistake(error.errors()[0], preset)) from None
 
 
 def today(params: Params) -> Iterator[tuple[str, str, str]]:
-    """Section, row and commit of what the rows of a hub that have no revision are at.
+    """Section, row and current commit of each hub row without a revision.
 
     Raises:
-        DsdError: a repository that cannot be had.
+        DsdError: a repository cannot be reached.
     """
     from dsd.datasets import repository as hub
     from dsd.models import checkpoint
@@ -75,37 +84,50 @@ def today(params: Params) -> Iterator[tuple[str, str, str]]:
 
 
 def put(preset: Path, path: Path = PARAMS, *, commits: Commits = today) -> None:
-    """Writes the settings of a preset into params.yaml, each repository of a hub pinned to a commit.
+    """Write the settings of a preset into the params files, with each hub repository pinned to a commit.
 
     Raises:
-        ParamsError: see `applied`; or params.yaml has changes that git does not know, which would be lost.
+        ParamsError: see `applied`; or a file to be changed has uncommitted changes, which would be lost.
     """
-    text, _ = applied(preset, path, commits=commits)
-    if text == path.read_bytes():
-        return
-    status = subprocess.run(["git", "status", "--porcelain", "--", path.name], cwd=path.parent, capture_output=True)
-    if status.stdout:
-        raise ParamsError(
-            f"{path}: has changes that are not committed and would be lost; commit them or take them back"
-        )
-    write_atomic(path, text)
+    texts, _ = applied(preset, path, commits=commits)
+    changed = {file: text for file, text in texts.items() if text != file.read_bytes()}
+    for file in changed:
+        status = subprocess.run(["git", "status", "--porcelain", "--", file.name], cwd=file.parent, capture_output=True)
+        if status.stdout:
+            raise ParamsError(f"{file}: has changes that are not committed and would be lost; commit or revert them")
+    _write_all(changed)
 
 
-def _as_written() -> YAML:
-    """A round trip that leaves what it does not change as it is."""
-    found = YAML()
-    found.width, found.preserve_quotes = 2**16, True
-    found.indent(mapping=2, sequence=4, offset=2)
-    found.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    return found
+def _write_all(texts: Mapping[Path, bytes]) -> None:
+    """Write all files or none: new content is complete on disk before the first file is replaced."""
+    new = {file: file.with_name(f".{file.name}.new") for file in texts}
+    try:
+        for file, text in texts.items():
+            write_atomic(new[file], text)
+        for file in texts:
+            os.replace(new[file], file)
+    finally:
+        for temporary in new.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _round_trip() -> YAML:
+    """A YAML reader and writer that keeps what is not changed byte for byte."""
+    round_trip = YAML()
+    round_trip.width, round_trip.preserve_quotes = 2**16, True
+    round_trip.indent(mapping=2, sequence=4, offset=2)
+    round_trip.representer.add_representer(
+        type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    return round_trip
 
 
 def _read(preset: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(preset.read_text())
     except FileNotFoundError:
-        there = sorted(str(file) for file in PARAMS.parent.glob("presets/*.yaml"))
-        raise ParamsError(unknown("preset", str(preset), there)) from None
+        choices = sorted(str(file) for file in PARAMS.parent.glob("presets/*.yaml"))
+        raise ParamsError(unknown("preset", str(preset), choices)) from None
     except yaml.YAMLError as error:
         raise ParamsError(f"{preset}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from flows.process import die_with_parent
+from tests.conftest import read_settings, write_settings
 from tests.test_pipeline import environment, fill
 
 STAGES = ("download", "prepare", "cache", "train", "score", "evaluate", "report")
@@ -38,12 +39,12 @@ ENTRIES = """
 def workspace(folder: Path) -> Path:
     """A clone in which every stage works for some seconds, so that a kill can fall into its work."""
     fill(folder)
-    settings = yaml.safe_load((folder / "params.yaml").read_text())
+    settings = read_settings(folder)
     settings["datasets"]["scenes-com"] |= {"size": 240, "test": 60}
     for row in settings["training"].values():
         row |= {"least_steps": 16, "checkpoint_every": 4}
     settings["evaluate"]["resamples"] = 500
-    (folder / "params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    write_settings(settings, folder)
     return folder
 
 

@@ -7,11 +7,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
-from dsd.config import Params
+from dsd.config import Params, files, read, split
 
 if TYPE_CHECKING:
     from tests.postgres import Postgres
@@ -21,11 +22,22 @@ ROOT = Path(__file__).parent.parent
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="prefect-")
 
 
+def read_settings(folder: Path = Path()) -> dict[str, Any]:
+    """The content of params.yaml and the files beside it."""
+    return read(folder / "params.yaml")
+
+
+def write_settings(settings: dict[str, Any], folder: Path = Path()) -> None:
+    """Write params.yaml and the files beside it."""
+    for file, content in split(settings, folder / "params.yaml").items():
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty workspace as the current folder, with the project's params.yaml and dvc.yaml."""
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, tmp_path)
+    """An empty workspace as the current folder, with the project's params files and dvc.yaml."""
+    for file in (*files(ROOT / "params.yaml"), ROOT / "dvc.yaml"):
+        shutil.copy(file, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path

@@ -12,7 +12,6 @@ from typing import Any
 import datasets as hf
 import numpy as np
 from PIL import Image
-from pydantic import TypeAdapter
 
 from dsd.config import DatasetParams
 from dsd.datasets import benchmark
@@ -242,7 +241,7 @@ def row(kind: str, source: Path | str, **changes: Any) -> Any:
     """A row of params for a folder with the files of a kind."""
     fields: dict[str, Any] = dict(few_shot=0.2, sample=0, validation=0.1, test=None, missing=0)
     of_kind = dict(revision=None, files=FILES[kind], **OWN[kind]) if kind in MAKE else {}
-    return TypeAdapter(DatasetParams).validate_python(
+    return DatasetParams.kinds[kind].model_validate(
         {"kind": kind, "source": str(source), **fields, **of_kind, **changes}
     )
 

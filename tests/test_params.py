@@ -1,17 +1,41 @@
-"""params.yaml: what the sections must agree on, and one line for each mistake."""
+"""Params: what the sections must agree on, the files they are read from, kinds of rows, and one line per mistake."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-import yaml
+from pydantic import ValidationError
 
-from dsd.config import NoisyTrainingParams, Params, load, prompted, trained, twin, under_test
+from dsd.config import (
+    DatasetParams,
+    MethodParams,
+    NoisyTrainingParams,
+    Params,
+    ScheduledMethod,
+    ScheduleParams,
+    backbone_of,
+    file_of,
+    files,
+    load,
+    merged,
+    mistake,
+    noise_of,
+    prompted,
+    proposer_of,
+    raced,
+    read,
+    split,
+    trained,
+    twin,
+    under_test,
+)
+from dsd.config.load import OPEN
 from dsd.errors import ParamsError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, read_settings, write_settings
 
 Settings = dict[str, Any]
 
@@ -110,42 +134,42 @@ def staged(**changed: object) -> Settings:
 def test_a_mistake_is_one_line_that_names_the_key(
     change: Callable[[Settings], object], line: str, tmp_path: Path
 ) -> None:
-    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    settings = read_settings(ROOT)
     change(settings)
+    write_settings(settings, tmp_path)
     path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
     with pytest.raises(ParamsError) as error:
         load(path)
-    assert str(error.value).startswith(f"{path}: {line}") and "\n" not in str(error.value)
+    file = path.with_name("races.yaml") if line.startswith("races.") else path
+    assert str(error.value).startswith(f"{file}: {line}") and "\n" not in str(error.value)
 
 
 def test_nothing_need_learn(tmp_path: Path) -> None:
-    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    settings = read_settings(ROOT)
     settings["methods"] = {name: settings["methods"][name] for name in ("clip-zero-shot", "denoising")}
     settings |= {"training": {}, "studies": {}, "schedules": {}}
     settings["ablations"]["methods"] = []
     settings["races"]["datasets"] = {}
     path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(settings))
+    write_settings(settings, tmp_path)
     params = load(path)
     assert (prompted(params), under_test(params), twin(params), trained(params)) == (None, "denoising", None, [])
     settings["methods"].pop("denoising")
-    path.write_text(yaml.safe_dump(settings))
-    with pytest.raises(ParamsError, match="methods: none sees with the diffusion model; one must"):
+    write_settings(settings, tmp_path)
+    with pytest.raises(ParamsError, match="methods: none uses the diffusion model; one must"):
         load(path)
 
 
 def test_what_has_a_schedule_may_learn_and_needs_its_pooling(tmp_path: Path) -> None:
-    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    settings = read_settings(ROOT)
     levels = settings["races"]["levels"]
     listed = {"kind": "staged", "shortlist": None, "to_keep": [1], "n_samples": [4], "budget": None}
     own = {**settings["methods"]["dsd"], "schedule": "listed", "levels": levels}
     settings |= {"schedules": {"listed": listed}, "studies": {}}
-    path = tmp_path / "params.yaml"
 
     def loaded(**methods: object) -> Params:
-        path.write_text(yaml.safe_dump(settings | {"methods": {**methods, **settings["methods"]}}, sort_keys=False))
-        return load(path)
+        write_settings(settings | {"methods": {**methods, **settings["methods"]}}, tmp_path)
+        return load(tmp_path / "params.yaml")
 
     assert prompted(loaded(first=own)) == "dsd"  # one without a schedule goes before
     settings["ablations"]["methods"] = []
@@ -155,7 +179,7 @@ def test_what_has_a_schedule_may_learn_and_needs_its_pooling(tmp_path: Path) -> 
     settings["methods"] = {name: row for name, row in settings["methods"].items() if row["scorer"] == "contrastive"}
     with pytest.raises(ParamsError, match=r"methods\.first: learns, but training has no row first"):
         loaded(first=own)
-    settings["training"]["first"] = yaml.safe_load((ROOT / "params.yaml").read_text())["training"]["dsd"]
+    settings["training"]["first"] = read_settings(ROOT)["training"]["dsd"]
     params = loaded(first=own)
     assert (prompted(params), trained(params)[0]) == ("first", "first")
     with pytest.raises(ParamsError, match=r"methods\.first\.pooling: 'logsumexp' is not among evidence\.poolings"):
@@ -169,3 +193,156 @@ def test_what_learns_has_a_row() -> None:
     assert trained(params) == list(params.training) == ["dsd", "clip-finetune", "clip-prompt"]
     assert prompted(params) == "dsd"
     assert [isinstance(row, NoisyTrainingParams) for row in params.training.values()] == [True, False, False]
+
+
+def test_sections_are_read_from_all_files() -> None:
+    sections = read(ROOT / "params.yaml")
+    assert list(load(ROOT / "params.yaml").model_dump()) and set(sections) == set(Params.model_fields)
+    contents = split(sections, ROOT / "params.yaml")
+    assert list(contents) == files(ROOT / "params.yaml") and merged(contents, ROOT / "params.yaml") == sections
+    assert all(section in contents[file_of(section, ROOT / "params.yaml")] for section in sections)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("studies.yaml", None, "{}/studies.yaml: no such file; it must hold the section studies"),
+        ("params.yaml", None, "{}/params.yaml: no such file; run from the project's folder"),
+        ("races.yaml", "races: [", "{}/races.yaml: not valid YAML"),
+        ("races.yaml", "", "{}/races.yaml: not a mapping of sections, found None"),
+        ("races.yaml", "raecs: {}", "{0}/races.yaml: holds the section raecs, which belongs in {0}/params.yaml alone"),
+        ("races.yaml", "{}", "{}/races.yaml: races: Field required"),
+        ("races.yaml", "races: {}", "{}/races.yaml: races.datasets: Field required"),
+        ("params.yaml", "races: {}", "{0}/params.yaml: holds the section races, which belongs in {0}/races.yaml alone"),
+        ("studies.yaml", "{studies: {}, seed: 1}", "{0}/studies.yaml: holds the section seed, which belongs in {0}/pa"),
+        ("studies.yaml", "studies: {a: 1}", "{}/studies.yaml: studies.a: Input should be a valid dictionary"),
+    ],
+)
+def test_a_mistake_in_a_file_names_it(name: str, text: str | None, line: str, tmp_path: Path) -> None:
+    write_settings(read_settings(ROOT), tmp_path)
+    if text is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ParamsError) as error:
+        load(tmp_path / "params.yaml")
+    assert str(error.value).startswith(line.format(tmp_path)) and "\n" not in str(error.value)
+
+
+@pytest.fixture
+def no_new_kinds() -> Iterator[None]:
+    """Forgets the kinds that a test registers."""
+    before = {base: dict(base.kinds) for base in OPEN.values()}
+    yield
+    for base, kinds in before.items():
+        base.kinds = kinds
+
+
+@pytest.mark.usefixtures("no_new_kinds")
+def test_a_new_kind_is_one_class() -> None:
+    settings = read_settings(ROOT)
+    settings["methods"]["mine"] = {"scorer": "mine", "prompt": "none", "levels": [0.2], "schedule": "few", "power": 2}
+    settings["schedules"]["few"] = {"kind": "few", "budget": None, "most": 3}
+    settings["datasets"]["own"] = {"kind": "own", "few_shot": 0, "sample": 0, "validation": 0, "colours": 5}
+
+    with pytest.raises(ValidationError, match="Input tag 'own' found using 'kind' does not match"):
+        Params.model_validate(settings)
+
+    class FewSchedule(ScheduleParams):
+        kind: Literal["few"]
+        most: int
+
+        @property
+        def proposed_by(self) -> str:
+            return "clip-zero-shot"
+
+    class OwnDataset(DatasetParams):
+        kind: Literal["own"]
+        colours: int
+
+    with pytest.raises(ValidationError, match="Input tag 'mine' found using 'scorer' does not match"):
+        Params.model_validate(settings)
+
+    class MineMethod(ScheduledMethod):
+        scorer: Literal["mine"]
+        schedule: str
+        power: int
+
+        def check(self, name: str, params: Params) -> None:
+            if self.power > 3:
+                raise ValueError(f"methods.{name}.power: {self.power} is too much")
+
+    params = Params.model_validate(settings)
+    assert isinstance(params.methods["mine"], MineMethod) and isinstance(params.datasets["own"], OwnDataset)
+    assert (list(raced(params)), proposer_of(params.schedules["few"])) == (["mine"], "clip-zero-shot")
+    assert (backbone_of(params, "mine"), noise_of(params, "own")) == (params.backbone, params.noise)
+    assert params.model_dump(mode="json")["methods"]["mine"] == settings["methods"]["mine"]
+    assert Params.model_validate(params.model_dump()) == params
+
+    settings["methods"]["mine"]["powr"] = settings["methods"]["mine"].pop("power")
+    with pytest.raises(ValidationError) as error:
+        Params.model_validate(settings)
+    assert {mistake(problem, "x") for problem in error.value.errors()} == {
+        "x: methods.mine.power: Field required",
+        "x: unknown key 'methods.mine.powr': did you mean 'methods.mine.power'? (choices: methods.mine.levels, "
+        "methods.mine.power, methods.mine.prompt, methods.mine.schedule, methods.mine.scorer)",
+    }
+    settings["methods"]["mine"]["power"] = 4
+    del settings["methods"]["mine"]["powr"]
+    with pytest.raises(ValidationError, match=r"methods\.mine\.power: 4 is too much"):
+        Params.model_validate(settings)
+    with pytest.raises(TypeError, match="kind 'few' is both"):
+        type("Other", (ScheduleParams,), {"__annotations__": {"kind": Literal["few"]}, "__module__": __name__})
+
+
+@pytest.mark.usefixtures("no_new_kinds")
+def test_a_kind_is_found_in_the_package_of_its_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "own_scorers"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "mine.py").write_text(
+        "from typing import Literal\n"
+        "from dsd.config import DiffusionMethod\n"
+        "class MineMethod(DiffusionMethod):\n"
+        "    scorer: Literal['found']\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(MethodParams, "package", "own_scorers")
+    load(ROOT / "params.yaml")
+    assert "own_scorers" not in sys.modules  # what is known needs no import
+    settings = read_settings(ROOT)
+    settings["methods"]["mine"] = {"scorer": "found", "prompt": "none", "levels": [0.2]}
+    write_settings(settings, tmp_path)
+    assert load(tmp_path / "params.yaml").methods["mine"].evidence_prompts == ("none",)
+
+
+def test_rows_answer_for_themselves() -> None:
+    methods = load(ROOT / "params.yaml").methods
+    answers = {
+        name: (row.evidence_prompts, row.reads_pooling, row.learns, row.zero_shot, row.own_backbone)
+        for name, row in methods.items()
+    }
+    assert answers == {
+        "dsd-zero-shot": (("none",), "logsumexp", None, True, None),
+        "dsd": (("few-shot",), "logsumexp", "attention prompt", False, None),
+        "denoising": (("none",), None, None, True, None),
+        "dsd-released": (("none",), "logits", None, True, None),
+        "dsd-plus": (("none", "few-shot"), "logsumexp", None, False, None),
+        "clip-zero-shot": ((), None, None, True, "embedded-clip"),
+        "clip-finetune": ((), None, "projections", False, "embedded-clip"),
+        "clip-prompt": ((), None, "context", False, "embedded-clip"),
+    }
+    unconditional = {
+        name: [p for p in ("none", "few-shot") if row.reads_unconditional(p)] for name, row in methods.items()
+    }
+    assert {name: prompts for name, prompts in unconditional.items() if prompts} == {
+        "denoising": ["none"],
+        "dsd-released": ["none"],
+        "dsd-plus": ["none"],
+    }
+    denoising = methods["denoising"].model_copy(update={"schedule": "racing"})
+    assert (denoising.has_schedule, denoising.evidence_prompts, denoising.reads_unconditional("none")) == (
+        True,
+        (),
+        False,
+    )

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, read_settings, write_settings
 from tests.tiny import save_checkpoints, small
 
 pytestmark = pytest.mark.slow
@@ -35,7 +34,7 @@ def fill(folder: Path) -> Path:
     for results in ("studies", "races"):
         (folder / "data" / results).mkdir(parents=True)
     settings = small(Path("models")).model_dump(mode="json")
-    (folder / "params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    write_settings(settings, folder)
     (folder / "data" / "timings").mkdir(parents=True)
     pretrained = {
         "stage": "pretrain",
@@ -136,13 +135,13 @@ def test_a_users_own_pictures_with_nothing_trained(tmp_path: Path) -> None:
         Image.fromarray(pixels).save(own / f"{number}.png")
         rows += [f"{number}.png,a red circle,{number % 2}", f"{number}.png,a blue star,{1 - number % 2}"]
     (own / "pairs.csv").write_text("\n".join(rows))
-    settings = yaml.safe_load((folder / "params.yaml").read_text())
+    settings = read_settings(folder)
     row = dict(kind="folder", source=str(own), table="pairs.csv", few_shot=0, sample=0, validation=0)
     settings["datasets"] = {"mine": row | {"test": None, "missing": 0}}
     settings["methods"] = {name: settings["methods"][name] for name in ("denoising", "clip-zero-shot")}
     settings |= {"training": {}, "schedules": {}}
     settings["ablations"]["methods"], settings["races"]["datasets"] = [], {}
-    (folder / "params.yaml").write_text(yaml.safe_dump(settings))
+    write_settings(settings, folder)
     assert "report: data/report/index.html" in reproduce(folder)
     metrics = json.loads((folder / "data/evaluate/metrics.json").read_text())
     assert {method: row["top1"]["n"] for method, row in metrics["mine"].items()} == {
@@ -153,9 +152,9 @@ def test_a_users_own_pictures_with_nothing_trained(tmp_path: Path) -> None:
 
 def test_a_users_mistake_is_one_line(tmp_path: Path) -> None:
     folder = fill(tmp_path)
-    settings = yaml.safe_load((folder / "params.yaml").read_text())
+    settings = read_settings(folder)
     settings["training"]["dsd"]["learningrate"] = 1
-    (folder / "params.yaml").write_text(yaml.safe_dump(settings))
+    write_settings(settings, folder)
     done = run(folder, "flows.stages.download")
     assert done.returncode == 1
     assert "did you mean 'training.dsd.learning_rate'" in done.stderr

@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsd.config import Params
-from dsd.errors import ParamsError
+from dsd.config import Params, files
+from dsd.errors import DsdError, ParamsError
 from dsd.evaluation import gate
+from flows import presets
 from flows.presets import applied, put
 from tests.conftest import ROOT
 
 
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    for file in files(ROOT / "params.yaml"):
+        shutil.copy(file, tmp_path)
     for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "x"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     monkeypatch.chdir(tmp_path)
@@ -29,6 +31,11 @@ def nothing(_: Params) -> list[tuple[str, str, str]]:
     return []
 
 
+def lines() -> list[str]:
+    """All lines of the params files."""
+    return [line for file in files() for line in file.read_text().splitlines()]
+
+
 def preset(folder: Path, text: str) -> Path:
     path = folder / "mine.yaml"
     path.write_text(text)
@@ -36,22 +43,41 @@ def preset(folder: Path, text: str) -> Path:
 
 
 def test_what_a_preset_names_is_all_that_changes(clone: Path) -> None:
-    before = Path("params.yaml").read_text().splitlines()
+    before = lines()
     put(preset(clone, "images.resolution: 128\nimages.parity: null\nraces.datasets: {}\n"), commits=nothing)
-    after = Path("params.yaml").read_text().splitlines()
+    after = lines()
     changed = [line for line in after if line not in before]
     assert [line.split(" #")[0].strip() for line in changed] == ["resolution: 128", "parity: null", "datasets: {}"]
     assert len([line for line in before if line not in after]) == 5  # two rows were in races.datasets
     put(clone / "mine.yaml", commits=nothing)  # what is there is not written again
-    assert subprocess.run(["git", "diff", "--stat"], capture_output=True, text=True).stdout.count("params.yaml") == 1
+    changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout.splitlines()
+    assert changed == [" M params.yaml", " M races.yaml", "?? mine.yaml"]
+
+
+def test_all_files_are_written_or_none(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, write = lines(), presets.write_atomic
+
+    def full(path: Path, data: bytes) -> None:
+        if "races" in path.name:
+            raise DsdError("disk full")
+        write(path, data)
+
+    monkeypatch.setattr(presets, "write_atomic", full)
+    with pytest.raises(DsdError, match="disk full"):
+        put(preset(clone, "seed: 5\nraces.datasets: {}\n"), commits=nothing)
+    assert lines() == before and not list(clone.glob(".*.new"))
+    with pytest.raises(ParamsError, match=r"races\.within: Input should be less than or equal to 1"):
+        put(preset(clone, "seed: 5\nraces.within: 2\n"), commits=nothing)
+    assert lines() == before
 
 
 def test_changes_that_are_not_committed_are_kept(clone: Path) -> None:
-    with Path("params.yaml").open("a") as file:
-        file.write("# mine\n")
-    with pytest.raises(ParamsError, match=r"params\.yaml: has changes that are not committed and would be lost"):
-        put(preset(clone, "seed: 5\n"), commits=nothing)
-    assert Path("params.yaml").read_text().endswith("# mine\n")
+    for name, key in (("params", "seed: 5"), ("studies", "studies: {}")):
+        with Path(f"{name}.yaml").open("a") as file:
+            file.write("# mine\n")
+        with pytest.raises(ParamsError, match=rf"{name}\.yaml: has changes that are not committed and would be lost"):
+            put(preset(clone, f"{key}\n"), commits=nothing)
+        assert Path(f"{name}.yaml").read_text().endswith("# mine\n")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +25,7 @@ from dsd.models.attention import Recording, cross_attention_layers, during, logi
 from dsd.scorers import released
 from dsd.scorers.evidence import UNCONDITIONAL, Evidence, normalises, read_evidence
 from dsd.store import Store
-from tests.conftest import ROOT
+from tests.conftest import ROOT, read_settings, write_settings
 
 SD21 = dict(  # the U-Net of Stable Diffusion 2.1-base
     sample_size=64, attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True
@@ -154,9 +153,9 @@ def test_the_published_timesteps_are_levels() -> None:
 
 def test_the_method_asks_for_what_it_needs(alone: Params, tmp_path: Path) -> None:
     assert normalises(alone.methods, "none") and not normalises(alone.methods, "few-shot")
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content = read_settings(ROOT)
     content["evidence"]["poolings"].remove("logits")
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+    write_settings(content, tmp_path)
     with pytest.raises(ParamsError, match=r"methods\.dsd-released\.scorer: released needs 'logits'"):
         load(tmp_path / "params.yaml")
 

@@ -174,7 +174,7 @@ def method_scores(
         elif isinstance(method, FusionMethod):
             fitted = fusion.learn(fusion.fitted_on(name, params, prepared, scored), method, params)
             yield row, fusion.scores(fitted, read("none"), read("few-shot"), method, poolings)
-        else:
+        elif isinstance(method, DenoisingMethod):
             yield row, denoising_scores(read(method.prompt), method)
 
 

@@ -39,18 +39,20 @@ logging.raiseExceptions = False  # that such a record did not reach a server whi
 
 
 def declared(name: str) -> set[str]:
-    """The sections of params.yaml that dvc.yaml lists for a stage."""
-    return set(yaml.safe_load(Path("dvc.yaml").read_text())["stages"][name].get("params", ()))
+    """The params sections that dvc.yaml lists for a stage, whichever file holds them."""
+    entries = yaml.safe_load(Path("dvc.yaml").read_text())["stages"][name].get("params", ())
+    apart = [entry for entry in entries if isinstance(entry, dict)]  # {studies.yaml: [studies]}
+    sections = {section for entry in apart for listed in entry.values() for section in listed}
+    return sections | {entry for entry in entries if isinstance(entry, str)}
 
 
 def params(name: str) -> Params:
     """The params of a stage: the sections that dvc.yaml lists for it, and `runtime`, which changes no result.
 
-    Reading any other section is an AttributeError, so one that was forgotten in dvc.yaml cannot leave an
-    output stale unnoticed.
+    Reading any other section is an AttributeError, so a section missing in dvc.yaml cannot leave an output stale.
 
     Raises:
-        DsdError: params.yaml is not what it should be.
+        ParamsError: the params are invalid; one line.
     """
     granted = declared(name) | {"runtime"}
     return Params.model_construct(**{section: value for section, value in load() if section in granted})

@@ -1,4 +1,4 @@
-"""The whole DAG beside the workspace: in a clone of its commit, with its params, and with DVC's cache shared."""
+"""Reproductions in a clone of the workspace: same commit, same params but for the backbone, shared DVC cache."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from typing import Any
 
 import yaml
 
-from dsd.config import BackboneParams
+from dsd.config import BackboneParams, read, split
 from dsd.errors import DsdError
 from dsd.store import write_atomic
 from flows.process import die_with_parent
 from flows.stores import uri
 
-READY = ".git/ready"  # written last: a clone that has it is whole
+READY = ".git/ready"  # written last: a clone with this file is complete
 PARAMS = Path("params.yaml")
 LOG, ERRORS = "run.log", "run.err"
 
 
 def clone(target: Path, name: str, row: BackboneParams) -> Path:
-    """A clone of this workspace's commit at `target`, whose params are those of now with a row of `backbones` put in.
+    """Make a clone of this workspace's commit at `target`, with its current params plus a row of `backbones`.
 
-    DVC's settings, lock and cache are the workspace's, and what the lock names is checked out: persistent outputs come
-    from nowhere else. A clone that a run has left behind is gone on with; where the workspace has another commit now,
-    on that one.
+    DVC's settings, lock and cache are the workspace's, and all outputs in the lock are checked out, because persistent
+    outputs cannot be fetched later. A clone left by an earlier run is reused, and moved to the workspace's commit.
 
     Raises:
         DsdError: this is no git repository or no DVC project; one line.
@@ -45,10 +44,11 @@ def clone(target: Path, name: str, row: BackboneParams) -> Path:
     for file in (".dvc/config", ".dvc/config.local", "dvc.lock"):
         if Path(file).exists():
             shutil.copy(file, target / file)
-    settings = yaml.safe_load(PARAMS.read_text())
+    settings = read(PARAMS)
     link(target, settings)
     settings["backbones"][name] = row.model_dump(mode="json")
-    write_atomic(target / PARAMS, yaml.safe_dump({**settings, "backbone": name}, sort_keys=False).encode())
+    for path, content in split({**settings, "backbone": name}, PARAMS).items():
+        write_atomic(target / path, yaml.safe_dump(content, sort_keys=False).encode())
     if not whole:
         command(target, "dvc", "cache", "dir", "--local", command(Path(), "dvc", "cache", "dir"))
         command(target, "dvc", "checkout", "--quiet", "--allow-missing")
@@ -57,7 +57,7 @@ def clone(target: Path, name: str, row: BackboneParams) -> Path:
 
 
 def link(target: Path, settings: Any) -> None:
-    """Whatever the params name that is in this workspace, but not in git, such as the user's own pictures."""
+    """Link all paths that the params name, that are in this workspace and not in git, such as the user's own images."""
     for path in map(os.path.normpath, _texts(settings)):
         inside = not path.startswith(("..", "/"))
         if inside and os.path.exists(path) and not os.path.lexists(target / path):
@@ -74,13 +74,13 @@ def _texts(settings: Any) -> Iterator[str]:
 
 
 def reproduce(target: Path, lock: int) -> None:
-    """The whole DAG in a clone, by a process that ends with this one and has its `lock` as long as it lives.
+    """Run the whole DAG in a clone, in a process that ends with this one and holds `lock` while it lives.
 
     Raises:
-        DsdError: it failed; with the last line that it said. run.log and run.err in the clone have the others.
+        DsdError: it failed; with its last line of output. run.log and run.err in the clone have the rest.
     """
     own = {"MLFLOW_TRACKING_URI": uri(), "PREFECT_HOME": str(target.resolve() / ".prefect")}
-    own |= {"TQDM_DISABLE": "1", "PREFECT_LOGGING_TO_API_ENABLED": "false"}  # or the last line may be theirs
+    own |= {"TQDM_DISABLE": "1", "PREFECT_LOGGING_TO_API_ENABLED": "false"}  # else the last line may be theirs
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")}
     with (target / LOG).open("wb") as out, (target / ERRORS).open("wb") as errors:
         process = subprocess.Popen(
@@ -99,15 +99,15 @@ def reproduce(target: Path, lock: int) -> None:
             process.wait()
             raise
     if status:
-        said = last_line((target / ERRORS).read_text(errors="replace"))
-        raise DsdError(said or f"python -m flows.reproduce: ended with status {status}")
+        problem = last_line((target / ERRORS).read_text(errors="replace"))
+        raise DsdError(problem or f"python -m flows.reproduce: ended with status {status}")
 
 
 def command(folder: Path, *words: str) -> str:
-    """What a command says in a folder.
+    """The output of a command run in a folder.
 
     Raises:
-        DsdError: it fails; with the last line that it said.
+        DsdError: it fails; with its last line of output.
     """
     beside = Path(sys.executable).parent / words[0]
     done = subprocess.run(

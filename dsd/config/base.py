@@ -1,0 +1,99 @@
+"""Base classes and shared types of the params models."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from inspect import get_annotations
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+if TYPE_CHECKING:
+    from dsd.config.load import Params
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Level = Annotated[float, Field(gt=0, lt=1)]  # of the noise schedule: 0 is the image, 1 is noise
+Part = Literal["attention", "prompted-attention", "denoising", "prompted-denoising"]
+Pooling = Literal["logsumexp", "maximum", "cosine", "logits"]
+Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]  # with one placeholder {}
+
+
+class ParamsModel(BaseModel):
+    """A section or a row of params: frozen, and unknown keys are errors.
+
+    Fields have no defaults, because DVC would not see them, except for optional keys, whose default is None.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def is_unset(value: object) -> bool:
+    """Omit unset optional keys (`exclude_if`), so that adding such a key changes no digest of a row without it."""
+    return value is None
+
+
+class Kind(ParamsModel):
+    """A row that comes in several kinds; the value of one Literal field, the selector, names the kind.
+
+    A section's base class sets `selector` and `package`. A subclass that annotates the selector field is a kind: it
+    registers itself in `kinds` under each value of the Literal. A class without that field, used as a field type, means
+    the tagged union of all kinds that derive from it.
+    """
+
+    selector: ClassVar[str] = ""
+    package: ClassVar[str] = ""  # see `import_kinds`
+    kinds: ClassVar[dict[str, Any]] = {}  # value of the selector → class
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "selector" in cls.__dict__:
+            cls.kinds = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        super().__pydantic_init_subclass__(**options)
+        if cls.selector not in get_annotations(cls):
+            return
+        for value in get_args(cls.model_fields[cls.selector].annotation):
+            other = cls.kinds.get(value, cls)
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(f"{cls.selector} {value!r} is both {other.__qualname__} and {cls.__qualname__}")
+            cls.kinds[value] = cls
+
+    @classmethod
+    def choices(cls) -> dict[str, Any]:
+        """The kinds that a field of this type accepts, by the value of the selector; none if this is a kind itself."""
+        if cls.selector in cls.__pydantic_fields__:
+            return {}
+        return {value: kind for value, kind in cls.kinds.items() if issubclass(kind, cls)}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schemas = {value: handler.generate_schema(kind) for value, kind in cls.choices().items()}
+        return core_schema.tagged_union_schema(schemas, cls.selector) if schemas else handler(source)
+
+    def check(self, name: str, params: Params) -> None:
+        """Check this row, called `name`, against the other sections.
+
+        Raises:
+            ValueError: they disagree; the message starts with the key.
+        """
+
+    @classmethod
+    def import_kinds(cls) -> None:
+        """Import all modules of the section's package, so that the kinds they define register themselves.
+
+        A kind may be defined next to the code that uses it, in a package above this one, so the import is by name. It
+        happens only when params name an unknown kind, because these imports take seconds.
+        """
+        package = importlib.import_module(cls.package)
+        for module in pkgutil.iter_modules(package.__path__, f"{cls.package}."):
+            importlib.import_module(module.name)
+
+
+def registered() -> list[tuple[str, Any]]:
+    """All kinds that are registered now."""
+    return [item for base in Kind.__subclasses__() for item in base.kinds.items()]

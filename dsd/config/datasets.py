@@ -1,0 +1,143 @@
+"""Rows of `datasets`: one class a kind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from dsd.config.base import Kind, ParamsModel, Positive, Share, Template
+
+
+class DatasetParams(Kind):
+    """A row of `datasets`; its `kind` selects the class.
+
+    few_shot, validation: sizes of these splits, as shares of `size` or of the training examples.
+    sample: number of the random few-shot split; validation and test stay the same.
+    draws_per_level: if set, replaces that of `noise`, because cost grows with the number of candidates.
+    """
+
+    selector: ClassVar[str] = "kind"
+    package: ClassVar[str] = "dsd.datasets"
+    generated: ClassVar[bool] = False  # drawn by `dsd.scenes`: nothing is fetched
+
+    few_shot: Share
+    sample: int
+    validation: Share
+    draws_per_level: Positive | None = Field(default=None)
+
+    if TYPE_CHECKING:  # a field of each kind
+
+        @property
+        def kind(self) -> str: ...
+
+
+class DrawnDataset(DatasetParams):
+    """A benchmark of `size` rendered scenes. `candidates`, `binary` and `template` are for the kinds that use them."""
+
+    generated: ClassVar[bool] = True
+
+    kind: Literal["scenes-com", "scenes-ref", "scenes-vqa", "scenes-cls"]
+    size: Positive
+    test: Positive
+    candidates: Positive | None = Field(default=None)
+    binary: Share | None = Field(default=None)
+    template: Template | None = Field(default=None)
+
+
+class PublishedDataset(DatasetParams):
+    """A published benchmark.
+
+    test: how many test examples are used, sampled by `seed`; null uses all.
+    missing: how many of the selected images may be unavailable before a run fails.
+    """
+
+    test: Positive | None
+    missing: Annotated[int, Field(ge=0)]
+
+
+class FilesParams(ParamsModel):
+    """Patterns of the files of each split in a repository, such as "data/train-*.parquet".
+
+    If `train` is null, all splits are taken from the files of `test`, and no two splits share an image.
+    """
+
+    train: str | None
+    test: str
+
+
+class RepositoryDataset(PublishedDataset):
+    """A hub dataset `source` at `revision` (a commit), or a folder with the same files and revision null."""
+
+    source: str
+    revision: str | None
+    files: FilesParams
+
+
+class ClassifiedDataset(RepositoryDataset):
+    """Images with class labels; the texts are the class names in the template."""
+
+    kind: Literal["cifar10", "stl10", "fgvc-aircraft"]
+    template: Template
+
+
+class RefcocogDataset(RepositoryDataset):
+    kind: Literal["refcocog"]
+    candidates: Annotated[int, Field(ge=2)]  # expressions per image
+
+
+class Vqav2Dataset(RepositoryDataset):
+    kind: Literal["vqav2"]
+    answers: Annotated[int, Field(ge=2)]  # candidates: the most frequent answers of the training files
+
+
+class WinogroundDataset(RepositoryDataset):
+    kind: Literal["winoground"]
+
+
+class UrlParams(ParamsModel):
+    """A file by URL or path; `sha256`, if set, is checked."""
+
+    source: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+
+
+class VisualGenomeParams(ParamsModel):
+    """The Visual Genome annotations that triplets are mutated from; each file may be a .zip that holds only it."""
+
+    relationships: UrlParams
+    image_data: UrlParams
+    object_aliases: UrlParams
+    relationship_aliases: UrlParams
+
+
+class ComvgDataset(PublishedDataset):
+    """The published ComVG list as the test split.
+
+    images: image URLs, with {} for the image number of the list; on a missing image the next URL is tried.
+    annotations, size: if set, `size` examples mutated from Visual Genome on other images are what `few_shot` and
+        `validation` are shares of.
+    """
+
+    kind: Literal["comvg"]
+    list: UrlParams
+    images: Annotated[tuple[Template, ...], Field(min_length=1)]
+    annotations: VisualGenomeParams | None
+    size: Positive | None
+
+
+class VisualGenomeDataset(PublishedDataset):
+    """`size` examples mutated from Visual Genome for all splits; image URLs are those of its image data."""
+
+    kind: Literal["visual-genome"]
+    annotations: VisualGenomeParams
+    size: Positive
+    test: Positive
+
+
+class FolderDataset(PublishedDataset):
+    """The user's own images: `table` is a CSV in the folder `source`; see `dsd.datasets.folder`."""
+
+    kind: Literal["folder"]
+    source: str
+    table: str

@@ -1,0 +1,103 @@
+"""Params of evaluation, ablations, studies, schedule comparisons (races) and the report."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dsd.config.base import Level, ParamsModel, Part, Pooling, Positive, Share
+
+
+class EvaluateParams(ParamsModel):
+    """The bootstrap: resamples, and confidence of the intervals."""
+
+    resamples: Positive
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+
+
+class AblationParams(ParamsModel):
+    """The ablated methods, and the values that each key takes in turn."""
+
+    methods: tuple[str, ...]
+    pooling: tuple[Pooling, ...]
+    heads: tuple[Literal["weighted", "mean"] | Positive, ...]
+    layers: tuple[Literal["all"] | Positive, ...]
+    levels: tuple[tuple[Level, ...], ...]
+    parts: tuple[tuple[Part, ...], ...]
+    subsets: Positive
+
+
+class StudyParams(ParamsModel):
+    """A study trains and scores its methods on its datasets once for each variant, a set of changed keys."""
+
+    split: Literal["validation", "test"]
+    datasets: tuple[str, ...]
+    methods: tuple[str, ...]
+    variants: dict[str, dict[str, bool | int | float | str | None]]
+
+
+class ExhaustiveSettings(ParamsModel):
+    draws: tuple[Positive, ...]
+
+
+class StagedSettings(ParamsModel):
+    to_keep: tuple[tuple[Positive, ...], ...]
+    first: tuple[Positive, ...]
+    growth: tuple[Annotated[int, Field(ge=2)], ...]
+
+
+class HierarchicalSettings(ParamsModel):
+    direction: tuple[Literal["clean", "noisy", "middle"], ...]
+    samples: tuple[Positive, ...]
+    beam_factor: tuple[Annotated[float, Field(ge=1)], ...]
+    patience: tuple[Positive, ...]
+    shrinking: tuple[bool, ...]
+
+
+class PublishedSettings(ParamsModel):
+    samples: Positive
+    beam_factor: Annotated[float, Field(ge=1)]
+    patience: Positive
+    shrinking: bool
+
+
+class RacingSettings(ParamsModel):
+    threshold: tuple[Annotated[float, Field(gt=0)], ...]
+    proposer: tuple[str | None, ...]
+    rivals: Positive
+    learning: Annotated[float, Field(gt=0, lt=1)]
+    deltas: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+
+
+class GrowthSettings(ParamsModel):
+    candidates: tuple[Annotated[int, Field(ge=2)], ...]
+    races: Positive
+    delta: Annotated[float, Field(gt=0, lt=1)]
+
+
+class RacesParams(ParamsModel):
+    """The settings of each schedule that are compared, on stored evidence at every draw of these levels."""
+
+    datasets: dict[str, tuple[str, ...]]
+    examples: Positive
+    levels: tuple[Level, ...]
+    draws_per_level: Positive
+    within: Share
+    timed: Positive
+    exhaustive: ExhaustiveSettings
+    staged: StagedSettings
+    hierarchical: HierarchicalSettings
+    published: PublishedSettings
+    racing: RacingSettings
+    growth: GrowthSettings
+
+    @property
+    def draws(self) -> int:
+        """Draws of each candidate over all levels."""
+        return len(self.levels) * self.draws_per_level
+
+
+class ReportParams(ParamsModel):
+    gallery: Positive

@@ -1,0 +1,382 @@
+"""The whole of params: its files, the checks across sections, error messages, and functions of several sections."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Union, cast, get_args, get_origin
+
+import yaml
+from pydantic import Tag, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from dsd.config.base import Kind, ParamsModel, registered
+from dsd.config.datasets import DatasetParams
+from dsd.config.experiments import AblationParams, EvaluateParams, RacesParams, ReportParams, StudyParams
+from dsd.config.methods import (
+    ContrastiveMethod,
+    CrossAttentionMethod,
+    DenoisingMethod,
+    DiffusionMethod,
+    FusionParams,
+    MethodParams,
+    ScheduledMethod,
+    ScheduleParams,
+    TrainingRow,
+)
+from dsd.config.models import (
+    BackboneParams,
+    ContextParams,
+    EvidenceParams,
+    ImageParams,
+    NoiseParams,
+    PromptParams,
+    RuntimeParams,
+)
+from dsd.config.operations import GateParams, PretrainParams, ServingParams, WatchParams
+from dsd.errors import ParamsError, unknown
+
+APART = (
+    "studies",
+    "races",
+    "pretrain",
+)  # each of these sections has a file of its own beside params.yaml: <section>.yaml
+OPEN: dict[str, type[Kind]] = {"datasets": DatasetParams, "schedules": ScheduleParams, "methods": MethodParams}
+
+
+class Params(ParamsModel):
+    seed: int
+    runtime: RuntimeParams
+    backbones: dict[str, BackboneParams]
+    backbone: str
+    images: ImageParams
+    datasets: dict[str, DatasetParams]
+    noise: NoiseParams
+    evidence: EvidenceParams
+    prompt: PromptParams
+    context: ContextParams
+    training: dict[str, TrainingRow]
+    schedules: dict[str, ScheduleParams]
+    methods: dict[str, MethodParams]
+    fusion: FusionParams
+    evaluate: EvaluateParams
+    ablations: AblationParams
+    studies: dict[str, StudyParams]
+    races: RacesParams
+    report: ReportParams
+    gate: GateParams
+    serving: ServingParams
+    watch: WatchParams
+    pretrain: PretrainParams
+
+    built_with: ClassVar[list[tuple[str, Any]]] = registered()
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Params:
+        """Validate against all kinds that are registered now; on an unknown kind, import further kinds and try again.
+
+        Raises:
+            ValidationError: see `mistake`.
+        """
+
+        def validated() -> Params:
+            if cls.built_with != registered():
+                cls.model_rebuild(force=True)
+                cls.built_with = registered()
+            return super(Params, cls).model_validate(obj, **options)
+
+        try:
+            return validated()
+        except ValidationError as error:
+            places = {problem["loc"][0] for problem in error.errors() if problem["type"] == "union_tag_invalid"}
+            for section in places & OPEN.keys():
+                OPEN[str(section)].import_kinds()
+            if cls.built_with == registered():
+                raise
+        return validated()
+
+    @model_validator(mode="after")
+    def _rows_agree_with_other_sections(self) -> Params:
+        if self.backbone not in self.backbones:
+            raise ValueError(f"backbone: {unknown('backbone', self.backbone, self.backbones)}")
+        for section in OPEN:
+            for name, row in getattr(self, section).items():
+                row.check(name, self)
+        return self
+
+    @model_validator(mode="after")
+    def _ablations_have_evidence(self) -> Params:
+        for name in self.ablations.methods:
+            if name not in self.methods:
+                raise ValueError(f"ablations.methods: {unknown('method', name, self.methods)}")
+            if not self.methods[name].can_be_ablated:
+                raise ValueError(f"ablations.methods: {name} has neither cross-attention nor parts to take apart")
+            if self.methods[name].has_schedule:
+                raise ValueError(f"ablations.methods: {name} has a schedule, which leaves no evidence to take apart")
+        for pooling in self.ablations.pooling:
+            if pooling not in self.evidence.poolings:
+                raise ValueError(f"ablations.pooling: {pooling!r} is not among evidence.poolings")
+        for level in {level for levels in self.ablations.levels for level in levels}:
+            if level not in self.noise.levels:
+                raise ValueError(f"ablations.levels: {level} is not among noise.levels {list(self.noise.levels)}")
+        return self
+
+    @model_validator(mode="after")
+    def _studies_have_rows(self) -> Params:
+        for name, study in self.studies.items():
+            for kind, rows, choices in (
+                ("dataset", study.datasets, self.datasets),
+                ("method", study.methods, self.methods),
+            ):
+                for row in rows:
+                    if row not in choices:
+                        raise ValueError(f"studies.{name}.{kind}s: {unknown(kind, row, choices)}")
+            for row in study.methods:
+                if self.methods[row].has_schedule:
+                    raise ValueError(f"studies.{name}.methods: {row} has a schedule that was learned for other params")
+        return self
+
+    @model_validator(mode="after")
+    def _races_have_rows_and_draws(self) -> Params:
+        races = self.races
+        for name, methods in races.datasets.items():
+            if name not in self.datasets:
+                raise ValueError(f"races.datasets: {unknown('dataset', name, self.datasets)}")
+            for method in methods:
+                if method not in self.methods:
+                    raise ValueError(f"races.datasets.{name}: {unknown('method', method, self.methods)}")
+        if max(races.exhaustive.draws) > races.draws:
+            raise ValueError(
+                f"races.exhaustive.draws: {max(races.exhaustive.draws)}, but there are {races.draws} in all"
+            )
+        if races.published.samples > races.draws_per_level:
+            raise ValueError(f"races.published.samples: more than the {races.draws_per_level} of races.draws_per_level")
+        return self
+
+    @model_validator(mode="after")
+    def _what_learns_is_trained(self) -> Params:
+        if all(row.contrastive for row in self.methods.values()):
+            raise ValueError("methods: none uses the diffusion model; one must")
+        learning = _trained(self.methods)
+        for name in self.training:
+            if name not in learning:
+                raise ValueError(f"training.{name}: {unknown('trained method', name, learning)}")
+        for name in learning:
+            row = self.training.get(name)
+            if row is None:
+                raise ValueError(f"methods.{name}: learns, but training has no row {name}")
+            noisy = self.methods[name].learns == "attention prompt"
+            if noisy and not row.noise_levels:
+                raise ValueError(f"training.{name}.levels: missing; an attention prompt is trained at noise levels")
+            if row.noise_levels and not noisy:
+                raise ValueError(f"training.{name}.levels: superfluous; a CLIP is trained without noise")
+        return self
+
+    @model_validator(mode="after")
+    def _what_serves_scores_pairs(self) -> Params:
+        name, prompt = self.serving.method, self.serving.prompt
+        if name not in self.methods:
+            raise ValueError(f"serving.method: {unknown('method', name, self.methods)}")
+        row = self.methods[name]
+        if not row.can_be_served:
+            raise ValueError(f"serving.method: the scorer of {name} is neither cross-attention nor denoising")
+        if row.zero_shot and prompt is not None:
+            raise ValueError(f"serving.prompt: {name} has none; set it to null")
+        if not row.zero_shot and prompt not in self.datasets:
+            raise ValueError(f"serving.prompt: {unknown('dataset', str(prompt), self.datasets)}")
+        return self
+
+
+def noise_of(params: Params, dataset: str) -> NoiseParams:
+    """The noise at which the examples of a dataset are scored."""
+    draws = params.datasets[dataset].draws_per_level
+    return params.noise if draws is None else params.noise.model_copy(update={"draws_per_level": draws})
+
+
+def backbone_of(params: Params, method: str) -> str:
+    """The row of `backbones` that a method uses."""
+    return params.methods[method].own_backbone or params.backbone
+
+
+def proposer_of(row: ScheduleParams) -> str | None:
+    """The contrastive method whose scores a schedule starts from, if any."""
+    return row.proposed_by
+
+
+def diffusion(params: Params) -> dict[str, DiffusionMethod]:
+    """The methods that use the diffusion model under test."""
+    return {name: row for name, row in params.methods.items() if isinstance(row, DiffusionMethod)}
+
+
+def contrastive(params: Params) -> dict[str, ContrastiveMethod]:
+    """The methods that use a CLIP."""
+    return {name: row for name, row in params.methods.items() if isinstance(row, ContrastiveMethod)}
+
+
+def schedulable(params: Params) -> dict[str, ScheduledMethod]:
+    """The methods that may have a schedule."""
+    return {name: row for name, row in params.methods.items() if isinstance(row, ScheduledMethod)}
+
+
+def raced(params: Params) -> dict[str, CrossAttentionMethod | DenoisingMethod]:
+    """The methods whose schedule is not exhaustive; they leave rankings and no evidence."""
+    return {name: cast(Any, row) for name, row in schedulable(params).items() if row.has_schedule}
+
+
+def prompted(params: Params) -> str | None:
+    """The method whose score trains the attention prompt that all methods with prompt: few-shot share, if any.
+
+    It is the first cross-attention method with prompt: few-shot; one without a schedule takes precedence.
+    """
+    return next(iter(_prompted(params.methods)), None)
+
+
+def under_test(params: Params) -> str:
+    """The method that the report is about: the prompted one, else the first that uses the diffusion model."""
+    return prompted(params) or next(name for name, row in params.methods.items() if not row.contrastive)
+
+
+def twin(params: Params) -> str | None:
+    """The method that differs from the prompted one in its prompt alone, if any."""
+    if (trained := prompted(params)) is None:
+        return None
+    bare = params.methods[trained].model_copy(update={"prompt": "none"})
+    return next((name for name, method in params.methods.items() if method == bare), None)
+
+
+def trained(params: Params) -> list[str]:
+    """The methods that are trained: the rows of `training`."""
+    return _trained(params.methods)
+
+
+def _prompted(methods: Mapping[str, MethodParams]) -> list[str]:
+    names = [name for name, row in methods.items() if row.learns == "attention prompt"]
+    return sorted(names, key=lambda name: methods[name].has_schedule)
+
+
+def _trained(methods: Mapping[str, MethodParams]) -> list[str]:
+    others = [name for name, row in methods.items() if row.learns not in (None, "attention prompt")]
+    return [*_prompted(methods)[:1], *others]
+
+
+def load(path: Path | str = "params.yaml") -> Params:
+    """Read and check params.yaml and the files beside it.
+
+    Raises:
+        ParamsError: one line that names the file and the key.
+    """
+    sections = read(path)
+    try:
+        return Params.model_validate(sections)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        line = mistake(problem, "")
+        named = re.search(r"\w+", str(problem["loc"][0]) if problem["loc"] else problem["msg"].removeprefix(CHECK))
+        raise ParamsError(f"{file_of(named.group() if named else '', path)}{line}") from None
+
+
+def file_of(section: str, path: Path | str = "params.yaml") -> Path:
+    """The file that holds a section, where params.yaml is at `path`."""
+    return Path(path).with_name(f"{section}.yaml") if section in APART else Path(path)
+
+
+def files(path: Path | str = "params.yaml") -> list[Path]:
+    """params.yaml and the files beside it."""
+    return [Path(path), *(file_of(section, path) for section in APART)]
+
+
+def read(path: Path | str = "params.yaml") -> dict[str, Any]:
+    """The sections of params.yaml and the files beside it, unchecked.
+
+    Raises:
+        ParamsError: a file is missing or not YAML, or a section is in the wrong file or in two; one line.
+    """
+    return merged({file: _parsed(file, path) for file in files(path)}, path)
+
+
+def _parsed(file: Path, path: Path | str) -> Any:
+    try:
+        return yaml.safe_load(file.read_text())
+    except FileNotFoundError:
+        if file == Path(path):
+            raise ParamsError(f"{file}: no such file; run from the project's folder or name the file") from None
+        raise ParamsError(f"{file}: no such file; it must hold the section {file.stem}") from None
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def merged(contents: Mapping[Path, Any], path: Path | str = "params.yaml") -> dict[str, Any]:
+    """The sections of all files.
+
+    Raises:
+        ParamsError: a section is not in its file; one line that names both.
+    """
+    sections: dict[str, Any] = {}
+    for file, content in contents.items():
+        if not isinstance(content, Mapping):
+            raise ParamsError(f"{file}: not a mapping of sections, found {content!r}")
+        for section in content:
+            if (home := file_of(section, path)) != file:
+                raise ParamsError(f"{file}: holds the section {section}, which belongs in {home} alone")
+        sections |= content
+    return sections
+
+
+def split(sections: Mapping[str, Any], path: Path | str = "params.yaml") -> dict[Path, dict[str, Any]]:
+    """The content of each file, from the sections of all; the inverse of `merged`."""
+    contents: dict[Path, dict[str, Any]] = {file: {} for file in files(path)}
+    for section, content in sections.items():
+        contents[file_of(section, path)][section] = content
+    return contents
+
+
+CHECK = "Value error, "  # how pydantic marks the messages of our own checks
+
+
+def mistake(error: ErrorDetails, where: object) -> str:
+    """One line for a validation error: where, which key, and what would be right."""
+    key, known = _place(error["loc"])
+    location = ".".join(key)
+    if error["type"] == "extra_forbidden":
+        return f"{where}: {unknown('key', location, ['.'.join([*key[:-1], other]) for other in known])}"
+    found = "" if error["type"] == "missing" or not location else f", found {error['input']!r}"
+    return f"{where}: {location + ': ' if location else ''}{error['msg'].removeprefix(CHECK)}{found}"
+
+
+def _place(location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+    """The key of an error's location, and the keys that its parent accepts, for "did you mean".
+
+    The location of a row also names the chosen member of a union (a method's scorer), which is not part of the key.
+    """
+    kind: Any = Params
+    key: list[str] = []
+    known: list[str] = []
+    for part in location:
+        kind = _bare(kind)
+        if choices := _choices(kind):
+            kind = choices.get(part)
+            continue
+        key.append(str(part))
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        else:
+            fields = getattr(kind, "model_fields", {})
+            known, kind = list(fields), fields[part].annotation if part in fields else None
+    return key, known
+
+
+def _bare(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _choices(kind: Any) -> dict[Any, Any]:
+    """The members of a union, by their names in a location."""
+    if isinstance(kind, type) and issubclass(kind, Kind):
+        return kind.choices()
+    if get_origin(kind) not in (Union, UnionType):
+        return {}
+    members = {member: getattr(member, "__metadata__", ()) for member in get_args(kind)}
+    tags = {note.tag: _bare(member) for member, notes in members.items() for note in notes if isinstance(note, Tag)}
+    return tags or {"": None}  # a union without tags has no keys below it

@@ -1,0 +1,397 @@
+"""Rows of `methods`, `schedules` and `training`, and the section `fusion`.
+
+Rows answer questions about themselves (which evidence, which prompt, whether a schedule, what is learned), so that no
+caller asks for their class.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from dsd.config.base import Kind, Level, ParamsModel, Part, Pooling, Positive
+from dsd.config.experiments import RacesParams
+from dsd.errors import unknown
+
+if TYPE_CHECKING:
+    from dsd.config.load import Params
+
+EXHAUSTIVE = "exhaustive"  # the schedule without a row: every pair at every draw of `noise`, all evidence stored
+Learned = Literal["attention prompt", "projections", "context"]
+
+
+class MethodParams(Kind):
+    """A row of `methods`; its `scorer` selects the class.
+
+    contrastive: scores are the cosines of a CLIP; reads no diffusion evidence.
+    can_have_schedule: the score is a mean over draws, so draws can be scheduled.
+    can_be_served, can_be_ablated: allowed in `serving.method`, in `ablations.methods`.
+    fits_weights: weights of its features are fitted on the few-shot split (`fusion`).
+    compares_unconditional: subtracts the value of the unconditional pass, where an example has several images.
+    """
+
+    selector: ClassVar[str] = "scorer"
+    package: ClassVar[str] = "dsd.scorers"
+
+    contrastive: ClassVar[bool] = False
+    can_have_schedule: ClassVar[bool] = False
+    can_be_served: ClassVar[bool] = False
+    can_be_ablated: ClassVar[bool] = False
+    fits_weights: ClassVar[bool] = False
+    compares_unconditional: ClassVar[bool] = False
+
+    if TYPE_CHECKING:  # fields: `scorer` of each kind, the others of those that are not contrastive
+
+        @property
+        def scorer(self) -> str: ...
+        @property
+        def prompt(self) -> str: ...
+        @property
+        def levels(self) -> tuple[float, ...]: ...
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether its schedule is not exhaustive: it then leaves rankings and no evidence."""
+        return False
+
+    @property
+    def evidence_prompts(self) -> tuple[str, ...]:
+        """The prompts ("none", "few-shot") under which it reads stored evidence."""
+        return ()
+
+    def reads_unconditional(self, prompt: str) -> bool:
+        """Whether the stored evidence under this prompt must include the unconditional pass of each image."""
+        return self.compares_unconditional and prompt in self.evidence_prompts
+
+    @property
+    def reads_pooling(self) -> Pooling | None:
+        """The pooling of attention that it reads."""
+        return None
+
+    @property
+    def learns(self) -> Learned | None:
+        """What its score can train on the few-shot split; of several with an attention prompt only one trains it."""
+        return None
+
+    @property
+    def zero_shot(self) -> bool:
+        """Whether it uses nothing learned on the few-shot split."""
+        return self.learns is None
+
+    @property
+    def own_backbone(self) -> str | None:
+        """The row of `backbones` that it uses instead of the diffusion model under test."""
+        return None
+
+    def check(self, name: str, params: Params) -> None:
+        if self.own_backbone not in (None, *params.backbones):
+            raise ValueError(
+                f"methods.{name}.backbone: {unknown('backbone', str(self.own_backbone), params.backbones)}"
+            )
+
+
+class DiffusionMethod(MethodParams):
+    """Scored by the diffusion model under test, at these noise levels, with or without the attention prompt."""
+
+    prompt: Literal["none", "few-shot"]
+    levels: tuple[Level, ...]
+
+    @property
+    def evidence_prompts(self) -> tuple[str, ...]:
+        return () if self.has_schedule else (self.prompt,)
+
+    @property
+    def zero_shot(self) -> bool:
+        return self.prompt == "none"
+
+    def check(self, name: str, params: Params) -> None:
+        super().check(name, params)
+        if not self.has_schedule and not set(self.levels) <= set(params.noise.levels):
+            raise ValueError(
+                f"methods.{name}.levels: {list(self.levels)} is not among noise.levels {list(params.noise.levels)}"
+            )
+        if self.reads_pooling not in (None, *params.evidence.poolings):
+            raise ValueError(f"methods.{name}.pooling: {self.reads_pooling!r} is not among evidence.poolings")
+        if self.prompt == "few-shot" and all(row.learns != "attention prompt" for row in params.methods.values()):
+            raise ValueError(
+                f"methods.{name}.prompt: few-shot, but no method trains it: one with scorer: cross-attention must"
+            )
+
+
+class ScheduledMethod(DiffusionMethod):
+    """A method whose score is a mean over draws, so it may have a schedule and be served."""
+
+    can_have_schedule: ClassVar[bool] = True
+    can_be_served: ClassVar[bool] = True
+
+    if TYPE_CHECKING:  # a field of each kind
+
+        @property
+        def schedule(self) -> str: ...
+
+    @property
+    def has_schedule(self) -> bool:
+        return self.schedule != EXHAUSTIVE
+
+    def check(self, name: str, params: Params) -> None:
+        super().check(name, params)
+        known = [EXHAUSTIVE, *params.schedules]
+        if self.schedule not in known:
+            raise ValueError(f"methods.{name}.schedule: {unknown('schedule', self.schedule, known)}")
+        if self.has_schedule and self.levels != params.races.levels:
+            levels = list(params.races.levels)
+            raise ValueError(f"methods.{name}.levels: a schedule uses the levels of races, {levels}")
+
+
+class CrossAttentionMethod(ScheduledMethod):
+    can_be_ablated: ClassVar[bool] = True
+
+    scorer: Literal["cross-attention"]
+    schedule: str
+    pooling: Pooling
+    layers: Literal["all"] | Positive
+    heads: Literal["weighted", "mean"]
+
+    @property
+    def reads_pooling(self) -> Pooling | None:
+        return self.pooling
+
+    @property
+    def learns(self) -> Learned | None:
+        return "attention prompt" if self.prompt == "few-shot" else None
+
+
+class DenoisingMethod(ScheduledMethod):
+    compares_unconditional: ClassVar[bool] = True
+
+    scorer: Literal["denoising"]
+    schedule: str
+
+
+class ReleasedMethod(DiffusionMethod):
+    """The rule of the first paper's published code; see dsd.scorers.released."""
+
+    compares_unconditional: ClassVar[bool] = True
+
+    scorer: Literal["released"]
+    schedule: Literal["exhaustive"]
+    denoising: bool
+
+    @property
+    def reads_pooling(self) -> Pooling | None:
+        return "logits"
+
+    def check(self, name: str, params: Params) -> None:
+        if "logits" not in params.evidence.poolings:
+            raise ValueError(f"methods.{name}.scorer: released needs 'logits' among evidence.poolings")
+        super().check(name, params)
+
+
+class FusionMethod(DiffusionMethod):
+    """A weighted sum of evidence without and with the attention prompt; see dsd.scorers.fusion."""
+
+    can_be_ablated: ClassVar[bool] = True
+    fits_weights: ClassVar[bool] = True
+    compares_unconditional: ClassVar[bool] = True
+
+    scorer: Literal["fusion"]
+    prompt: Literal["few-shot"]
+    schedule: Literal["exhaustive"]
+    pooling: Pooling
+    heads: Literal["weighted", "mean"]
+    parts: tuple[Part, ...]
+
+    @property
+    def evidence_prompts(self) -> tuple[str, ...]:
+        return "none", "few-shot"
+
+    def reads_unconditional(self, prompt: str) -> bool:
+        return prompt == "none"
+
+    @property
+    def reads_pooling(self) -> Pooling | None:
+        return self.pooling
+
+
+class ContrastiveMethod(MethodParams):
+    """Cosines of a CLIP, a row of `backbones`."""
+
+    contrastive: ClassVar[bool] = True
+
+    scorer: Literal["contrastive"]
+    backbone: str
+    tuned: Literal["none", "projections", "context"]
+
+    @property
+    def learns(self) -> Learned | None:
+        return None if self.tuned == "none" else self.tuned
+
+    @property
+    def own_backbone(self) -> str | None:
+        return self.backbone
+
+
+class ShortlistParams(ParamsModel):
+    """Only the `keep` candidates with the highest scores of a contrastive method, the proposer, enter the schedule."""
+
+    proposer: str
+    keep: Positive
+
+
+class ScheduleParams(Kind):
+    """A row of `schedules`; its `kind` selects the class. Its draws are those of `races`.
+
+    budget: maximum number of evaluations, as a multiple of the number of candidates.
+    needs_races: learned and calibrated by `make races`.
+    proposer_key: the key of `proposed_by`.
+    """
+
+    selector: ClassVar[str] = "kind"
+    package: ClassVar[str] = "dsd.schedules"
+    needs_races: ClassVar[bool] = False
+    proposer_key: ClassVar[str] = "proposer"
+
+    budget: Annotated[float, Field(ge=1)] | None
+
+    if TYPE_CHECKING:  # fields: `kind` of each kind, `shortlist` of a `ShortlistSchedule`
+
+        @property
+        def kind(self) -> str: ...
+        @property
+        def shortlist(self) -> ShortlistParams | None: ...
+
+    @property
+    def candidates_kept(self) -> int | None:
+        """How many candidates the proposer lets in; None lets in all."""
+        return None
+
+    @property
+    def proposed_by(self) -> str | None:
+        """The contrastive method whose scores the schedule starts from."""
+        return None
+
+    def check(self, name: str, params: Params) -> None:
+        contrastive = [method for method, row in params.methods.items() if row.contrastive]
+        if self.proposed_by not in (None, *contrastive):
+            problem = unknown("contrastive method", str(self.proposed_by), contrastive)
+            raise ValueError(f"schedules.{name}.{self.proposer_key}: {problem}")
+        self.check_draws(f"schedules.{name}", params.races)
+
+    def check_draws(self, key: str, races: RacesParams) -> None:
+        """Check that the draws of `races` suffice.
+
+        Raises:
+            ValueError: they do not; the message starts with the key.
+        """
+
+
+class ShortlistSchedule(ScheduleParams):
+    """A schedule that may start from a shortlist."""
+
+    proposer_key: ClassVar[str] = "shortlist.proposer"
+
+    @property
+    def candidates_kept(self) -> int | None:
+        return self.shortlist.keep if self.shortlist else None
+
+    @property
+    def proposed_by(self) -> str | None:
+        return self.shortlist.proposer if self.shortlist else None
+
+
+class StagedSchedule(ShortlistSchedule):
+    kind: Literal["staged"]
+    shortlist: ShortlistParams | None
+    to_keep: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    n_samples: tuple[Positive, ...]
+
+    def check_draws(self, key: str, races: RacesParams) -> None:
+        if len(self.to_keep) != len(self.n_samples):
+            raise ValueError(f"{key}.to_keep: must be as long as n_samples")
+        if any(b > a for a, b in pairwise(self.to_keep)):
+            raise ValueError(f"{key}.to_keep: must fall from stage to stage, not {list(self.to_keep)}")
+        if any(b <= a for a, b in pairwise(self.n_samples)):
+            raise ValueError(f"{key}.n_samples: must rise from stage to stage, not {list(self.n_samples)}")
+        if self.n_samples[-1] > races.draws:
+            raise ValueError(f"{key}.n_samples: {self.n_samples[-1]}, but races has {races.draws} draws in all")
+
+
+class HierarchicalSchedule(ShortlistSchedule):
+    kind: Literal["hierarchical"]
+    shortlist: ShortlistParams | None
+    direction: Literal["clean", "noisy", "middle"]
+    samples: Positive
+    beam_factor: Annotated[float, Field(ge=1)]
+    patience: Positive
+    shrinking: bool
+
+    def check_draws(self, key: str, races: RacesParams) -> None:
+        if self.samples > races.draws_per_level:
+            raise ValueError(
+                f"{key}.samples: {self.samples} at each level, but races.draws_per_level is {races.draws_per_level}"
+            )
+
+
+class RacingSchedule(ScheduleParams):
+    """Learned by `make races` for methods with the same score, and calibrated for this δ."""
+
+    needs_races: ClassVar[bool] = True
+
+    kind: Literal["racing"]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    proposer: str | None
+
+    @property
+    def proposed_by(self) -> str | None:
+        return self.proposer
+
+
+class TrainingParams(ParamsModel):
+    """How a method is trained on the few-shot split, for `epochs` passes but at least `least_steps` steps."""
+
+    loss: Literal["softmax", "binary", "hinge"]
+    epochs: Annotated[float, Field(gt=0)]
+    least_steps: Annotated[int, Field(ge=0)]
+    examples_per_step: Positive
+    candidates: Annotated[int, Field(ge=2)]
+    learning_rate: Annotated[float, Field(gt=0)]
+    warmup: Annotated[int, Field(ge=0)]
+    temperature: Annotated[float, Field(gt=0)]
+    margin: Annotated[float, Field(ge=0)]
+    checkpoint_every: Positive
+
+    @property
+    def noise_levels(self) -> tuple[float, ...]:
+        """Levels of the noise that examples are trained at; empty for a CLIP."""
+        return ()
+
+
+class NoisyTrainingParams(TrainingParams):
+    """For the attention prompt, which is trained at noise levels."""
+
+    levels: tuple[Level, ...]
+
+    @property
+    def noise_levels(self) -> tuple[float, ...]:
+        return self.levels
+
+
+def _tag(row: Any) -> str:
+    return "noisy" if ("levels" in row if isinstance(row, dict) else hasattr(row, "levels")) else "plain"
+
+
+TrainingRow = Annotated[
+    Annotated[NoisyTrainingParams, Tag("noisy")] | Annotated[TrainingParams, Tag("plain")], Discriminator(_tag)
+]
+
+
+class FusionParams(ParamsModel):
+    """How the weights of the scorer `fusion` are fitted."""
+
+    examples: Positive
+    candidates: Annotated[int, Field(ge=2)]
+    folds: Annotated[int, Field(ge=2)]
+    penalties: tuple[Annotated[float, Field(gt=0)], ...]
+    denoising: Annotated[float, Field(gt=0)]

@@ -1,0 +1,78 @@
+"""Params of the runtime, the models, and what one forward pass takes and yields."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dsd.config.base import Level, ParamsModel, Pooling, Positive, is_unset
+
+
+class RuntimeParams(ParamsModel):
+    """How fast a run is; changes no result."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    attention: str
+    batch_size: Positive
+    workers: Positive
+    kept_texts: Annotated[int, Field(ge=0)]
+    executor: Literal["local", "ray"]
+    actors: Positive
+
+
+class BackboneParams(ParamsModel):
+    """A row of `backbones`: a checkpoint.
+
+    source: a folder, a hub id at `revision` (a commit), or one .safetensors file in the original layout.
+    config: for such a file, the folder or hub id (at `revision`) of its configs, tokenizer and scheduler.
+    prediction: what the U-Net predicts; unset, the checkpoint's scheduler config decides.
+    digest: if set, a checkpoint with another digest is refused.
+    dtype: precision of the U-Net; images and texts are always encoded in float32. For a CLIP, precision of everything.
+    """
+
+    family: str
+    source: str
+    revision: str | None
+    config: str | None = Field(default=None, exclude_if=is_unset)
+    prediction: Literal["epsilon", "v_prediction"] | None = Field(default=None, exclude_if=is_unset)
+    lora: str | None
+    digest: str | None = Field(default=None, exclude_if=is_unset)
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+
+class ImageParams(ParamsModel):
+    resolution: Positive
+    parity: Positive | None
+    max_pixels: Positive
+
+
+class NoiseParams(ParamsModel):
+    """The draws that pairs are scored at: `draws_per_level` at each level."""
+
+    levels: tuple[Level, ...]
+    draws_per_level: Positive
+
+
+class EvidenceParams(ParamsModel):
+    """What one forward pass stores for each layer and head; `scale` is λ of eq. 3."""
+
+    poolings: tuple[Pooling, ...]
+    scale: Annotated[float, Field(gt=0, le=60)]
+    normalise: bool
+    tokens: Literal["content", "all"]
+    shard: Positive
+
+
+class PromptParams(ParamsModel):
+    """Size of the attention prompt, eq. 5."""
+
+    rank: Positive
+    conditional: bool
+
+
+class ContextParams(ParamsModel):
+    """Size of the learned text context of a CLIP (CoCoOp)."""
+
+    tokens: Positive
+    hidden: Positive
