@@ -184,7 +184,7 @@ def _attention(params: Params) -> str:
     from diffusers import UNet2DConditionModel
 
     from dsd.models import device_of
-    from dsd.models.attention import install
+    from dsd.models.attention import AttentionState, install
     from dsd.models.checkpoint import DTYPES, component_config
 
     row, backend = params.backbones[params.backbone], params.runtime.attention
@@ -193,7 +193,7 @@ def _attention(params: Params) -> str:
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(component_config(row, "unet"))
     unet.conv_in.to(DTYPES[row.dtype]).to_empty(device=device_of(params.runtime.device))
-    install(unet, backend)
+    install(unet, AttentionState(), backend)
     return f"{backend} runs in {row.dtype}"
 
 

@@ -7,18 +7,16 @@ Shapes: C latent channels, r latent side, M text tokens, D text width.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import cache, lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from cachetools import LRUCache
 
-from dsd.config import ContrastiveMethod, Params
 from dsd.data.examples import MatchingExample, read_examples
 from dsd.data.image_table import Pictures
 from dsd.data.images import resize, to_array
-from dsd.models import Clip, StableDiffusion, device_of, load_clip, load_diffusion
-from dsd.models.checkpoint import digest_of
+from dsd.models import Clip, StableDiffusion
 from dsd.progress import progress
 from dsd.scorers.evidence import UNCONDITIONAL
 from dsd.store import Store, digest
@@ -113,121 +111,44 @@ def read_all(prepared: Path) -> Iterator[MatchingExample]:
 
 
 def diffusion_encodings(
-    backbone: StableDiffusion,
-    pictures: Pictures,
-    texts: Sequence[str],
-    resolution: int,
-    store: Store,
-    kept: int,
+    backbone: StableDiffusion, images: Pictures, texts: Sequence[str], resolution: int, store: Store, kept: int
 ) -> tuple[Encodings, Encodings]:
     """Latents [C, r, r] by image id; hidden states [M, D], content mask [M] and truncation by text.
 
-    `kept` is `runtime.kept_texts`.
+    `kept`: texts are stored where there are at most this many (`runtime.kept_texts`).
     """
-    return _of_diffusion(backbone.digest, lambda: backbone, pictures, texts, resolution, store, kept)
 
-
-def _of_diffusion(
-    source: str,
-    opened: Callable[[], StableDiffusion],
-    pictures: Pictures,
-    texts: Sequence[str],
-    resolution: int,
-    store: Store,
-    kept: int,
-) -> tuple[Encodings, Encodings]:
     def latents(ids: list[str]) -> Arrays:
-        batch = np.stack([to_array(resize(pictures[i], parity=None, resolution=resolution)) for i in ids])
-        return {"latents": opened().encode_images(batch).cpu().numpy()}
+        batch = np.stack([to_array(resize(images[i], parity=None, resolution=resolution)) for i in ids])
+        return {"latents": backbone.encode_images(batch).cpu().numpy()}
 
-    def hidden(batch: list[str]) -> Arrays:
-        out = opened().encode_texts(batch)
+    def embeddings(batch: list[str]) -> Arrays:
+        encoded = backbone.encode_texts(batch)
         return {
-            "hidden": out.hidden.cpu().numpy(),
-            "content": out.content.numpy(),
-            "truncated": out.truncated.numpy(),
+            "hidden": encoded.hidden.cpu().numpy(),
+            "content": encoded.content.numpy(),
+            "truncated": encoded.truncated.numpy(),
         }
 
-    images = Encodings(store, "latents", versioned("latents", digest(source, resolution)), pictures.ids, latents)
-    return images, Encodings(store, "texts", versioned("texts", source), texts, hidden, kept=len(texts) <= kept)
-
-
-def contrastive_encodings(
-    clip: Clip, pictures: Pictures, texts: Sequence[str], store: Store, kept: int
-) -> tuple[Encodings, Encodings]:
-    """Features [F] by image id and by text: what CLIP's projections see."""
-    return _of_contrastive(clip.digest, lambda: clip, pictures, texts, store, kept)
-
-
-def _of_contrastive(
-    source: str, opened: Callable[[], Clip], pictures: Pictures, texts: Sequence[str], store: Store, kept: int
-) -> tuple[Encodings, Encodings]:
-    def images(ids: list[str]) -> Arrays:
-        return {"features": opened().image_features(np.stack([to_array(pictures[i]) for i in ids])).cpu().numpy()}
-
-    def words(batch: list[str]) -> Arrays:
-        return {"features": opened().text_features(batch).cpu().numpy()}
-
-    key = versioned("features", source)
-    return Encodings(store, "clip-image-features", key, pictures.ids, images), Encodings(
-        store, "clip-text-features", key, texts, words, kept=len(texts) <= kept
+    image_key = versioned("latents", digest(backbone.digest, resolution))
+    text_key = versioned("texts", backbone.digest)
+    return Encodings(store, "latents", image_key, images.ids, latents), Encodings(
+        store, "texts", text_key, texts, embeddings, kept=len(texts) <= kept
     )
 
 
-def clip_backbones(params: Params) -> list[str]:
-    """The CLIP rows that some method names."""
-    return sorted({m.backbone for m in params.methods.values() if isinstance(m, ContrastiveMethod)})
+def contrastive_encodings(
+    clip: Clip, images: Pictures, texts: Sequence[str], store: Store, kept: int
+) -> tuple[Encodings, Encodings]:
+    """Features [F] by image id and by text: the inputs of CLIP's projections."""
 
+    def image_features(ids: list[str]) -> Arrays:
+        return {"features": clip.image_features(np.stack([to_array(images[i]) for i in ids])).cpu().numpy()}
 
-def diffusion_of(params: Params) -> Callable[[], StableDiffusion]:
-    """What opens the diffusion model under test, once."""
-    row, runtime = params.backbones[params.backbone], params.runtime
-    return cache(partial(load_diffusion, row, device_of(runtime.device), runtime.attention))
+    def text_features(batch: list[str]) -> Arrays:
+        return {"features": clip.text_features(batch).cpu().numpy()}
 
-
-def encodings(
-    params: Params, prepared: Path, store: Store, diffusion: Callable[[], StableDiffusion]
-) -> list[Encodings]:
-    """All that is encoded of a dataset, for every backbone that a method names; one is opened when it is needed."""
-    kept, device = params.runtime.kept_texts, device_of(params.runtime.device)
-    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
-    source = digest_of(params.backbones[params.backbone])
-    tables = [*_of_diffusion(source, diffusion, pictures, texts, params.images.resolution, store, kept)]
-    for row in (params.backbones[name] for name in clip_backbones(params)):
-        clip = cache(partial(load_clip, row, device))
-        tables += _of_contrastive(digest_of(row), clip, pictures, texts, store, kept)
-    return tables
-
-
-def encode(name: str, params: Params, prepared: Path, target: Path) -> dict[str, int | float]:
-    """Fills the cache of dataset `name` for every backbone that a method names; returns what was encoded."""
-    store, diffusion = Store(target), diffusion_of(params)
-    tables = encodings(params, prepared, store, diffusion)
-    for table in tables:
-        table.fill()
-    store.prune({key for table in tables for key in table.keys})
-    images, texts, *_ = tables
-    return {
-        "images": len(images.items),
-        "texts": len(texts.items),
-        "truncated": diffusion().truncated(texts.items),
-        "corrupt": store.corrupt,
-    }
-
-
-def missing(params: Params, prepared: Path, target: Path) -> dict[str, int]:
-    """What a dataset's cache lacks: how many items each shard has, by key."""
-    tables = encodings(params, prepared, Store(target), diffusion_of(params))
-    return {key: size for table in tables for key, size in table.missing().items()}
-
-
-class Worker:
-    """Fills a dataset's cache shard by shard; a backbone stays open from the first that it is needed for."""
-
-    def __init__(self, params: Params, prepared: Path, target: Path) -> None:
-        tables = encodings(params, prepared, Store(target), diffusion_of(params))
-        self.asked = {key: table for table in tables for key in table.keys}
-
-    def __call__(self, key: str) -> None:
-        """Computes the shard of a key, unless it is there."""
-        self.asked[key].make(key)
+    key = versioned("features", clip.digest)
+    return Encodings(store, "clip-image-features", key, images.ids, image_features), Encodings(
+        store, "clip-text-features", key, texts, text_features, kept=len(texts) <= kept
+    )

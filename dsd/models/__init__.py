@@ -32,28 +32,39 @@ __all__ = [
 ]
 
 
-def load(row: BackboneParams, device: torch.device, attention: str = "sdpa") -> StableDiffusion | Clip:
-    """Opens the checkpoint of a `backbones` row; raises CheckpointError with one line.
+def load(
+    row: BackboneParams, device: torch.device, attention: str = "sdpa", *, lazy: bool = False
+) -> StableDiffusion | Clip:
+    """Open the checkpoint of a `backbones` row; if lazy, its components are opened when they are first used.
 
     `attention` is the backend of `runtime.attention`, which changes no result.
+
+    Raises:
+        CheckpointError: the checkpoint does not load; one line.
     """
     if row.family not in FAMILIES:
         raise CheckpointError(unknown("family", row.family, FAMILIES))
     kind = FAMILIES[row.family]
     if issubclass(kind, StableDiffusion):
-        return kind(row, device, attention)
-    for key in ("config", "prediction", "lora"):
-        if (found := getattr(row, key)) is not None:
-            raise CheckpointError(
-                f"{row.source}: family {row.family} takes no {key}, found {found}; only diffusion does"
-            )
-    if Path(row.source).is_file():
-        raise CheckpointError(f"{row.source}: a file, but family {row.family} is opened by its folder")
-    return kind(row, device)
+        backbone: StableDiffusion | Clip = kind(row, device, attention)
+    else:
+        for key in ("config", "prediction", "lora"):
+            if (value := getattr(row, key)) is not None:
+                raise CheckpointError(
+                    f"{row.source}: family {row.family} takes no {key}, found {value}; only diffusion does"
+                )
+        if Path(row.source).is_file():
+            raise CheckpointError(f"{row.source}: a file, but family {row.family} is opened by its folder")
+        backbone = kind(row, device)
+    if not lazy:
+        backbone.open()
+    return backbone
 
 
-def load_diffusion(row: BackboneParams, device: torch.device, attention: str = "sdpa") -> StableDiffusion:
-    backbone = load(row, device, attention)
+def load_diffusion(
+    row: BackboneParams, device: torch.device, attention: str = "sdpa", *, lazy: bool = False
+) -> StableDiffusion:
+    backbone = load(row, device, attention, lazy=lazy)
     if not isinstance(backbone, StableDiffusion):
         raise CheckpointError(
             f"{row.source}: family {row.family} has no cross-attention; this method needs a diffusion model"
@@ -61,8 +72,8 @@ def load_diffusion(row: BackboneParams, device: torch.device, attention: str = "
     return backbone
 
 
-def load_clip(row: BackboneParams, device: torch.device) -> Clip:
-    backbone = load(row, device)
+def load_clip(row: BackboneParams, device: torch.device, *, lazy: bool = False) -> Clip:
+    backbone = load(row, device, lazy=lazy)
     if not isinstance(backbone, Clip):
         raise CheckpointError(f"{row.source}: family {row.family} is no CLIP; the contrastive scorer needs one")
     return backbone

@@ -78,15 +78,15 @@ def over_tokens(values_BHM: Tensor, weights_B1M: Tensor) -> Tensor:
 
 
 class Prompt(Protocol):
-    """What the processor needs of an attention prompt (dsd.models.prompts.AttentionPrompt)."""
+    """An attention prompt for the images of a batch (dsd.models.prompts.BoundPrompt)."""
 
-    def __call__(self, layer: int, text_BMD: Tensor, latents_BC: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, layer: int, text_BMD: Tensor) -> tuple[Tensor, Tensor]:
         """What p_k(x) and p_v(x) add to the keys and values of a layer, each [B, M, inner]."""
         ...
 
 
 @dataclass
-class Recording:
+class Capture:
     """What one pass with capture leaves behind, a list entry per layer in the order of the U-Net's forward pass."""
 
     poolings: tuple[str, ...]
@@ -98,7 +98,7 @@ class Recording:
     maps: list[Tensor] | None = None  # [B, H, N, M] each, kept only for heat maps
 
     @classmethod
-    def of(cls, params: EvidenceParams, tokens_BM: Tensor, keep_maps: bool = False) -> Recording:
+    def of(cls, params: EvidenceParams, tokens_BM: Tensor, keep_maps: bool = False) -> Capture:
         weights_B1M = token_weights(tokens_BM)
         return cls(params.poolings, params.scale, params.normalise, weights_B1M, maps=[] if keep_maps else None)
 
@@ -133,12 +133,11 @@ class Recording:
 
 
 class AttentionState(threading.local):
-    """Shared by all processors of one U-Net; set for the length of one pass, by every thread for its own passes."""
+    """What the processors of one U-Net need to know of the pass that this thread is in; `during` sets it."""
 
-    recording: Recording | None = None
+    capture: Capture | None = None
     prompt: Prompt | None = None
-    latents_BC: Tensor | None = None
-    texts_B: Tensor | None = None
+    text_index_B: Tensor | None = None
 
 
 class CrossAttentionProcessor:
@@ -158,20 +157,19 @@ class CrossAttentionProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        text, texts_B = encoder_hidden_states, self.state.texts_B
+        text, index_B = encoder_hidden_states, self.state.text_index_B
         key, value = attn.to_k(text), attn.to_v(text)
-        if texts_B is not None:
-            key, value = key[texts_B], value[texts_B]
+        if index_B is not None:
+            key, value = key[index_B], value[index_B]
         if self.state.prompt is not None:
-            assert self.state.latents_BC is not None
-            text_BMD = text if texts_B is None else text[texts_B]
+            text_BMD = text if index_B is None else text[index_B]
             # A prompt is float32, whatever the U-Net is.
-            add_key, add_value = self.state.prompt(self.layer, text_BMD.float(), self.state.latents_BC)
+            add_key, add_value = self.state.prompt(self.layer, text_BMD.float())
             key, value = key + add_key.to(key.dtype), value + add_value.to(value.dtype)
         query_BHND, key_BHMD, value_BHMD = (
             x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (attn.to_q(hidden_states), key, value)
         )
-        if self.state.recording is None:
+        if self.state.capture is None:
             mixed = torch.nn.functional.scaled_dot_product_attention(query_BHND, key_BHMD, value_BHMD, scale=attn.scale)
         else:
             if attn.upcast_attention:  # as Stable Diffusion 2.1 asks: its logits do not fit into float16
@@ -179,7 +177,7 @@ class CrossAttentionProcessor:
             # There are fewer text than image tokens: it is the keys that are scaled.
             logits_BHNM = query_BHND @ (key_BHMD * attn.scale).transpose(-1, -2)
             attn_BHNM = logits_BHNM.softmax(-1, dtype=torch.float32)
-            self.state.recording.add(logits_BHNM, attn_BHNM, query_BHND, key_BHMD)
+            self.state.capture.add(logits_BHNM, attn_BHNM, query_BHND, key_BHMD)
             mixed = attn_BHNM.to(value_BHMD.dtype) @ value_BHMD
         out = attn.to_out[0](mixed.transpose(1, 2).flatten(-2))
         return attn.to_out[1](out)
@@ -244,8 +242,8 @@ def cross_attention_layers(unet: UNet2DConditionModel) -> list[tuple[str, Attent
     return attention_layers(unet, "attn2")
 
 
-def install(unet: UNet2DConditionModel, backend: str = "sdpa") -> AttentionState:
-    """Puts the processor into every cross-attention layer of the U-Net; the state returned drives all of them.
+def install(unet: UNet2DConditionModel, state: AttentionState, backend: str = "sdpa") -> None:
+    """Put the processor into every cross-attention layer of the U-Net; the state drives all of them.
 
     Self-attention goes through the backend, which changes no result.
 
@@ -255,27 +253,17 @@ def install(unet: UNet2DConditionModel, backend: str = "sdpa") -> AttentionState
     if backend not in SELF_ATTENTION:
         raise CheckpointError(f"runtime.attention: {unknown('attention backend', backend, SELF_ATTENTION)}")
     SELF_ATTENTION[backend](unet)
-    state = AttentionState()
     for number, (_, module) in enumerate(cross_attention_layers(unet)):
         module.set_processor(CrossAttentionProcessor(number, state))
-    return state
 
 
 @contextmanager
 def during(
-    state: AttentionState,
-    recording: Recording | None = None,
-    prompt: Prompt | None = None,
-    latents_BC: Tensor | None = None,
-    texts_B: Tensor | None = None,
+    state: AttentionState, capture: Capture | None, prompt: Prompt | None, text_index_B: Tensor | None
 ) -> Iterator[None]:
-    """Capture and prompt for the passes within the block, and for none after it.
-
-    With texts_B the U-Net is given every text once, and texts_B says which of them each row of the batch has: their
-    keys and values are computed once.
-    """
-    state.recording, state.prompt, state.latents_BC, state.texts_B = recording, prompt, latents_BC, texts_B
+    """Capture and prompt for the pass within the block, in this thread; `predict_noise` of a backbone enters it."""
+    state.capture, state.prompt, state.text_index_B = capture, prompt, text_index_B
     try:
         yield
     finally:
-        state.recording, state.prompt, state.latents_BC, state.texts_B = None, None, None, None
+        state.capture, state.prompt, state.text_index_B = None, None, None

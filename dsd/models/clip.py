@@ -6,6 +6,7 @@ Shapes: B batch, P picture side in pixels, F width of a tower, M text tokens, N 
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -50,11 +51,33 @@ class Clip:
         folder, identity = locate(row)
         # Its features are stored, and are other numbers in other arithmetic.
         self.digest = identity if row.dtype == "float32" else digest(identity, row.dtype)
-        self.device, self.dtype = device, DTYPES[row.dtype]
-        opened = self._open(folder, self.dtype)
-        self.model, self.tokenizer, self.resolution = opened.model.to(device), opened.tokenizer, opened.resolution
-        # From −1…1, which is what `to_model` gives: the mean and deviation are those of values in 0…1.
-        self._scale, self._shift = 0.5 / opened.deviation_3, (0.5 - opened.mean_3) / opened.deviation_3
+        self.device, self.dtype, self._folder = device, DTYPES[row.dtype], folder
+
+    def open(self) -> None:
+        """Open the model, unless it is open.
+
+        Raises:
+            CheckpointError: it does not load; one line.
+        """
+        _ = self._opened
+
+    @cached_property
+    def _opened(self) -> Opened:
+        opened = self._open(self._folder, self.dtype)
+        return opened._replace(model=opened.model.to(self.device))
+
+    @property
+    def model(self) -> Any:
+        return self._opened.model
+
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        return self._opened.tokenizer
+
+    @property
+    def resolution(self) -> int:
+        """The side in pixels of the images that it was trained on."""
+        return self._opened.resolution
 
     @classmethod
     def _open(cls, folder: Path, dtype: torch.dtype) -> Opened:
@@ -75,7 +98,10 @@ class Clip:
             pictures = np.stack(
                 [to_array(resize(Image.fromarray(p), parity=None, resolution=self.resolution)) for p in pictures]
             )
-        pixels = torch.from_numpy(to_model(pictures)) * self._scale[:, None, None] + self._shift[:, None, None]
+        # From −1…1, which is what `to_model` gives: the mean and deviation are those of values in 0…1.
+        mean_3, deviation_3 = self._opened.mean_3, self._opened.deviation_3
+        scale_3, shift_3 = 0.5 / deviation_3, (0.5 - mean_3) / deviation_3
+        pixels = torch.from_numpy(to_model(pictures)) * scale_3[:, None, None] + shift_3[:, None, None]
         pixels = pixels.to(self.device, self.dtype)
         return self.model.vision_model(pixel_values=pixels).pooler_output.float()
 

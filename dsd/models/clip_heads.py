@@ -25,6 +25,7 @@ from dsd.models.checkpoint import longer
 from dsd.models.prompts import PROMPT, load_learned, save_learned
 
 WEIGHTS = "weights.safetensors"
+FILES = {"projections": WEIGHTS, "context": PROMPT}  # what the training of a head leaves, by what it tunes
 
 
 class Features(Protocol):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,6 +90,10 @@ class AttentionPrompt(nn.Module):
             added.append(core_BMR @ self.up[layer][side].T)
         return added[0], added[1]
 
+    def bind(self, latents_BCrr: Tensor) -> BoundPrompt:
+        """The prompt for the images with these latents."""
+        return BoundPrompt(self, pooled_latent(latents_BCrr))
+
     def save(self, path: Path, backbone: str) -> None:
         shape = dict(
             text_width=self.down.shape[-1],
@@ -103,3 +108,15 @@ class AttentionPrompt(nn.Module):
     def load(cls, path: Path, backbone: str) -> AttentionPrompt:
         """Raises CheckpointError where the file is not a prompt or belongs to another backbone."""
         return load_learned(partial(cls, seed=0), path, backbone, "an attention prompt")
+
+
+@dataclass(frozen=True)
+class BoundPrompt:
+    """An attention prompt and the pooled latents [B, 2C] of a batch: p(x) for its images."""
+
+    prompt: AttentionPrompt
+    pooled_BC: Tensor
+
+    def __call__(self, layer: int, text_BMD: Tensor) -> tuple[Tensor, Tensor]:
+        added: tuple[Tensor, Tensor] = self.prompt(layer, text_BMD, self.pooled_BC)
+        return added

@@ -7,7 +7,7 @@ Shapes: B batch, T texts, M text tokens, D text width (of both encoders together
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,11 +32,11 @@ class StableDiffusionXL(StableDiffusion):
 
     @property
     def _pooled(self) -> int:
-        return int(self.text_encoders[1].config.projection_dim)
+        return int(self._config("text_encoder_2").projection_dim)
 
-    def _check_shapes(self, folder: str) -> None:
-        super()._check_shapes(folder)
-        unet, width = self.unet.config, self._pooled
+    def _check_shapes(self, unet: Any) -> None:
+        super()._check_shapes(unet)
+        folder, width = self._folder, self._pooled
         if unet.addition_embed_type != "text_time":
             raise CheckpointError(
                 f"{folder}: unet has addition_embed_type {unet.addition_embed_type!r}; XL's has 'text_time'"
@@ -58,12 +58,12 @@ class StableDiffusionXL(StableDiffusion):
         pooled_BD = torch.nn.functional.pad(outputs[1].text_embeds, (0, hidden_BMD.shape[-1] - self._pooled))
         return torch.cat([hidden_BMD, pooled_BD[:, None]], 1)
 
-    def _output(self, noised: Tensor, timesteps: Tensor, hidden: Tensor) -> Tensor:
-        hidden_TMD, pooled_TP, texts_B = hidden[:, :-1], hidden[:, -1, : self._pooled], self.attention.texts_B
+    def _output(self, noised: Tensor, timesteps: Tensor, hidden: Tensor, text_index: Tensor | None) -> Tensor:
+        hidden_TMD, pooled_TP = hidden[:, :-1], hidden[:, -1, : self._pooled]
         side = float(self.resolution)
-        told = {
-            "text_embeds": pooled_TP if texts_B is None else pooled_TP[texts_B],
-            # original height and width, top and left of the crop, height and width aimed at
+        conditions = {
+            "text_embeds": pooled_TP if text_index is None else pooled_TP[text_index],
+            # original height and width, top and left of the crop, target height and width
             "time_ids": torch.tensor([side, side, 0, 0, side, side], device=noised.device).expand(len(noised), -1),
         }
-        return cast(Tensor, self.unet(noised, timesteps, hidden_TMD, added_cond_kwargs=told).sample)
+        return cast(Tensor, self.unet(noised, timesteps, hidden_TMD, added_cond_kwargs=conditions).sample)

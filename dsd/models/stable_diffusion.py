@@ -6,8 +6,9 @@ Shapes: B batch, C latent channels, R picture side in pixels, r latent side, T t
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
+from functools import cached_property
 from pathlib import Path
+from threading import RLock
 from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from dsd.config import BackboneParams
 from dsd.data.images import to_model
 from dsd.errors import CheckpointError
 from dsd.models import lora
-from dsd.models.attention import AttentionState, cross_attention_layers, install
+from dsd.models.attention import AttentionState, Capture, Prompt, cross_attention_layers, during, install
 from dsd.models.checkpoint import DTYPES, component, locate, longer, one_file, prediction_of, require, tokenizer
 from dsd.models.single_file import SingleFile
 
@@ -36,67 +37,126 @@ class TextEmbeddings(NamedTuple):
 class StableDiffusion:
     """A frozen latent diffusion model, in the diffusers layout or as one file.
 
-    Images and texts are encoded in float32, whatever the arithmetic of the U-Net: each is encoded once.
+    Its components are opened when they are first used, or all by `open`. Images and texts are encoded in float32,
+    whatever the arithmetic of the U-Net: each is encoded once.
     """
 
     family: ClassVar[str] = "stable-diffusion"
     encoders: ClassVar[Mapping[str, Any]] = {"text_encoder": CLIPTextModel}
 
     def __init__(self, row: BackboneParams, device: torch.device, attention: str) -> None:
-        folder, self.digest = locate(row)
-        file, tokenizers = one_file(row), [name.replace("text_encoder", "tokenizer") for name in self.encoders]
+        """Find the checkpoint and read its settings, but no weights.
+
+        Raises:
+            CheckpointError: it is not there, lacks a component, or its scheduler does not load; one line.
+        """
+        self._row, self._backend, self._lock = row, attention, RLock()
+        self._file: SingleFile | None = None
+        self._folder, self.digest = locate(row)
+        tokenizers = [name.replace("text_encoder", "tokenizer") for name in self.encoders]
         components = ("vae", "unet", *self.encoders, *tokenizers, "scheduler")
-        require(folder, self.family, components, weights=file is None)
-        self.device, self.dtype, self.prediction = device, DTYPES[row.dtype], prediction_of(folder, row)
-        part = partial(component, folder) if file is None else SingleFile(file, folder).component
-        self.vae: AutoencoderKL = part(AutoencoderKL, "vae", torch.float32).to(device)
-        self.unet: UNet2DConditionModel = part(UNet2DConditionModel, "unet", self.dtype).to(device)
-        self.text_encoders = [part(kind, name, torch.float32).to(device) for name, kind in self.encoders.items()]
-        self.tokenizers = [tokenizer(folder, name) for name in tokenizers]
+        require(self._folder, self.family, components, weights=one_file(row) is None)
+        self.device, self.dtype, self.prediction = device, DTYPES[row.dtype], prediction_of(self._folder, row)
+        self.attention = AttentionState()
+
+    def open(self) -> None:
+        """Open every component.
+
+        Raises:
+            CheckpointError: one of them does not load, or they do not fit each other; one line.
+        """
+        if file := one_file(self._row):
+            self._file = SingleFile(file, self._folder)  # read once for all components, and dropped then
+        _ = self.tokenizers, self.schedule, self.vae, self.text_encoders, self.unet
+        self._file = None
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        return self._component(AutoencoderKL, "vae", torch.float32)
+
+    @cached_property
+    def text_encoders(self) -> list[Any]:
+        return [self._component(kind, name, torch.float32) for name, kind in self.encoders.items()]
+
+    @cached_property
+    def tokenizers(self) -> list[CLIPTokenizer]:
+        return [tokenizer(self._folder, name.replace("text_encoder", "tokenizer")) for name in self.encoders]
+
+    @cached_property
+    def unet(self) -> UNet2DConditionModel:
+        with self._lock:
+            if (opened := self.__dict__.get("unet")) is not None:  # another thread was first
+                return cast(UNet2DConditionModel, opened)
+            unet: UNet2DConditionModel = self._component(UNet2DConditionModel, "unet", self.dtype)
+            self._check_shapes(unet.config)
+            if self._row.lora is not None:
+                lora.merge(unet, Path(self._row.lora))
+            install(unet, self.attention, self._backend)
+            self.__dict__["unet"] = unet
+            return unet
+
+    @cached_property
+    def schedule(self) -> DDPMScheduler:
         try:
-            self.schedule = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+            return DDPMScheduler.from_pretrained(self._folder, subfolder="scheduler")
         except (OSError, ValueError, KeyError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:160]
-            raise CheckpointError(f"{folder}/scheduler: does not load: {reason}") from None
-        self._check_shapes(str(folder))
-        if row.lora is not None:
-            lora.merge(self.unet, Path(row.lora))
-        self.attention: AttentionState = install(self.unet, attention)
-        alphas = self.schedule.alphas_cumprod.to(device)
-        self._signal, self._noise = alphas.sqrt(), (1 - alphas).sqrt()
+            raise CheckpointError(f"{self._folder}/scheduler: does not load: {reason}") from None
 
-    def _check_shapes(self, folder: str) -> None:
-        unet, width = self.unet.config, sum(encoder.config.hidden_size for encoder in self.text_encoders)
+    @cached_property
+    def _alphas(self) -> tuple[Tensor, Tensor]:
+        """√ᾱ and √(1 − ᾱ) of every timestep."""
+        alphas = self.schedule.alphas_cumprod.to(self.device)
+        return alphas.sqrt(), (1 - alphas).sqrt()
+
+    def _component(self, kind: Any, name: str, dtype: torch.dtype) -> Any:
+        if file := one_file(self._row):
+            return (self._file or SingleFile(file, self._folder)).component(kind, name, dtype).to(self.device)
+        return component(self._folder, kind, name, dtype).to(self.device)
+
+    def _config(self, name: str) -> Any:
+        """The configuration of a component with its defaults, without its weights."""
+        if (kind := self.encoders.get(name)) is not None:
+            return kind.config_class.from_pretrained(self._folder / name)
+        return AutoencoderKL.from_config(AutoencoderKL.load_config(self._folder, subfolder=name)).config
+
+    @cached_property
+    def _shape(self) -> UNet2DConditionModel:
+        """The U-Net, without weights unless it is open: for what depends on its configuration alone."""
+        if "unet" in self.__dict__:
+            return self.unet
+        return unet_skeleton(UNet2DConditionModel.load_config(self._folder, subfolder="unet"), str(self._folder))
+
+    def _check_shapes(self, unet: Any) -> None:
+        """Whether the other components fit this configuration of the U-Net."""
+        folder, width = self._folder, sum(self._config(name).hidden_size for name in self.encoders)
         if unet.cross_attention_dim != width:
             raise CheckpointError(
                 f"{folder}: unet expects texts of width {unet.cross_attention_dim}, {' and '.join(self.encoders)} "
                 f"give {width}"
             )
-        if unet.in_channels != self.vae.config.latent_channels:
-            raise CheckpointError(
-                f"{folder}: unet expects {unet.in_channels} latent channels, "
-                f"vae gives {self.vae.config.latent_channels}"
-            )
+        if unet.in_channels != (channels := self._config("vae").latent_channels):
+            raise CheckpointError(f"{folder}: unet expects {unet.in_channels} latent channels, vae gives {channels}")
 
     @property
     def tokenizer(self) -> CLIPTokenizer:
-        """The one by whose tokens words are told."""
+        """The one whose tokens words are counted in."""
         return self.tokenizers[0]
 
-    @property
+    @cached_property
     def max_tokens(self) -> int:
-        limits = [encoder.config.max_position_embeddings for encoder in self.text_encoders]
+        limits = [self._config(name).max_position_embeddings for name in self.encoders]
         return int(min(*limits, *(tokens.model_max_length for tokens in self.tokenizers)))
 
     @property
     def resolution(self) -> int:
         """The side in pixels that the U-Net was trained at."""
-        return int(self.unet.config.sample_size * self.scale)
+        return int(self._shape.config.sample_size * self.scale)
 
-    @property
+    @cached_property
     def scale(self) -> int:
-        """Pixels a latent position stands for, along a side."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        """Pixels a latent position covers, along a side."""
+        return int(2 ** (len(self._config("vae").block_out_channels) - 1))
 
     @property
     def schedule_length(self) -> int:
@@ -104,11 +164,20 @@ class StableDiffusion:
 
     @property
     def layers(self) -> list[str]:
-        return [name for name, _ in cross_attention_layers(self.unet)]
+        """The names of the cross-attention layers, in the order of the forward pass."""
+        return [name for name, _ in cross_attention_layers(self._shape)]
 
     @property
     def layer_widths(self) -> list[int]:
-        return [int(module.to_k.out_features) for _, module in cross_attention_layers(self.unet)]
+        return [int(module.to_k.out_features) for _, module in cross_attention_layers(self._shape)]
+
+    @property
+    def text_width(self) -> int:
+        return int(self._shape.config.cross_attention_dim)
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self._shape.config.in_channels)
 
     @torch.inference_mode()
     def encode_images(self, pictures: np.ndarray) -> Tensor:
@@ -151,16 +220,48 @@ class StableDiffusion:
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t = √ᾱ_t z + √(1 − ᾱ_t) ε."""
-        shape = (-1, 1, 1, 1)
-        return self._signal[timesteps].view(shape) * latents + self._noise[timesteps].view(shape) * noise
+        (signal, sigma), shape = self._alphas, (-1, 1, 1, 1)
+        return signal[timesteps].view(shape) * latents + sigma[timesteps].view(shape) * noise
 
-    def predict_noise(self, noised: Tensor, timesteps: Tensor, hidden: Tensor) -> Tensor:
-        """ε_θ(z_t, t, y) [B, C, r, r], whatever the checkpoint predicts: v is turned into ε = √ᾱ v + √(1 − ᾱ) z_t."""
-        output = self._output(noised.to(self.dtype), timesteps, hidden.to(self.dtype)).float()
+    def predict_noise(
+        self,
+        noised: Tensor,
+        timesteps: Tensor,
+        hidden: Tensor,
+        text_index: Tensor | None = None,
+        *,
+        capture: Capture | None = None,
+        prompt: Prompt | None = None,
+    ) -> Tensor:
+        """ε_θ(z_t, t, y) [B, C, r, r], whatever the checkpoint predicts: v is turned into ε = √ᾱ v + √(1 − ᾱ) z_t.
+
+        Args:
+            noised: [B, C, r, r]; timesteps: [B].
+            hidden: [B, M, D] the text of each row; with text_index [B], [T, M, D] each text once, so that its keys and
+                values are computed once.
+            capture: records the cross-attention of this pass.
+            prompt: an attention prompt, bound to the latents of this batch.
+        """
+        with during(self.attention, capture, prompt, text_index):
+            output = self._output(noised.to(self.dtype), timesteps, hidden.to(self.dtype), text_index).float()
         if self.prediction == "epsilon":
             return output
-        shape = (-1, 1, 1, 1)
-        return self._signal[timesteps].view(shape) * output + self._noise[timesteps].view(shape) * noised
+        (signal, sigma), shape = self._alphas, (-1, 1, 1, 1)
+        return signal[timesteps].view(shape) * output + sigma[timesteps].view(shape) * noised
 
-    def _output(self, noised: Tensor, timesteps: Tensor, hidden: Tensor) -> Tensor:
+    def _output(self, noised: Tensor, timesteps: Tensor, hidden: Tensor, text_index: Tensor | None) -> Tensor:
         return cast(Tensor, self.unet(noised, timesteps, hidden).sample)
+
+
+def unet_skeleton(config: Mapping[str, Any], source: str) -> UNet2DConditionModel:
+    """A U-Net of this configuration without weights.
+
+    Raises:
+        CheckpointError: the configuration makes no U-Net.
+    """
+    try:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{source}: unet/config.json makes no U-Net ({reason})") from None

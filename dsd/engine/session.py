@@ -1,0 +1,171 @@
+"""A session: everything that a run on one dataset opens, each once and when it is first used.
+
+Shapes: C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dsd.config import MethodParams, NoiseParams, Params, noise_of, prompted
+from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
+from dsd.data.image_table import Pictures
+from dsd.engine.encodings import Arrays, Encodings, all_texts, contrastive_encodings, diffusion_encodings, read_all
+from dsd.engine.engine import Engine, fill
+from dsd.errors import DataError
+from dsd.models import Clip, StableDiffusion, device_of, load_clip, load_diffusion
+from dsd.models.checkpoint import DTYPES
+from dsd.models.clip_heads import FILES, Head, learned
+from dsd.models.prompts import PROMPT, AttentionPrompt
+from dsd.progress import progress
+from dsd.scorers.evidence import Shard
+from dsd.store import Store, digest, file_digest
+from dsd.versions import versioned
+
+
+class Folders(NamedTuple):
+    """What the stages before leave of a dataset."""
+
+    prepared: Path
+    cached: Path
+    trained: Path
+
+    @classmethod
+    def of(cls, data: Path, dataset: str) -> Folders:
+        return cls(*(data / stage / dataset for stage in ("prepare", "cache", "train")))
+
+
+class Session:
+    """Models, encodings and engines of a run on dataset `name`."""
+
+    def __init__(self, name: str, params: Params, folders: Folders, *, cores: int | None = None) -> None:
+        """`cores`: see `Engine`."""
+        self.name, self.params, self.folders = name, params, folders
+        self.cache = Store(folders.cached)
+        self._cores = cores
+        # Each once:
+        self.engine: Callable[[str], Engine] = cache(self._engine)
+        self.clip: Callable[[str], Clip] = cache(self._clip)
+        self.features: Callable[[str], tuple[Encodings, Encodings]] = cache(self._features)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return device_of(self.params.runtime.device)
+
+    @property
+    def noise(self) -> NoiseParams:
+        """The noise that the dataset's examples are scored at."""
+        return noise_of(self.params, self.name)
+
+    @cached_property
+    def images(self) -> Pictures:
+        return Pictures(self.folders.prepared / "images.parquet")
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return all_texts(read_all(self.folders.prepared))
+
+    def examples(self, split: str) -> list[MatchingExample]:
+        """The examples of a split.
+
+        Raises:
+            DataError: nothing was prepared.
+        """
+        file = self.folders.prepared / "examples.parquet"
+        if not file.exists():
+            raise DataError(f"{file}: no such file; run `make reproduce` first")
+        return read_examples(file, split)
+
+    @cached_property
+    def backbone(self) -> StableDiffusion:
+        """The diffusion model under test; its components are opened when they are first used."""
+        row, runtime = self.params.backbones[self.params.backbone], self.params.runtime
+        return load_diffusion(row, self.device, runtime.attention, lazy=True)
+
+    @cached_property
+    def diffusion_encodings(self) -> tuple[Encodings, Encodings]:
+        """The latents of the images and the embeddings of the texts."""
+        resolution, kept = self.params.images.resolution, self.params.runtime.kept_texts
+        return diffusion_encodings(self.backbone, self.images, self.texts, resolution, self.cache, kept)
+
+    def prompt_file(self, prompt: str) -> Path | None:
+        """The file with the attention prompt that evidence is computed under; None for the prompt "none"."""
+        training = prompted(self.params) if prompt == "few-shot" else None
+        return self.folders.trained / training / PROMPT if training else None
+
+    def prompt(self, prompt: str) -> AttentionPrompt | None:
+        """The attention prompt "few-shot" as trained; None for "none".
+
+        Raises:
+            CheckpointError: it is missing, or belongs to another backbone.
+        """
+        file = self.prompt_file(prompt)
+        return AttentionPrompt.load(file, self.backbone.digest) if file else None
+
+    def evidence_key(self, prompt: str) -> str:
+        """The digest of all that evidence depends on, except its rows."""
+        file, row = self.prompt_file(prompt), self.params.backbones[self.params.backbone]
+        trained = None if file is None else file_digest(file)
+        settings, resolution = self.params.evidence.model_dump(exclude={"shard"}), self.params.images.resolution
+        content = digest(self.backbone.digest, trained, settings, resolution, str(DTYPES[row.dtype]))
+        return versioned("evidence", content)
+
+    def _engine(self, prompt: str) -> Engine:
+        """The engine of evidence under a prompt ("none", "few-shot")."""
+        evidence, size = self.params.evidence, self.params.runtime.batch_size
+        return Engine(self.backbone, self.prompt(prompt), evidence, *self.diffusion_encodings, size, self._cores)
+
+    def fill(
+        self, prompt: str, shards: Sequence[Shard], store: Store, title: str,
+        keep: Callable[[Arrays], Arrays] = lambda arrays: arrays,
+    ) -> int:  # fmt: skip
+        """Compute the shards that are missing; see `dsd.engine.engine.fill`."""
+        return fill(lambda: self.engine(prompt), shards, store, title, keep)
+
+    def _clip(self, backbone: str) -> Clip:
+        """The CLIP of a row of `backbones`; the model is opened when it is first used."""
+        return load_clip(self.params.backbones[backbone], self.device, lazy=True)
+
+    def _features(self, backbone: str) -> tuple[Encodings, Encodings]:
+        """Its features of the images and of the texts."""
+        kept = self.params.runtime.kept_texts
+        return contrastive_encodings(self.clip(backbone), self.images, self.texts, self.cache, kept)
+
+    @property
+    def clips(self) -> list[str]:
+        """The rows of `backbones` that contrastive methods name."""
+        return sorted({m.own_backbone for m in self.params.methods.values() if m.contrastive and m.own_backbone})
+
+    def head(self, name: str) -> Head:
+        """What scores under the contrastive method of this name, as trained."""
+        method = self.params.methods[name]
+        backbone = str(method.own_backbone)
+        return learned(method, self.clip(backbone), *self.features(backbone), self.folders.trained / name)
+
+    def cosines_key(self, name: str, asked: Sequence[Pair]) -> str:
+        """The key of the cosines of these pairs under the contrastive method of this name."""
+        method = self.params.methods[name]
+        file = FILES.get(method.learns or "")
+        weights = file_digest(self.folders.trained / name / file) if file else None
+        return versioned("cosines", digest(self.clip(str(method.own_backbone)).digest, weights, asked))
+
+    @torch.inference_mode()
+    def cosines(self, name: str, asked: Sequence[Pair]) -> np.ndarray:
+        """The cosine [E] of each pair under the contrastive method of this name."""
+        head, size = self.head(name), self.params.runtime.batch_size
+        batches = [asked[i : i + size] for i in range(0, len(asked), size)]
+        bar = progress(batches, desc="cosines", unit="batch", leave=False)
+        return np.concatenate([head(batch).float().cpu().numpy() for batch in bar])
+
+    def proposals(self, proposer: str, examples: Sequence[MatchingExample]) -> list[np.ndarray]:
+        """The scores [C] of each example's candidates under a contrastive method."""
+        asked = pairs(examples)
+        scores = dict(zip(asked, self.cosines(proposer, asked).astype(float).tolist(), strict=True))
+        return [np.array([scores[pair] for pair in pairs([example])]) for example in examples]
