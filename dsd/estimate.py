@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,12 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsd.config import (
     DenoisingMethod,
     FusionMethod,
-    HierarchicalSchedule,
     Params,
-    RacesParams,
-    RacingSchedule,
-    ScheduleParams,
-    StagedSchedule,
     backbone_of,
     noise_of,
     prompted,
@@ -35,6 +29,7 @@ from dsd.errors import CheckpointError, DsdError
 from dsd.models import device_of
 from dsd.models.attention import cross_attention_layers
 from dsd.models.checkpoint import DTYPES, component_config, remote
+from dsd.schedules import SCHEDULES
 from dsd.scorers.evidence import normalises
 
 BACKWARD = 3  # passes that a pass and its gradient cost
@@ -218,23 +213,11 @@ def _raced(name: str, params: Params) -> int:
     expected = benchmark(row.kind).expected(row)
     found = 0
     for method in raced(params).values():
-        found += evaluations(params.schedules[method.schedule], expected.images * expected.texts, params.races)
+        schedule = params.schedules[method.schedule]
+        found += SCHEDULES[schedule.kind].evaluations_of(schedule, expected.images * expected.texts, params.races)
         if isinstance(method, DenoisingMethod) and expected.images > 1:
             found += expected.images * len(params.races.levels) * params.races.draws_per_level
     return expected.test * found
-
-
-def evaluations(row: ScheduleParams, candidates: int, races: RacesParams) -> int:
-    """Of a race of so many candidates under a schedule, at most."""
-    listed = None if isinstance(row, RacingSchedule) else row.shortlist
-    seen = min(candidates, listed.keep) if listed else candidates
-    if isinstance(row, StagedSchedule):
-        stages = zip((seen, *row.to_keep), pairwise((0, *row.n_samples)), strict=False)
-        most = sum(min(seen, kept) * (after - before) for kept, (before, after) in stages)
-    else:
-        draws = row.samples if isinstance(row, HierarchicalSchedule) else races.draws_per_level
-        most = seen * len(races.levels) * draws
-    return most if row.budget is None else min(most, int(row.budget * candidates))
 
 
 def _trained(name: str, params: Params) -> int:

@@ -39,10 +39,10 @@ class Entry:
     def tell(self, known: Mapping[Request, float]) -> None:
         """The values of what it wants."""
         rows = self._rows()
-        self.race.tell([known[row] - (known[without_text(row)] if self.normalised else 0.0) for row in rows])
+        self.race.record([known[row] - (known[without_text(row)] if self.normalised else 0.0) for row in rows])
 
     def _rows(self) -> list[Request]:
-        return [(self.pairs[candidate], self.draws[draw]) for candidate, draw in self.race.asks()]
+        return [(self.pairs[candidate], self.draws[draw]) for candidate, draw in self.race.next_rows()]
 
 
 def without_text(request: Request) -> Request:

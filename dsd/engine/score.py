@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsd.config import ContrastiveMethod, FusionMethod, Params, RacingSchedule, noise_of, prompted, raced
+from dsd.config import ContrastiveMethod, FusionMethod, Params, noise_of, prompted, raced
 from dsd.data.draws import draws
 from dsd.data.examples import MatchingExample, pairs, read_examples
 from dsd.data.image_table import Pictures
@@ -25,9 +25,9 @@ from dsd.models import device_of, load_clip, load_diffusion
 from dsd.models.checkpoint import digest_of
 from dsd.models.prompts import PROMPT, AttentionPrompt
 from dsd.progress import progress
-from dsd.schedules import replay
+from dsd.schedules import SCHEDULES
 from dsd.schedules.race import Race
-from dsd.schedules.replay import course_of
+from dsd.schedules.replay import read_comparisons
 from dsd.scorers.evidence import (
     INDEX,
     RACES,
@@ -193,9 +193,10 @@ def score_raced(
     costs: dict[str, float] = {}
     for row, method in raced(params).items():
         schedule = params.schedules[method.schedule]
+        kind = SCHEDULES[schedule.kind]
         track = Track.of(name, method, params, folders)
-        told = learned_from(races / f"{name}.json", row, track.key) if isinstance(schedule, RacingSchedule) else {}
-        course = course_of(schedule, params.races, told)
+        told = learned_from(races / f"{name}.json", row, track.key) if kind.needs_comparison else {}
+        course = kind.course_of(schedule, params.races, told)
         settings = [schedule.model_dump(), told.get("learned"), told.get("promised")]
         groups = [examples[first : first + GROUP] for first in range(0, len(examples), GROUP)]
         keys[row] = [f"races-{digest(track.source, settings, [astuple(e) for e in group])}" for group in groups]
@@ -241,7 +242,7 @@ def places(races: Sequence[Race]) -> Arrays:
     return {
         "place": np.concatenate([race.ranking().argsort() + 1 for race in races]).astype(np.int32),
         "evaluations": np.array([race.evaluations for race in races], dtype=np.int32),
-        "lost": np.array([race.dropped for race in races], dtype=np.int32),
+        "lost": np.array([race.lost_draws for race in races], dtype=np.int32),
     }
 
 
@@ -251,7 +252,7 @@ def learned_from(file: Path, row: str, key: str) -> dict[str, Any]:
     Raises:
         DataError: there were none under these params and models.
     """
-    for told in replay.read(file).values():
+    for told in read_comparisons(file).values():
         if told["key"] == key:
             return dict(told)
     raise DataError(f"{file}: no races that {row} could learn from; see races.datasets, then `make races`")

@@ -23,8 +23,8 @@ from dsd.errors import DataError, ParamsError, unknown
 from dsd.models import clip_heads as contrastive
 from dsd.models import device_of, load_clip, load_diffusion
 from dsd.models.prompts import PROMPT, AttentionPrompt
+from dsd.schedules.base import Course
 from dsd.schedules.race import Floats, Race
-from dsd.schedules.replay import Course
 from dsd.scorers.evidence import UNCONDITIONAL, plan, requests, wanted
 from dsd.store import Store, digest
 

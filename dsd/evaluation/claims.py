@@ -22,7 +22,10 @@ from dsd.data.examples import MatchingExample
 from dsd.datasets import benchmark
 from dsd.evaluation.ablations import Variant, values
 from dsd.metrics import HEADLINES, Hits
-from dsd.schedules.replay import AGREED, DIRECTIONS, EXHAUSTIVE, SPARED, promising, published
+from dsd.schedules.exhaustive import ALL_DRAWS
+from dsd.schedules.hierarchical import DIRECTIONS, published_name
+from dsd.schedules.racing import racing_name
+from dsd.schedules.replay import AGREED, SPARED
 from dsd.statistics import Difference, cohens_h, difference_above, holm, paired_difference
 from dsd.store import write_atomic
 
@@ -106,15 +109,15 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
     others = raced(params)
     denoiser = next((n for n, m in params.methods.items() if isinstance(m, DenoisingMethod) and n not in others), "")
     racing = [d for d in (*classifying, *answering) if denoiser in params.races.datasets.get(d, ())]
-    clean, noisy, middle = (f"{denoiser}, {published(direction)}" for direction in DIRECTIONS)
-    exhaustive = f"{denoiser}, {EXHAUSTIVE}"
+    clean, noisy, middle = (f"{denoiser}, {published_name(direction)}" for direction in DIRECTIONS)
+    exhaustive = f"{denoiser}, {ALL_DRAWS}"
 
     def pruned(metric: str, other: str, least: float = 0.0) -> list[Comparison]:
         return [Comparison(d, metric, clean, other, least=least) for d in classifying]
 
     def kept_promises() -> Iterator[Comparison]:
         for dataset, delta, proposer in product(racing, params.races.racing.deltas, params.races.racing.proposer):
-            yield Comparison(dataset, AGREED, f"{denoiser}, {promising(delta, proposer)}", exhaustive, least=-delta)
+            yield Comparison(dataset, AGREED, f"{denoiser}, {racing_name(delta, proposer)}", exhaustive, least=-delta)
 
     def spared_by_racing() -> Iterator[Comparison]:
         best = f"{denoiser}, racing"

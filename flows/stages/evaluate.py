@@ -13,9 +13,9 @@ def evaluate(params: Params) -> dict[str, Details]:
     from dsd.datasets import benchmark
     from dsd.evaluation import ablations, claims
     from dsd.evaluation import evaluate as evaluation
-    from dsd.experiments import variants
+    from dsd.experiments.study_results import compare_variants, write_studies
     from dsd.metrics import HEADLINES
-    from dsd.schedules import replay
+    from dsd.schedules.replay import read_hits
 
     target = DATA / "evaluate"
     results: dict[str, evaluation.Results] = {}
@@ -29,7 +29,7 @@ def evaluate(params: Params) -> dict[str, Details]:
         examples = read_examples(prepared / "examples.parquet", "test")
         taken_apart[name] = ablations.with_intervals(params, examples, variants)
         kind = params.datasets[name].kind
-        raced = replay.read_hits(DATA / "races" / f"{name}.json", HEADLINES[benchmark(kind).metrics], examples)
+        raced = read_hits(DATA / "races" / f"{name}.json", HEADLINES[benchmark(kind).metrics], examples)
         data[name] = claims.Answers(kind, examples, {**hits, **raced}, variants)
         return {}
 
@@ -37,7 +37,11 @@ def evaluate(params: Params) -> dict[str, Details]:
     evaluation.write_metrics(results, target)
     ablations.write(taken_apart, target)
     claims.write(*claims.judge(params, data), target)
-    variants.write({study: variants.compare(params, study, DATA / "studies", data) for study in params.studies}, target)
+    studies = {
+        name: compare_variants(DATA / "studies" / f"{name}.json", row, data, params.evaluate, params.seed)
+        for name, row in params.studies.items()
+    }
+    write_studies(studies, target)
     return details
 
 
