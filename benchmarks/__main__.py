@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from dsd.engine.tracks import Folders, Track, proposals
 
 from benchmarks import executors, plain, serving, watching
 from benchmarks.drift import drift
@@ -27,10 +28,9 @@ from dsd.data.draws import draws
 from dsd.data.examples import MatchingExample, read_examples
 from dsd.data.image_table import Pictures
 from dsd.engine.batching import Filled
-from dsd.engine.tracks import Folders, Track, proposals
 from dsd.errors import DataError
 from dsd.experiments import scaling as growth
-from dsd.models.attention import Recording, during
+from dsd.models.attention import Capture
 from dsd.schedules import replay
 from dsd.schedules.race import Floats, Learned, all_draws
 from dsd.schedules.replay import Course, promising, raced
@@ -98,10 +98,9 @@ def capture_overhead() -> Result:
         backbone.predict_noise(latents, timesteps, hidden)
 
     def captured() -> None:
-        recording = Recording.of(params.evidence, content)
-        with during(backbone.attention, recording):
-            backbone.predict_noise(latents, timesteps, hidden)
-        recording.stacked()
+        capture = Capture.of(params.evidence, content)
+        backbone.predict_noise(latents, timesteps, hidden, capture=capture)
+        capture.stacked()
 
     with torch.inference_mode():
         bare(), captured()

@@ -12,11 +12,11 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
+from dsd.engine.tracks import Folders
 
 from benchmarks.setting import PREPARED
 from dsd.config import load
 from dsd.engine import score as scoring
-from dsd.engine.tracks import Folders
 from flows.executors import ahead, cluster
 
 NAME = PREPARED.name

@@ -16,7 +16,7 @@ from dsd.data.examples import MatchingExample, Pair
 from dsd.data.image_table import Pictures
 from dsd.data.images import resize, to_array
 from dsd.models import StableDiffusion
-from dsd.models.attention import Recording, during
+from dsd.models.attention import Capture
 
 
 @torch.inference_mode()
@@ -38,8 +38,7 @@ def score(
                     # Both halves of classifier-free guidance run, as in a generation pipeline.
                     content = words.content.clone()
                     content[0, 0] = True
-                    recording = Recording.of(evidence, content)
-                    with during(backbone.attention, recording):
-                        backbone.predict_noise(noised.repeat(2, 1, 1, 1), timestep.repeat(2), words.hidden)
-                    found[Pair(image, text), draw] = float(recording.stacked()[0][1, 0].mean())
+                    capture = Capture.of(evidence, content)
+                    backbone.predict_noise(noised.repeat(2, 1, 1, 1), timestep.repeat(2), words.hidden, capture=capture)
+                    found[Pair(image, text), draw] = float(capture.stacked()[0][1, 0].mean())
     return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,26 +15,20 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsd.config import (
-    DenoisingMethod,
-    FusionMethod,
-    HierarchicalSchedule,
     Params,
-    RacesParams,
-    RacingSchedule,
-    ScheduleParams,
-    StagedSchedule,
     backbone_of,
     noise_of,
     prompted,
     raced,
 )
 from dsd.datasets import benchmark
-from dsd.engine.score import prompts
-from dsd.errors import CheckpointError, DsdError
+from dsd.errors import DsdError
 from dsd.models import device_of
 from dsd.models.attention import cross_attention_layers
 from dsd.models.checkpoint import DTYPES, component_config, remote
-from dsd.scorers.evidence import normalises
+from dsd.models.stable_diffusion import unet_skeleton
+from dsd.schedules import SCHEDULES
+from dsd.scorers.evidence import evidence_prompts, reads_unconditional
 
 BACKWARD = 3  # passes that a pass and its gradient cost
 TOKENS = 77  # of a text, as every published model takes it
@@ -71,14 +64,9 @@ class UNet:
             CheckpointError: the configuration cannot be had or makes no U-Net.
         """
         row = params.backbones[params.backbone]
-        config = component_config(row, "unet")
-        try:
-            with torch.device("meta"):
-                unet = UNet2DConditionModel.from_config(config)
-                operations = _operations(unet)
-        except (TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise CheckpointError(f"{row.source}: unet/config.json makes no U-Net ({reason})") from None
+        unet = unet_skeleton(component_config(row, "unet"), row.source)
+        with torch.device("meta"):
+            operations = _operations(unet)
         attention = [module for _, module in cross_attention_layers(unet)]
         size = sum(weight.numel() for weight in unet.parameters()) * DTYPES[row.dtype].itemsize
         text, latents = TOKENS * unet.config.cross_attention_dim, unet.config.in_channels * unet.config.sample_size**2
@@ -202,11 +190,11 @@ def _scored(name: str, params: Params) -> int:
     pairs = expected.images * expected.texts
     shown = max(expected.images, expected.texts)  # a few-shot choice of images has a text for each
     fitting = 0
-    if any(isinstance(method, FusionMethod) for method in params.methods.values()):
+    if any(method.fits_weights for method in params.methods.values()):
         fitting = min(params.fusion.examples, round(row.few_shot * expected.learning))
     scored = 0
-    for prompt in prompts(params):
-        alone = expected.images if expected.images > 1 and normalises(params.methods, prompt) else 0
+    for prompt in evidence_prompts(params.methods):
+        alone = expected.images if expected.images > 1 and reads_unconditional(params.methods, prompt) else 0
         scored += expected.test * (pairs + alone) * draws
         scored += fitting * (expected.images * min(shown, params.fusion.candidates) + alone) * draws
     return scored
@@ -218,23 +206,11 @@ def _raced(name: str, params: Params) -> int:
     expected = benchmark(row.kind).expected(row)
     found = 0
     for method in raced(params).values():
-        found += evaluations(params.schedules[method.schedule], expected.images * expected.texts, params.races)
-        if isinstance(method, DenoisingMethod) and expected.images > 1:
+        schedule = params.schedules[method.schedule]
+        found += SCHEDULES[schedule.kind].evaluations_of(schedule, expected.images * expected.texts, params.races)
+        if method.compares_unconditional and expected.images > 1:
             found += expected.images * len(params.races.levels) * params.races.draws_per_level
     return expected.test * found
-
-
-def evaluations(row: ScheduleParams, candidates: int, races: RacesParams) -> int:
-    """Of a race of so many candidates under a schedule, at most."""
-    listed = None if isinstance(row, RacingSchedule) else row.shortlist
-    seen = min(candidates, listed.keep) if listed else candidates
-    if isinstance(row, StagedSchedule):
-        stages = zip((seen, *row.to_keep), pairwise((0, *row.n_samples)), strict=False)
-        most = sum(min(seen, kept) * (after - before) for kept, (before, after) in stages)
-    else:
-        draws = row.samples if isinstance(row, HierarchicalSchedule) else races.draws_per_level
-        most = seen * len(races.levels) * draws
-    return most if row.budget is None else min(most, int(row.budget * candidates))
 
 
 def _trained(name: str, params: Params) -> int:

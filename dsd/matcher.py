@@ -32,12 +32,13 @@ from dsd.data.draws import Draw, draws
 from dsd.data.examples import Pair
 from dsd.data.images import ImageSource, image_id, load_image, resize, to_array
 from dsd.engine.encodings import Arrays
-from dsd.engine.engine import Engine, RacedMethod, cores, row_values
+from dsd.engine.engine import Engine, cores
+from dsd.engine.forward import ScheduledMethod, row_values
 from dsd.errors import CheckpointError, TextError, unknown
 from dsd.models import StableDiffusion, device_of, load_diffusion
-from dsd.models.attention import Recording, during
+from dsd.models.attention import Capture
 from dsd.models.checkpoint import family_of, folder_of
-from dsd.models.prompts import AttentionPrompt, pooled_latent
+from dsd.models.prompts import AttentionPrompt
 from dsd.progress import progress
 from dsd.scorers.evidence import UNCONDITIONAL
 
@@ -69,7 +70,7 @@ class Matcher:
         self,
         backbone: StableDiffusion,
         prompt: AttentionPrompt | None,
-        method: MethodName | RacedMethod,
+        method: MethodName | ScheduledMethod,
         noise: NoiseParams,
         evidence: EvidenceParams,
         *,
@@ -194,11 +195,11 @@ class Matcher:
 
     def _columns(self, texts: Sequence[str]) -> list[str]:
         """The unconditional pass makes images comparable with each other, not only texts."""
-        return [*texts, UNCONDITIONAL] if self.method == "denoising" else [*texts]
+        return [*texts, UNCONDITIONAL] if self._row.compares_unconditional else [*texts]
 
     def _set_off(self, values_ITK: Tensor) -> Tensor:
         found_IT = values_ITK.mean(-1)
-        return found_IT[:, :-1] - found_IT[:, -1:] if self.method == "denoising" else found_IT
+        return found_IT[:, :-1] - found_IT[:, -1:] if self._row.compares_unconditional else found_IT
 
     @torch.inference_mode()
     def heatmap(self, image: ImageSource, text: str) -> Heatmap:
@@ -226,15 +227,15 @@ class Matcher:
 
     def _maps(self, latents: Tensor, hidden: Tensor, content: Tensor, draw: Draw, side: int) -> tuple[Tensor, Tensor]:
         """Of one draw, the attention of each word summed over layers [M, R, R], and the noised latents [1, C, r, r]."""
-        recording = Recording.of(self._evidence, content, keep_maps=True)
+        capture = Capture.of(self._evidence, content, keep_maps=True)
         timesteps = torch.tensor([draw.timestep(self.backbone.schedule_length)], device=latents.device)
         noise = draw.noise(tuple(latents.shape[1:]))[None].to(latents.device)
         noised = self.backbone.add_noise(latents, noise, timesteps)
-        with during(self.backbone.attention, recording, self.prompt, pooled_latent(latents)):
-            self.backbone.predict_noise(noised, timesteps, hidden)
-        assert recording.maps is not None
+        prompt = None if self.prompt is None else self.prompt.bind(latents)
+        self.backbone.predict_noise(noised, timesteps, hidden, capture=capture, prompt=prompt)
+        assert capture.maps is not None
         total = torch.zeros(int(content.sum()), side, side)
-        for attn_BHNM in recording.maps:
+        for attn_BHNM in capture.maps:
             own = round(attn_BHNM.shape[-2] ** 0.5)
             maps = attn_BHNM[0].mean(0).T[content[0]].reshape(1, -1, own, own)
             total += torch.nn.functional.interpolate(maps, (side, side), mode="bicubic")[0].cpu()
@@ -291,7 +292,7 @@ def check_texts(texts: Sequence[str]) -> None:
             raise TextError(f"text {number + 1} of {len(texts)} is empty; give it at least one word")
 
 
-def _row(name: MethodName, prompt: AttentionPrompt | None, noise: NoiseParams) -> RacedMethod:
+def _row(name: MethodName, prompt: AttentionPrompt | None, noise: NoiseParams) -> ScheduledMethod:
     """The method of this name, as the papers have it."""
     common: dict[str, Any] = dict(prompt="few-shot" if prompt else "none", levels=noise.levels, schedule=EXHAUSTIVE)
     if name == "denoising":

@@ -23,10 +23,10 @@ CODE = Path(__file__).resolve().parent.parent  # where the actors import from
 
 
 class Worker(Protocol):
-    """Computes shards by their keys: `dsd.engine.encodings.Worker`, `dsd.engine.score.Worker`."""
+    """Computes shards by their keys: `dsd.engine.cache.Worker`, `dsd.engine.score.Worker`."""
 
     @property
-    def asked(self) -> Container[str]:
+    def shards(self) -> Container[str]:
         """The keys that it knows of."""
         ...
 
@@ -61,7 +61,7 @@ class Actor:
                 raise DsdError(f"{place}: no such folder; all machines need the workspace under one path")
             os.chdir(self._workspace)  # where the places that params name are looked for
             self._worker = self._opened()
-        if key not in self._worker.asked:
+        if key not in self._worker.shards:
             raise DsdError(f"{place}: asks for other shards; all machines need the same data, checkpoints and code")
         self._worker(key)
 

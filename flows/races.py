@@ -1,4 +1,4 @@
-"""Beside the stages: evidence at every draw, and what each schedule would have asked for of it. Some hours."""
+"""`make races`, not a stage: compare schedules on evidence at every draw, and measure how racing scales. Some hours."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from flows.stages.common import Details, each, main, unit
 
 
 @flow(name="races", persist_result=False)
-def run() -> None:
-    """Runs what is missing of the races of params.yaml; goes on where it was stopped."""
-    from dsd.engine.tracks import Folders
-    from dsd.experiments import races
-    from dsd.experiments import scaling as growth
+def races() -> None:
+    """Run what is missing of the section `races` of params.yaml; resumable."""
+    from dsd.engine.session import Folders, Session
+    from dsd.experiments.scaling import measure_scaling
+    from dsd.experiments.schedule_comparison import compare_schedules
 
     params = load()
 
     def dataset(name: str) -> Details:
-        folders = Folders(*(DATA / stage / name for stage in ("prepare", "cache", "train")))
-        return races.run(name, params, folders, DATA / "draws" / name, DATA / "races")
+        session = Session(name, params, Folders.of(DATA, name))
+        return compare_schedules(session, DATA / "draws" / name, DATA / "races")
+
+    def growth(name: str) -> Details:
+        measure_scaling(params.races, params.evaluate, params.seed, DATA / "races")
+        return {}
 
     each(unit(dataset), params.races.datasets)
-    growth.grow(params, DATA / "races")
+    each(unit(growth), ["growth"])
 
 
 if __name__ == "__main__":
-    main(run)
+    main(races)

@@ -1,4 +1,4 @@
-"""Beside the stages: searches, other few-shot samples and shares, and what changes the forward pass. Some hours."""
+"""`make studies`, not a stage: searches, other few-shot samples and shares, changes of the forward pass. Some hours."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from flows.stages.common import Details, each, main, unit
 
 
 @flow(name="studies", persist_result=False)
-def run() -> None:
-    """Runs what is missing of the studies of params.yaml, or of those named as arguments; goes on where it stopped."""
-    from dsd.experiments import studies as study
+def studies() -> None:
+    """Run what is missing of the studies of params.yaml, or of those named as arguments; resumable."""
+    from dsd.experiments.studies import missing_pieces, run_piece
+    from dsd.experiments.variants import Study
 
-    params, asked, target = load(), sys.argv[1:], DATA / "studies"
-    for name in asked:
+    params, names, target = load(), sys.argv[1:], DATA / "studies"
+    for name in names:
         if name not in params.studies:
             raise DsdError(unknown("study", name, params.studies))
     pieces = {
-        f"{name}: {variant}, {dataset}": (name, variant, dataset)
-        for name in asked or params.studies
-        for variant, dataset in study.missing(name, params, target)
+        f"{study.name}: {variant}, {dataset}": (study, variant, dataset)
+        for study in (Study(name, params) for name in names or params.studies)
+        for variant, dataset in missing_pieces(study, target)
     }
 
     def piece(label: str) -> Details:
-        name, variant, dataset = pieces[label]
-        study.run(name, variant, dataset, params, target, DATA / "unfinished" / name)
+        study, variant, dataset = pieces[label]
+        run_piece(study, variant, dataset, target, DATA / "unfinished" / study.name)
         return {}
 
     each(unit(piece), pieces)
@@ -38,4 +39,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(studies)

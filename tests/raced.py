@@ -1,17 +1,17 @@
-"""Races over evidence that is made up, and few settings of each schedule."""
+"""Races on synthetic evidence, and few settings of each schedule."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from dsd.config import RacesParams
-from dsd.schedules.replay import Entrants
+from dsd.schedules.replay import RecordedRaces
 
 LEVELS = (0.1, 0.4, 0.7, 0.9)
 
 
 def few(races: RacesParams) -> RacesParams:
-    """Four levels of two draws, and a handful of settings."""
+    """Four levels of two draws, and a few settings."""
     return races.model_copy(
         update={
             "levels": LEVELS,
@@ -26,11 +26,11 @@ def few(races: RacesParams) -> RacesParams:
     )
 
 
-def entrants(count: int, seed: int = 0) -> Entrants:
-    """The first candidate is right; clean levels tell much, the noisiest nothing; the proposer is a noisy look."""
+def synthetic_races(count: int, seed: int = 0) -> RecordedRaces:
+    """The first candidate is right. Clean levels are informative, the noisiest is not; the proposer is noisy."""
     rng = np.random.default_rng(seed)
     worth = rng.normal(size=(count, 12)) + np.eye(12)[0] * 3
-    tells = np.repeat([1.0, 0.7, 0.3, 0.0], 2)
-    values = worth[:, :, None] * tells + rng.normal(size=(count, 12, 8)) * 0.5
-    said = worth + rng.normal(size=worth.shape)
-    return Entrants(list(values), {"clip-zero-shot": list(said)}, [0] * count, [str(n) for n in range(count)])
+    signal = np.repeat([1.0, 0.7, 0.3, 0.0], 2)
+    values = worth[:, :, None] * signal + rng.normal(size=(count, 12, 8)) * 0.5
+    proposals = worth + rng.normal(size=worth.shape)
+    return RecordedRaces(list(values), {"clip-zero-shot": list(proposals)}, [0] * count, [str(n) for n in range(count)])

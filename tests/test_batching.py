@@ -1,4 +1,4 @@
-"""Continuous batching on made-up evidence: full batches, each request once, answers that depend on neither."""
+"""Continuous batching on synthetic evidence: full batches, each request once, the same rankings in any order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 from dsd.data.draws import Draw
 from dsd.data.examples import Pair
 from dsd.engine.batching import Entry, Filled, side_by_side
-from dsd.schedules.race import Race, Schedule, all_draws, hierarchical, racing, staged
+from dsd.schedules.exhaustive import all_draws
+from dsd.schedules.hierarchical import hierarchical
+from dsd.schedules.race import Race, Schedule
+from dsd.schedules.racing import racing
+from dsd.schedules.staged import staged
 from dsd.scorers.evidence import Request
 from tests.test_schedules import simple
 
@@ -23,7 +27,7 @@ SCHEDULES = [
 
 
 def value(request: Request) -> float:
-    """Made of the request alone."""
+    """A function of the request alone."""
     pair, draw = request
     seed = sum(map(ord, pair.image + pair.text)) * 1000 + draw.seed
     return float(np.random.default_rng(seed).normal() + len(pair.text) / 3)
@@ -34,11 +38,11 @@ def values(batch: list[Request]) -> list[float]:
 
 
 def entries(count: int, candidates: int, schedule: Schedule, normalised: bool = False) -> list[Entry]:
-    found = []
+    made = []
     for number in range(count):
         pairs = [Pair(f"i{number}", "t" * (c + 1) + str(number % 3)) for c in range(candidates)]
-        found.append(Entry(str(number), Race(candidates, schedule), pairs, DRAWS, normalised))
-    return found
+        made.append(Entry(str(number), Race(candidates, schedule), pairs, DRAWS, normalised))
+    return made
 
 
 def alone(entry: Entry) -> list[int]:
@@ -51,33 +55,33 @@ def alone(entry: Entry) -> list[int]:
 @given(
     st.integers(1, 30), st.integers(1, 9), st.integers(1, 64), st.sampled_from(range(4)), st.booleans(), st.randoms()
 )
-def test_answers_depend_on_neither_batch_nor_order(
+def test_rankings_depend_on_neither_batch_nor_order(
     count: int, candidates: int, size: int, which: int, normalised: bool, random: object
 ) -> None:
     expected = {entry.id: alone(entry) for entry in entries(count, candidates, SCHEDULES[which], normalised)}
     shuffled = entries(count, candidates, SCHEDULES[which], normalised)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    asked: list[Request] = []
+    requested: list[Request] = []
 
     def compute(batch: list[Request]) -> list[float]:
         assert 0 < len(batch) <= size
-        asked.extend(batch)
+        requested.extend(batch)
         return [value(request) for request in batch]
 
     filled = Filled()
-    found = {entry.id: entry.race.ranking().tolist() for entry in side_by_side(shuffled, compute, size, filled, {})}
-    assert found == expected
-    assert len(asked) == len(set(asked)) == filled.rows
+    rankings = {entry.id: entry.race.ranking().tolist() for entry in side_by_side(shuffled, compute, size, filled, {})}
+    assert rankings == expected
+    assert len(requested) == len(set(requested)) == filled.rows
 
 
-def test_batches_stay_full_until_the_last_races() -> None:
+def test_batches_are_full_until_the_last_races() -> None:
     filled = Filled()
     done = list(side_by_side(entries(300, 9, racing(simple(8), 1.0)), values, 96, filled, {}))
     assert len(done) == 300 and filled.share == 1.0
     assert filled.rows == sum(entry.race.evaluations for entry in done)
 
 
-def test_what_races_share_is_computed_once() -> None:
+def test_requests_that_races_share_are_computed_once() -> None:
     twins = [Entry(str(n), Race(2, all_draws(4)), [Pair("i", "a"), Pair("i", "b")], DRAWS, False) for n in range(3)]
     filled = Filled()
     assert len(list(side_by_side(twins, values, 5, filled, {}))) == 3
@@ -88,7 +92,7 @@ def test_nothing_to_run() -> None:
     assert list(side_by_side([], values, 4, Filled(), {})) == []
 
 
-def test_what_is_stored_is_not_computed() -> None:
+def test_stored_values_are_not_computed() -> None:
     stored = {(Pair("i0", "t0"), draw): 1.0 for draw in DRAWS}
     filled = Filled()
     (entry,) = side_by_side(entries(1, 2, all_draws(8)), values, 4, filled, stored)

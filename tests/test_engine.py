@@ -24,7 +24,7 @@ from dsd.engine.engine import Engine
 from dsd.engine.score import score
 from dsd.errors import DataError
 from dsd.models import load_diffusion
-from dsd.schedules.race import exhaustive
+from dsd.schedules.race import all_rows
 from dsd.scorers.evidence import INDEX, UNCONDITIONAL, plan, read_evidence, requests, wanted
 from dsd.store import Store
 
@@ -111,7 +111,7 @@ def test_each_pair_once_and_an_unconditional_pass_where_images_are_compared(prep
 
 @given(st.integers(1, 6), st.integers(1, 4))
 def test_exhaustive_asks_for_everything_once(count: int, width: int) -> None:
-    rows = exhaustive(count, width)
+    rows = all_rows(count, width)
     assert sorted(map(tuple, rows.tolist())) == [(p, d) for p in range(count) for d in range(width)]
 
 

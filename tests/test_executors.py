@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from dsd.engine.tracks import Folders
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsd.config import Params
 from dsd.engine import encodings as encoding
 from dsd.engine import score as scoring
-from dsd.engine.tracks import Folders
 from dsd.errors import CheckpointError, DsdError
 from dsd.evaluation.evaluate import evaluate
 from dsd.models import load

@@ -1,4 +1,4 @@
-"""Racing among many: costs fall towards a draw each, and the promise is kept."""
+"""Racing among many candidates: the cost falls towards one draw each, and the error rate is kept."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ import numpy as np
 import pytest
 
 from dsd.config import Params
-from dsd.experiments.scaling import NOISES, grow, read, synthetic
+from dsd.experiments.scaling import NOISES, measure_scaling, read_scaling, synthetic
 from tests.raced import few
 
 
 def test_costs_of_each_noise_and_number(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raced = params.model_copy(update={"races": few(params.races)})
-    grow(raced, tmp_path)
-    told = read(tmp_path)["rows"]
-    assert [(row["noise"], row["candidates"]) for row in told] == [(n, c) for n in NOISES for c in (10, 40)]
-    for row in told:
+    def measure(seed: int) -> None:
+        measure_scaling(few(params.races), params.evaluate, seed, tmp_path)
+
+    measure(params.seed)
+    rows = read_scaling(tmp_path)["rows"]
+    assert [(row["noise"], row["candidates"]) for row in rows] == [(n, c) for n in NOISES for c in (10, 40)]
+    for row in rows:
         assert row["share"]["n"] == row["disagreement"]["n"] == 30
         assert 1 / row["draws"] <= row["share"]["value"] <= 1 and row["disagreement"]["low"] <= 0.2
-    few_of, many_of = told[:2]
-    assert many_of["share"]["value"] < few_of["share"]["value"]
+    of_few, of_many = rows[:2]
+    assert of_many["share"]["value"] < of_few["share"]["value"]
 
     monkeypatch.setattr("dsd.experiments.scaling.synthetic", None)
-    grow(raced, tmp_path)  # what is there is left
+    measure(params.seed)  # not computed again
     with pytest.raises(TypeError):
-        grow(raced.model_copy(update={"seed": 9}), tmp_path)
+        measure(seed=9)
 
 
 @pytest.mark.parametrize("noise", NOISES)

@@ -26,9 +26,9 @@ from dsd.config import (
 )
 from dsd.data.examples import read_examples
 from dsd.engine.score import prompts
-from dsd.estimate import RATE, UNet, disk, evaluations, needs, passes
+from dsd.estimate import RATE, UNet, disk, needs, passes
+from dsd.schedules import SCHEDULES
 from dsd.schedules.race import Race
-from dsd.schedules.replay import course_of
 from dsd.scorers.evidence import normalises, requests
 from dsd.scorers.fusion import fitting_examples
 from flows import cli, presets
@@ -135,14 +135,14 @@ ROWS = st.one_of(
 def test_a_race_takes_no_more_evaluations_than_are_told(row: ScheduleParams, candidates: int, seed: int) -> None:
     rng, course, budget = (
         np.random.default_rng(seed),
-        course_of(row, RACES, {}),
+        SCHEDULES[row.kind].course_of(row, RACES, {}),
         row.budget and int(row.budget * candidates),
     )
     proposal = rng.normal(size=candidates) if course.proposer else None
     race = Race(candidates, course.schedule, proposal, budget)
-    while len(asked := race.asks()):
-        race.tell(rng.normal(size=len(asked)))
-    assert race.evaluations <= evaluations(row, candidates, RACES)
+    while len(asked := race.next_rows()):
+        race.record(rng.normal(size=len(asked)))
+    assert race.evaluations <= SCHEDULES[row.kind].evaluations_of(row, candidates, RACES)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_race_takes_no_more_evaluations_than_are_told(row: ScheduleParams, can
 def test_stages_cost_what_they_keep(keep: int | None, budget: float | None, expected: int) -> None:
     listed = keep and ShortlistParams(proposer="clip-zero-shot", keep=keep)
     row = StagedSchedule(kind="staged", to_keep=(2, 1), n_samples=(2, 8), shortlist=listed, budget=budget)
-    assert evaluations(row, 10, RACES) == expected
+    assert SCHEDULES[row.kind].evaluations_of(row, 10, RACES) == expected
 
 
 def test_a_dry_run_prints_a_table_and_changes_nothing(

@@ -1,4 +1,4 @@
-"""Races with a model: evidence at every draw, the same answers live as replayed, and what a user may get wrong."""
+"""Races with a model: evidence at every draw, the same winners live as replayed, and the mistakes of users."""
 
 from __future__ import annotations
 
@@ -8,34 +8,40 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dsd.engine.tracks import Folders, Track, choices, proposals, right
 
 from dsd.config import NoiseParams, Params, prompted
 from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
 from dsd.engine.engine import Engine
 from dsd.engine.score import prompts, score, score_raced
-from dsd.engine.tracks import Folders, Track, choices, proposals, right
 from dsd.errors import DataError, ParamsError
 from dsd.evaluation.evaluate import evaluate, raced_tables
-from dsd.experiments.races import entrants, live, methods, run
+from dsd.experiments.schedule_comparison import compare_schedules, compared_methods, recorded, run_live
 from dsd.report.races import note
-from dsd.schedules.race import all_draws, hierarchical, shortlisted, staged
-from dsd.schedules.replay import Course, compare, replay
+from dsd.schedules.base import Course, shortlisted
+from dsd.schedules.exhaustive import all_draws
+from dsd.schedules.hierarchical import hierarchical
+from dsd.schedules.replay import compare_settings, replay
+from dsd.schedules.staged import staged
 from dsd.scorers.evidence import UNCONDITIONAL, read_places
 from dsd.store import Store
 from dsd.training.loop import train
-from tests.raced import LEVELS, few
-from tests.raced import entrants as made
+from tests.raced import few, synthetic_races
 
 DATASET, K = "scenes-com", 8
 
 
 @pytest.fixture
 def raced(params: Params) -> Params:
-    """Images are compared: denoising is set off against the picture without a text, attention is not."""
+    """Images are compared: denoising is relative to the unconditional pass of the image, attention is not."""
     races = few(params.races)
     racing = races.racing.model_copy(update={"deltas": (0.9,), "confidence": 0.5, "threshold": (9.0, 1.0)})
     update = {"datasets": {DATASET: ("denoising", "dsd-zero-shot")}, "racing": racing, "timed": 60}
     return params.model_copy(update={"races": races.model_copy(update=update)})
+
+
+def compare(params: Params, folders: Folders, folder: Path) -> dict[str, object]:
+    return compare_schedules(DATASET, params, folders, folder / "draws", folder / "races")
 
 
 @pytest.fixture
@@ -46,25 +52,26 @@ def folders(prepared: Path, cached: Path, tmp_path: Path) -> Folders:
 def test_values_are_those_of_single_passes(raced: Params, folders: Folders, tmp_path: Path) -> None:
     track = Track.of(DATASET, raced.methods["denoising"], raced, folders)  # type: ignore[arg-type]
     examples = folders.examples("test")
-    values = track.collect(examples, Store(tmp_path / "seen"), "x")
+    values = track.collect(examples, Store(tmp_path / "draws"), "x")
     pair, draw = pairs(examples[2:3])[1], track.draws[5]
     error, nothing = track.engine.compute([(pair, draw), (Pair(pair.image, UNCONDITIONAL), draw)])["error"]
     assert values[2].shape == (2, K) and values[2][1, 5] == pytest.approx(nothing - error, abs=1e-6)
 
 
-def test_a_duplicate_of_the_right_answer_is_seen_once_and_its_tie_is_told(raced: Params) -> None:
+def test_a_duplicate_of_the_right_answer_is_one_candidate_and_reported_as_a_tie(raced: Params) -> None:
     twice = MatchingExample("1", ("i",), ("a", "b", "a"), ((0, 0),), "all")
     assert len(pairs([twice])) == 2 and right(twice) == -1
-    races = made(40)
-    told = compare(races, races._replace(answers=[-1, *races.answers[1:]]), np.repeat(LEVELS, 2).tolist(), raced).told
-    assert told["ties"] == 1
-    assert "In 1 no candidate is right, or a wrong one is the same" in note(told)
+    races = synthetic_races(40)
+    tied = races._replace(answers=[-1, *races.answers[1:]])
+    results = compare_settings(races, tied, raced.races, raced.evaluate, raced.seed).results
+    assert results["ties"] == 1
+    assert "In 1 no candidate is right, or a wrong one is the same" in note(results)
 
 
-def test_nothing_is_seen_twice(
+def test_nothing_is_computed_twice(
     raced: Params, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    track, store = Track.of(DATASET, raced.methods["denoising"], raced, folders), Store(tmp_path / "seen")  # type: ignore[arg-type]
+    track, store = Track.of(DATASET, raced.methods["denoising"], raced, folders), Store(tmp_path / "draws")  # type: ignore[arg-type]
     examples = folders.examples("test")
     first = track.collect(examples, store, "x")
     monkeypatch.setattr(Engine, "compute", None)
@@ -86,33 +93,35 @@ def test_nothing_is_seen_twice(
 def test_live_races_end_as_replayed(
     row: str, course: Course, batch_size: int, raced: Params, folders: Folders, tmp_path: Path
 ) -> None:
-    """In other batches, beside others, and with room made as races end."""
+    """In other batches, with rows of other races, and as races end at different times."""
     runtime = raced.runtime.model_copy(update={"batch_size": batch_size})
     raced = raced.model_copy(update={"runtime": runtime})
     track, examples = Track.of(DATASET, raced.methods[row], raced, folders), folders.examples("test")  # type: ignore[arg-type]
-    said = {"clip-zero-shot": proposals("clip-zero-shot", examples, raced, folders)}
-    races = entrants(examples, track.collect(examples, Store(tmp_path / "seen"), "x"), said)
-    found = live(track, course, examples, races)
-    assert found["differ"] == 0 and 1 <= found["images"] <= len(examples)
-    assert 0 < found["fill"] <= 1 and found["seconds"] > 0
+    proposed = {"clip-zero-shot": proposals("clip-zero-shot", examples, raced, folders)}
+    races = recorded(examples, track.collect(examples, Store(tmp_path / "draws"), "x"), proposed)
+    costs = run_live(track, course, examples, races, raced.races.timed)
+    assert costs["differ"] == 0 and 1 <= costs["images"] <= len(examples)
+    assert 0 < costs["fill"] <= 1 and costs["seconds"] > 0
 
 
-def test_a_run_tells_of_every_method(
+def test_a_comparison_has_results_of_every_method(
     raced: Params, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run(DATASET, raced, folders, tmp_path / "draws", tmp_path / "races") == {"races": 2 * 6 + 9}
-    told = json.loads((tmp_path / "races" / f"{DATASET}.json").read_text())
-    assert list(told) == ["denoising", "dsd-zero-shot"]
-    for method in told.values():
+    assert compare(raced, folders, tmp_path) == {"races": 2 * 6 + 9}
+    comparisons = json.loads((tmp_path / "races" / f"{DATASET}.json").read_text())
+    assert list(comparisons) == ["denoising", "dsd-zero-shot"]
+    for method in comparisons.values():
         assert method["races"] == {"train": 12, "calibration": 9, "test": 9} and method["draws"] == K
         assert all(row["live"]["differ"] == 0 for row in method["chosen"].values())
 
-    monkeypatch.setattr("dsd.experiments.races.compare", None)  # nothing has changed, so nothing is compared again
-    run(DATASET, raced, folders, tmp_path / "draws", tmp_path / "races")
-    assert json.loads((tmp_path / "races" / f"{DATASET}.json").read_text()) == told
+    monkeypatch.setattr(
+        "dsd.experiments.schedule_comparison.compare_settings", None
+    )  # nothing has changed, so nothing is compared again
+    compare(raced, folders, tmp_path)
+    assert json.loads((tmp_path / "races" / f"{DATASET}.json").read_text()) == comparisons
     within = raced.races.model_copy(update={"within": 0.5})
     with pytest.raises(TypeError, match="not callable"):
-        run(DATASET, raced.model_copy(update={"races": within}), folders, tmp_path / "draws", tmp_path / "races")
+        compare(raced.model_copy(update={"races": within}), folders, tmp_path)
 
 
 def test_a_square_is_two_choices() -> None:
@@ -124,7 +133,7 @@ def test_a_square_is_two_choices() -> None:
     assert [right(choice) for choice in choices(square)] == [1, 0]
 
 
-def test_the_right_pair_is_found_among_texts_that_repeat() -> None:
+def test_the_index_of_the_right_pair_ignores_repeated_texts() -> None:
     example = MatchingExample("x", ("i",), ("a", "a", "b"), ((0, 2),), "all")
     assert pairs([example]) == [Pair("i", "a"), Pair("i", "b")] and right(example) == 1
     assert right(replace(example, answer=((0, 1),))) == -1  # a tie
@@ -134,9 +143,8 @@ def test_the_right_pair_is_found_among_texts_that_repeat() -> None:
 
 @pytest.mark.parametrize("name", ["dsd-plus", "clip-zero-shot", "denoisin"])
 def test_a_method_that_is_no_mean_over_draws_is_refused(name: str, raced: Params) -> None:
-    races = raced.races.model_copy(update={"datasets": {DATASET: (name,)}})
     with pytest.raises(ParamsError, match=rf"races\.datasets\.{DATASET}: .*{name}") as error:
-        methods(DATASET, raced.model_copy(update={"races": races}))
+        compared_methods(DATASET, (name,), raced.methods)
     assert "\n" not in str(error.value)
 
 
@@ -147,28 +155,28 @@ def test_a_proposer_that_needs_the_unet_is_refused(raced: Params, folders: Folde
 
 def test_without_preparation_there_is_one_line(raced: Params, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"examples\.parquet: no such file; run `make reproduce` first"):
-        run(DATASET, raced, Folders(tmp_path, tmp_path, tmp_path), tmp_path, tmp_path)
+        compare(raced, Folders(tmp_path, tmp_path, tmp_path), tmp_path)
 
 
-def test_too_few_races_for_a_promise_are_one_line(raced: Params, folders: Folders, tmp_path: Path) -> None:
+def test_too_few_races_for_an_error_rate_are_one_line(raced: Params, folders: Folders, tmp_path: Path) -> None:
     racing = raced.races.racing.model_copy(update={"deltas": (0.01,), "confidence": 0.95})
     races = raced.races.model_copy(update={"racing": racing, "datasets": {DATASET: ("denoising",)}})
     with pytest.raises(DataError, match=r"races: .* it takes 299 races without an error") as error:
-        run(DATASET, raced.model_copy(update={"races": races}), folders, tmp_path / "draws", tmp_path / "races")
+        compare(raced.model_copy(update={"races": races}), folders, tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_values_that_are_not_finite_are_dropped_and_counted(raced: Params, folders: Folders, tmp_path: Path) -> None:
     track, examples = Track.of(DATASET, raced.methods["denoising"], raced, folders), folders.examples("test")  # type: ignore[arg-type]
-    values = track.collect(examples, Store(tmp_path / "seen"), "x")
+    values = track.collect(examples, Store(tmp_path / "draws"), "x")
     values[0][0, 3] = np.nan
-    outcome = replay(Course(list(range(K)), all_draws(K), None), entrants(examples, values, {}))
+    outcome = replay(Course(list(range(K)), all_draws(K), None), recorded(examples, values, {}))
     kept = np.delete(values[0], 3, 1).mean(1)
     assert outcome.winners[0] == kept.argmax()
 
 
 def with_schedule(raced: Params, **rows: dict[str, object]) -> Params:
-    """Methods `denoising-<row>` beside those that are raced, of schedules by their rows."""
+    """Methods `denoising-<row>` with these rows of `schedules`, and the methods that they need."""
     content = raced.model_dump(mode="json")
     kept = {name: content["methods"][name] for name in ("dsd-zero-shot", "dsd", "denoising", "clip-zero-shot")}
     levels = content["races"]["levels"]
@@ -181,7 +189,7 @@ def with_schedule(raced: Params, **rows: dict[str, object]) -> Params:
 def test_methods_with_a_schedule_are_ranked_by_their_races(
     raced: Params, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(DATASET, raced, folders, tmp_path / "draws", tmp_path / "races")
+    compare(raced, folders, tmp_path)
     params = with_schedule(
         raced,
         staged={"kind": "staged", "to_keep": [2, 1], "n_samples": [2, 8], "shortlist": None, "budget": None},
@@ -200,9 +208,10 @@ def test_methods_with_a_schedule_are_ranked_by_their_races(
     costs = score_raced(DATASET, params, folders, tmp_path / "races", target, split="test")
     assert costs["denoising-staged"] == 2 * 8 and costs["denoising-cut"] == 2 * 3
     examples = read_examples(folders.prepared / "examples.parquet", "test")
-    assert costs["denoising-listed"] == 0  # one is left of two: nothing is asked of the model
-    said = proposals("clip-zero-shot", examples, params, folders)
-    assert [place.argmin() for place in read_places(target, "denoising-listed", examples)] == [s.argmax() for s in said]
+    assert costs["denoising-listed"] == 0  # one is left of two: nothing is computed
+    proposed = proposals("clip-zero-shot", examples, params, folders)
+    winners = [place.argmin() for place in read_places(target, "denoising-listed", examples)]
+    assert winners == [scores.argmax() for scores in proposed]
     track = Track.of(DATASET, raced.methods["denoising"], raced, folders)  # type: ignore[arg-type]
     values = track.collect(examples, Store(tmp_path / "draws"), "x")
     places = read_places(target, "denoising-staged", examples)
@@ -211,15 +220,15 @@ def test_methods_with_a_schedule_are_ranked_by_their_races(
     (example_table, *_) = raced_tables(target, "denoising-staged", examples)
     assert example_table.ravel().tolist() == (-places[0]).tolist()
 
-    monkeypatch.setattr(Engine, "compute", None)  # what has ended is not run again
+    monkeypatch.setattr(Engine, "compute", None)  # finished races are not run again
     again = score_raced(DATASET, params, folders, tmp_path / "races", target, split="test")
     assert again == costs
 
 
-def test_races_are_answered_from_the_evidence_of_the_same_stage(
+def test_races_use_the_stored_evidence_of_the_same_draws(
     raced: Params, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a method without a schedule has been there at the same draws, the model is not asked again."""
+    """No pass is computed that a method without a schedule has stored at the same draws."""
     noise = NoiseParams(levels=raced.races.levels, draws_per_level=raced.races.draws_per_level)
     rows = {"kind": "staged", "to_keep": [2, 1], "n_samples": [2, 8], "shortlist": None, "budget": None}
     params = with_schedule(raced, staged=rows)
@@ -241,7 +250,7 @@ def test_races_are_answered_from_the_evidence_of_the_same_stage(
 
 
 def test_all_methods_may_have_schedules_with_a_proposer(raced: Params, folders: Folders, tmp_path: Path) -> None:
-    """Nothing is asked of `make races`, and no evidence is left: the prompt is trained by a method with a schedule."""
+    """They need no `make races` and store no evidence; a method with a schedule trains the prompt."""
     listed = {"kind": "staged", "to_keep": [2, 1], "n_samples": [2, 8], "budget": None}
     shortlist = {"proposer": "clip-zero-shot", "keep": 2}
     whole = with_schedule(raced, listed={**listed, "shortlist": shortlist})
@@ -258,18 +267,18 @@ def test_all_methods_may_have_schedules_with_a_proposer(raced: Params, folders: 
     assert score(DATASET, params, *folders, target, split="test")["rows"] == 0
     costs = score_raced(DATASET, params, folders, tmp_path / "races", target, split="test")
     assert costs == {"dsd": 2 * 8, "denoising": 2 * 8}
-    found = evaluate(DATASET, params, folders.prepared, target, tmp_path / "evaluate").results
-    assert list(found) == ["dsd", "denoising", "clip-zero-shot"]
+    results = evaluate(DATASET, params, folders.prepared, target, tmp_path / "evaluate").results
+    assert list(results) == ["dsd", "denoising", "clip-zero-shot"]
 
 
-def test_racing_that_was_not_learned_is_one_line(raced: Params, folders: Folders, tmp_path: Path) -> None:
+def test_racing_without_a_comparison_is_one_line(raced: Params, folders: Folders, tmp_path: Path) -> None:
     def race(delta: float) -> None:
         params = with_schedule(raced, racing={"kind": "racing", "delta": delta, "proposer": None, "budget": None})
         score_raced(DATASET, params, folders, tmp_path / "races", tmp_path / "score", split="test")
 
     with pytest.raises(DataError, match=r"no races that denoising-racing could learn from"):
         race(0.9)
-    run(DATASET, raced, folders, tmp_path / "draws", tmp_path / "races")
+    compare(raced, folders, tmp_path)
     race(0.9)
     with pytest.raises(DataError, match=r"racing was not calibrated for δ = 0\.3"):
         race(0.3)

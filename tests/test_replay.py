@@ -1,4 +1,4 @@
-"""Schedules on evidence that is there: what they would have asked for, which is chosen, what racing promises."""
+"""Schedules replayed on recorded evidence: their outcomes, which setting is chosen, and calibrated racing."""
 
 from __future__ import annotations
 
@@ -13,26 +13,24 @@ from dsd.config import Params
 from dsd.data.examples import MatchingExample
 from dsd.evaluation.claims import Answers, judge
 from dsd.metrics import HEADLINES, METRICS
-from dsd.schedules.race import Learned, all_draws, staged
+from dsd.schedules import SCHEDULES
+from dsd.schedules.base import Course, spread_order
+from dsd.schedules.exhaustive import ALL_DRAWS, all_draws
+from dsd.schedules.hierarchical import directed_order, grid, published_name
+from dsd.schedules.racing import racing_name
 from dsd.schedules.replay import (
     AGREED,
-    EXHAUSTIVE,
     SPARED,
-    Course,
-    Entrants,
+    ComparedSettings,
     Outcome,
-    compare,
-    courses,
-    directed,
-    evenly,
-    grid,
-    promising,
-    published,
+    RecordedRaces,
+    compare_settings,
     read_hits,
     replay,
 )
+from dsd.schedules.staged import staged
 from dsd.store import digest
-from tests.raced import LEVELS, entrants, few
+from tests.raced import LEVELS, few, synthetic_races
 
 
 @pytest.fixture
@@ -42,15 +40,20 @@ def raced(params: Params) -> Params:
     )
 
 
+def compared(params: Params, learning: int, measured: int) -> ComparedSettings:
+    races = synthetic_races(learning), synthetic_races(measured, seed=1)
+    return compare_settings(*races, params.races, params.evaluate, params.seed)
+
+
 def test_all_draws_agree_with_themselves() -> None:
-    races = entrants(20)
+    races = synthetic_races(20)
     outcome = replay(Course(list(range(8)), all_draws(8), None), races)
     assert outcome.agrees.all() and (outcome.share == 1).all()
     assert outcome.hits.tolist() == [values.mean(1).argmax() == 0 for values in races.values]
 
 
-def test_a_replay_asks_in_the_order_of_the_course() -> None:
-    races = entrants(5)
+def test_a_replay_takes_draws_in_the_order_of_the_course() -> None:
+    races = synthetic_races(5)
     last = replay(Course([7, 6], staged((3, 1), (1, 2)), None), races)
     assert last.share == pytest.approx([(12 + 3) / 96] * 5)
     assert last.winners.tolist() == [
@@ -59,16 +62,20 @@ def test_a_replay_asks_in_the_order_of_the_course() -> None:
     ]  # fmt: skip
 
 
-def test_every_beginning_is_spread_over_the_levels() -> None:
-    order = evenly(8, 4)
+def test_every_prefix_is_spread_over_the_levels(params: Params) -> None:
+    order = spread_order(params.races.model_copy(update={"levels": tuple(range(8)), "draws_per_level": 4}))
     assert sorted(order) == list(range(32))
     assert [k // 4 for k in order[:8]] == [4, 2, 6, 1, 5, 3, 7, 0] and {k % 4 for k in order[:8]} == {0}
 
 
 def test_directions() -> None:
-    walked = {side: [k // 2 for k in directed(side, LEVELS, 1, 2)] for side in ("clean", "noisy", "middle")}
-    assert walked == {"clean": [0, 1, 2, 3], "noisy": [3, 2, 1, 0], "middle": [1, 2, 0, 3]}
-    assert directed("clean", LEVELS, 2, 2) == list(range(8))
+    sides = ("clean", "noisy", "middle")
+    assert {side: [k // 2 for k in directed_order(side, LEVELS, 1, 2)] for side in sides} == {
+        "clean": [0, 1, 2, 3],
+        "noisy": [3, 2, 1, 0],
+        "middle": [1, 2, 0, 3],
+    }
+    assert directed_order("clean", LEVELS, 2, 2) == list(range(8))
 
 
 def test_a_grid_is_every_choice() -> None:
@@ -76,70 +83,73 @@ def test_a_grid_is_every_choice() -> None:
 
 
 def test_the_cheapest_that_agrees_with_all_draws_is_chosen(raced: Params) -> None:
-    chosen, told = compare(entrants(200), entrants(100, seed=1), np.repeat(LEVELS, 2).tolist(), raced)
-    floor = told["chosen"][EXHAUSTIVE]
+    chosen, results = compared(raced, 200, 100)
+    floor = results["chosen"][ALL_DRAWS]
     for schedule in ("exhaustive", "staged", "hierarchical"):
-        own = [run for run in told["runs"] if run["schedule"] == schedule]
-        chosen_one = next(run for run in own if run["setting"] == told["chosen"][schedule]["setting"])["train"]
+        own = [run for run in results["runs"] if run["schedule"] == schedule]
+        chosen_one = next(run for run in own if run["setting"] == results["chosen"][schedule]["setting"])["train"]
         kept = [run["train"] for run in own if run["train"]["disagreement"] <= raced.races.within]
         least = min(run["train"]["disagreement"] for run in own)
         rivals = kept or [run["train"] for run in own if run["train"]["disagreement"] == least]
         assert chosen_one["evaluations"] == min(run["evaluations"] for run in rivals)
     assert floor["share"]["value"] == 1 and floor["difference"]["value"] == 0 and floor["disagreement"]["value"] == 0
-    promised = [told["chosen"][name] for name in chosen if "δ" in name]
-    assert len(promised) == 2 and all(row["disagreement"]["low"] <= 0.1 for row in promised)
-    assert told["races"] == {"train": 200, "calibration": 150, "test": 100}
-    assert [len(row["each"]["hits"]) for row in told["chosen"].values()] == [100] * len(chosen)
-    json.dumps(told)
+    calibrated = [results["chosen"][name] for name in chosen if "δ" in name]
+    assert len(calibrated) == 2 and all(row["disagreement"]["low"] <= 0.1 for row in calibrated)
+    assert results["races"] == {"train": 200, "calibration": 150, "test": 100}
+    assert [len(row["each"]["hits"]) for row in results["chosen"].values()] == [100] * len(chosen)
+    json.dumps(results)
 
 
-def test_racing_is_not_judged_on_what_it_has_learned_from(raced: Params, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
+def test_racing_is_not_chosen_on_the_races_that_it_was_fitted_on(
+    raced: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
 
-    def spy(course: Course, races: Entrants) -> Outcome:
-        seen.append(len(races.values))
+    def spy(course: Course, races: RecordedRaces) -> Outcome:
+        sizes.append(len(races.values))
         return replay(course, races)
 
     monkeypatch.setattr("dsd.schedules.replay.replay", spy)
-    compare(entrants(100), entrants(60, seed=1), np.repeat(LEVELS, 2).tolist(), raced)
-    assert set(seen) == {100, 60, 75}
+    compared(raced, 100, 60)
+    assert set(sizes) == {100, 60, 75}
 
 
-def test_settings_that_ask_for_more_draws_than_there_are_are_left_out(raced: Params) -> None:
+def test_settings_with_more_draws_than_there_are_are_left_out(raced: Params) -> None:
     greedy = raced.races.staged.model_copy(update={"first": (8,), "to_keep": ((5, 1),)})
     races = raced.races.model_copy(update={"staged": greedy})
-    learned = Learned(tuple(range(8)), ((1.0,),) * 8, (1.0,) * 8, False)
-    assert "staged" not in {kind for kind, _, _ in courses(races, {None: learned, "clip-zero-shot": learned})}
+    assert list(SCHEDULES["staged"].settings(raced.races)) and not list(SCHEDULES["staged"].settings(races))
 
 
 def test_claims_of_the_second_paper_rest_on_the_published_setting(raced: Params, tmp_path: Path) -> None:
-    asked = [MatchingExample(str(n), (str(n),), tuple("abcdefghijkl"), ((0, 0),), "all") for n in range(100)]
-    _, told = compare(entrants(100), entrants(100, seed=1), np.repeat(LEVELS, 2).tolist(), raced)
+    examples = [MatchingExample(str(n), (str(n),), tuple("abcdefghijkl"), ((0, 0),), "all") for n in range(100)]
+    _, results = compared(raced, 100, 100)
     file = tmp_path / "scenes-cls.json"
-    file.write_text(json.dumps({"denoising": {"examples": digest([e.id for e in asked]), **told}}))
-    hits = read_hits(file, HEADLINES["recall"], asked)
-    clean = hits[f"denoising, {published('clean')}"]
+    file.write_text(json.dumps({"denoising": {"examples": digest([e.id for e in examples]), **results}}))
+    hits = read_hits(file, HEADLINES["recall"], examples)
+    clean = hits[f"denoising, {published_name('clean')}"]
     assert set(clean) == {"top1", AGREED, SPARED} and clean["top1"][0].shape == (100,)
-    assert clean[SPARED][0].mean() == pytest.approx(1 - told["chosen"][published("clean")]["share"]["value"])
-    assert not read_hits(file, "top1", asked[:50]) and not read_hits(tmp_path / "none.json", "top1", asked)
+    assert clean[SPARED][0].mean() == pytest.approx(1 - results["chosen"][published_name("clean")]["share"]["value"])
+    assert not read_hits(file, "top1", examples[:50]) and not read_hits(tmp_path / "none.json", "top1", examples)
 
     clip = METRICS["recall"](np.full(100, 2), ["all"] * 100)
-    judged, measured = judge(raced, {"scenes-cls": Answers("scenes-cls", asked, {"clip-zero-shot": clip, **hits}, {})})
+    judged, measured = judge(
+        raced, {"scenes-cls": Answers("scenes-cls", examples, {"clip-zero-shot": clip, **hits}, {})}
+    )
     assert set(judged) == {11, 12, 13, 14, 15}
     assert judged[12].verdict == "holds" and measured[13][0].difference.low > 0.1
     kept, spared = measured[11]
-    whole, pruned = hits[f"denoising, {EXHAUSTIVE}"]["top1"][0], clean["top1"][0]
+    whole, pruned = hits[f"denoising, {ALL_DRAWS}"]["top1"][0], clean["top1"][0]
     assert kept.difference.value == pytest.approx(pruned.mean() - whole.mean() + 0.04)
     assert spared.difference.value == pytest.approx(clean[SPARED][0].mean() - 0.42)
 
-    promises = [promising(0.1, None), promising(0.1, "clip-zero-shot")]
-    assert [found.comparison.a for found in measured[14]] == [f"denoising, {name}" for name in promises]
-    for found, name in zip(measured[14], promises, strict=True):
-        wrong = told["chosen"][name]["disagreement"]["value"]
-        assert found.difference.value == pytest.approx(0.1 - wrong)
-        assert found.difference.p == pytest.approx(binomtest(round(100 * wrong), 100, 0.1).pvalue)
+    names = [racing_name(0.1, None), racing_name(0.1, "clip-zero-shot")]
+    assert [found.comparison.a for found in measured[14]] == [f"denoising, {name}" for name in names]
+    for found, name in zip(measured[14], names, strict=True):
+        missed = results["chosen"][name]["disagreement"]["value"]
+        assert found.difference.value == pytest.approx(0.1 - missed)
+        assert found.difference.p == pytest.approx(binomtest(round(100 * missed), 100, 0.1).pvalue)
     accurate, *thrifty = measured[15]
-    assert accurate.comparison[1:] == ("top1", "denoising, racing", f"denoising, {EXHAUSTIVE}", None, -0.04)
+    assert accurate.comparison[1:] == ("top1", "denoising, racing", f"denoising, {ALL_DRAWS}", None, -0.04)
     for found, other in zip(thrifty, ("staged", "hierarchical"), strict=True):
-        shares = [told["chosen"][name]["share"]["value"] for name in (other, "racing")]
+        shares = [results["chosen"][name]["share"]["value"] for name in (other, "racing")]
         assert found.difference.value == pytest.approx(shares[0] - shares[1])

@@ -24,8 +24,9 @@ from dsd.data.examples import MatchingExample, write_examples
 from dsd.errors import DataError
 from dsd.evaluation import ablations, claims
 from dsd.evaluation.evaluate import SCHEMA, Results, hits_of, intervals, write_metrics
-from dsd.experiments import scaling as growth
-from dsd.experiments import variants
+from dsd.experiments.scaling import measure_scaling, read_scaling
+from dsd.experiments.study_results import write_studies
+from dsd.experiments.variants import Study
 from dsd.matcher import Heatmap
 from dsd.metrics import SLOTS, rank
 from dsd.report import build
@@ -35,9 +36,9 @@ from dsd.report.gallery import BackboneHeatMaps, choose, decimals, noisy, overla
 from dsd.report.inputs import Dataset, read_datasets
 from dsd.report.races import front, paper
 from dsd.report.tables import Comparison, chance, compare, duration, points
-from dsd.schedules.replay import compare as compare_schedules
+from dsd.schedules.replay import compare_settings
 from dsd.statistics import Difference
-from tests.raced import LEVELS, entrants, few
+from tests.raced import few, synthetic_races
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = """<script>alert("1")</script> & 'more'"""
@@ -151,19 +152,21 @@ def write_results(params: Params, data: Path) -> None:
     write_metrics(metrics, data / "evaluate")
     ablations.write(taken_apart, data / "evaluate")
     claims.write(*claims.judge(params, answers), data / "evaluate")
-    variants.write(told_studies(params, metrics), data / "evaluate")
+    write_studies(told_studies(params, metrics), data / "evaluate")
     write_races(params, data)
 
 
 def write_races(params: Params, data: Path) -> None:
     """The races of denoising on questions, run live but for the proposed ones."""
-    _, told = compare_schedules(entrants(100), entrants(60, seed=1), np.repeat(LEVELS, 2).tolist(), params)
+    _, told = compare_settings(
+        synthetic_races(100), synthetic_races(60, seed=1), params.races, params.evaluate, params.seed
+    )
     live = {"images": 5, "seconds": 0.25, "evaluations": 30.0, "fill": 0.97, "differ": 0}
     for row in told["chosen"].values():
         if not row["setting"].get("proposer"):
             row["live"] = live
     write(data / "races" / "scenes-vqa.json", {"denoising": {"examples": "", **told}})
-    growth.grow(params, data / "races")
+    measure_scaling(params.races, params.evaluate, params.seed, data / "races")
 
 
 def told_studies(params: Params, metrics: dict[str, Results]) -> dict[str, object]:
@@ -173,7 +176,7 @@ def told_studies(params: Params, metrics: dict[str, Results]) -> dict[str, objec
         told[name] = {
             variant: {
                 dataset: {
-                    "params": "other" if n == 0 else variants.params_key(params, name, dataset, variant),
+                    "params": "other" if n == 0 else Study(name, params).key(variant, dataset),
                     "methods": {
                         method: {
                             metric: v.as_dict()
@@ -440,7 +443,7 @@ def test_races_are_told(page: str, data: Path, params: Params) -> None:
     assert "Its stated error rate was kept by" in parsed.text
     assert f"among its first 1 in {100 * told['recall']['clip-zero-shot']['1']:.1f} %, 2 in" in parsed.text
     grown = {row[0]: row[1:] for row in parsed.tables["Racing as candidates grow, on synthetic evidence"][1:]}
-    rows_ = growth.read(data / "races")["rows"]
+    rows_ = read_scaling(data / "races")["rows"]
     assert list(grown) == ["10", "40"]
     assert grown["40"][0].startswith(f"{8 * rows_[1]['share']['value']:.2f} [")
     assert grown["40"][3].startswith(f"{100 * rows_[3]['disagreement']['value']:.1f} %")

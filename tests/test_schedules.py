@@ -1,4 +1,4 @@
-"""Schedules on evidence that is made up here: what they ask, what they answer, and the error that racing promises."""
+"""Schedules on synthetic evidence: the rows they request, their rankings, and the error rate of calibrated racing."""
 
 from __future__ import annotations
 
@@ -9,39 +9,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsd.schedules.race import (
-    Learned,
-    Race,
-    Schedule,
-    all_draws,
-    calibrate,
-    hierarchical,
-    learn,
-    racing,
-    shortlisted,
-    staged,
-)
+from dsd.errors import DataError
+from dsd.schedules.base import shortlisted
+from dsd.schedules.exhaustive import all_draws
+from dsd.schedules.hierarchical import hierarchical
+from dsd.schedules.race import Race, Schedule
+from dsd.schedules.racing import Forecast, calibrate, fit_forecast, racing
+from dsd.schedules.staged import staged
 
 
 def run(
     values_CK: np.ndarray, schedule: Schedule, budget: int | None = None, proposal: np.ndarray | None = None
 ) -> Race:
     race = Race(len(values_CK), schedule, proposal, budget)
-    while len(rows := race.asks()):
-        race.tell(values_CK[rows[:, 0], rows[:, 1]])
+    while len(rows := race.next_rows()):
+        race.record(values_CK[rows[:, 0], rows[:, 1]])
     return race
 
 
 def evidence(rng: np.random.Generator, candidates: int, draws: int, tail: float = 3.0) -> np.ndarray:
-    """Candidates of various worth, seen through noise with heavy tails that their draws share in part."""
+    """Candidates of various worth under heavy-tailed noise, part of which is shared by all candidates of a draw."""
     worth, shared = rng.normal(size=(candidates, 1)), 2 * rng.standard_t(tail, size=(1, draws))
     return worth + shared + rng.standard_t(tail, size=(candidates, draws))
 
 
-def simple(draws: int) -> Learned:
-    """Draws in their order, alike: what all will have as their mean is foretold by that of those seen."""
+def simple(draws: int) -> Forecast:
+    """Draws in their order, all alike: the mean over all draws is predicted to be the mean so far."""
     spread = [float(np.sqrt(1 / k - 1 / draws)) for k in range(1, draws + 1)]
-    return Learned(tuple(range(draws)), tuple((1 / k,) * k for k in range(1, draws + 1)), tuple(spread), False)
+    return Forecast(tuple(range(draws)), tuple((1 / k,) * k for k in range(1, draws + 1)), tuple(spread), False)
 
 
 SCHEDULES = [
@@ -55,15 +50,15 @@ SCHEDULES = [
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.sampled_from(range(len(SCHEDULES))))
-def test_nothing_is_asked_twice_and_everyone_is_seen_once(seed: int, candidates: int, which: int) -> None:
+def test_no_row_is_requested_twice_and_every_candidate_at_least_once(seed: int, candidates: int, which: int) -> None:
     values, race = evidence(np.random.default_rng(seed), candidates, 8), Race(candidates, SCHEDULES[which])
-    asked: list[tuple[int, int]] = []
-    while len(rows := race.asks()):
-        assert (race.asks() == rows).all()
-        asked += [(int(c), int(k)) for c, k in rows]
-        race.tell(values[rows[:, 0], rows[:, 1]])
-    assert len(asked) == len(set(asked)) == race.evaluations <= candidates * 8
-    assert {c for c, _ in asked} == set(range(candidates))
+    requested: list[tuple[int, int]] = []
+    while len(rows := race.next_rows()):
+        assert (race.next_rows() == rows).all()
+        requested += [(int(c), int(k)) for c, k in rows]
+        race.record(values[rows[:, 0], rows[:, 1]])
+    assert len(requested) == len(set(requested)) == race.evaluations <= candidates * 8
+    assert {c for c, _ in requested} == set(range(candidates))
     assert sorted(race.ranking().tolist()) == list(range(candidates))
 
 
@@ -76,7 +71,7 @@ def test_all_draws_are_ranked_by_their_means() -> None:
 def test_staged_by_hand() -> None:
     values = np.array([[3.0, 0.0, 0.0], [2.0, 5.0, 0.0], [1.0, 9.0, 9.0], [2.5, 0.0, 9.0]])
     race = run(values, staged((3, 1, 1), (1, 2, 3)))
-    # The third is dropped after one draw, whatever it would have shown; the second leads after two.
+    # The third is dropped after one draw, whatever its later evidence; the second leads after two.
     assert race.ranking().tolist() == [1, 0, 3, 2] and race.evaluations == 4 + 3
 
 
@@ -88,14 +83,14 @@ def test_hierarchical_by_hand() -> None:
     # Half of those that are left: one after the second timestep.
     race = run(values, hierarchical(4, 1, beam_factor=2, patience=9, shrinking=True))
     assert race.evaluations == 4 + 2 and race.ranking()[:2].tolist() == [1, 0]
-    # With a beam of everyone it is patience that ends it: the second leads from draw 2 on.
+    # With a beam of all candidates patience ends the race: the second leads from draw 2 on.
     patient = run(values, hierarchical(4, 1, beam_factor=1, patience=2, shrinking=False))
     assert patient.evaluations == 16 and patient.ranking()[0] == 1
     hasty = run(values, hierarchical(4, 1, beam_factor=1, patience=1, shrinking=False))
     assert hasty.evaluations == 12 and hasty.ranking()[0] == 1
 
 
-def test_a_budget_cuts_any_schedule_off_with_its_best_so_far() -> None:
+def test_a_race_that_spends_its_budget_ranks_by_what_it_has() -> None:
     values = evidence(np.random.default_rng(1), 6, 8)
     for schedule in SCHEDULES:
         whole = run(values, schedule)
@@ -107,24 +102,24 @@ def test_a_budget_cuts_any_schedule_off_with_its_best_so_far() -> None:
     assert run(values, all_draws(8), 13).ranking().tolist() == np.argsort(-values[:, :2].mean(1)).tolist()
 
 
-def test_evidence_that_is_not_finite_is_left_out_for_all_and_counted() -> None:
+def test_a_draw_that_is_not_finite_is_left_out_for_all_candidates_and_counted() -> None:
     values = evidence(np.random.default_rng(2), 5, 8)
     broken = values.copy()
     broken[3, 2], broken[0, 5] = np.nan, np.inf
     race = run(broken, all_draws(8))
-    assert race.dropped == 2 and race.evaluations == 40
+    assert race.lost_draws == 2 and race.evaluations == 40
     assert race.ranking().tolist() == np.argsort(-np.delete(values, [2, 5], 1).mean(1)).tolist()
-    assert run(broken, staged((5, 2, 1), (1, 4, 8))).dropped == 1
+    assert run(broken, staged((5, 2, 1), (1, 4, 8))).lost_draws == 1
     assert run(np.full((3, 8), np.nan), racing(simple(8), 1.0)).ranking().tolist() == [0, 1, 2]
 
 
-def test_a_race_that_lost_a_draw_drops_no_one_from_then_on() -> None:
+def test_racing_drops_no_candidate_after_a_lost_draw() -> None:
     values = evidence(np.random.default_rng(3), 5, 8)
     values[4] += 100.0
     assert run(values, racing(simple(8), 1.0)).evaluations == 5
     values[2, 0] = np.nan
     race = run(values, racing(simple(8), 1.0))
-    assert race.evaluations == 40 and race.dropped == 1 and race.ranking()[0] == 4
+    assert race.evaluations == 40 and race.lost_draws == 1 and race.ranking()[0] == 4
 
 
 def races(rng: np.random.Generator, count: int, tail: float) -> list[np.ndarray]:
@@ -132,10 +127,10 @@ def races(rng: np.random.Generator, count: int, tail: float) -> list[np.ndarray]
 
 
 def errors(some: Sequence[np.ndarray], schedule: Schedule, order: Sequence[int]) -> tuple[list[bool], int]:
-    """Whether each race ended with another winner than all draws have, and what they asked for."""
+    """Whether each race misses the winner of all draws, and the evaluations of all races."""
     ended = [run(values[:, list(order)], schedule) for values in some]
-    wrong = [race.ranking()[0] != values.mean(1).argmax() for race, values in zip(ended, some, strict=True)]
-    return wrong, sum(race.evaluations for race in ended)
+    missed = [race.ranking()[0] != values.mean(1).argmax() for race, values in zip(ended, some, strict=True)]
+    return missed, sum(race.evaluations for race in ended)
 
 
 THRESHOLDS = np.geomspace(8, 0.1, 40).tolist()
@@ -144,84 +139,86 @@ THRESHOLDS = np.geomspace(8, 0.1, 40).tolist()
 @pytest.mark.slow
 @pytest.mark.parametrize("tail", [2.1, 30.0])
 @pytest.mark.parametrize("delta", [0.01, 0.05, 0.1])
-def test_racing_keeps_the_error_that_it_promises(delta: float, tail: float) -> None:
-    """Candidates of known worth, heavy tails, 10,000 races that it has not seen."""
+def test_racing_keeps_its_error_rate(delta: float, tail: float) -> None:
+    """On 10,000 further races with heavy tails."""
     rng = np.random.default_rng(int(1000 * delta))
-    learned = learn(races(rng, 200, tail), [k // 4 for k in range(16)], 9, None)
-    known = races(rng, 1000, tail)
-    threshold = calibrate(
-        lambda threshold: errors(known, racing(learned, threshold), learned.order)[0], THRESHOLDS, delta, 0.95
-    )
-    wrong, asked = errors(races(rng, 10_000, tail), racing(learned, threshold), learned.order)
-    assert np.mean(wrong) <= delta
-    assert asked < (0.95 if tail < 3 else 0.7) * 10_000 * 10 * 16
+    forecast = fit_forecast(races(rng, 200, tail), [k // 4 for k in range(16)], 9, None)
+    calibration = races(rng, 1000, tail)
+
+    def errors_at(threshold: float) -> list[bool]:
+        return errors(calibration, racing(forecast, threshold), forecast.order)[0]
+
+    threshold = calibrate(errors_at, THRESHOLDS, delta, 0.95, "")
+    missed, evaluations = errors(races(rng, 10_000, tail), racing(forecast, threshold), forecast.order)
+    assert np.mean(missed) <= delta
+    assert evaluations < (0.95 if tail < 3 else 0.7) * 10_000 * 10 * 16
 
 
 def test_calibration_by_hand() -> None:
     """Of 100 races: the binomial test at 5 % allows 1 error for a rate of 5 %, for 2 its tail is 0.118."""
     tried: list[float] = []
 
-    def wrong(threshold: float) -> list[bool]:
+    def errors_at(threshold: float) -> list[bool]:
         tried.append(threshold)
         return [n < 4 - threshold for n in range(100)]
 
-    assert calibrate(wrong, [4.0, 3.5, 3.0, 2.0, 1.0], 0.05, 0.95) == 3.0
+    assert calibrate(errors_at, [4.0, 3.5, 3.0, 2.0, 1.0], 0.05, 0.95, "") == 3.0
     assert tried == [4.0, 3.5, 3.0, 2.0]
 
 
-def test_the_draw_that_tells_most_comes_first() -> None:
-    """Levels 0 and 2 are noise, 1 is the truth: it is asked for first and is believed."""
+def test_the_most_informative_draw_comes_first() -> None:
+    """Levels 0 and 2 are noise, level 1 is almost the truth: it comes first and has all the weight."""
     rng = np.random.default_rng(0)
     worth = [rng.normal(size=(6, 1)) for _ in range(50)]
     some = [
         np.hstack([rng.normal(size=(6, 2)) * 5, w + rng.normal(size=(6, 2)) / 50, rng.normal(size=(6, 2)) * 5])
         for w in worth
     ]
-    learned = learn(some, [0, 0, 1, 1, 2, 2], 5, None)
-    assert set(learned.order) == set(range(6)) and not learned.proposed
-    noise = learn([values[:, [0, 1, 4, 5]] for values in some], [0, 0, 2, 2], 5, None)
-    assert np.allclose(learned.weights[-1], 1 / 6, atol=1e-6) and learned.spread[-1] < 1e-6
-    assert list(learned.spread) == sorted(learned.spread, reverse=True)
+    forecast = fit_forecast(some, [0, 0, 1, 1, 2, 2], 5, None)
+    assert set(forecast.order) == set(range(6)) and not forecast.proposed
+    noise = fit_forecast([values[:, [0, 1, 4, 5]] for values in some], [0, 0, 2, 2], 5, None)
+    assert np.allclose(forecast.weights[-1], 1 / 6, atol=1e-6) and forecast.spread[-1] < 1e-6
+    assert list(forecast.spread) == sorted(forecast.spread, reverse=True)
     assert noise.spread[-1] < 1e-6
 
 
-def test_what_is_foretold_from_all_draws_is_their_mean() -> None:
+def test_the_forecast_from_all_draws_is_their_mean() -> None:
     some = [evidence(np.random.default_rng(seed), 5, 6) for seed in range(20)]
-    learned = learn(some, [0, 0, 0, 1, 1, 1], 4, [values[:, 0] * 0.5 for values in some])
-    assert learned.proposed and len(learned.weights) == len(learned.spread) == 7
-    assert np.allclose(learned.weights[-1], [0, *[1 / 6] * 6], atol=1e-6)
+    forecast = fit_forecast(some, [0, 0, 0, 1, 1, 1], 4, [values[:, 0] * 0.5 for values in some])
+    assert forecast.proposed and len(forecast.weights) == len(forecast.spread) == 7
+    assert np.allclose(forecast.weights[-1], [0, *[1 / 6] * 6], atol=1e-6)
 
 
-def test_a_good_proposal_spares_draws() -> None:
+def test_a_good_proposal_saves_draws() -> None:
     rng = np.random.default_rng(4)
     some = [evidence(rng, 20, 8) for _ in range(60)]
-    said = [values.mean(1) + rng.normal(size=20) / 20 for values in some]
-    learned = learn(some, [0] * 8, 5, said)
+    proposals = [values.mean(1) + rng.normal(size=20) / 20 for values in some]
+    forecast = fit_forecast(some, [0] * 8, 5, proposals)
     ended = [
-        run(values[:, list(learned.order)], racing(learned, 4.0), proposal=proposal)
-        for values, proposal in zip(some, said, strict=True)
+        run(values[:, list(forecast.order)], racing(forecast, 4.0), proposal=proposal)
+        for values, proposal in zip(some, proposals, strict=True)
     ]
     assert np.mean([race.evaluations for race in ended]) < 20
     assert np.mean([r.ranking()[0] == v.mean(1).argmax() for r, v in zip(ended, some, strict=True)]) > 0.95
     assert all(sorted(race.ranking().tolist()) == list(range(20)) for race in ended)
 
 
-def test_a_shortlist_is_what_the_proposer_puts_first() -> None:
+def test_a_shortlist_has_the_proposers_highest_scores() -> None:
     values = evidence(np.random.default_rng(5), 6, 4)
     race = run(values, shortlisted(all_draws(4), 2), proposal=np.array([0.0, 3.0, 1.0, 9.0, 2.0, 1.0]))
     assert race.evaluations == 2 * 4 and set(race.ranking()[:2].tolist()) == {1, 3}
     assert race.ranking()[2:].tolist() == [4, 2, 5, 0]
 
 
-def test_a_bolder_threshold_asks_for_less() -> None:
+def test_a_lower_threshold_takes_fewer_evaluations() -> None:
     values = evidence(np.random.default_rng(5), 6, 12)
-    asked = [run(values, racing(simple(12), threshold)).evaluations for threshold in (0.1, 0.5, 1.0, 2.0, 4.0)]
-    assert asked == sorted(asked)
+    taken = [run(values, racing(simple(12), threshold)).evaluations for threshold in (0.1, 0.5, 1.0, 2.0, 4.0)]
+    assert taken == sorted(taken)
     assert run(values, racing(simple(12), np.inf)).ranking()[0] == values.mean(1).argmax()
 
 
 def test_many_candidates_cost_little_more_than_a_draw_each() -> None:
-    """Evaluations per candidate fall towards one: after a draw few are near enough to the leader."""
+    """Evaluations per candidate fall towards one: after one draw few are close enough to the leader."""
     rng = np.random.default_rng(6)
     cost = []
     for candidates in (10, 100, 1000, 3129, 10_000):
@@ -232,12 +229,15 @@ def test_many_candidates_cost_little_more_than_a_draw_each() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "told"),
+    ("call", "message"),
     [
-        (lambda: calibrate(lambda _: [False] * 50, [1.0], 0.01, 0.95), "it takes 299 races without an error"),
-        (lambda: calibrate(lambda _: [True] * 50, [1.0], 0.1, 0.95), "50 of 50 races went wrong"),
-        (lambda: calibrate(lambda _: [], [1.0], 1.0, 0.95), "delta must lie between 0 and 1, not 1.0"),
-        (lambda: calibrate(lambda _: [], [1.0], 0.1, 0.0), "confidence must lie between 0 and 1, not 0.0"),
+        (lambda: calibrate(lambda _: [False] * 50, [1.0], 0.01, 0.95, ""), "it takes 299 races without an error"),
+        (
+            lambda: calibrate(lambda _: [True] * 50, [1.0], 0.1, 0.95, "more"),
+            "races: 50 of 50 miss the winner .*; more",
+        ),
+        (lambda: calibrate(lambda _: [], [1.0], 1.0, 0.95, ""), "delta must lie between 0 and 1, not 1.0"),
+        (lambda: calibrate(lambda _: [], [1.0], 0.1, 0.0, ""), "confidence must lie between 0 and 1, not 0.0"),
         (lambda: staged((5, 6), (1, 2)), "must fall"),
         (lambda: staged((5,), (1, 2)), "as long as"),
         (lambda: staged((5, 4), (2, 2)), "must rise"),
@@ -246,8 +246,8 @@ def test_many_candidates_cost_little_more_than_a_draw_each() -> None:
         (lambda: Race(4, shortlisted(all_draws(2), 2)), "starts with a proposal, and there is none"),
     ],
 )
-def test_mistakes(call: object, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_mistakes(call: object, message: str) -> None:
+    with pytest.raises((ValueError, DataError), match=message):
         call()  # type: ignore[operator]
 
 

@@ -111,7 +111,7 @@ class Params(ParamsModel):
         for name in self.ablations.methods:
             if name not in self.methods:
                 raise ValueError(f"ablations.methods: {unknown('method', name, self.methods)}")
-            if not self.methods[name].can_be_ablated:
+            if not self.methods[name].ablation_keys:
                 raise ValueError(f"ablations.methods: {name} has neither cross-attention nor parts to take apart")
             if self.methods[name].has_schedule:
                 raise ValueError(f"ablations.methods: {name} has a schedule, which leaves no evidence to take apart")

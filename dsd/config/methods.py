@@ -27,7 +27,8 @@ class MethodParams(Kind):
 
     contrastive: scores are the cosines of a CLIP; reads no diffusion evidence.
     can_have_schedule: the score is a mean over draws, so draws can be scheduled.
-    can_be_served, can_be_ablated: allowed in `serving.method`, in `ablations.methods`.
+    can_be_served: allowed in `serving.method`.
+    ablation_keys: the keys of `ablations` that apply to it; one without any is not allowed in `ablations.methods`.
     fits_weights: weights of its features are fitted on the few-shot split (`fusion`).
     compares_unconditional: subtracts the value of the unconditional pass, where an example has several images.
     """
@@ -38,7 +39,7 @@ class MethodParams(Kind):
     contrastive: ClassVar[bool] = False
     can_have_schedule: ClassVar[bool] = False
     can_be_served: ClassVar[bool] = False
-    can_be_ablated: ClassVar[bool] = False
+    ablation_keys: ClassVar[tuple[str, ...]] = ()
     fits_weights: ClassVar[bool] = False
     compares_unconditional: ClassVar[bool] = False
 
@@ -146,7 +147,7 @@ class ScheduledMethod(DiffusionMethod):
 
 
 class CrossAttentionMethod(ScheduledMethod):
-    can_be_ablated: ClassVar[bool] = True
+    ablation_keys: ClassVar[tuple[str, ...]] = ("pooling", "heads", "layers", "levels")
 
     scorer: Literal["cross-attention"]
     schedule: str
@@ -192,7 +193,7 @@ class ReleasedMethod(DiffusionMethod):
 class FusionMethod(DiffusionMethod):
     """A weighted sum of evidence without and with the attention prompt; see dsd.scorers.fusion."""
 
-    can_be_ablated: ClassVar[bool] = True
+    ablation_keys: ClassVar[tuple[str, ...]] = ("parts",)
     fits_weights: ClassVar[bool] = True
     compares_unconditional: ClassVar[bool] = True
 

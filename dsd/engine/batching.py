@@ -1,6 +1,6 @@
-"""Races side by side: batches are filled with what all of them still want, and stay full while candidates drop out.
+"""Races side by side: batches are filled from all races, and stay full while candidates drop out.
 
-No model is run here: `compute` is whatever turns requests into values.
+No model runs here: `compute` turns requests into values.
 """
 
 from __future__ import annotations
@@ -15,47 +15,41 @@ from numpy.typing import ArrayLike
 from dsd.data.draws import Draw
 from dsd.data.examples import Pair
 from dsd.schedules.race import Race
-from dsd.scorers.evidence import UNCONDITIONAL, Request
+from dsd.scorers.evidence import Request, without_text
 
 
 @dataclass(eq=False)
 class Entry:
-    """A race over the pairs of one example at draws in the order in which the schedule counts them.
+    """A race over the pairs of one example, at draws in the order in which the schedule counts them.
 
-    `normalised`: a pair's value is set off against that of its image without a text.
+    compares: whether the value of the unconditional pass is subtracted from each pair's.
     """
 
     id: str
     race: Race
     pairs: Sequence[Pair]
     draws: Sequence[Draw]
-    normalised: bool
+    compares: bool
 
-    def wants(self) -> list[Request]:
+    def requests(self) -> list[Request]:
         """The requests of the next round, none when the race is over."""
-        asked = self._rows()
-        return asked + (list(dict.fromkeys(map(without_text, asked))) if self.normalised else [])
-
-    def tell(self, known: Mapping[Request, float]) -> None:
-        """The values of what it wants."""
         rows = self._rows()
-        self.race.tell([known[row] - (known[without_text(row)] if self.normalised else 0.0) for row in rows])
+        return rows + (list(dict.fromkeys(map(without_text, rows))) if self.compares else [])
+
+    def record(self, values: Mapping[Request, float]) -> None:
+        """Give the race the values of its requests."""
+        rows = self._rows()
+        self.race.record([values[row] - (values[without_text(row)] if self.compares else 0.0) for row in rows])
 
     def _rows(self) -> list[Request]:
-        return [(self.pairs[candidate], self.draws[draw]) for candidate, draw in self.race.asks()]
-
-
-def without_text(request: Request) -> Request:
-    """The unconditional pass of the same picture at the same draw."""
-    pair, draw = request
-    return Pair(pair.image, UNCONDITIONAL), draw
+        return [(self.pairs[candidate], self.draws[draw]) for candidate, draw in self.race.next_rows()]
 
 
 @dataclass
 class Filled:
-    """How full the batches were, until nothing was left to begin."""
+    """How full the batches were, until the last race had begun."""
 
-    rows: int = 0  # that were computed
+    rows: int = 0  # computed
     places: int = 0  # in the batches before the last race had begun
     taken: int = 0  # of these places
 
@@ -71,34 +65,35 @@ def side_by_side(
     filled: Filled,
     stored: dict[Request, float],
 ) -> Iterator[Entry]:
-    """Runs all races to their ends, in batches of `size` requests; yields each entry when its race is over.
+    """Run all races to their ends, in batches of `size` requests; yield each entry when its race is over.
 
-    What is `stored` is not computed, and a request that several open races have in common is computed once. Which
-    requests share a batch depends on the order of the entries and on `size`; what a race is told does not, so neither
+    Values in `stored` are not computed, and a request that several open races share is computed once. Which requests
+    share a batch depends on the order of the entries and on `size`; the values that a race records do not, so neither
     does its answer.
     """
     queue: dict[Request, None] = {}  # to be computed, oldest first
     computed: dict[Request, float] = {}
     known = ChainMap(computed, stored)
-    users: dict[Request, int] = {}  # how many rounds under way have asked for it
-    under_way: dict[Entry, list[Request]] = {}
+    users: dict[Request, int] = {}  # how many open rounds need it
+    open_rounds: dict[Entry, list[Request]] = {}
     coming, more = iter(entries), True
 
-    def ask(entry: Entry) -> bool:
-        wanted = entry.wants()
-        for request in wanted:
+    def begin(entry: Entry) -> bool:
+        """Queue the next round of an entry; False where its race is over."""
+        requests = entry.requests()
+        for request in requests:
             users[request] = users.get(request, 0) + 1
             if request not in known:
                 queue[request] = None
-        if wanted:
-            under_way[entry] = wanted
-        return bool(wanted)
+        if requests:
+            open_rounds[entry] = requests
+        return bool(requests)
 
-    while more or under_way:
+    while more or open_rounds:
         while more and len(queue) < size:
             entry = next(coming, None)
             more = entry is not None
-            if entry is not None and not ask(entry):
+            if entry is not None and not begin(entry):
                 yield entry
         batch = list(queue)[:size]
         if batch:
@@ -108,15 +103,15 @@ def side_by_side(
             filled.rows += len(batch)
             if more:
                 filled.places, filled.taken = filled.places + size, filled.taken + len(batch)
-        for entry, wanted in list(under_way.items()):
-            if all(request in known for request in wanted):
-                entry.tell(known)
-                del under_way[entry]
-                again = ask(entry)
-                for request in wanted:
+        for entry, requests in list(open_rounds.items()):
+            if all(request in known for request in requests):
+                entry.record(known)
+                del open_rounds[entry]
+                unfinished = begin(entry)
+                for request in requests:
                     users[request] -= 1
                     if not users[request]:
                         del users[request]
                         computed.pop(request, None)
-                if not again:
+                if not unfinished:
                     yield entry

@@ -19,7 +19,7 @@ from dsd.engine.encodings import Arrays
 from dsd.models import StableDiffusion
 from dsd.models.attention import Capture
 from dsd.models.prompts import AttentionPrompt
-from dsd.scorers import cross_attention
+from dsd.scorers import SCORERS
 from dsd.scorers.evidence import Request
 
 ScheduledMethod = DenoisingMethod | CrossAttentionMethod  # whose score is a mean over draws
@@ -85,8 +85,5 @@ def observe(
 
 def row_values(arrays: Arrays, method: ScheduledMethod, poolings: Sequence[str]) -> Values:
     """The value [R] of each row of evidence under a method; the score of a pair is their mean over draws."""
-    if method.reads_pooling is None:
-        return -arrays["error"]
-    pooled = arrays["attention"][:, list(poolings).index(method.reads_pooling)]
-    values: Values = cross_attention.reduce(pooled, arrays["attribution"], layers=method.layers, heads=method.heads)
+    values: Values = SCORERS[method.scorer].row_values(arrays, method, poolings)
     return values

@@ -1,261 +1,205 @@
-"""The stage score: what every method asks of a split of a dataset is computed and stored, each once."""
+"""The stage score: everything that the methods need of a split of a dataset is computed and stored, each once."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsd.config import ContrastiveMethod, FusionMethod, Params, RacingSchedule, noise_of, prompted, raced
+from dsd.config import raced
 from dsd.data.draws import draws
-from dsd.data.examples import MatchingExample, pairs, read_examples
-from dsd.data.image_table import Pictures
+from dsd.data.examples import MatchingExample, pairs
 from dsd.engine.batching import Filled
-from dsd.engine.encodings import Arrays, all_texts, clip_backbones, contrastive_encodings, diffusion_encodings, read_all
-from dsd.engine.engine import Engine, cosines, row_values, source_digest
-from dsd.engine.tracks import Folders, Track, proposals
+from dsd.engine.encodings import Arrays
+from dsd.engine.forward import row_values
+from dsd.engine.races import RaceRunner
+from dsd.engine.session import Session
 from dsd.errors import DataError
-from dsd.models import clip_heads as contrastive
-from dsd.models import device_of, load_clip, load_diffusion
-from dsd.models.checkpoint import digest_of
-from dsd.models.prompts import PROMPT, AttentionPrompt
 from dsd.progress import progress
-from dsd.schedules import replay
+from dsd.schedules import SCHEDULES
 from dsd.schedules.race import Race
-from dsd.schedules.replay import course_of
+from dsd.schedules.replay import read_comparisons
 from dsd.scorers.evidence import (
     INDEX,
     RACES,
     Request,
     Shard,
-    normalises,
+    evidence_prompts,
     plan,
     read_index,
     read_shards,
+    reads_unconditional,
     requests,
     write_index,
 )
 from dsd.scorers.fusion import fitting_entry, fitting_examples
-from dsd.store import Store, digest, file_digest, write_atomic
+from dsd.store import Store, digest, write_atomic
 from dsd.versions import versioned
 
 GROUP = 256  # examples whose races are stored together
 
 
-def prompts(params: Params) -> list[str]:
-    """The prompts ("none", "few-shot") that the methods need evidence under."""
-    others = raced(params)
-    diffusion = [m for n, m in params.methods.items() if not isinstance(m, ContrastiveMethod) and n not in others]
-    both = {"none"} if any(isinstance(method, FusionMethod) for method in diffusion) else set()
-    return sorted(both | {method.prompt for method in diffusion}, reverse=True)
-
-
-def score_contrastive(
-    params: Params, examples: Sequence[MatchingExample], prepared: Path, cached: Path, trained: Path, store: Store
-) -> dict[str, list[str]]:
-    """Stores the cosines of every contrastive method in a shard each; returns the shard of each method."""
-    asked = pairs(examples)
-    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
-    keys: dict[str, list[str]] = {}
-    for row in clip_backbones(params):
-        clip = load_clip(params.backbones[row], device_of(params.runtime.device))
-        tables = contrastive_encodings(clip, pictures, texts, Store(cached), params.runtime.kept_texts)
-        for name, method in params.methods.items():
-            if isinstance(method, ContrastiveMethod) and method.backbone == row:
-                head = contrastive.learned(method, clip, *tables, trained / name)
-                weights = None if method.tuned == "none" else file_digest(trained / name / head.file)
-                keys[name] = [f"cosines-{versioned('cosines', digest(clip.digest, weights, asked))}"]
-                if store.read(keys[name][0]) is None:
-                    store.write(keys[name][0], {"cosine": cosines(head, asked, params.runtime.batch_size)})
-    return keys
-
-
 class Planned(NamedTuple):
-    """An entry of the index: the prompt that it is seen under, and its evidence in shards."""
+    """An entry of the index, the prompt of its evidence, and its shards."""
 
     entry: str
     prompt: str
     shards: list[Shard]
 
 
-def planned(name: str, params: Params, folders: Folders, split: str) -> Iterator[Planned]:
-    """All the evidence that the methods ask for, one entry at a time; no model is opened.
+def planned(session: Session, split: str) -> Iterator[Planned]:
+    """All evidence that the methods need, one entry at a time; no model is opened.
 
     Raises:
         CheckpointError: a prompt is missing, or belongs to another backbone.
     """
-    examples = read_examples(folders.prepared / "examples.parquet", split)
-    fitting = fitting_examples(params, folders.prepared)
-    identity = digest_of(params.backbones[params.backbone])
-    for prompt in prompts(params):
-        file = prompt_file(params, prompt, folders.trained)
-        if file:
-            AttentionPrompt.load(file, identity)
-        source, normalised = source_digest(params, identity, file), normalises(params.methods, prompt)
-        asked = {prompt: examples} | ({fitting_entry(prompt): fitting} if fitting else {})
-        for entry, some in asked.items():
-            rows = requests(some, noise_of(params, name), params.seed, normalised)
+    params, examples = session.params, session.examples(split)
+    fitting = fitting_examples(session.examples("train"), params.methods, params.fusion, params.seed)
+    for prompt in evidence_prompts(params.methods):
+        session.prompt(prompt)
+        source, compares = session.evidence_key(prompt), reads_unconditional(params.methods, prompt)
+        entries = {prompt: examples} | ({fitting_entry(prompt): fitting} if fitting else {})
+        for entry, some in entries.items():
+            rows = requests(some, session.noise, params.seed, compares)
             yield Planned(entry, prompt, plan(rows, source, params.evidence.shard))
 
 
-def prompt_file(params: Params, prompt: str, trained: Path) -> Path | None:
-    """Where the stage `train` has left the prompt ("none", "few-shot") that evidence is seen under, if it is one."""
-    training = prompted(params) if prompt == "few-shot" else None
-    return trained / training / PROMPT if training else None
-
-
-class Engines:
-    """The engines of a dataset, one for each prompt, on one backbone; `cores` is theirs."""
-
-    def __init__(self, params: Params, folders: Folders, cores: int | None = None) -> None:
-        row, runtime = params.backbones[params.backbone], params.runtime
-        self.backbone = load_diffusion(row, device_of(runtime.device), runtime.attention)
-        self.pictures, texts = folders.inputs()
-        cached, resolution = Store(folders.cached), params.images.resolution
-        self.tables = diffusion_encodings(self.backbone, self.pictures, texts, resolution, cached, runtime.kept_texts)
-        self._params, self._trained, self._cores = params, folders.trained, cores
-        self.under = cache(self._under)
-
-    def _under(self, prompt: str) -> Engine:
-        file = prompt_file(self._params, prompt, self._trained)
-        learned = AttentionPrompt.load(file, self.backbone.digest) if file else None
-        evidence, batch_size = self._params.evidence, self._params.runtime.batch_size
-        return Engine(self.backbone, learned, evidence, *self.tables, batch_size, self._cores)
-
-
-def missing(name: str, params: Params, folders: Folders, target: Path, *, split: str) -> dict[str, int]:
-    """The shards of evidence that are still to be computed: how many rows each has, by key."""
+def missing(session: Session, target: Path, *, split: str) -> dict[str, int]:
+    """The shards of evidence that are still to be computed: the number of rows of each, by key."""
     store = Store(target)
-    shards = (shard for part in planned(name, params, folders, split) for shard in part.shards)
+    shards = (shard for part in planned(session, split) for shard in part.shards)
     return {shard.key: len(shard.rows) for shard in shards if shard.key not in store}
 
 
 class Worker:
-    """Computes evidence of a dataset shard by shard, with the models open; for `cores` see `Engine`."""
+    """Computes evidence of a dataset shard by shard, with a session of its own."""
 
-    def __init__(self, name: str, params: Params, folders: Folders, target: Path, *, split: str, cores: int) -> None:
-        parts = planned(name, params, folders, split)
-        self.asked = {shard.key: (part.prompt, shard) for part in parts for shard in part.shards}
-        self._engines, self._store = Engines(params, folders, cores), Store(target)
+    def __init__(self, session: Session, target: Path, *, split: str) -> None:
+        parts = planned(session, split)
+        self.shards = {shard.key: (part.prompt, shard) for part in parts for shard in part.shards}
+        self._session, self._store = session, Store(target)
 
     def __call__(self, key: str) -> None:
-        """Computes the shard of a key, unless it is there."""
-        prompt, shard = self.asked[key]
-        self._engines.under(prompt).fill([shard], self._store, key)
+        """Compute the shard of a key, unless it is there."""
+        prompt, shard = self.shards[key]
+        self._session.fill(prompt, [shard], self._store, key)
 
 
-def score(
-    name: str, params: Params, prepared: Path, cached: Path, trained: Path, target: Path, *, split: str
-) -> dict[str, Any]:
-    """Stores the evidence of a split of dataset `name` for every method; resumes where it was stopped.
+def score(session: Session, target: Path, *, split: str) -> dict[str, Any]:
+    """Store the evidence of a split for every method; resumable.
 
-    Where evidence is fused, also that of the few-shot examples that its weights are fitted on.
-    `trained` is where the stage `train` has left a folder for each method that learns.
+    Where evidence is fused, also that of the few-shot examples that the weights are fitted on.
     """
-    folders = Folders(prepared, cached, trained)
-    store, engines = Store(target), Engines(params, folders)
-    examples = read_examples(prepared / "examples.parquet", split)
+    store, examples = Store(target), session.examples(split)
     keys: dict[str, list[str]] = {}
     total, computed = 0, 0
-    for entry, prompt, shards in planned(name, params, folders, split):
-        computed += engines.under(prompt).fill(shards, store, f"score {name}, prompt {entry}")
+    for entry, prompt, shards in planned(session, split):
+        computed += session.fill(prompt, shards, store, f"score {session.name}, prompt {entry}")
         keys[entry] = [shard.key for shard in shards]
         total += sum(len(shard.rows) for shard in shards)
-    keys |= score_contrastive(params, examples, prepared, cached, trained, store)
+    keys |= score_contrastive(session, pairs(examples), store)
     store.prune({key for some in keys.values() for key in some})
-    latent = engines.tables[0](engines.pictures.ids[:1])["latents"][0]
-    write_index(target, keys, engines.backbone.layers, latent.size)
+    latents, _ = session.diffusion_encodings
+    write_index(target, keys, session.backbone.layers, latents(session.images.ids[:1])["latents"][0].size)
     return {"pairs": len(pairs(examples)), "rows": total, "computed": computed, "corrupt": store.corrupt}
 
 
-def score_raced(
-    name: str, params: Params, folders: Folders, races: Path, target: Path, *, split: str
-) -> dict[str, float]:
-    """Runs the races of every method with a schedule on a split of dataset `name`; resumes where it was stopped.
+def score_contrastive(session: Session, every: Sequence[Any], store: Store) -> dict[str, list[str]]:
+    """Store the cosines of every contrastive method in a shard each; returns the shard of each method."""
+    keys: dict[str, list[str]] = {}
+    for name, method in session.params.methods.items():
+        if method.contrastive:
+            key = f"cosines-{session.cosines_key(name, every)}"
+            if store.read(key) is None:
+                store.write(key, {"cosine": session.cosines(name, every)})
+            keys[name] = [key]
+    return keys
 
-    Args:
-        races: where `make races` has left its results.
-    Returns: evaluations an example, by method.
+
+def score_raced(session: Session, comparisons: Path, target: Path, *, split: str) -> dict[str, float]:
+    """Run the races of every method with a schedule on a split; resumable.
 
     A shard has, for some examples one after the other, the place of each candidate, from 1, and for each example the
-    evaluations and the draws that were lost. Races of several shards run side by side; a shard is written once its last
-    race has ended.
+    evaluations and the lost draws. Races of several shards run side by side; a shard is written once its last race has
+    ended.
+
+    Args:
+        comparisons: the folder with the results of `make races`.
+
+    Returns: evaluations per example, by method.
 
     Raises:
-        DataError: the races that a schedule learns from were not run, or under other params.
+        DataError: a schedule needs results of `make races` that are missing, or of other params.
     """
-    store, examples = Store(target / RACES), read_examples(folders.prepared / "examples.parquet", split)
+    name, params = session.name, session.params
+    store, examples = Store(target / RACES), session.examples(split)
     keys: dict[str, list[str]] = {}
     costs: dict[str, float] = {}
     for row, method in raced(params).items():
         schedule = params.schedules[method.schedule]
-        track = Track.of(name, method, params, folders)
-        told = learned_from(races / f"{name}.json", row, track.key) if isinstance(schedule, RacingSchedule) else {}
-        course = course_of(schedule, params.races, told)
-        settings = [schedule.model_dump(), told.get("learned"), told.get("promised")]
+        kind, runner = SCHEDULES[schedule.kind], RaceRunner(session, method)
+        learned = comparison_of(comparisons / f"{name}.json", row, runner.key) if kind.needs_comparison else {}
+        course = kind.course_of(schedule, params.races, learned)
+        settings = [schedule.model_dump(), learned.get("learned"), learned.get("promised")]
         groups = [examples[first : first + GROUP] for first in range(0, len(examples), GROUP)]
-        keys[row] = [
-            f"races-{versioned('races', digest(track.source, settings, [astuple(e) for e in group]))}"
-            for group in groups
-        ]
+        contents = [digest(runner.source, settings, [astuple(e) for e in group]) for group in groups]
+        keys[row] = [f"races-{versioned('races', content)}" for content in contents]
         missing = {key: group for key, group in zip(keys[row], groups, strict=True) if store.read(key) is None}
-        some = [example for group in missing.values() for example in group]
-        said = proposals(course.proposer, some, params, folders) if course.proposer and some else None
-        entries = track.entries(course, some, said, schedule.budget)
-        known = stored(name, params, track, examples, target) if some else {}
-        ended: dict[str, Race] = {}
-        bar = progress(total=len(some), desc=f"races of {row} on {name}", unit="example")
-        for entry in track.engine.race(entries, method, Filled(), known):
-            ended[entry.id] = entry.race
-            bar.update()
-            for key, group in list(missing.items()):
-                if all(example.id in ended for example in group):
-                    store.write(key, places([ended.pop(example.id) for example in group]))
-                    del missing[key]
-        bar.close()
+        if some := [example for group in missing.values() for example in group]:
+            proposals = session.proposals(course.proposer, some) if course.proposer else None
+            ended: dict[str, Race] = {}
+            bar = progress(total=len(some), desc=f"races of {row} on {name}", unit="example")
+            stored = stored_values(runner, examples, target)
+            for entry in runner.run(course, some, proposals, Filled(), budget=schedule.budget, stored=stored):
+                ended[entry.id] = entry.race
+                bar.update()
+                for key, group in list(missing.items()):
+                    if all(example.id in ended for example in group):
+                        store.write(key, places([ended.pop(example.id) for example in group]))
+                        del missing[key]
+            bar.close()
         parts = [part for part in map(store.read, keys[row]) if part is not None]
         costs[row] = float(np.concatenate([part["evaluations"] for part in parts]).mean())
-    store.prune({key for some in keys.values() for key in some})
+    store.prune({key for some_keys in keys.values() for key in some_keys})
     write_atomic(store.root / INDEX, json.dumps(keys, indent=1).encode())
     return costs
 
 
-def stored(
-    name: str, params: Params, track: Track, examples: Sequence[MatchingExample], scored: Path
-) -> dict[Request, float]:
-    """What is known of a track's pairs because a method without a schedule sees them at the same draws."""
-    noise, prompt = noise_of(params, name), track.method.prompt
-    if not (scored / INDEX).exists() or set(draws(noise, params.seed)).isdisjoint(track.draws):
+def stored_values(
+    runner: RaceRunner, examples: Sequence[MatchingExample], scored: Path
+) -> Mapping[Request, float]:
+    """The values of a method's pairs that are known because a method without a schedule has the same draws."""
+    session, method = runner.session, runner.method
+    params, prompt = session.params, method.prompt
+    if not (scored / INDEX).exists() or set(draws(session.noise, params.seed)).isdisjoint(runner.draws):
         return {}
     if prompt not in read_index(scored)["shards"]:
         return {}
-    normalised = normalises(params.methods, prompt)
     arrays = read_shards(scored, prompt)
-    rows = requests(examples, noise, params.seed, normalised)
-    return dict(zip(rows, row_values(arrays, track.method, params.evidence.poolings).tolist(), strict=True))
+    rows = requests(examples, session.noise, params.seed, reads_unconditional(params.methods, prompt))
+    return dict(zip(rows, row_values(arrays, method, params.evidence.poolings).tolist(), strict=True))
 
 
 def places(races: Sequence[Race]) -> Arrays:
-    """The places of all candidates, one race after the other, and of each race evaluations and lost draws."""
+    """The places of all candidates, one race after the other, and of each race the evaluations and lost draws."""
     return {
         "place": np.concatenate([race.ranking().argsort() + 1 for race in races]).astype(np.int32),
         "evaluations": np.array([race.evaluations for race in races], dtype=np.int32),
-        "lost": np.array([race.dropped for race in races], dtype=np.int32),
+        "lost": np.array([race.lost_draws for race in races], dtype=np.int32),
     }
 
 
-def learned_from(file: Path, row: str, key: str) -> dict[str, Any]:
-    """What races of the score of method `row` have told.
+def comparison_of(file: Path, row: str, key: str) -> dict[str, Any]:
+    """The results of the schedule comparison for the score of method `row`.
 
     Raises:
-        DataError: there were none under these params and models.
+        DataError: there are none for these params and models.
     """
-    for told in replay.read(file).values():
-        if told["key"] == key:
-            return dict(told)
+    for comparison in read_comparisons(file).values():
+        if comparison["key"] == key:
+            return dict(comparison)
     raise DataError(f"{file}: no races that {row} could learn from; see races.datasets, then `make races`")

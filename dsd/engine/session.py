@@ -5,16 +5,15 @@ Shapes: C candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 
-from dsd.config import MethodParams, NoiseParams, Params, noise_of, prompted
+from dsd.config import ContrastiveMethod, NoiseParams, Params, noise_of, prompted
 from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
 from dsd.data.image_table import Pictures
 from dsd.engine.encodings import Arrays, Encodings, all_texts, contrastive_encodings, diffusion_encodings, read_all
@@ -95,9 +94,13 @@ class Session:
         resolution, kept = self.params.images.resolution, self.params.runtime.kept_texts
         return diffusion_encodings(self.backbone, self.images, self.texts, resolution, self.cache, kept)
 
+    def training_of(self, prompt: str) -> str | None:
+        """The method whose training leaves the attention prompt "few-shot"; None for "none"."""
+        return prompted(self.params) if prompt == "few-shot" else None
+
     def prompt_file(self, prompt: str) -> Path | None:
-        """The file with the attention prompt that evidence is computed under; None for the prompt "none"."""
-        training = prompted(self.params) if prompt == "few-shot" else None
+        """The file with the attention prompt that evidence is computed under; None for "none"."""
+        training = self.training_of(prompt)
         return self.folders.trained / training / PROMPT if training else None
 
     def prompt(self, prompt: str) -> AttentionPrompt | None:
@@ -145,9 +148,9 @@ class Session:
 
     def head(self, name: str) -> Head:
         """What scores under the contrastive method of this name, as trained."""
-        method = self.params.methods[name]
-        backbone = str(method.own_backbone)
-        return learned(method, self.clip(backbone), *self.features(backbone), self.folders.trained / name)
+        method = cast(ContrastiveMethod, self.params.methods[name])
+        clip, features = self.clip(method.backbone), self.features(method.backbone)
+        return learned(method, clip, *features, self.folders.trained / name)
 
     def cosines_key(self, name: str, asked: Sequence[Pair]) -> str:
         """The key of the cosines of these pairs under the contrastive method of this name."""

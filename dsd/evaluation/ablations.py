@@ -1,4 +1,4 @@
-"""Methods with one of their keys changed: reductions of stored evidence, nothing is scored anew.
+"""Ablations: methods with one of their keys changed, reduced from stored evidence; nothing is computed again.
 
 Shapes: L layers, H heads.
 """
@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dsd.config import AblationParams, CrossAttentionMethod, FusionMethod, Params
-from dsd.data.examples import MatchingExample, read_examples
-from dsd.evaluation.evaluate import attention_scores, hits_of, intervals, ranked, reader, tables
+from dsd.config import AblationParams, EvaluateParams
+from dsd.data.examples import MatchingExample
+from dsd.evaluation.evaluate import ScoredSplit, intervals, tables
 from dsd.metrics import Hits
-from dsd.scorers import fusion
 from dsd.scorers.evidence import Evidence
-from dsd.scorers.fusion import Scores
 from dsd.statistics import Interval
 from dsd.store import write_atomic
 
@@ -36,10 +34,7 @@ VariantHits = dict[Variant, dict[str, Hits]]
 Ablations = dict[str, dict[str, dict[str, dict[str, Interval]]]]  # method → key → value → metric → interval
 
 
-ATTENTION, FUSION = ("pooling", "heads", "layers", "levels"), ("parts",)  # the keys of each scorer
-
-
-def values(ablations: AblationParams, keys: Sequence[str] = ATTENTION) -> Iterator[tuple[str, str, Any]]:
+def values(ablations: AblationParams, keys: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
     """(key, value as text, value) of every change; a number of random heads is tried averaged and weighted."""
     for key in keys:
         for value in getattr(ablations, key):
@@ -50,7 +45,7 @@ def values(ablations: AblationParams, keys: Sequence[str] = ATTENTION) -> Iterat
 
 
 def subsets(evidence: Evidence, heads: int, count: int, seed: int) -> Iterator[NDArray[np.bool_]]:
-    """Random choices [L, H] of so many heads of each layer; a layer that has no more keeps all of them."""
+    """Random choices [L, H] of `heads` heads of each layer; a layer with no more keeps all of them."""
     present_LH = (evidence.attribution > 0).any((0, 1))
     for number in range(count):
         rng = np.random.default_rng([seed, heads, number])
@@ -58,41 +53,28 @@ def subsets(evidence: Evidence, heads: int, count: int, seed: int) -> Iterator[N
         yield (order_LH < heads) & present_LH
 
 
-def ablate(name: str, params: Params, prepared: Path, scored: Path) -> VariantHits:
-    """Hits on the test split of dataset `name` for every variant of every method of `ablations`.
+def ablate(scored: ScoredSplit, ablations: AblationParams, seed: int) -> VariantHits:
+    """Hits of every variant of every method of `ablations`.
 
     Where a number of heads is chosen at random, an example's hit is its mean over the choices. The weights of a fusion
-    are fitted anew for each choice of parts.
+    are fitted again for each choice of parts.
     """
-    examples, kind = read_examples(prepared / "examples.parquet", "test"), params.datasets[name].kind
-    read, ablations, poolings = reader(name, params, examples, scored), params.ablations, params.evidence.poolings
     found: VariantHits = {}
 
-    def hits(scores: Scores) -> dict[str, Hits]:
-        return hits_of(kind, examples, ranked(examples, tables(examples, scores)))
+    def hits(name: str, changes: Mapping[str, Any], **options: Any) -> dict[str, Hits]:
+        row = scored.methods[name].model_copy(update=changes)
+        return scored.hits(tables(scored.examples, scored.scores(row, name, **options)))
 
-    for row in ablations.methods:
-        method = params.methods[row]
-        if isinstance(method, FusionMethod):
-            few_shot = fusion.fitted_on(name, params, prepared, scored)
-            for key, text, value in values(ablations, FUSION):
-                changed = method.model_copy(update={key: value})
-                fitted = fusion.learn(few_shot, changed, params)
-                scores = fusion.scores(fitted, read("none"), read("few-shot"), changed, poolings)
-                found[Variant(row, key, text)] = hits(scores)
-            continue
-        assert isinstance(method, CrossAttentionMethod)  # params refuses anything else
-        evidence = read(method.prompt)
-        for key, text, value in values(ablations):
+    for name in ablations.methods:
+        method = scored.methods[name]
+        for key, text, value in values(ablations, method.ablation_keys):
             if key == "heads" and isinstance(value, tuple):
                 number, how = value
-                row_of = method.model_copy(update={"heads": how})
-                choices = subsets(evidence, number, ablations.subsets, params.seed)
-                several = [hits(attention_scores(evidence, row_of, poolings, chosen_LH)) for chosen_LH in choices]
-                found[Variant(row, key, text)] = mean(several)
+                evidence = scored.stored.evidence(method.prompt)
+                choices = subsets(evidence, number, ablations.subsets, seed)
+                found[Variant(name, key, text)] = mean([hits(name, {"heads": how}, heads_LH=some) for some in choices])
             else:
-                changed_row = method.model_copy(update={key: value})
-                found[Variant(row, key, text)] = hits(attention_scores(evidence, changed_row, poolings))
+                found[Variant(name, key, text)] = hits(name, {key: value})
     return found
 
 
@@ -101,11 +83,13 @@ def mean(several: list[dict[str, Hits]]) -> dict[str, Hits]:
     return {m: (np.mean([hits[m][0] for hits in several], axis=0), groups) for m, (_, groups) in several[0].items()}
 
 
-def with_intervals(params: Params, examples: Sequence[MatchingExample], found: VariantHits) -> Ablations:
+def with_intervals(
+    examples: Sequence[MatchingExample], found: VariantHits, evaluate: EvaluateParams, seed: int
+) -> Ablations:
     """Every metric of every variant with its clustered bootstrap interval."""
     nested: Ablations = {}
     for (method, key, value), hits in found.items():
-        nested.setdefault(method, {}).setdefault(key, {})[value] = intervals(params, examples, hits)
+        nested.setdefault(method, {}).setdefault(key, {})[value] = intervals(examples, hits, evaluate, seed)
     return nested
 
 

@@ -17,12 +17,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dsd.config import ContrastiveMethod, DenoisingMethod, Params, prompted, raced, trained, twin
+from dsd.config import CrossAttentionMethod, Params, prompted, trained, twin
 from dsd.data.examples import MatchingExample
 from dsd.datasets import benchmark
 from dsd.evaluation.ablations import Variant, values
 from dsd.metrics import HEADLINES, Hits
-from dsd.schedules.replay import AGREED, DIRECTIONS, EXHAUSTIVE, SPARED, promising, published
+from dsd.schedules.exhaustive import ALL_DRAWS
+from dsd.schedules.hierarchical import DIRECTIONS, published_name
+from dsd.schedules.racing import racing_name
+from dsd.schedules.replay import AGREED, SPARED
 from dsd.statistics import Difference, cohens_h, difference_above, holm, paired_difference
 from dsd.store import write_atomic
 
@@ -102,19 +105,18 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
     matching, referring, answering, classifying = (
         [d for d in data if data[d].kind in kinds] for kinds in TASKS.values()
     )
-    clip = next((n for n, m in params.methods.items() if isinstance(m, ContrastiveMethod) and m.tuned == "none"), "")
-    others = raced(params)
-    denoiser = next((n for n, m in params.methods.items() if isinstance(m, DenoisingMethod) and n not in others), "")
+    clip = next((n for n, m in params.methods.items() if m.contrastive and m.zero_shot), "")
+    denoiser = next((n for n, m in params.methods.items() if m.scorer == "denoising" and not m.has_schedule), "")
     racing = [d for d in (*classifying, *answering) if denoiser in params.races.datasets.get(d, ())]
-    clean, noisy, middle = (f"{denoiser}, {published(direction)}" for direction in DIRECTIONS)
-    exhaustive = f"{denoiser}, {EXHAUSTIVE}"
+    clean, noisy, middle = (f"{denoiser}, {published_name(direction)}" for direction in DIRECTIONS)
+    exhaustive = f"{denoiser}, {ALL_DRAWS}"
 
     def pruned(metric: str, other: str, least: float = 0.0) -> list[Comparison]:
         return [Comparison(d, metric, clean, other, least=least) for d in classifying]
 
     def kept_promises() -> Iterator[Comparison]:
         for dataset, delta, proposer in product(racing, params.races.racing.deltas, params.races.racing.proposer):
-            yield Comparison(dataset, AGREED, f"{denoiser}, {promising(delta, proposer)}", exhaustive, least=-delta)
+            yield Comparison(dataset, AGREED, f"{denoiser}, {racing_name(delta, proposer)}", exhaustive, least=-delta)
 
     def spared_by_racing() -> Iterator[Comparison]:
         best = f"{denoiser}, racing"
@@ -132,7 +134,7 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
         return [Comparison(d, metric, *step) for d, metric in heads for step in sides]
 
     listed: dict[str, list[str]] = {}
-    for key, text, _ in values(params.ablations):
+    for key, text, _ in values(params.ablations, CrossAttentionMethod.ablation_keys):
         listed.setdefault(key, []).append(text)
     last = [text for text in listed["layers"] if text != "all"]
     some = [text for text in listed["heads"] if text.endswith(" mean")]

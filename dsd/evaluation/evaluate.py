@@ -8,33 +8,25 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dsd.config import (
-    ContrastiveMethod,
-    CrossAttentionMethod,
-    DenoisingMethod,
-    FusionMethod,
-    Params,
-    ReleasedMethod,
-    noise_of,
-    raced,
-)
+from dsd.config import EvaluateParams, MethodParams, Params, noise_of
 from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
 from dsd.datasets import benchmark
 from dsd.errors import DataError
 from dsd.metrics import METRICS, Hits, rank
-from dsd.scorers import cross_attention, denoising, fusion, released
-from dsd.scorers.evidence import Evidence, normalises, read_evidence, read_places, read_shards, unconditional
-from dsd.scorers.fusion import Scores
+from dsd.scorers import SCORERS
+from dsd.scorers.base import Scores, StoredEvidence
+from dsd.scorers.evidence import read_places
+from dsd.scorers.fusion import fitting_examples
 from dsd.statistics import Interval, clustered_mean
 from dsd.store import write_atomic
 
@@ -42,54 +34,10 @@ Results = dict[str, dict[str, Interval]]  # method → metric → interval
 
 
 class Evaluated(NamedTuple):
-    """What `evaluate` found out about a dataset, by method in the order of params.yaml and metric."""
+    """The metrics of a dataset by method, in the order of params.yaml, and the hits that they are means of."""
 
     results: Results
     hits: dict[str, dict[str, Hits]]
-
-
-def attention_scores(
-    evidence: Evidence,
-    method: CrossAttentionMethod,
-    poolings: Sequence[str],
-    chosen_LH: NDArray[np.bool_] | None = None,
-) -> Scores:
-    """DSD: the chosen pooling reduced over heads and layers, averaged over the draws of the method's levels.
-
-    Args:
-        poolings: those of the evidence, in its order.
-        chosen_LH: heads that count; None is all of them.
-    """
-    draws = [k for k, draw in enumerate(evidence.draws) if draw.level in method.levels]
-    pooled, attribution = evidence.attention[:, draws, poolings.index(method.pooling)], evidence.attribution[:, draws]
-    if chosen_LH is not None:
-        attribution = attribution * chosen_LH
-    scores = cross_attention.reduce(pooled, attribution, layers=method.layers, heads=method.heads)
-    return dict(zip(evidence.pairs, scores.mean(-1).tolist(), strict=True))
-
-
-def denoising_scores(evidence: Evidence, method: DenoisingMethod) -> Scores:
-    """The Diffusion Classifier, normalised by the unconditional error where images are compared."""
-    chosen = [k for k, draw in enumerate(evidence.draws) if draw.level in method.levels]
-    error = evidence.error[:, chosen]
-    scores = denoising.reduce(error, unconditional(evidence, error))
-    return dict(zip(evidence.pairs, scores.tolist(), strict=True))
-
-
-def released_scores(evidence: Evidence, method: ReleasedMethod, poolings: Sequence[str]) -> Scores:
-    """The published implementation's rule, with the unconditional half where images are compared."""
-    chosen = [k for k, draw in enumerate(evidence.draws) if draw.level in method.levels]
-    layers = released.last_blocks(evidence.layers)
-    logits = evidence.attention[:, chosen, poolings.index("logits")][..., layers, :]
-    attribution, error = evidence.attribution[:, chosen][..., layers, :], evidence.error[:, chosen]
-    logits, error = (np.stack([unconditional(evidence, values), values]) for values in (logits, error))
-    scores = released.reduce(logits, attribution, error, size=evidence.latent, denoising=method.denoising)
-    return dict(zip(evidence.pairs, scores.tolist(), strict=True))
-
-
-def clip_scores(scored: Path, method: str, asked: Sequence[Pair]) -> Scores:
-    """CLIP: the stored cosines."""
-    return dict(zip(asked, read_shards(scored, method)["cosine"].tolist(), strict=True))
 
 
 def table(example: MatchingExample, scores: Scores) -> np.ndarray:
@@ -119,63 +67,62 @@ def hits_of(kind: str, examples: Sequence[MatchingExample], ranks_n: NDArray[np.
         raise DataError(f"{kind}, {len(examples)} examples: {error}") from None
 
 
-def intervals(params: Params, examples: Sequence[MatchingExample], hits: Mapping[str, Hits]) -> dict[str, Interval]:
+def intervals(
+    examples: Sequence[MatchingExample], hits: Mapping[str, Hits], evaluate: EvaluateParams, seed: int
+) -> dict[str, Interval]:
     """Every metric with its clustered bootstrap interval."""
     clusters = [example.cluster for example in examples]
-    options = dict(params.evaluate.model_dump(), seed=params.seed)
+    options = dict(evaluate.model_dump(), seed=seed)
     return {metric: clustered_mean(hits_n, clusters, groups, **options) for metric, (hits_n, groups) in hits.items()}
 
 
-def reader(name: str, params: Params, examples: Sequence[MatchingExample], scored: Path) -> Callable[[str], Evidence]:
-    """The stored evidence of the examples by prompt ("none", "few-shot"), each read once."""
+@dataclass(frozen=True)
+class ScoredSplit:
+    """A split of a dataset, and what the stage score stored of it for every method."""
 
-    @lru_cache(maxsize=2)
-    def read(prompt: str) -> Evidence:
-        normalised = normalises(params.methods, prompt)
-        return read_evidence(scored, prompt, examples, noise_of(params, name), params.seed, normalised)
+    kind: str
+    examples: list[MatchingExample]
+    methods: Mapping[str, MethodParams]
+    stored: StoredEvidence
+    scored: Path
 
-    return read
+    @classmethod
+    def of(cls, name: str, params: Params, prepared: Path, scored: Path, split: str = "test") -> ScoredSplit:
+        """Args: prepared, scored: the folders of the dataset that the stages `prepare` and `score` left."""
+        examples, few_shot = (read_examples(prepared / "examples.parquet", part) for part in (split, "train"))
+        stored = StoredEvidence(
+            scored,
+            examples,
+            fitting_examples(few_shot, params.methods, params.fusion, params.seed),
+            methods=params.methods,
+            poolings=params.evidence.poolings,
+            noise=noise_of(params, name),
+            fusion=params.fusion,
+            seed=params.seed,
+        )
+        return cls(params.datasets[name].kind, examples, params.methods, stored, scored)
 
+    def scores(self, method: MethodParams, name: str, **options: Any) -> Scores:
+        """The score of every pair under a method, which need not be a row of params; `options` are the scorer's."""
+        return SCORERS[method.scorer].scores(name, method, self.stored, **options)
 
-def method_tables(
-    name: str, params: Params, examples: Sequence[MatchingExample], prepared: Path, scored: Path
-) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """(method, scores [I, T] of every example), method by method."""
-    exhaustive = method_scores(name, params, examples, prepared, scored)
-    others = raced(params)
-    for row in params.methods:
-        yield row, raced_tables(scored, row, examples) if row in others else tables(examples, next(exhaustive)[1])
+    def tables(self, name: str) -> list[np.ndarray]:
+        """The scores [I, T] of every example under the method of this name.
 
+        With a schedule: minus the place at which each candidate ended, because a race only ranks.
+        """
+        method = self.methods[name]
+        if not method.has_schedule:
+            return tables(self.examples, self.scores(method, name))
+        places = read_places(self.scored, name, self.examples)
+        return [
+            table(example, dict(zip(pairs([example]), (-place_C.astype(float)).tolist(), strict=True)))
+            for example, place_C in zip(self.examples, places, strict=True)
+        ]
 
-def raced_tables(scored: Path, method: str, examples: Sequence[MatchingExample]) -> list[np.ndarray]:
-    """Of a method with a schedule, minus the place that each candidate ended at: a race ranks, and no more."""
-    places = read_places(scored, method, examples)
-    return [
-        table(example, dict(zip(pairs([example]), (-place_C.astype(float)).tolist(), strict=True)))
-        for example, place_C in zip(examples, places, strict=True)
-    ]
-
-
-def method_scores(
-    name: str, params: Params, examples: Sequence[MatchingExample], prepared: Path, scored: Path
-) -> Iterator[tuple[str, Scores]]:
-    """(method, scores of every pair of the examples), for every method whose schedule is exhaustive."""
-    read, poolings = reader(name, params, examples, scored), params.evidence.poolings
-    others = raced(params)
-    for row, method in params.methods.items():
-        if row in others:
-            continue
-        if isinstance(method, ContrastiveMethod):
-            yield row, clip_scores(scored, row, pairs(examples))
-        elif isinstance(method, CrossAttentionMethod):
-            yield row, attention_scores(read(method.prompt), method, poolings)
-        elif isinstance(method, ReleasedMethod):
-            yield row, released_scores(read(method.prompt), method, poolings)
-        elif isinstance(method, FusionMethod):
-            fitted = fusion.learn(fusion.fitted_on(name, params, prepared, scored), method, params)
-            yield row, fusion.scores(fitted, read("none"), read("few-shot"), method, poolings)
-        elif isinstance(method, DenoisingMethod):
-            yield row, denoising_scores(read(method.prompt), method)
+    def hits(self, found: Sequence[np.ndarray]) -> dict[str, Hits]:
+        """Hits and groups of every metric, from the scores [I, T] of every example."""
+        return hits_of(self.kind, self.examples, ranked(self.examples, found))
 
 
 SCHEMA = pa.schema(
@@ -189,14 +136,15 @@ SCHEMA = pa.schema(
 )
 
 
-def evaluate(name: str, params: Params, prepared: Path, scored: Path, target: Path) -> Evaluated:
-    """Metrics of every method on the test split of dataset `name`; writes `scores/<name>.parquet` under target."""
-    examples = read_examples(prepared / "examples.parquet", "test")
+def evaluate(name: str, scored: ScoredSplit, params: EvaluateParams, seed: int, target: Path) -> Evaluated:
+    """The metrics of every method on a split of dataset `name`; writes `scores/<name>.parquet` under target."""
+    examples = scored.examples
     hits: dict[str, dict[str, Hits]] = {}
     rows = []
-    for method, found in method_tables(name, params, examples, prepared, scored):
+    for method in scored.methods:
+        found = scored.tables(method)
         ranks = ranked(examples, found)
-        hits[method] = hits_of(params.datasets[name].kind, examples, ranks)
+        hits[method] = hits_of(scored.kind, examples, ranks)
         rows += [
             dict(id=e.id, category=e.category, method=method, scores=t.ravel().tolist(), rank=int(r))
             for e, t, r in zip(examples, found, ranks, strict=True)
@@ -204,7 +152,8 @@ def evaluate(name: str, params: Params, prepared: Path, scored: Path, target: Pa
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink)
     write_atomic(target / "scores" / f"{name}.parquet", sink.getvalue().to_pybytes())
-    return Evaluated({method: intervals(params, examples, hits[method]) for method in params.methods}, hits)
+    results = {method: intervals(examples, hits[method], params, seed) for method in scored.methods}
+    return Evaluated(results, hits)
 
 
 def write_metrics(results: dict[str, Results], target: Path) -> None:

@@ -1,1 +1,1 @@
-"""Studies, schedule comparisons and scaling: what takes too long for every run."""
+"""Studies, the comparison of schedules, and scaling: what takes too long for every run."""

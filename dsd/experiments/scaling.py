@@ -1,4 +1,4 @@
-"""What racing costs as candidates grow, on synthetic evidence: no model is asked about ten thousand of them.
+"""What racing costs as the number of candidates grows, on synthetic evidence: no model scores ten thousand candidates.
 
 Shapes: C candidates, K draws.
 """
@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from dsd.config import Params
-from dsd.schedules.race import Floats, Learned, all_draws, learn
-from dsd.schedules.replay import Course, Entrants, Proposer, judged, promised, raced, replay
+from dsd.config import EvaluateParams, RacesParams
+from dsd.schedules.base import Course, draw_levels
+from dsd.schedules.exhaustive import exhaustive_course
+from dsd.schedules.race import Floats
+from dsd.schedules.racing import calibrate, fit_forecast, racing
+from dsd.schedules.replay import RecordedRaces, replay
 from dsd.store import digest, write_atomic
 from dsd.versions import versioned
 
 FILE = "growth.json"
-MOST = 1000  # candidates of a race that is learned from
+MOST = 1000  # candidates of a race that the forecast is fitted on
 FREEDOM = 4  # of Student's t, the heavy-tailed one: its third moment is the last that exists
 Sample = Callable[[np.random.Generator, tuple[int, int]], Floats]
 NOISES: dict[str, Sample] = {
@@ -28,51 +31,52 @@ NOISES: dict[str, Sample] = {
 }
 
 
-def grow(params: Params, target: Path) -> None:
-    """Writes `growth.json`: for each noise and number of candidates, what racing costs under its error rate.
-
-    What was told under the same params is left as it is.
-    """
-    races = params.races.model_dump(include={"levels", "draws_per_level", "growth"})
-    racing = params.races.racing.model_dump(include={"threshold", "rivals", "confidence"})
-    key = versioned("scaling", digest(races, racing, params.evaluate.model_dump(), params.seed))
-    if read(target).get("params") == key:
+def measure_scaling(races: RacesParams, evaluate: EvaluateParams, seed: int, target: Path) -> None:
+    """Write `growth.json`: for each noise and number of candidates, the cost of racing at the error rate of
+    `races.growth`. Skipped where it was measured under the same params."""
+    racing = races.racing.model_dump(include={"threshold", "rivals", "confidence"})
+    sections = races.model_dump(include={"levels", "draws_per_level", "growth"}), racing, evaluate.model_dump()
+    key = versioned("scaling", digest(*sections, seed))
+    if read_scaling(target).get("params") == key:
         return
-    rows = [row(noise, candidates, params) for noise in NOISES for candidates in params.races.growth.candidates]
+    rows = [measure(noise, count, races, evaluate, seed) for noise in NOISES for count in races.growth.candidates]
     write_atomic(target / FILE, (json.dumps({"params": key, "rows": rows}, indent=1) + "\n").encode())
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """What `grow` has told; nothing where it was not run."""
+def read_scaling(folder: Path) -> dict[str, Any]:
+    """The results of `measure_scaling`; empty where it was not run."""
     path = folder / FILE
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def row(noise: str, candidates: int, params: Params) -> dict[str, Any]:
-    """Racing among so many candidates: learned, calibrated and measured on other races each."""
-    growth, draws = params.races.growth, len(params.races.levels) * params.races.draws_per_level
+def measure(noise: str, candidates: int, races: RacesParams, evaluate: EvaluateParams, seed: int) -> dict[str, Any]:
+    """The cost of racing among so many candidates: fitted, calibrated and measured on different races."""
+    growth, draws = races.growth, len(draw_levels(races))
 
-    def races(role: int, most: int) -> Entrants:
-        rngs = (np.random.default_rng([params.seed, role, candidates, n]) for n in range(growth.races))
+    def recorded(role: int, most: int) -> RecordedRaces:
+        rngs = (np.random.default_rng([seed, role, candidates, n]) for n in range(growth.races))
         values = [synthetic(rng, (min(candidates, most), draws), NOISES[noise]) for rng in rngs]
-        return Entrants(values, {}, [int(v.mean(1).argmax()) for v in values], [str(n) for n in range(growth.races)])
+        winners, clusters = [int(v.mean(1).argmax()) for v in values], [str(n) for n in range(growth.races)]
+        return RecordedRaces(values, {}, winners, clusters)
 
-    known = learn(races(0, MOST).values, [0.0] * draws, params.races.racing.rivals, None)
-    learned: dict[Proposer, Learned] = {None: known}
-    fresh = races(1, candidates)
+    forecast = fit_forecast(recorded(0, MOST).values, [0.0] * draws, races.racing.rivals, None)
+    calibration = recorded(1, candidates)
 
-    def wrong(threshold: float) -> list[bool]:
-        return (~replay(raced(learned, None, threshold), fresh).agrees).tolist()
+    def course(threshold: float) -> Course:
+        return Course(list(forecast.order), racing(forecast, threshold), None)
+
+    def errors_at(threshold: float) -> list[bool]:
+        return (~replay(course(threshold), calibration).agrees).tolist()
 
     remedy = "raise races.growth.races or races.growth.delta"
-    threshold = promised(growth.delta, wrong, params.races.racing, remedy)
-    measured = races(2, candidates)
-    whole = replay(Course(list(range(draws)), all_draws(draws), None), measured)
-    told = judged(replay(raced(learned, None, threshold), measured), whole, measured, params)
-    kept = {key: told[key] for key in ("share", "disagreement")}
+    threshold = calibrate(errors_at, races.racing.threshold, growth.delta, races.racing.confidence, remedy)
+    measured = recorded(2, candidates)
+    whole = replay(exhaustive_course(races), measured)
+    results = replay(course(threshold), measured).intervals(whole, measured, evaluate, seed)
+    kept = {key: results[key] for key in ("share", "disagreement")}
     return {"noise": noise, "candidates": candidates, "draws": draws, "threshold": threshold, **kept}
 
 
 def synthetic(rng: np.random.Generator, shape: tuple[int, int], noise: Sample) -> Floats:
-    """[C, K]: candidates of heavy-tailed worth, so that some stand out as answers do, through noise half as wide."""
+    """[C, K]: candidates of heavy-tailed worth, so that a few stand out as answers do, plus noise half as wide."""
     return rng.standard_t(FREEDOM, size=(shape[0], 1)) + 0.5 * noise(rng, shape)

@@ -1,4 +1,7 @@
-"""What takes too long for every run: methods trained and scored anew with keys of params.yaml changed, by variant."""
+"""Studies (`make studies`): train and score the methods again for each variant of params.yaml.
+
+A piece is one variant on one dataset.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from dsd.config import Params, backbone_of
-from dsd.data.examples import read_examples
 from dsd.datasets import benchmark
 from dsd.datasets.preparation import prepare
-from dsd.engine.encodings import encode
+from dsd.engine.cache import encode
 from dsd.engine.score import score
-from dsd.evaluation.evaluate import method_scores, ranked, tables
-from dsd.experiments import variants
+from dsd.engine.session import Folders, Session
+from dsd.evaluation.evaluate import ScoredSplit, hits_of, intervals, ranked
+from dsd.experiments.study_results import piece_results, read_study
+from dsd.experiments.variants import Study
 from dsd.models.checkpoint import locate
 from dsd.store import check_libraries, digest, libraries, write_atomic
 from dsd.training.loop import train
 
 
-def answer(name: str, split: str, params: Params, data: Path, folder: Path) -> dict[str, Any]:
-    """The whole way of dataset `name` from nothing to metrics on a split; goes on where it was stopped.
+def evaluate_variant(name: str, split: str, params: Params, data: Path, folder: Path) -> dict[str, Any]:
+    """Download, prepare, encode, train, score and evaluate dataset `name` under the params of a variant; resumable.
 
     Args:
-        data: a folder for what variants of the same data share.
-        folder: one for what is this variant's own.
+        data: the folder that variants of the same data share.
+        folder: the variant's own.
     """
     row = params.datasets[name]
     raw, prepared, cached = (data / part for part in ("download", "prepare", "cache"))
@@ -34,55 +38,54 @@ def answer(name: str, split: str, params: Params, data: Path, folder: Path) -> d
         benchmark(row.kind).download(row, seed=params.seed, folder=raw, workers=params.runtime.workers)
         prepare(name, params, raw, prepared)
         shutil.rmtree(raw)
-    encode(name, params, prepared, cached)
+    session = Session(name, params, Folders(prepared, cached, trained))
+    encode(session)
     for method in params.training:
-        list(train(name, method, params, prepared, cached, trained / method))
-    score(name, params, prepared, cached, trained, scored, split=split)
-    examples = read_examples(prepared / "examples.parquet", split)
-    ranks = {
-        method: ranked(examples, tables(examples, scores)).tolist()
-        for method, scores in method_scores(name, params, examples, prepared, scored)
-    }
-    return variants.answered(params, row.kind, examples, ranks)
+        list(train(session, method, trained / method))
+    score(session, scored, split=split)
+    evaluated = ScoredSplit.of(name, params, prepared, scored, split)
+    ranks = {method: ranked(evaluated.examples, evaluated.tables(method)) for method in params.methods}
+    hits = {method: hits_of(row.kind, evaluated.examples, ranks_n) for method, ranks_n in ranks.items()}
+    metrics = {m: intervals(evaluated.examples, of, params.evaluate, params.seed) for m, of in hits.items()}
+    return piece_results(evaluated.examples, metrics, {method: ranks_n.tolist() for method, ranks_n in ranks.items()})
 
 
-def keys(name: str, variant: str, dataset: str, params: Params) -> dict[str, str]:
-    """The digests of all that the ranks of one piece of a study depend on, but for the code."""
-    of_variant = variants.changed(params, name, dataset, variant)
-    backbones = {backbone_of(of_variant, method) for method in of_variant.methods}
-    models = sorted(locate(of_variant.backbones[backbone])[1] for backbone in backbones)
-    return {"params": variants.params_key(params, name, dataset, variant), "models": digest(models)}
+def piece_keys(study: Study, variant: str, dataset: str) -> dict[str, str]:
+    """The digests of all that the ranks of a piece depend on."""
+    params = study.variant(variant, dataset)
+    backbones = {backbone_of(params, method) for method in params.methods}
+    models = sorted(locate(params.backbones[backbone])[1] for backbone in backbones)
+    return {"params": study.key(variant, dataset), "models": digest(models)}
 
 
-def missing(name: str, params: Params, target: Path) -> list[tuple[str, str]]:
-    """The (variant, dataset) that study `name` has not run yet, or ran under other params or models."""
-    row, found = params.studies[name], variants.read(target / f"{name}.json")
-    asked = [(variant, dataset) for variant in row.variants for dataset in row.datasets]
+def missing_pieces(study: Study, target: Path) -> list[tuple[str, str]]:
+    """The (variant, dataset) that were not run yet, or were run under other params or models."""
+    results = read_study(target / f"{study.name}.json")
 
     def done(variant: str, dataset: str) -> bool:
-        entry, wanted = found.get(variant, {}).get(dataset), keys(name, variant, dataset, params)
-        if entry is None or any(entry[part] != value for part, value in wanted.items()):
+        piece, keys = results.get(variant, {}).get(dataset), piece_keys(study, variant, dataset)
+        if piece is None or any(piece[part] != value for part, value in keys.items()):
             return False
-        check_libraries(target / f"{name}.json", entry.get("libraries", {}), "remove it, then `make studies`")
+        check_libraries(target / f"{study.name}.json", piece.get("libraries", {}), "remove it, then `make studies`")
         return True
 
-    return [piece for piece in asked if not done(*piece)]
+    pieces = [(variant, dataset) for variant in study.row.variants for dataset in study.row.datasets]
+    return [piece for piece in pieces if not done(*piece)]
 
 
-def run(name: str, variant: str, dataset: str, params: Params, target: Path, work: Path) -> None:
-    """Runs one piece of study `name` and adds it to `<name>.json`: variant → dataset → what was found.
+def run_piece(study: Study, variant: str, dataset: str, target: Path, work: Path) -> None:
+    """Run one piece of a study and add it to `<study>.json`: variant → dataset → `piece_keys` and `piece_results`.
 
     Args:
         work: a folder of this study's own; what the piece leaves there is removed once it is done.
     """
-    row, file = params.studies[name], target / f"{name}.json"
-    of_variant = variants.changed(params, name, dataset, variant)
-    wanted = keys(name, variant, dataset, params)
-    data = work / digest(of_variant.datasets, of_variant.images, of_variant.seed)[:16]
-    folder = work / digest(wanted)[:16]
-    result = answer(dataset, row.split, of_variant, data, folder)
-    found = variants.read(file)
-    found.setdefault(variant, {})[dataset] = {**wanted, "libraries": libraries(), **result}
-    ordered = {v: {d: found[v][d] for d in row.datasets if d in found[v]} for v in row.variants if v in found}
+    row, file = study.row, target / f"{study.name}.json"
+    params, keys = study.variant(variant, dataset), piece_keys(study, variant, dataset)
+    data = work / digest(params.datasets, params.images, params.seed)[:16]
+    folder = work / digest(keys)[:16]
+    piece = evaluate_variant(dataset, row.split, params, data, folder)
+    results = read_study(file)
+    results.setdefault(variant, {})[dataset] = {**keys, "libraries": libraries(), **piece}
+    ordered = {v: {d: results[v][d] for d in row.datasets if d in results[v]} for v in row.variants if v in results}
     write_atomic(file, (json.dumps(ordered, indent=1) + "\n").encode())
     shutil.rmtree(folder)

@@ -13,12 +13,13 @@ from jinja2 import Template
 from PIL import Image
 from safetensors import safe_open
 
-from dsd.config import ContrastiveMethod, Params
+from dsd.config import Params
 from dsd.datasets import benchmark
 from dsd.datasets.preparation import prepare
-from dsd.engine.encodings import encode
+from dsd.engine.cache import encode
 from dsd.engine.score import score
-from dsd.evaluation.evaluate import Results, evaluate
+from dsd.engine.session import Folders, Session
+from dsd.evaluation.evaluate import Results, ScoredSplit, evaluate
 from dsd.scenes.captions import caption, pretraining_scene
 
 CARD = Template(
@@ -79,9 +80,7 @@ def quality(params: Params, target: Path) -> Results:
         name: row.model_copy(update={"source": str(target / name)}) if (target / name).is_dir() else row
         for name, row in params.backbones.items()
     }
-    methods = {
-        n: m for n, m in params.methods.items() if (m.tuned if isinstance(m, ContrastiveMethod) else m.prompt) == "none"
-    }
+    methods = {name: method for name, method in params.methods.items() if method.zero_shot}
     name = "scenes-com"
     row = params.datasets[name].model_copy(update={"test": 300})
     changed = {"backbones": rows, "methods": methods, "datasets": {name: row}, "seed": params.seed + 1}
@@ -90,9 +89,11 @@ def quality(params: Params, target: Path) -> Results:
         raw, prepared, cached, scored = (Path(folder) / part for part in ("raw", "prepared", "cached", "scored"))
         benchmark(row.kind).download(row, seed=there.seed, folder=raw, workers=there.runtime.workers)
         prepare(name, there, raw, prepared)
-        encode(name, there, prepared, cached)
-        score(name, there, prepared, cached, cached, scored, split="test")
-        return evaluate(name, there, prepared, scored, Path(folder)).results
+        session = Session(name, there, Folders(prepared, cached, cached))
+        encode(session)
+        score(session, scored, split="test")
+        split = ScoredSplit.of(name, there, prepared, scored)
+        return evaluate(name, split, there.evaluate, there.seed, Path(folder)).results
 
 
 def samples(folder: Path, seed: int) -> tuple[Image.Image, list[str]]:

@@ -22,9 +22,9 @@ from dsd.datasets import benchmark
 from dsd.errors import DataError, unknown
 from dsd.evaluation.ablations import Ablations
 from dsd.evaluation.claims import Judgement
-from dsd.experiments import scaling as growth
+from dsd.experiments.scaling import read_scaling
 from dsd.metrics import HEADLINES, METRICS, Hits
-from dsd.schedules import replay
+from dsd.schedules.replay import read_comparisons
 from dsd.statistics import Interval
 
 # In the order in which they run. The report's own time is not known while it is written.
@@ -117,19 +117,19 @@ def read_claims(data: Path) -> Claims:
 
 
 def read_studies(data: Path) -> dict[str, Any]:
-    """What dsd.experiments.variants.compare tells of each study."""
+    """What dsd.experiments.study_results.compare_variants tells of each study."""
     return dict(read_json(data / "evaluate" / "studies.json", "evaluate"))
 
 
 def read_races(params: Params, data: Path) -> dict[str, dict[str, Any]]:
-    """What `dsd.experiments.races` has told, by dataset and method; a dataset whose races were not run is absent."""
-    found = {name: replay.read(data / "races" / f"{name}.json") for name in params.races.datasets}
+    """The schedule comparisons by dataset and method; a dataset without one is absent."""
+    found = {name: read_comparisons(data / "races" / f"{name}.json") for name in params.races.datasets}
     return {name: told for name, told in found.items() if told}
 
 
 def read_growth(data: Path) -> list[dict[str, Any]]:
     """What `dsd.experiments.scaling` has told; nothing where it was not run."""
-    return list(growth.read(data / "races").get("rows", []))
+    return list(read_scaling(data / "races").get("rows", []))
 
 
 def _ablations(path: Path) -> dict[str, Ablations]:

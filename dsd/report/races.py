@@ -13,10 +13,12 @@ from dsd.evaluation.claims import TASKS
 from dsd.report import figures
 from dsd.report.inputs import Dataset
 from dsd.report.tables import NONE, Cell, Row, Table, count, interval, percent, points
-from dsd.schedules.replay import DIRECTIONS, EXHAUSTIVE, LEARNED_FROM, MEASURED_ON, published
+from dsd.schedules.exhaustive import ALL_DRAWS
+from dsd.schedules.hierarchical import DIRECTIONS, published_name
+from dsd.schedules.replay import CHOSEN_ON, MEASURED_ON
 from dsd.statistics import Interval
 
-Told = Mapping[str, Any]  # of a method on a dataset, see dsd.schedules.replay.compare
+Told = Mapping[str, Any]  # of a method on a dataset, see dsd.schedules.replay.compare_settings
 SCHEDULES = ("exhaustive", "staged", "hierarchical", "racing")
 # The second paper's accuracy in percent and hours, by dataset: exhaustive, pruned; and CLIP with a ResNet-50.
 THEIRS = {
@@ -56,8 +58,8 @@ def note(told: Told) -> str:
     ties = ties if told["ties"] else ""
     return (
         f"{count(counts[MEASURED_ON])} test races of {told['candidates']:g} candidates, {told['draws']} draws. "
-        f"Settings were chosen on {count(counts[LEARNED_FROM])} few-shot races; racing learned from "
-        f"{count(counts[LEARNED_FROM] - counts['calibration'])} of them and was calibrated on the other "
+        f"Settings were chosen on {count(counts[CHOSEN_ON])} few-shot races; racing learned from "
+        f"{count(counts[CHOSEN_ON] - counts['calibration'])} of them and was calibrated on the other "
         f"{count(counts['calibration'])}. Its stated error rate was kept by {len(kept)} of {len(promised)}."
         f"{alone}{ties}"
     )
@@ -120,7 +122,7 @@ def growth(rows: Sequence[Told]) -> Table | None:
 
 def drawings(dataset: str, method: str, told: Told) -> list[figures.Drawing]:
     """Accuracy over cost for each schedule, and, as the second paper's Figure 4, for each direction."""
-    whole, name = _interval(told["chosen"][EXHAUSTIVE]["accuracy"]), figures.slug(f"{dataset}-{method}")
+    whole, name = _interval(told["chosen"][ALL_DRAWS]["accuracy"]), figures.slug(f"{dataset}-{method}")
     runs = told["runs"]
     of_schedule = {schedule: [run for run in runs if run["schedule"] == schedule] for schedule in SCHEDULES}
     proposers = dict.fromkeys(run["setting"]["proposer"] for run in of_schedule["racing"])
@@ -148,9 +150,9 @@ def front(runs: Iterable[Mapping[str, Any]]) -> list[tuple[float, float]]:
     """(cost, accuracy) on the test races of the settings that none is both cheaper and better than on the learning
     races."""
     found, best = [], -1.0
-    for run in sorted(runs, key=lambda run: (run[LEARNED_FROM]["evaluations"], -run[LEARNED_FROM]["accuracy"])):
-        if run[LEARNED_FROM]["accuracy"] > best:
-            best = run[LEARNED_FROM]["accuracy"]
+    for run in sorted(runs, key=lambda run: (run[CHOSEN_ON]["evaluations"], -run[CHOSEN_ON]["accuracy"])):
+        if run[CHOSEN_ON]["accuracy"] > best:
+            best = run[CHOSEN_ON]["accuracy"]
             found.append((run[MEASURED_ON]["evaluations"], run[MEASURED_ON]["accuracy"]))
     return found
 
@@ -178,7 +180,7 @@ def paper(found: Mapping[str, Mapping[str, Told]], datasets: Sequence[Dataset], 
         for name, (whole, hours, pruned, fewer, _) in THEIRS.items()
     ]
     for dataset, method, chosen in ours:
-        cells = [cell for name in (EXHAUSTIVE, published("clean")) for cell in _pair(chosen[name])]
+        cells = [cell for name in (ALL_DRAWS, published_name("clean")) for cell in _pair(chosen[name])]
         rows.append(Row(dataset.name, [Cell(f"here ({method})"), *cells]))
     head = ["dataset", "numbers of", "exhaustive\naccuracy", "time", "hierarchical\naccuracy", "time"]
     yield Table("Table 1 of the second paper, and the same here", head, rows)
@@ -188,7 +190,7 @@ def paper(found: Mapping[str, Mapping[str, Told]], datasets: Sequence[Dataset], 
         for name, (_, _, pruned, _, small) in THEIRS.items()
     ]
     for dataset, method, chosen in ours:
-        accuracy = _interval(chosen[published("clean")]["accuracy"])
+        accuracy = _interval(chosen[published_name("clean")]["accuracy"])
         known = dataset.results.get(clip or "", {}).get(dataset.headline)
         small_cell = Cell(percent(known.value), interval(known)) if known else Cell(NONE)
         cells = [Cell(f"here ({method})"), small_cell, Cell(percent(accuracy.value), interval(accuracy))]

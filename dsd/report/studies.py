@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from dsd.config import Params, StudyParams
-from dsd.experiments.variants import in_force, params_key
+from dsd.experiments.variants import Study
 from dsd.report import figures
 from dsd.report.inputs import Dataset
 from dsd.report.tables import NONE, Cell, Row, Table, interval, p_value, percent, points
@@ -74,7 +74,7 @@ class _Study:
     def stale(self, variant: str) -> bool:
         """Whether some of it was found when params.yaml was another."""
         return any(
-            found["params"] != params_key(self.params, self.name, dataset, variant)
+            found["params"] != Study(self.name, self.params).key(variant, dataset)
             for dataset, found in self.told.get(variant, {}).items()
         )
 
@@ -137,7 +137,7 @@ class _Study:
             )
         said = []
         for method in self.row.methods:
-            force = [variant for variant in self.told if in_force(self.params, self.name, variant)]
+            force = [variant for variant in self.told if Study(self.name, self.params).in_force(variant)]
             best = self.best(method)
             done = sum(self.mean(variant, method) is not None for variant in self.told)
             chosen = f"params.yaml has “{force[0]}”" if force else "params.yaml has none of them"

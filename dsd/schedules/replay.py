@@ -1,5 +1,5 @@
-"""Schedules compared on evidence that is there for every candidate at every draw: what each would have asked for of it,
-and how it would have ended. No model is run here.
+"""Schedules replayed on evidence recorded for every candidate at every draw: what each would have computed of it, and
+which candidate it would have chosen. No model runs here.
 
 Shapes: n races of C candidates, K draws.
 """
@@ -8,319 +8,225 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import qmc
 
-from dsd.config import Params, RacesParams, RacingSchedule, RacingSettings, ScheduleParams, StagedSchedule
+from dsd.config import EvaluateParams, RacesParams
 from dsd.data.examples import MatchingExample
-from dsd.errors import DataError
 from dsd.metrics import Hits
-from dsd.schedules.race import (
-    Floats,
-    Learned,
-    Race,
-    Schedule,
-    all_draws,
-    calibrate,
-    hierarchical,
-    learn,
-    racing,
-    shortlisted,
-    staged,
-)
+from dsd.schedules import SCHEDULES
+from dsd.schedules.base import Course, Proposer, ScheduleKind, Setting, draw_levels
+from dsd.schedules.exhaustive import ALL_DRAWS, exhaustive_course
+from dsd.schedules.race import Floats, Race
+from dsd.schedules.racing import calibrate, fit_forecast, racing_name
 from dsd.statistics import clustered_mean, paired_difference
 from dsd.store import digest
 
-Setting = dict[str, Any]
-Proposer = str | None
-LEARNED_FROM, MEASURED_ON = "train", "test"
-EXHAUSTIVE = "exhaustive, all draws"
-DIRECTIONS = ("clean", "noisy", "middle")
+CHOSEN_ON, MEASURED_ON = "train", "test"  # splits
 SPARED = "spared evaluations"
 AGREED = "the winner of all draws"
 SHORTLISTS = (1, 2, 5, 10, 20, 50)
 
 
-class Entrants(NamedTuple):
-    """The races of a split: their evidence, what each proposer says, and which candidate is right, −1 in a tie."""
+class RecordedRaces(NamedTuple):
+    """The races of a split: evidence, the proposers' scores, and which candidate is right, −1 in a tie."""
 
     values: list[Floats]  # [C, K] each
     proposals: dict[str, list[Floats]]  # by proposer, [C] each
     answers: list[int]
     clusters: list[str]
 
-    def some(self, chosen: Iterable[int]) -> Entrants:
-        rows = sorted(chosen)
-        return Entrants(
+    def subset(self, indices: Iterable[int]) -> RecordedRaces:
+        rows = sorted(indices)
+        return RecordedRaces(
             [self.values[i] for i in rows],
-            {proposer: [said[i] for i in rows] for proposer, said in self.proposals.items()},
+            {proposer: [scores[i] for i in rows] for proposer, scores in self.proposals.items()},
             [self.answers[i] for i in rows],
             [self.clusters[i] for i in rows],
         )
 
 
-class Course(NamedTuple):
-    """A schedule, the order of its draws, and whose proposal it starts from."""
-
-    order: list[int]
-    schedule: Schedule
-    proposer: Proposer
-
-
 class Outcome(NamedTuple):
-    """How races ended, [n] each: with whom, rightly, as all draws would have it, and at what share of their cost."""
+    """How races ended, [n] each: the winner, whether it is right, whether all draws have the same, and the share of
+    their evaluations."""
 
     winners: NDArray[np.int64]
     hits: NDArray[np.bool_]
     agrees: NDArray[np.bool_]
     share: Floats
 
+    def means(self, draws: int) -> dict[str, float]:
+        """Accuracy, disagreement with the winner of all draws, and evaluations per candidate."""
+        return {
+            "accuracy": float(self.hits.mean()),
+            "disagreement": float((~self.agrees).mean()),
+            "evaluations": float(self.share.mean() * draws),
+        }
 
-def replay(course: Course, races: Entrants) -> Outcome:
-    """How the races would have ended."""
-    found = []
+    def intervals(self, whole: Outcome, races: RecordedRaces, evaluate: EvaluateParams, seed: int) -> dict[str, Any]:
+        """Accuracy, disagreement and share of the evaluations with their intervals, the difference in accuracy from
+        all draws (`whole`), and for paired tests the hit, agreement and evaluations of each race."""
+        options = dict(evaluate.model_dump(), seed=seed)
+        everyone = [np.ones(len(races.values), dtype=bool)]
+        columns = {"accuracy": self.hits, "disagreement": ~self.agrees, "share": self.share}
+        results = {
+            name: clustered_mean(column.astype(float), races.clusters, everyone, **options).as_dict()
+            for name, column in columns.items()
+        }
+        if np.ptp(self.share) == 0:  # a cost that never varies is known exactly
+            results["share"] |= {"low": results["share"]["value"], "high": results["share"]["value"]}
+        difference = paired_difference(self.hits, whole.hits, races.clusters, **options).as_dict()
+        sizes = (values_CK.size for values_CK in races.values)
+        evaluations = " ".join(str(round(share * size)) for share, size in zip(self.share, sizes, strict=True))
+        hits, agrees = ("".join("01"[int(bit)] for bit in bits) for bits in (self.hits, self.agrees))
+        each = {"hits": hits, "agrees": agrees, "evaluations": evaluations}
+        return {**results, "difference": difference, "each": each}
+
+
+def replay(course: Course, races: RecordedRaces) -> Outcome:
+    """The outcome of the races under a course."""
+    outcomes = []
     for number, values_CK in enumerate(races.values):
         proposal = races.proposals[course.proposer][number] if course.proposer else None
         ordered_CK = values_CK[:, course.order]
         race = Race(len(ordered_CK), course.schedule, proposal)
-        while len(asked := race.asks()):
-            race.tell(ordered_CK[asked[:, 0], asked[:, 1]])
+        while len(rows := race.next_rows()):
+            race.record(ordered_CK[rows[:, 0], rows[:, 1]])
         winner = race.ranking()[0]
         agrees = winner == np.nanmean(values_CK, 1).argmax()
-        found.append((winner, winner == races.answers[number], agrees, race.evaluations / values_CK.size))
-    return Outcome(*(np.array(column) for column in zip(*found, strict=True)))
+        outcomes.append((winner, winner == races.answers[number], agrees, race.evaluations / values_CK.size))
+    return Outcome(*(np.array(column) for column in zip(*outcomes, strict=True)))
 
 
-def evenly(levels: int, per_level: int) -> list[int]:
-    """Draws in an order whose every beginning is spread over the levels, as in the published code of `staged`."""
-    points = qmc.Halton(1, scramble=False).fast_forward(1).random(8 * levels)
-    spread = list(dict.fromkeys((points.ravel() * levels).astype(int).tolist()))
-    return [level * per_level + number for number in range(per_level) for level in spread]
+class Trial(NamedTuple):
+    """A setting, and its outcomes on the races that settings are chosen on and on those that they are measured on."""
+
+    kind: ScheduleKind
+    setting: Setting
+    chosen_on: Outcome
+    measured_on: Outcome
+
+    def as_dict(self, draws: int) -> dict[str, Any]:
+        on = {CHOSEN_ON: self.chosen_on.means(draws), MEASURED_ON: self.measured_on.means(draws)}
+        return {"schedule": self.kind.kind, "setting": self.setting, **on}
 
 
-def published(direction: str) -> str:
-    """The name of the second paper's own setting, from one of the three sides."""
-    return f"hierarchical as published, from {direction}"
-
-
-def promising(delta: float, proposer: Proposer) -> str:
-    """The name of racing that is calibrated for an error rate."""
-    return f"racing, δ = {delta:g}" + (f", {proposer} first" if proposer else "")
-
-
-def directed(direction: str, levels: Sequence[float], samples: int, per_level: int) -> list[int]:
-    """The first `samples` draws of each level, level by level: from clean, from noisy or from the middle outwards."""
-    middle = (min(levels) + max(levels)) / 2
-    keys: dict[str, Callable[[int], float]] = {
-        "clean": lambda n: levels[n],
-        "noisy": lambda n: -levels[n],
-        "middle": lambda n: abs(levels[n] - middle),
-    }
-    walked = sorted(range(len(levels)), key=keys[direction])
-    return [n * per_level + number for n in walked for number in range(samples)]
-
-
-def courses(races: RacesParams, learned: Mapping[Proposer, Learned]) -> Iterator[tuple[str, Setting, Course]]:
-    """(schedule, setting, course) of every setting of every schedule that the draws suffice for."""
-    levels, per_level = races.levels, races.draws_per_level
-    spread = evenly(len(levels), per_level)
-    for draws in races.exhaustive.draws:
-        yield "exhaustive", {"draws": draws}, Course(spread[:draws], all_draws(draws), None)
-    for kept, first, growth in product(races.staged.to_keep, races.staged.first, races.staged.growth):
-        samples = [first * growth**stage for stage in range(len(kept))]
-        if samples[-1] <= len(spread):
-            yield "staged", {"to_keep": kept, "n_samples": samples}, Course(spread, staged(kept, samples), None)
-    for setting in grid(races.hierarchical.model_dump()):
-        if setting["samples"] <= per_level:
-            yield "hierarchical", setting, pruned(races, setting)
-    for proposer, threshold in product(races.racing.proposer, races.racing.threshold):
-        setting = {"proposer": proposer, "threshold": threshold}
-        yield "racing", setting, raced(learned, proposer, threshold)
-
-
-def pruned(races: RacesParams, setting: Setting) -> Course:
-    levels, rest = races.levels, {key: value for key, value in setting.items() if key != "direction"}
-    order = directed(setting["direction"], levels, setting["samples"], races.draws_per_level)
-    return Course(order, hierarchical(len(levels), **rest), None)
-
-
-def raced(learned: Mapping[Proposer, Learned], proposer: Proposer, threshold: float) -> Course:
-    return Course(list(learned[proposer].order), racing(learned[proposer], threshold), proposer)
-
-
-def course_of(row: ScheduleParams, races: RacesParams, told: Mapping[str, Any]) -> Course:
-    """The course of a row of `schedules`; `told` is what races of the same score have told, which only racing needs.
-
-    Raises:
-        DataError: racing was not calibrated for this δ with this proposer.
-    """
-    if not isinstance(row, RacingSchedule):
-        if isinstance(row, StagedSchedule):
-            order = evenly(len(races.levels), races.draws_per_level)
-            course = Course(order, staged(row.to_keep, row.n_samples), None)
-        else:
-            course = pruned(races, row.model_dump(exclude={"kind", "budget", "shortlist"}))
-        if row.shortlist:
-            first = shortlisted(course.schedule, row.shortlist.keep)
-            course = course._replace(schedule=first, proposer=row.shortlist.proposer)
-        return course
-    for promise in told.get("promised", []):
-        if (promise["proposer"], promise["delta"]) == (row.proposer, row.delta):
-            learned = Learned(**told["learned"][str(row.proposer)])
-            return raced({row.proposer: learned}, row.proposer, promise["threshold"])
-    after = f" after {row.proposer}" if row.proposer else ""
-    raise DataError(
-        f"racing{after} was not calibrated for δ = {row.delta:g}; add it to races.racing and run `make races`"
-    )
-
-
-def grid(values: Mapping[str, Iterable[Any]]) -> Iterator[Setting]:
-    """Every choice of one value for each key."""
-    for chosen in product(*values.values()):
-        yield dict(zip(values, chosen, strict=True))
-
-
-class Compared(NamedTuple):
-    """The courses that were chosen on the learning races, by name, and all that is to be told of all of them."""
+class ComparedSettings(NamedTuple):
+    """The courses that were chosen, by name, and the results of all: what is stored in data/races/*.json."""
 
     chosen: dict[str, Course]
-    told: dict[str, Any]
+    results: dict[str, Any]
 
 
-def compare(learning: Entrants, measured: Entrants, level_K: Sequence[float], params: Params) -> Compared:
-    """What every setting of every schedule costs and keeps, the best of each schedule, and racing with its promises.
+def compare_settings(
+    learning: RecordedRaces, measured: RecordedRaces, races: RacesParams, evaluate: EvaluateParams, seed: int
+) -> ComparedSettings:
+    """Replay every setting of every schedule, choose the best of each schedule, and calibrate racing.
 
-    Best is the cheapest setting that names another winner than all draws in at most the share `within` of the learning
-    races; where there is none, the one that does so least.
-    Racing learns from a random part of the learning races; it is calibrated, and judged there, on the others.
+    Racing is fitted on a random part of the learning races, and chosen and calibrated on the others.
     """
-    races, K = params.races, len(level_K)
-    shuffled = np.random.default_rng(params.seed).permutation(len(learning.values))
+    shuffled = np.random.default_rng(seed).permutation(len(learning.values))
     parts = np.split(shuffled, [math.ceil(races.racing.learning * len(shuffled))])
-    known, fresh = (learning.some(part.tolist()) for part in parts)
-    learned = {
-        proposer: learn(known.values, level_K, races.racing.rivals, known.proposals[proposer] if proposer else None)
-        for proposer in races.racing.proposer
+    fitting, calibration = (learning.subset(part.tolist()) for part in parts)
+    comparison = {"learned": {str(p): _forecast(fitting, races, p) for p in races.racing.proposer}}
+
+    # The kinds with a section in `races`, in the order of the sections: the order of the results.
+    kinds = [SCHEDULES[section] for section in type(races).model_fields if section in SCHEDULES]
+    trials = []
+    for kind in kinds:
+        own_races = calibration if kind.needs_comparison else learning
+        for setting in kind.settings(races):
+            course = kind.course(setting, races, comparison)
+            trials.append(Trial(kind, setting, replay(course, own_races), replay(course, measured)))
+    calibrated = _calibrated(trials, races)
+    settings = [
+        *((name, kind, setting) for kind in kinds for name, setting in kind.named_settings(races).items()),
+        *((trial.kind.kind, trial.kind, trial.setting) for trial in _best(trials, races.within)),
+        *((name, SCHEDULES["racing"], setting) for name, setting in calibrated.items()),
+    ]
+    draws, everything = len(draw_levels(races)), exhaustive_course(races)
+    chosen = {ALL_DRAWS: ({"draws": draws}, everything)} | {
+        name: (setting, kind.course(setting, races, comparison)) for name, kind, setting in settings
     }
-    everything = Course(list(range(K)), all_draws(K), None)
-    chosen: dict[str, tuple[Setting, Course]] = {EXHAUSTIVE: ({"draws": K}, everything)}
-    for direction in DIRECTIONS:
-        setting = {"direction": direction, **races.published.model_dump()}
-        chosen[published(direction)] = setting, pruned(races, setting)
-
-    runs = []
-    merits: dict[str, tuple[float, float]] = {}  # of the best so far: how many other winners too many, and the cost
-    wrong: dict[Proposer, dict[float, list[bool]]] = {}  # of racing, by proposer and threshold
-    for schedule, setting, course in courses(races, learned):
-        seen = replay(course, fresh if schedule == "racing" else learning)
-        both = {LEARNED_FROM: summary(seen, K), MEASURED_ON: summary(replay(course, measured), K)}
-        runs.append({"schedule": schedule, "setting": setting, **both})
-        if schedule == "racing":
-            wrong.setdefault(course.proposer, {})[setting["threshold"]] = (~seen.agrees).tolist()
-        merit = (max(0.0, float((~seen.agrees).mean()) - races.within), float(seen.share.mean()))
-        if schedule not in merits or merit < merits[schedule]:
-            merits[schedule], chosen[schedule] = merit, (setting, course)
-
-    promises: list[Setting] = []
-    for proposer, delta in product(races.racing.proposer, races.racing.deltas):
-        remedy = "raise few_shot, or leave that δ out of races.racing.deltas"
-        threshold = promised(delta, wrong[proposer].__getitem__, races.racing, remedy)
-        promises.append({"proposer": proposer, "delta": delta, "threshold": threshold})
-        chosen[promising(delta, proposer)] = promises[-1], raced(learned, proposer, threshold)
 
     whole = replay(everything, measured)
-    counts = {LEARNED_FROM: len(learning.values), "calibration": len(fresh.values), MEASURED_ON: len(measured.values)}
-    told = {
-        "races": counts,
+    counts = {CHOSEN_ON: learning, "calibration": calibration, MEASURED_ON: measured}
+    results = {
+        "races": {name: len(part.values) for name, part in counts.items()},
         "candidates": float(np.mean([len(values_CK) for values_CK in measured.values])),
-        "draws": K,
+        "draws": draws,
         "ties": sum(answer < 0 for answer in measured.answers),
-        "recall": {proposer: recall(said, whole.winners) for proposer, said in measured.proposals.items()},
-        "learned": {str(proposer): asdict(found) for proposer, found in learned.items()},
-        "promised": promises,
+        "recall": {proposer: recall(scores, whole.winners) for proposer, scores in measured.proposals.items()},
+        **comparison,
+        "promised": list(calibrated.values()),
         "chosen": {
-            name: {"setting": setting, **judged(replay(course, measured), whole, measured, params)}
+            name: {"setting": setting, **replay(course, measured).intervals(whole, measured, evaluate, seed)}
             for name, (setting, course) in chosen.items()
         },
-        "runs": runs,
+        "runs": [trial.as_dict(draws) for trial in trials],
     }
-    return Compared({name: course for name, (_, course) in chosen.items()}, told)
+    return ComparedSettings({name: course for name, (_, course) in chosen.items()}, results)
 
 
-def recall(said: Sequence[Floats], winners: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:
-    """What is lost where a proposer alone says which candidates are seen at all: by how many of them, the share of
-    races in which the winner of all draws is among those that it puts first."""
-    places = np.array([(said_C > said_C[w]).sum() + 1 for said_C, w in zip(said, winners, strict=True)])
-    return {str(kept): float((places <= kept).mean()) for kept in SHORTLISTS if kept < max(map(len, said))}
+def _forecast(fitting: RecordedRaces, races: RacesParams, proposer: Proposer) -> dict[str, Any]:
+    proposals = fitting.proposals[proposer] if proposer else None
+    return asdict(fit_forecast(fitting.values, draw_levels(races), races.racing.rivals, proposals))
 
 
-def summary(outcome: Outcome, draws: int) -> dict[str, float]:
-    """Accuracy, share of other winners than all draws have, and evaluations of each candidate."""
-    return {
-        "accuracy": float(outcome.hits.mean()),
-        "disagreement": float((~outcome.agrees).mean()),
-        "evaluations": float(outcome.share.mean() * draws),
-    }
+def _best(trials: Sequence[Trial], within: float) -> list[Trial]:
+    """Of each schedule, the cheapest setting that misses the winner of all draws in at most the share `within` of
+    races; if there is none, the setting that misses it least."""
+
+    def merit(trial: Trial) -> tuple[float, float]:
+        missed = float((~trial.chosen_on.agrees).mean())
+        return max(0.0, missed - within), float(trial.chosen_on.share.mean())
+
+    return [min(some, key=merit) for _, some in groupby(trials, key=lambda trial: trial.kind.kind)]
 
 
-def judged(outcome: Outcome, whole: Outcome, races: Entrants, params: Params) -> dict[str, Any]:
-    """Accuracy, disagreement and share of the evaluations with their intervals, the difference from all draws, and for
-    paired tests of each race: its hit, whether it agrees with all draws, its evaluations."""
-    options = dict(params.evaluate.model_dump(), seed=params.seed)
-    everyone = [np.ones(len(races.values), dtype=bool)]
-    columns = {"accuracy": outcome.hits, "disagreement": ~outcome.agrees, "share": outcome.share}
-    told = {
-        name: clustered_mean(column.astype(float), races.clusters, everyone, **options).as_dict()
-        for name, column in columns.items()
-    }
-    if np.ptp(outcome.share) == 0:  # what a schedule always costs is known for certain
-        told["share"] |= {"low": told["share"]["value"], "high": told["share"]["value"]}
-    difference = paired_difference(outcome.hits, whole.hits, races.clusters, **options).as_dict()
-    sizes = (values_CK.size for values_CK in races.values)
-    evaluations = " ".join(str(round(share * size)) for share, size in zip(outcome.share, sizes, strict=True))
-    hits, agrees = ("".join("01"[int(bit)] for bit in bits) for bits in (outcome.hits, outcome.agrees))
-    each = {"hits": hits, "agrees": agrees, "evaluations": evaluations}
-    return {**told, "difference": difference, "each": each}
+def _calibrated(trials: Sequence[Trial], races: RacesParams) -> dict[str, Setting]:
+    """The settings of racing, by name, that are calibrated for each error rate, after each proposer and without."""
+    settings: dict[str, Setting] = {}
+    for proposer, delta in product(races.racing.proposer, races.racing.deltas):
+        own = [trial for trial in trials if trial.kind.kind == "racing" and trial.setting["proposer"] == proposer]
+        errors = {trial.setting["threshold"]: (~trial.chosen_on.agrees).tolist() for trial in own}
+        remedy = "raise few_shot, or leave that δ out of races.racing.deltas"
+        threshold = calibrate(errors.__getitem__, races.racing.threshold, delta, races.racing.confidence, remedy)
+        settings[racing_name(delta, proposer)] = {"proposer": proposer, "delta": delta, "threshold": threshold}
+    return settings
 
 
-def promised(delta: float, wrong: Callable[[float], Sequence[bool]], settings: RacingSettings, remedy: str) -> float:
-    """The threshold that keeps an error rate; see `dsd.schedules.race.calibrate`.
-
-    Raises:
-        DataError: the races are too few for it; `remedy` says what to change.
-    """
-    try:
-        return calibrate(wrong, settings.threshold, delta, settings.confidence)
-    except ValueError as error:
-        raise DataError(f"races: {error}; {remedy}") from None
+def recall(proposals: Sequence[Floats], winners: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:
+    """The share of races whose winner of all draws is among the proposer's first candidates, by how many of them."""
+    places = np.array([(scores_C > scores_C[w]).sum() + 1 for scores_C, w in zip(proposals, winners, strict=True)])
+    return {str(kept): float((places <= kept).mean()) for kept in SHORTLISTS if kept < max(map(len, proposals))}
 
 
 def read_hits(file: Path, metric: str, examples: Sequence[MatchingExample]) -> dict[str, dict[str, Hits]]:
-    """Of every chosen schedule, as `<method>, <schedule>`: whether each example was answered rightly, by the headline
-    metric, whether as all draws would, `AGREED`, and which share of their evaluations it was spared, `SPARED`.
+    """Whether each chosen schedule, `<method>, <schedule>`, answers each example correctly, by the headline metric,
+    and as all draws do, `AGREED`; and the share of their evaluations that it spares, `SPARED`.
 
-    Nothing where the races were not run, or not on these examples.
+    Empty where the comparison was not run, or not on these examples.
     """
     everyone = [np.ones(len(examples), dtype=bool)]
-    found = {}
-    for method, told in read(file).items():
-        if told["examples"] == digest([example.id for example in examples]):
-            for schedule, row in told["chosen"].items():
-                each, whole = row["each"], told["chosen"][EXHAUSTIVE]["each"]
-                asked_n, whole_n = (np.array(side["evaluations"].split(), dtype=float) for side in (each, whole))
+    hits = {}
+    for method, comparison in read_comparisons(file).items():
+        if comparison["examples"] == digest([example.id for example in examples]):
+            for schedule, row in comparison["chosen"].items():
+                each, whole = row["each"], comparison["chosen"][ALL_DRAWS]["each"]
+                own_n, whole_n = (np.array(side["evaluations"].split(), dtype=float) for side in (each, whole))
                 hits_n, agrees_n = (np.array(list(each[bits]), dtype=float) for bits in ("hits", "agrees"))
-                columns = {metric: hits_n, AGREED: agrees_n, SPARED: 1 - asked_n / whole_n}
-                found[f"{method}, {schedule}"] = {key: (column, everyone) for key, column in columns.items()}
-    return found
+                columns = {metric: hits_n, AGREED: agrees_n, SPARED: 1 - own_n / whole_n}
+                hits[f"{method}, {schedule}"] = {key: (column, everyone) for key, column in columns.items()}
+    return hits
 
 
-def read(file: Path) -> dict[str, Any]:
-    """What the races of a dataset have told, by method; nothing where they were not run."""
+def read_comparisons(file: Path) -> dict[str, Any]:
+    """The schedule comparisons of a dataset, by method; empty where none was run."""
     return dict(json.loads(file.read_text())) if file.exists() else {}

@@ -5,7 +5,14 @@ Shapes: L layers, H heads; any leading dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsd.config import CrossAttentionMethod
+from dsd.scorers.base import Scorer, Scores, StoredEvidence
 
 
 def reduce(pooled: Any, attribution: Any, *, layers: int | Literal["all"], heads: Literal["weighted", "mean"]) -> Any:
@@ -13,10 +20,42 @@ def reduce(pooled: Any, attribution: Any, *, layers: int | Literal["all"], heads
 
     `weighted`: a head counts in proportion to its attribution ΣAttr_h(A) within its layer. The paper gives Attr per
     element and not how heads are then combined; in proportion to their sums is our reading. `mean`: all heads alike.
-    A head of attribution 0 is none: it fills up a layer that has fewer heads than another, or was left out. `layers`:
-    all, or the last n in the order of the forward pass.
+    A head of attribution 0 does not count: it pads a layer that has fewer heads than another, or was left out.
+    `layers`: all, or the last n in the order of the forward pass.
     """
     if layers != "all":
         pooled, attribution = pooled[..., -layers:, :], attribution[..., -layers:, :]
     weights = attribution if heads == "weighted" else attribution > 0
     return ((pooled * weights).sum(-1) / weights.sum(-1)).mean(-1)
+
+
+class CrossAttention(Scorer):
+    """The pooled attention reduced over heads and layers, averaged over the draws of the method's levels."""
+
+    name = "cross-attention"
+
+    def scores(
+        self,
+        name: str,
+        method: CrossAttentionMethod,
+        stored: StoredEvidence,
+        heads_LH: NDArray[np.bool_] | None = None,
+    ) -> Scores:
+        """heads_LH: the heads that count; None is all of them."""
+        evidence = stored.evidence(method.prompt)
+        draws, pooling = evidence.at(method.levels), list(stored.poolings).index(method.pooling)
+        attribution = evidence.attribution[:, draws]
+        if heads_LH is not None:
+            attribution = attribution * heads_LH
+        scores = reduce(evidence.attention[:, draws, pooling], attribution, layers=method.layers, heads=method.heads)
+        return dict(zip(evidence.pairs, scores.mean(-1).tolist(), strict=True))
+
+    def row_values(
+        self, arrays: Mapping[str, np.ndarray], method: CrossAttentionMethod, poolings: Sequence[str]
+    ) -> np.ndarray:
+        pooled = arrays["attention"][:, list(poolings).index(method.pooling)]
+        values: np.ndarray = reduce(pooled, arrays["attribution"], layers=method.layers, heads=method.heads)
+        return values
+
+
+SCORER = CrossAttention()

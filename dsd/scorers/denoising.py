@@ -1,17 +1,38 @@
-"""The Diffusion Classifier: the text under which the noise is predicted best."""
+"""The scorer denoising, the Diffusion Classifier: the text with the lowest denoising error."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dsd.config import DenoisingMethod
+from dsd.scorers.base import Scorer, Scores, StoredEvidence
+from dsd.scorers.evidence import unconditional
+
 Array = NDArray[np.float32]
 
 
-def reduce(error: Array, unconditional: Array) -> Array:
-    """Errors ‖ε − ε_θ(x_t, y)‖² with and without the text, [..., draws] each, to scores [...].
+def reduce(error: Array, without_text: Array) -> Array:
+    """Errors ‖ε − ε_θ(x_t, y)‖² with and without the text, [..., draws] each, to scores [...]: minus the error,
+    normalised by the unconditional one at the same draw."""
+    return (without_text - error).mean(-1)
 
-    Minus the error, normalised by the unconditional one at the same draw: images differ in how easy they are to
-    denoise. Where an example has one image the second term is common to all candidates, and zeros will do.
-    """
-    return (unconditional - error).mean(-1)
+
+class Denoising(Scorer):
+    name = "denoising"
+
+    def scores(self, name: str, method: DenoisingMethod, stored: StoredEvidence) -> Scores:
+        evidence = stored.evidence(method.prompt)
+        error = evidence.error[:, evidence.at(method.levels)]
+        scores = reduce(error, unconditional(evidence.pairs, error))
+        return dict(zip(evidence.pairs, scores.tolist(), strict=True))
+
+    def row_values(
+        self, arrays: Mapping[str, np.ndarray], method: DenoisingMethod, poolings: Sequence[str]
+    ) -> np.ndarray:
+        return -arrays["error"]
+
+
+SCORER = Denoising()

@@ -1,6 +1,6 @@
-"""Evidence as a table: which (pair, draw) rows there are, in which shards they lie, and how they are read back.
+"""Evidence as a table: its (pair, draw) rows, their shards, and how they are read back. No model runs here.
 
-No model is needed here. Shapes: E pairs, K draws, P poolings, L layers, H heads.
+Shapes: E pairs, K draws, P poolings, L layers, H heads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from dsd.config import EXHAUSTIVE, DenoisingMethod, FusionMethod, MethodParams, NoiseParams, ReleasedMethod
+from dsd.config import MethodParams, NoiseParams
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import MatchingExample, Pair, pairs
 from dsd.errors import DataError
@@ -64,48 +64,60 @@ class Shard:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was seen, for pairs in the order of `pairs` and draws in the order of `draws`."""
+    """Evidence of pairs in the order of `pairs` and draws in the order of `draws`."""
 
     pairs: list[Pair]
     draws: list[Draw]
     attention: np.ndarray  # [E, K, P, L, H] pooled attention
     attribution: np.ndarray  # [E, K, L, H] weight of each head, eq. 7
     error: np.ndarray  # [E, K] ‖ε − ε_θ‖², mean over the latent
-    layers: list[str]  # the U-Net's names of the L layers, in the order of the forward pass
-    latent: int  # values of a latent, which `error` is the mean over
+    layers: list[str]  # the names of the L layers, in the order of the forward pass
+    latent: int  # the number of values of a latent, over which `error` is a mean
+
+    def at(self, levels: Sequence[float]) -> list[int]:
+        """The indices of the draws of these noise levels."""
+        return [k for k, draw in enumerate(self.draws) if draw.level in levels]
 
 
-def unconditional(evidence: Evidence, values: np.ndarray) -> np.ndarray:
-    """The unconditional row of each pair's image, of values [E, ...]; zeros where the image is compared with none."""
-    row = {pair: n for n, pair in enumerate(evidence.pairs)}
-    nothing = np.zeros_like(values[0])
-    alone = (row.get(Pair(pair.image, UNCONDITIONAL)) for pair in evidence.pairs)
-    return np.stack([nothing if n is None else values[n] for n in alone])
+def evidence_prompts(methods: Mapping[str, MethodParams]) -> list[str]:
+    """The prompts ("none", "few-shot") that the methods need evidence under."""
+    return sorted({prompt for method in methods.values() for prompt in method.evidence_prompts}, reverse=True)
 
 
-def normalises(methods: Mapping[str, MethodParams], prompt: str) -> bool:
-    """Whether a method under this prompt sets evidence off against the unconditional one."""
-
-    def does(method: MethodParams) -> bool:
-        if isinstance(method, FusionMethod):
-            return prompt == "none"
-        if isinstance(method, DenoisingMethod | ReleasedMethod):
-            return method.prompt == prompt and method.schedule == EXHAUSTIVE
-        return False
-
-    return any(map(does, methods.values()))
+# The unconditional pass makes images comparable, which differ in how easy they are to denoise. The value of a pair is
+# taken minus that of its image without a text, at the same draw; only where an example has several images, since
+# otherwise all candidates share the second term.
 
 
-def wanted(examples: Sequence[MatchingExample], normalised: bool) -> list[Pair]:
-    """The pairs of the examples; if normalised, also the unconditional pass of each image that is compared with one."""
-    compared = [e for e in examples if normalised and len(e.images) > 1]
+def reads_unconditional(methods: Mapping[str, MethodParams], prompt: str) -> bool:
+    """Whether a method subtracts the unconditional pass under this prompt."""
+    return any(method.reads_unconditional(prompt) for method in methods.values())
+
+
+def with_unconditional(examples: Sequence[MatchingExample], compares: bool) -> list[Pair]:
+    """The pairs of the examples; if `compares`, also the unconditional pass of each image that has rivals."""
+    compared = [e for e in examples if compares and len(e.images) > 1]
     return [*pairs(examples), *dict.fromkeys(Pair(image, UNCONDITIONAL) for e in compared for image in e.images)]
 
 
-def requests(examples: Sequence[MatchingExample], noise: NoiseParams, seed: int, normalised: bool) -> Requests:
-    """Every (pair, draw) of the examples, a pair's draws together."""
-    asked, seen = wanted(examples, normalised), draws(noise, seed)
-    return Requests(asked, seen, range(len(asked) * len(seen)))
+def without_text(request: Request) -> Request:
+    """The unconditional pass of the same image at the same draw."""
+    pair, draw = request
+    return Pair(pair.image, UNCONDITIONAL), draw
+
+
+def unconditional(every: Sequence[Pair], values: np.ndarray) -> np.ndarray:
+    """Of values [E, ...], the row of the unconditional pass of each pair's image; zeros where it has no rivals."""
+    row = {pair: n for n, pair in enumerate(every)}
+    nothing = np.zeros_like(values[0])
+    alone = (row.get(Pair(pair.image, UNCONDITIONAL)) for pair in every)
+    return np.stack([nothing if n is None else values[n] for n in alone])
+
+
+def requests(examples: Sequence[MatchingExample], noise: NoiseParams, seed: int, compares: bool) -> Requests:
+    """Every (pair, draw) of the examples, a pair's draws together; `compares` as in `with_unconditional`."""
+    every, all_draws = with_unconditional(examples, compares), draws(noise, seed)
+    return Requests(every, all_draws, range(len(every) * len(all_draws)))
 
 
 def plan(rows: Sequence[Request], source: str, size: int) -> list[Shard]:
@@ -156,15 +168,15 @@ def read_shards(scored: Path, name: str) -> dict[str, np.ndarray]:
 
 
 def read_evidence(
-    scored: Path, entry: str, examples: Sequence[MatchingExample], noise: NoiseParams, seed: int, normalised: bool
+    scored: Path, entry: str, examples: Sequence[MatchingExample], noise: NoiseParams, seed: int, compares: bool
 ) -> Evidence:
-    """The stored evidence of the examples, under the name of its entry; see `read_shards` for what it raises."""
-    asked, seen = wanted(examples, normalised), draws(noise, seed)
+    """The stored evidence of the examples, under the name of its entry; for errors see `read_shards`."""
+    every, all_draws = with_unconditional(examples, compares), draws(noise, seed)
     index, arrays = read_index(scored), read_shards(scored, entry)
-    if len(arrays["error"]) != len(asked) * len(seen):
-        raise DataError(f"{scored}: {len(arrays['error'])} rows for {len(asked)} pairs; run the stage `score` again")
-    shaped = {name: array.reshape(len(asked), len(seen), *array.shape[1:]) for name, array in arrays.items()}
-    return Evidence(asked, seen, **shaped, layers=index["layers"], latent=index["latent"])
+    if len(arrays["error"]) != len(every) * len(all_draws):
+        raise DataError(f"{scored}: {len(arrays['error'])} rows for {len(every)} pairs; run the stage `score` again")
+    shaped = {name: array.reshape(len(every), len(all_draws), *array.shape[1:]) for name, array in arrays.items()}
+    return Evidence(every, all_draws, **shaped, layers=index["layers"], latent=index["latent"])
 
 
 def read_places(scored: Path, method: str, examples: Sequence[MatchingExample]) -> list[np.ndarray]:

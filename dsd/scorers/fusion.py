@@ -1,19 +1,17 @@
-"""Several kinds of evidence in one score: a weighted sum whose weights are fitted on the few-shot split.
+"""The scorer fusion: a weighted sum of several kinds of evidence, whose weights are fitted on the few-shot split.
 
 The weights are those of a conditional logit: the probability of a candidate among its rivals is the softmax of their
-scores (McFadden 1974). It is convex, so the fit does not depend on where it starts. How strongly the weights are held
-back is chosen by cross-validation within the few-shot split.
+scores (McFadden 1974). It is convex, so the fit does not depend on its start. The strength of the penalty on the
+weights is chosen by cross-validation within the few-shot split.
 
 Shapes: E pairs, K draws, L layers, F features; n contests of at most C candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from random import Random
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,19 +20,19 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.special import logsumexp
 
-from dsd.config import FusionMethod, FusionParams, Params, noise_of
-from dsd.data.examples import MatchingExample, Pair, read_examples
+from dsd.config import FusionMethod, FusionParams, MethodParams
+from dsd.data.examples import MatchingExample, Pair
 from dsd.errors import DataError
 from dsd.scorers import cross_attention
-from dsd.scorers.evidence import Evidence, normalises, read_evidence, unconditional
+from dsd.scorers.base import Scorer, Scores, StoredEvidence
+from dsd.scorers.evidence import Evidence, unconditional
 
 Floats = NDArray[np.float64]
-Scores = dict[Pair, float]
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What the fit found: a weight for each feature as it comes out of the evidence."""
+    """A weight for each feature, in the feature's own unit."""
 
     names: list[str]
     weights_F: Floats
@@ -42,23 +40,22 @@ class Fitted:
 
 
 def fitting_entry(prompt: str) -> str:
-    """Under which name the index of the evidence has that of the few-shot examples."""
+    """The entry of the index that holds the evidence of the few-shot examples."""
     return f"{prompt}, few-shot split"
 
 
-def fitting_examples(params: Params, prepared: Path) -> list[MatchingExample]:
-    """The few-shot examples that the weights are fitted on, each with at most so many texts, the right ones among them.
-
-    None where no method fuses evidence.
-    """
-    if not any(isinstance(method, FusionMethod) for method in params.methods.values()):
+def fitting_examples(
+    few_shot: Sequence[MatchingExample], methods: Mapping[str, MethodParams], fusion: FusionParams, seed: int
+) -> list[MatchingExample]:
+    """The few-shot examples that weights are fitted on, each with at most `fusion.candidates` texts; [] if no method
+    fits weights."""
+    if not any(method.fits_weights for method in methods.values()):
         return []
-    examples = read_examples(prepared / "examples.parquet", "train")[: params.fusion.examples]
-    return [narrowed(example, params.fusion.candidates, params.seed) for example in examples]
+    return [narrowed(example, fusion.candidates, seed) for example in few_shot[: fusion.examples]]
 
 
 def narrowed(example: MatchingExample, candidates: int, seed: int) -> MatchingExample:
-    """The example with at most so many texts, right ones among them, the others at random."""
+    """The example with at most `candidates` texts: the right ones, and wrong ones at random."""
     right = sorted({t for _, t in example.answer})
     wrong = [t for t in range(len(example.texts)) if t not in right]
     rng = Random(f"fusion/{seed}/{example.id}")
@@ -67,58 +64,54 @@ def narrowed(example: MatchingExample, candidates: int, seed: int) -> MatchingEx
     return replace(example, texts=texts, answer=tuple((i, kept.index(t)) for i, t in example.answer))
 
 
-class Seen(NamedTuple):
-    """Few-shot examples and their stored evidence without and with the attention prompt."""
+class Fusion(Scorer):
+    """The weighted sum; its weights are fitted whenever scores are computed."""
 
-    examples: list[MatchingExample]
-    plain: Evidence
-    prompted: Evidence
+    name = "fusion"
+
+    def scores(self, name: str, method: FusionMethod, stored: StoredEvidence) -> Scores:
+        """The weighted sum for every pair.
+
+        It is rounded to float32, as evidence is: the bits below depend on the processor.
+
+        Raises:
+            DataError: the few-shot examples cannot be split for cross-validation.
+        """
+        weights_F = fit_stored(method, stored).weights_F
+        _, every, values_EF = features(stored.evidence("none"), stored.evidence("few-shot"), method, stored.poolings)
+        sums_E = (values_EF @ weights_F).astype(np.float32)
+        return dict(zip(every, sums_E.tolist(), strict=True))
 
 
-def fitted_on(name: str, params: Params, prepared: Path, scored: Path) -> Seen:
-    """The few-shot examples of dataset `name` that weights are fitted on."""
-    examples = fitting_examples(params, prepared)
-
-    def read(prompt: str) -> Evidence:
-        normalised = normalises(params.methods, prompt)
-        return read_evidence(scored, fitting_entry(prompt), examples, noise_of(params, name), params.seed, normalised)
-
-    return Seen(examples, read("none"), read("few-shot"))
+SCORER = Fusion()
 
 
-def learn(seen: Seen, method: FusionMethod, params: Params) -> Fitted:
-    """The weights of a method.
+def fit_stored(method: FusionMethod, stored: StoredEvidence) -> Fitted:
+    """The weights of a method, fitted on the stored evidence of the few-shot examples.
 
     Raises:
-        DataError: the examples cannot be parted for cross-validation.
+        DataError: the examples cannot be split for cross-validation.
     """
-    names, pairs, values_EF = features(seen.plain, seen.prompted, method, params.evidence.poolings)
-    asked, group_n = list(contests(seen.examples, pairs)), related(seen.examples)
+    plain, with_prompt = (stored.few_shot_evidence(prompt, fitting_entry(prompt)) for prompt in ("none", "few-shot"))
+    names, every, values_EF = features(plain, with_prompt, method, stored.poolings)
+    examples = stored.few_shot
+    rows, group_n = list(contests(examples, every)), related(examples)
     if len(np.unique(group_n)) < 2:
-        raise DataError("fusion: the few-shot examples all share pictures, so none can be held out; raise few_shot")
-    return fit(names, values_EF, asked, group_n, params.fusion)
-
-
-def scores(
-    fitted: Fitted, plain: Evidence, prompted: Evidence, method: FusionMethod, poolings: Sequence[str]
-) -> Scores:
-    """The weighted sum for every pair, as precise as evidence is: the bits below are another processor's choice."""
-    _, pairs, values_EF = features(plain, prompted, method, poolings)
-    sums_E = (values_EF @ fitted.weights_F).astype(np.float32)
-    return dict(zip(pairs, sums_E.tolist(), strict=True))
+        raise DataError("fusion: the few-shot examples all share images, so none can be held out; raise few_shot")
+    return fit(names, values_EF, rows, group_n, stored.fusion)
 
 
 def features(
     plain: Evidence, prompted: Evidence, method: FusionMethod, poolings: Sequence[str]
 ) -> tuple[list[str], list[Pair], Floats]:
-    """The names [F] of what is weighed, the pairs [E] and the values [E, F], averaged over the draws of a noise level.
+    """The names [F] of the features, the pairs [E] and the values [E, F], averaged over the draws of a noise level.
 
     attention, prompted-attention: the pooled attention of each layer, without and with the attention prompt.
     denoising, prompted-denoising: the error without a text minus that with it; the first is never prompted.
     """
     names: list[str] = []
     columns: list[Floats] = []
-    without = unconditional(plain, plain.error)
+    without = unconditional(plain.pairs, plain.error)
     row = {pair: n for n, pair in enumerate(prompted.pairs)}
     common = [n for n, pair in enumerate(plain.pairs) if pair in row]
     order = [row[plain.pairs[n]] for n in common]
@@ -155,7 +148,7 @@ def contests(examples: Sequence[MatchingExample], pairs: Sequence[Pair]) -> Iter
 
 
 def related(examples: Sequence[MatchingExample]) -> NDArray[np.int64]:
-    """[n] the group of each contest: examples that share an image, or are linked by others that do, are one."""
+    """The group [n] of each contest: examples that share an image, or are linked by others that do, are one group."""
     number = {image: n for n, image in enumerate(dict.fromkeys(i for e in examples for i in e.images))}
     row, column = zip(*((n, number[image]) for n, e in enumerate(examples) for image in e.images), strict=True)
     shows = coo_array((np.ones(len(row)), (row, column)), shape=(len(examples), len(number)))
@@ -166,19 +159,19 @@ def related(examples: Sequence[MatchingExample]) -> NDArray[np.int64]:
 def fit(
     names: list[str],
     values_EF: Floats,
-    asked: Sequence[tuple[list[int], int]],
+    rows: Sequence[tuple[list[int], int]],
     group_n: NDArray[np.int64],
     fusion: FusionParams,
 ) -> Fitted:
     """The weights under the penalty with the best cross-validated likelihood; a group is held out as a whole.
 
-    Denoising has few features, each of which tells much: its weights are held back less, by the factor
-    `fusion.denoising`.
+    Denoising has few and informative features: the penalty on their weights is smaller, by `fusion.denoising`.
     """
-    width = max(len(rows) for rows, _ in asked)
-    there_nC = np.array([[c < len(rows) for c in range(width)] for rows, _ in asked])
-    values_nCF = np.stack([values_EF[rows + rows[:1] * (width - len(rows))] for rows, _ in asked])
-    right_n = np.array([right for _, right in asked])
+    width = max(len(candidates) for candidates, _ in rows)
+    there_nC = np.array([[c < len(candidates) for c in range(width)] for candidates, _ in rows])
+    padded = [candidates + candidates[:1] * (width - len(candidates)) for candidates, _ in rows]
+    values_nCF = np.stack([values_EF[candidates] for candidates in padded])
+    right_n = np.array([right for _, right in rows])
     # Only differences within a contest count. They give each feature its unit; one that never differs gets no weight.
     centred_nCF = values_nCF - (values_nCF * there_nC[..., None]).sum(1, keepdims=True) / there_nC.sum(1)[:, None, None]
     unit_F = centred_nCF[there_nC].std(0)

@@ -13,6 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dsd.config import ReleasedMethod
+from dsd.scorers.base import Scorer, Scores, StoredEvidence
+from dsd.scorers.evidence import unconditional
+
 Array = NDArray[np.float32]
 STAGES = ("down_blocks", "mid_block", "up_blocks")
 
@@ -50,3 +54,21 @@ def reduce(logits: Array, attribution: Array, error: Array, *, size: int, denois
         norm = np.sqrt(size * error)
         scores = scores + norm[0] - norm[1]
     return scores.mean(-1)
+
+
+class Released(Scorer):
+    """The rule of the published implementation, with the unconditional half where images are compared."""
+
+    name = "released"
+
+    def scores(self, name: str, method: ReleasedMethod, stored: StoredEvidence) -> Scores:
+        evidence = stored.evidence(method.prompt)
+        draws, layers = evidence.at(method.levels), last_blocks(evidence.layers)
+        logits = evidence.attention[:, draws, list(stored.poolings).index("logits")][..., layers, :]
+        attribution, error = evidence.attribution[:, draws][..., layers, :], evidence.error[:, draws]
+        logits, error = (np.stack([unconditional(evidence.pairs, values), values]) for values in (logits, error))
+        scores = reduce(logits, attribution, error, size=evidence.latent, denoising=method.denoising)
+        return dict(zip(evidence.pairs, scores.tolist(), strict=True))
+
+
+SCORER = Released()

@@ -1,7 +1,7 @@
 """Few-shot training (eq. 6) of the attention prompt and of the tuned CLIPs; the backbone stays frozen.
 
-One loop, resumable to the bit; a learner says what learns, how it scores and how it is kept. Processes that were
-launched together by Accelerate share the examples of each step, and take the steps that one would take by itself.
+One loop, resumable to the bit; see `dsd.training.base.Learner`. Processes launched together by Accelerate share the
+examples of each step, and take the steps that one process would take.
 
 Shapes: E examples of a step, I images and T texts of each that are compared.
 """
@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,38 +25,22 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather, reduce
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dsd.config import (
-    ContrastiveMethod,
-    CrossAttentionMethod,
-    NoisyTrainingParams,
-    Params,
-    TrainingParams,
-    backbone_of,
-)
+from dsd.config import TrainingParams, backbone_of
 from dsd.data.draws import Draw
-from dsd.data.examples import MatchingExample, Pair, read_examples
-from dsd.data.image_table import Pictures
-from dsd.engine.encodings import Encodings, all_texts, contrastive_encodings, diffusion_encodings, read_all
-from dsd.engine.engine import observe
+from dsd.data.examples import MatchingExample, Pair
+from dsd.engine.session import Session
 from dsd.errors import DataError
-from dsd.models import StableDiffusion, device_of, load_clip, load_diffusion
-from dsd.models import clip_heads as contrastive
 from dsd.models.checkpoint import locate
-from dsd.models.prompts import PROMPT, AttentionPrompt
-from dsd.scorers import cross_attention
-from dsd.scorers.evidence import Request
-from dsd.store import Store, check_libraries, digest, file_digest, libraries, write_atomic
+from dsd.store import check_libraries, digest, file_digest, libraries, write_atomic
+from dsd.training import LEARNERS
+from dsd.training.base import Learner, Table
 from dsd.versions import versioned
 
 log = logging.getLogger(__name__)
 
 CURVE, SUMMARY = "curve.csv", "summary.json"
 DIGEST = hashlib.sha256().digest_size  # bytes before a saved state: torch opens most damaged ones as if they were whole
-Table = list[list[Pair]]  # I images × T texts of one example
-
-
 def table(example: MatchingExample, images: int, texts: int, rng: Random) -> tuple[Table, list[list[bool]]]:
     """So many images and texts of the example, and which pairs are right; a right pair first, others at random.
 
@@ -116,122 +100,6 @@ def accuracy(scores_EIT: Tensor, right_EIT: Tensor) -> Tensor:
     wrong_EIT = scores_EIT.masked_fill(right_EIT, -torch.inf)
     beaten = [(scores_EIT > wrong_EIT.amax(dim, keepdim=True))[right_EIT] for dim in contests(scores_EIT)]
     return torch.stack(beaten).all(0).float().mean()
-
-
-class Learner(Protocol):
-    """What a method learns: all that the trainings differ in."""
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    @property
-    def file(self) -> str:
-        """The name of the file that `save` writes."""
-        ...
-
-    def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
-        """[E, I, T], differentiable in the module; higher is better. A draw each, none without noise."""
-        ...
-
-    def save(self, path: Path) -> None: ...
-
-
-class AttentionLearner:
-    """The attention prompt (eq. 5), by the score of a cross-attention method."""
-
-    file = PROMPT
-
-    def __init__(
-        self,
-        params: Params,
-        method: CrossAttentionMethod,
-        backbone: StableDiffusion,
-        latents: Encodings,
-        texts: Encodings,
-    ) -> None:
-        self._method, self._backbone, self._latents, self._texts = method, backbone, latents, texts
-        self._batch_size = params.runtime.batch_size
-        self._evidence = params.evidence.model_copy(update={"poolings": (method.pooling,)})
-        self.module = AttentionPrompt(
-            text_width=int(backbone.unet.config.cross_attention_dim),
-            inner=backbone.layer_widths,
-            latent_channels=int(backbone.unet.config.in_channels),
-            rank=params.prompt.rank,
-            conditional=params.prompt.conditional,
-            seed=params.seed,
-        ).to(backbone.device)
-
-    def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
-        """The pairs of an example share its draw, which takes most of the variance out.
-
-        Rows that are more than a batch go through the U-Net a batch at a time, and again for their gradient, so that
-        no more than a batch is held in memory (Chen et al. 2016, arXiv:1604.06174).
-        """
-        rows = [(pair, draw) for table, draw in zip(tables, draws, strict=True) for line in table for pair in line]
-        size = self._batch_size
-        if len(rows) <= size:
-            flat = self._scores(rows)
-        else:
-            batches = (rows[first : first + size] for first in range(0, len(rows), size))
-            flat = torch.cat([checkpoint(self._scores, batch, use_reentrant=False) for batch in batches])
-        return flat.view(len(tables), len(tables[0]), -1)
-
-    def _scores(self, rows: list[Request]) -> Tensor:
-        device = self._backbone.device
-        latents = torch.from_numpy(self._latents([pair.image for pair, _ in rows])["latents"]).to(device)
-        asked, texts = np.unique([pair.text for pair, _ in rows], return_inverse=True)
-        text = self._texts(asked.tolist())
-        timesteps = [draw.timestep(self._backbone.schedule_length) for _, draw in rows]
-        noise = {draw: draw.noise(tuple(latents.shape[1:])) for _, draw in rows}
-        pooled, attribution, _ = observe(
-            self._backbone,
-            self.module,
-            self._evidence,
-            latents,
-            torch.from_numpy(text["hidden"]).to(device),
-            torch.from_numpy(text["content"]).to(device),
-            torch.from_numpy(texts).to(device),
-            torch.tensor(timesteps, device=device),
-            torch.stack([noise[draw] for _, draw in rows]).to(device),
-        )
-        # Eq. 7 weights the heads by a gradient, which is itself held fixed while the prompt is updated.
-        found: Tensor = cross_attention.reduce(
-            pooled[:, 0], attribution.detach(), layers=self._method.layers, heads=self._method.heads
-        )
-        return found
-
-    def save(self, path: Path) -> None:
-        self.module.save(path, self._backbone.digest)
-
-
-class ContrastiveLearner:
-    """A head of CLIP, by its cosine."""
-
-    def __init__(self, head: contrastive.Head) -> None:
-        self.module, self.file = head, head.file
-
-    def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
-        flat = [pair for rows in tables for row in rows for pair in row]
-        cosines: Tensor = self.module(flat)
-        return cosines.view(len(tables), len(tables[0]), -1)
-
-    def save(self, path: Path) -> None:
-        self.module.save(path)
-
-
-def learner(name: str, params: Params, prepared: Path, cached: Path) -> Learner:
-    """What method `name` learns on a dataset, as it is before the first step."""
-    method, row = params.methods[name], params.backbones[backbone_of(params, name)]
-    device, store, most = device_of(params.runtime.device), Store(cached), params.runtime.kept_texts
-    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
-    if isinstance(method, ContrastiveMethod):
-        clip = load_clip(row, device)
-        features = contrastive_encodings(clip, pictures, texts, store, most)
-        return ContrastiveLearner(contrastive.untrained(method, clip, *features, params.context, params.seed))
-    assert isinstance(method, CrossAttentionMethod)  # params refuses anything else
-    backbone = load_diffusion(row, device, params.runtime.attention)
-    tables = diffusion_encodings(backbone, pictures, texts, params.images.resolution, store, most)
-    return AttentionLearner(params, method, backbone, *tables)
 
 
 class Processes:
@@ -294,9 +162,9 @@ class Trainer:
         rng = Random(f"train/{self.name}/{self.seed}/{self.step}")
         chosen = rng.sample(self.examples, self.batch)
         tables, right = zip(*(table(example, *self.shape, rng) for example in chosen), strict=True)
-        levels = self.training.levels if isinstance(self.training, NoisyTrainingParams) else ()
-        seen = [Draw(rng.choice(levels), rng.getrandbits(62)) for _ in chosen if levels]
-        return list(tables), torch.tensor(right), seen
+        levels = self.training.noise_levels
+        draws = [Draw(rng.choice(levels), rng.getrandbits(62)) for _ in chosen if levels]
+        return list(tables), torch.tensor(right), draws
 
     def advance(self) -> dict[str, float]:
         """One step; returns its row of the curve.
@@ -356,18 +224,22 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
 
 
-def training_key(name: str, method: str, params: Params, prepared: Path) -> str:
-    """The digest of everything that the training of a method on dataset `name` depends on."""
-    row, examples = params.methods[method], file_digest(prepared / "examples.parquet")
+def training_key(session: Session, method: str) -> str:
+    """The digest of everything that the training of a method on a dataset depends on."""
+    params, row = session.params, session.params.methods[method]
+    examples = file_digest(session.folders.prepared / "examples.parquet")
     opened = params.backbones[backbone_of(params, method)]
     _, backbone = locate(opened)
     if opened.dtype != "float32":
         backbone = digest(backbone, opened.dtype)
-    sizes: list[Any] = [params.evidence.model_copy(update={"shard": 1}), params.prompt]
-    if isinstance(row, ContrastiveMethod):
-        sizes = [params.context] if row.tuned == "context" else []
-    content = digest(name, backbone, examples, params.training[method], row, params.seed, params.images, *sizes)
-    return versioned("heads" if isinstance(row, ContrastiveMethod) else "prompts", content)
+    learned: dict[str, list[Any]] = {
+        "attention prompt": [params.evidence.model_copy(update={"shard": 1}), params.prompt],
+        "context": [params.context],
+    }
+    sections = learned.get(str(row.learns), [])
+    training = params.training[method]
+    content = digest(session.name, backbone, examples, training, row, params.seed, params.images, *sections)
+    return versioned("heads" if row.contrastive else "prompts", content)
 
 
 def curve_csv(curve: Sequence[dict[str, float]]) -> bytes:
@@ -390,27 +262,27 @@ def is_done(target: Path, key: str) -> bool:
         return False
 
 
-def train(
-    name: str, method: str, params: Params, prepared: Path, cached: Path, target: Path
-) -> Iterator[dict[str, float]]:
-    """Trains a method on the few-shot split of dataset `name`; yields a row of the curve per step, resumed ones too.
+def train(session: Session, method: str, target: Path) -> Iterator[dict[str, float]]:
+    """Train a method on the few-shot split of a dataset; yields a row of the curve per step, resumed ones too.
 
-    Writes what was learned, `curve.csv` and, last, `summary.json`, which says of which key and content they are. Of
-    several processes the first one writes, into folders that all of them see.
+    Writes what was learned, `curve.csv` and, last, `summary.json` with their key and digests. With several processes
+    the first one writes, into folders that all of them can read.
 
     Raises:
         DataError: the split is empty or leaves nothing to choose, or the loss stops being finite; one line.
     """
+    name, params = session.name, session.params
     PartialState(cpu=params.runtime.device == "cpu")  # on GPUs each process has its own from here on
-    key, state = training_key(name, method, params, prepared), target / "state.pt"
+    key, state = training_key(session, method), target / "state.pt"
     if is_done(target, key):
         with (target / CURVE).open(newline="") as file:
             yield from ({k: float(v) for k, v in row.items()} for row in csv.DictReader(file))
         return
-    examples = read_examples(prepared / "examples.parquet", "train")
+    examples = session.examples("train")
     if not examples:
         raise DataError(f"datasets.{name}.few_shot: leaves no example to train on; raise it or size")
-    trainer = Trainer(name, params.training[method], params.seed, learner(method, params, prepared, cached), examples)
+    learner = LEARNERS[str(params.methods[method].learns)](session, method)
+    trainer = Trainer(name, params.training[method], params.seed, learner, examples)
     if trainer.batch < (count := trainer.processes.count):
         raise DataError(
             f"training.{method}.examples_per_step: {trainer.batch} examples of a step on {name} are too few for "

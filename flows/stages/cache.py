@@ -1,8 +1,6 @@
-"""Stage cache: every picture through the autoencoder and every text through the text encoder, once."""
+"""Stage cache: encode every image and text, once."""
 
 from __future__ import annotations
-
-from functools import partial
 
 from dsd.config import Params
 from flows import DATA
@@ -11,15 +9,17 @@ from flows.stages.common import Details, each, main, prune, stage, unit
 
 @stage
 def cache(params: Params) -> dict[str, Details]:
-    from dsd.engine import encodings as encoding
+    from dsd.engine import cache
+    from dsd.engine.session import Folders, Session
     from flows.executors import ahead
 
     def dataset(name: str) -> Details:
-        folders = (DATA / "prepare" / name, DATA / "cache" / name)
+        def session() -> Session:
+            return Session(name, params, Folders.of(DATA, name))
+
         if params.runtime.executor == "ray":
-            opened = partial(encoding.Worker, params, *folders)
-            ahead(encoding.missing(params, *folders), opened, params.runtime, f"encode {name}")
-        return {**encoding.encode(name, params, *folders)}
+            ahead(cache.missing(session()), lambda: cache.Worker(session()), params.runtime, f"encode {name}")
+        return {**cache.encode(session())}
 
     prune(DATA / "cache", params.datasets)
     return each(unit(dataset), params.datasets)

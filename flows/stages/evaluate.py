@@ -9,35 +9,37 @@ from flows.stages.common import Details, each, main, stage, unit
 
 @stage
 def evaluate(params: Params) -> dict[str, Details]:
-    from dsd.data.examples import read_examples
     from dsd.datasets import benchmark
     from dsd.evaluation import ablations, claims
     from dsd.evaluation import evaluate as evaluation
-    from dsd.experiments import variants
+    from dsd.experiments.study_results import compare_variants, write_studies
     from dsd.metrics import HEADLINES
-    from dsd.schedules import replay
+    from dsd.schedules.replay import read_hits
 
     target = DATA / "evaluate"
     results: dict[str, evaluation.Results] = {}
-    taken_apart: dict[str, ablations.Ablations] = {}
+    ablated: dict[str, ablations.Ablations] = {}
     data: dict[str, claims.Answers] = {}
 
     def dataset(name: str) -> Details:
-        prepared, scored = (DATA / stage / name for stage in ("prepare", "score"))
-        results[name], hits = evaluation.evaluate(name, params, prepared, scored, target)
-        variants = ablations.ablate(name, params, prepared, scored)
-        examples = read_examples(prepared / "examples.parquet", "test")
-        taken_apart[name] = ablations.with_intervals(params, examples, variants)
-        kind = params.datasets[name].kind
-        raced = replay.read_hits(DATA / "races" / f"{name}.json", HEADLINES[benchmark(kind).metrics], examples)
-        data[name] = claims.Answers(kind, examples, {**hits, **raced}, variants)
+        scored = evaluation.ScoredSplit.of(name, params, DATA / "prepare" / name, DATA / "score" / name)
+        results[name], hits = evaluation.evaluate(name, scored, params.evaluate, params.seed, target)
+        variants = ablations.ablate(scored, params.ablations, params.seed)
+        ablated[name] = ablations.with_intervals(scored.examples, variants, params.evaluate, params.seed)
+        metric = HEADLINES[benchmark(scored.kind).metrics]
+        raced = read_hits(DATA / "races" / f"{name}.json", metric, scored.examples)
+        data[name] = claims.Answers(scored.kind, scored.examples, {**hits, **raced}, variants)
         return {}
 
     details = each(unit(dataset), params.datasets)
     evaluation.write_metrics(results, target)
-    ablations.write(taken_apart, target)
+    ablations.write(ablated, target)
     claims.write(*claims.judge(params, data), target)
-    variants.write({study: variants.compare(params, study, DATA / "studies", data) for study in params.studies}, target)
+    studies = {
+        name: compare_variants(DATA / "studies" / f"{name}.json", row, data, params.evaluate, params.seed)
+        for name, row in params.studies.items()
+    }
+    write_studies(studies, target)
     return details
 
 

@@ -1,8 +1,6 @@
-"""Stage score: one U-Net pass per (pair, draw), kept as evidence."""
+"""Stage score: compute the evidence of every (pair, draw) that the methods need."""
 
 from __future__ import annotations
-
-from functools import partial
 
 from dsd.config import Params
 from flows import DATA
@@ -13,23 +11,25 @@ from flows.stages.common import Details, each, main, prune, stage, unit
 def score(params: Params) -> dict[str, Details]:
     import torch
 
-    from dsd.engine import score as scoring
-    from dsd.engine.tracks import Folders
+    from dsd.engine import score
+    from dsd.engine.session import Folders, Session
     from flows.executors import ahead
 
     def dataset(name: str) -> Details:
-        folders = Folders(*(DATA / part / name for part in ("prepare", "cache", "train")))
-        target = DATA / "score" / name
+        session, target = Session(name, params, Folders.of(DATA, name)), DATA / "score" / name
         computed = 0
         if params.runtime.executor == "ray":
             cores = torch.get_num_threads()
-            opened = partial(scoring.Worker, name, params, folders, target, split="test", cores=cores)
-            missing = scoring.missing(name, params, folders, target, split="test")
-            computed = ahead(missing, opened, params.runtime, f"score {name}")
-        counts = scoring.score(name, params, *folders, target, split="test")
+
+            def worker() -> score.Worker:
+                own = Session(name, params, Folders.of(DATA, name), cores=cores)
+                return score.Worker(own, target, split="test")
+
+            computed = ahead(score.missing(session, target, split="test"), worker, params.runtime, f"score {name}")
+        counts = score.score(session, target, split="test")
         counts["computed"] += computed
-        # Races stay here: what one asks for next depends on what it was told, and all of them fill the same batches.
-        return counts | {"raced": scoring.score_raced(name, params, folders, DATA / "races", target, split="test")}
+        # Not on Ray: what a race requests next depends on earlier values, and all races fill the same batches.
+        return counts | {"raced": score.score_raced(session, DATA / "races", target, split="test")}
 
     prune(DATA / "score", params.datasets)
     return each(unit(dataset), params.datasets)

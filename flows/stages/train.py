@@ -14,17 +14,17 @@ from flows.stages.common import params as params_of
 
 @stage
 def train(params: Params) -> dict[str, Details]:
-    from dsd.training import loop as training
+    from dsd.engine.session import Folders, Session
+    from dsd.training import loop
     from flows.tracking import Live, Runs
 
     runs = Runs()  # here, so that opening the database does not count as training
 
     def learn(name: str, method: str) -> Details:
-        prepared = DATA / "prepare" / name
+        session = Session(name, params, Folders.of(DATA, name))
         row: dict[str, float] = {}
-        with Live(name, method, training.training_key(name, method, params, prepared), params, runs) as live:
-            target = DATA / "train" / name / method
-            for row in training.train(name, method, params, prepared, DATA / "cache" / name, target):
+        with Live(name, method, loop.training_key(session, method), params, runs) as live:
+            for row in loop.train(session, method, DATA / "train" / name / method):
                 live.log(row)
         return dict(row)
 
@@ -39,13 +39,13 @@ def train(params: Params) -> dict[str, Details]:
 
 def follow() -> None:
     """Takes part in every step, in a process that `accelerate launch` has started beside the one that is the stage."""
-    from dsd.training import loop as training
+    from dsd.engine.session import Folders, Session
+    from dsd.training.loop import train
 
     params = params_of("train")
     for name in params.datasets:
         for method in trained(params):
-            target = DATA / "train" / name / method
-            list(training.train(name, method, params, DATA / "prepare" / name, DATA / "cache" / name, target))
+            list(train(Session(name, params, Folders.of(DATA, name)), method, DATA / "train" / name / method))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,99 @@
+"""What a kind of schedule answers for itself, and what kinds share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from scipy.stats import qmc
+
+from dsd.config import RacesParams, ScheduleParams
+from dsd.schedules.race import Mask, RoundState, Schedule, best, mean
+
+Setting = Mapping[
+    str, Any
+]  # of a schedule: a row of `schedules` without `kind`, `budget` and `shortlist`, or one to try
+Comparison = Mapping[str, Any]  # results of the schedule comparison for one method, as in data/races/*.json
+Proposer = str | None
+
+
+class Course(NamedTuple):
+    """A schedule, the order in which it takes the draws, and the proposer that it starts from."""
+
+    order: list[int]
+    schedule: Schedule
+    proposer: Proposer
+
+
+class ScheduleKind(ABC):
+    """A kind of schedule. A new kind is a module of this package with an instance named SCHEDULE."""
+
+    kind: ClassVar[str]
+    needs_comparison: ClassVar[bool] = (
+        False  # whether a course needs what the schedule comparison (`make races`) learned
+    )
+
+    @abstractmethod
+    def course(self, setting: Setting, races: RacesParams, comparison: Comparison) -> Course:
+        """The course of a setting.
+
+        Raises:
+            DataError: the comparison lacks what the setting needs.
+        """
+
+    @abstractmethod
+    def evaluations(self, setting: Setting, candidates: int, races: RacesParams) -> int:
+        """The most evaluations that a race takes."""
+
+    def settings(self, races: RacesParams) -> Iterable[Setting]:
+        """The settings that the schedule comparison tries, as far as the draws suffice."""
+        return ()
+
+    def named_settings(self, races: RacesParams) -> dict[str, Setting]:
+        """Settings that the schedule comparison reports under a name of their own, whether they are best or not."""
+        return {}
+
+    def proposer(self, row: ScheduleParams) -> Proposer:
+        """The contrastive method whose scores come before the first draw of a row, if any."""
+        shortlist = getattr(row, "shortlist", None)
+        return shortlist.proposer if shortlist else None
+
+    def course_of(self, row: ScheduleParams, races: RacesParams, comparison: Comparison) -> Course:
+        """The course of a row of `schedules`; `comparison` may be empty unless `needs_comparison`."""
+        course, shortlist = self.course(_setting(row), races, comparison), getattr(row, "shortlist", None)
+        if not shortlist:
+            return course
+        return course._replace(schedule=shortlisted(course.schedule, shortlist.keep), proposer=shortlist.proposer)
+
+    def evaluations_of(self, row: ScheduleParams, candidates: int, races: RacesParams) -> int:
+        """The most evaluations that a race takes under a row of `schedules`."""
+        shortlist = getattr(row, "shortlist", None)
+        most = self.evaluations(_setting(row), min(candidates, shortlist.keep) if shortlist else candidates, races)
+        return most if row.budget is None else min(most, int(row.budget * candidates))
+
+
+def _setting(row: ScheduleParams) -> Setting:
+    return row.model_dump(exclude={"kind", "budget", "shortlist"})
+
+
+def shortlisted(schedule: Schedule, number: int) -> Schedule:
+    """The schedule over the `number` candidates that the proposer scores highest."""
+
+    def keep(state: RoundState) -> Mask:
+        return schedule.keep(state) if state.draws else best(mean(state), state.kept_C, number)
+
+    return Schedule((0, *schedule.ends), keep, schedule.estimate)
+
+
+def draw_levels(races: RacesParams) -> list[float]:
+    """[K] the noise level of each draw."""
+    return [level for level in races.levels for _ in range(races.draws_per_level)]
+
+
+def spread_order(races: RacesParams) -> list[int]:
+    """An order of the draws whose every prefix is spread over the levels, as in the published code of `staged`."""
+    levels, per_level = len(races.levels), races.draws_per_level
+    points = qmc.Halton(1, scramble=False).fast_forward(1).random(8 * levels)
+    spread = list(dict.fromkeys((points.ravel() * levels).astype(int).tolist()))
+    return [level * per_level + number for number in range(per_level) for level in spread]

@@ -1,0 +1,37 @@
+"""Exhaustive: every candidate at every draw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dsd.config import RacesParams
+from dsd.schedules.base import Comparison, Course, ScheduleKind, Setting, draw_levels, spread_order
+from dsd.schedules.race import Schedule
+
+ALL_DRAWS = "exhaustive, all draws"  # the name in results of what every schedule is compared with
+
+
+def all_draws(draws: int) -> Schedule:
+    return Schedule((draws,), lambda state: state.kept_C)
+
+
+def exhaustive_course(races: RacesParams) -> Course:
+    """All draws, level by level."""
+    draws = len(draw_levels(races))
+    return Course(list(range(draws)), all_draws(draws), None)
+
+
+class Exhaustive(ScheduleKind):
+    kind = "exhaustive"
+
+    def course(self, setting: Setting, races: RacesParams, comparison: Comparison) -> Course:
+        return Course(spread_order(races)[: setting["draws"]], all_draws(setting["draws"]), None)
+
+    def evaluations(self, setting: Setting, candidates: int, races: RacesParams) -> int:
+        return candidates * int(setting["draws"])
+
+    def settings(self, races: RacesParams) -> Iterable[Setting]:
+        return [{"draws": draws} for draws in races.exhaustive.draws]
+
+
+SCHEDULE = Exhaustive()

@@ -1,0 +1,78 @@
+"""What a scorer is, and the stored evidence that it reduces to scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from dsd.config import FusionParams, MethodParams, NoiseParams
+from dsd.data.examples import MatchingExample, Pair, pairs
+from dsd.scorers.evidence import Evidence, read_evidence, read_shards, reads_unconditional
+
+Scores = dict[Pair, float]
+
+
+class StoredEvidence:
+    """What the stage score stored for some examples of a dataset, read when a scorer needs it.
+
+    few_shot: the examples of the few-shot split whose evidence was stored too, for scorers that fit weights.
+    """
+
+    def __init__(
+        self,
+        scored: Path,
+        examples: Sequence[MatchingExample],
+        few_shot: Sequence[MatchingExample],
+        *,
+        methods: Mapping[str, MethodParams],
+        poolings: Sequence[str],
+        noise: NoiseParams,
+        fusion: FusionParams,
+        seed: int,
+    ) -> None:
+        self.examples, self.few_shot, self.poolings, self.fusion = examples, few_shot, poolings, fusion
+        self._scored, self._methods, self._noise, self._seed = scored, methods, noise, seed
+        self.evidence = lru_cache(maxsize=2)(self._evidence)
+        self.few_shot_evidence = lru_cache(maxsize=2)(self._few_shot_evidence)
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        return pairs(self.examples)
+
+    def _evidence(self, prompt: str) -> Evidence:
+        """The evidence of the examples under a prompt ("none", "few-shot"); for errors see `read_shards`."""
+        return self._read(prompt, prompt, self.examples)
+
+    def _few_shot_evidence(self, prompt: str, entry: str) -> Evidence:
+        """The evidence of the few-shot examples under a prompt, which the index holds under the name `entry`."""
+        return self._read(prompt, entry, self.few_shot)
+
+    def _read(self, prompt: str, entry: str, examples: Sequence[MatchingExample]) -> Evidence:
+        compares = reads_unconditional(self._methods, prompt)
+        return read_evidence(self._scored, entry, examples, self._noise, self._seed, compares)
+
+    def cosines(self, name: str) -> Scores:
+        """The cosines of all pairs under the contrastive method of this name."""
+        return dict(zip(self.pairs, read_shards(self._scored, name)["cosine"].tolist(), strict=True))
+
+
+class Scorer(Protocol):
+    """Reduces stored evidence to scores, higher is better. A module of this package has one, named SCORER.
+
+    The evidence that a method needs is said by its row of params; see `dsd.config.MethodParams`.
+    """
+
+    name: ClassVar[str]
+
+    def scores(self, name: str, method: Any, stored: StoredEvidence) -> Scores:
+        """The score of every pair under a row of `methods`, which is called `name`."""
+        ...
+
+    def row_values(self, arrays: Mapping[str, np.ndarray], method: Any, poolings: Sequence[str]) -> np.ndarray:
+        """The value [R] of each row of evidence; the score is their mean over draws, minus that of the unconditional
+        pass. Needed where rows of the scorer may have a schedule (`can_have_schedule`)."""
+        raise TypeError(f"{self.name}: no mean over draws")

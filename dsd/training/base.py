@@ -1,0 +1,39 @@
+"""What a learner is: everything that trainings differ in.
+
+Shapes: E examples of a step, I images and T texts of each that are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from dsd.data.draws import Draw
+from dsd.data.examples import Pair
+from dsd.engine.session import Session
+
+Table = list[list[Pair]]  # I images × T texts of one example
+
+
+class Learner(Protocol):
+    """What a method learns, how it scores with it, and how it is saved."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def file(self) -> str:
+        """The name of the file that `save` writes."""
+        ...
+
+    def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
+        """[E, I, T], differentiable in the module; higher is better. One draw per example, none without noise."""
+        ...
+
+    def save(self, path: Path) -> None: ...
+
+
+Build = Callable[[Session, str], Learner]  # from a session and the name of a method; as before the first step
