@@ -38,11 +38,7 @@ from dsd.config.models import (
 from dsd.config.operations import GateParams, PretrainParams, ServingParams, WatchParams
 from dsd.errors import ParamsError, unknown
 
-APART = (
-    "studies",
-    "races",
-    "pretrain",
-)  # each of these sections has a file of its own beside params.yaml: <section>.yaml
+APART = ("studies", "races", "pretrain")  # sections in a file of their own beside params.yaml: <section>.yaml
 OPEN: dict[str, type[Kind]] = {"datasets": DatasetParams, "schedules": ScheduleParams, "methods": MethodParams}
 
 
@@ -272,9 +268,9 @@ def load(path: Path | str = "params.yaml") -> Params:
         return Params.model_validate(sections)
     except ValidationError as error:
         problem = error.errors()[0]
-        line = mistake(problem, "")
-        named = re.search(r"\w+", str(problem["loc"][0]) if problem["loc"] else problem["msg"].removeprefix(CHECK))
-        raise ParamsError(f"{file_of(named.group() if named else '', path)}{line}") from None
+        # The message of a check across sections starts with the key.
+        section = problem["loc"][0] if problem["loc"] else re.split(r"\W", problem["msg"].removeprefix(CHECK))[0]
+        raise ParamsError(mistake(problem, file_of(str(section), path))) from None
 
 
 def file_of(section: str, path: Path | str = "params.yaml") -> Path:
