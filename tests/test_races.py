@@ -58,7 +58,7 @@ def test_a_duplicate_of_the_right_answer_is_seen_once_and_its_tie_is_told(raced:
     races = made(40)
     told = compare(races, races._replace(answers=[-1, *races.answers[1:]]), np.repeat(LEVELS, 2).tolist(), raced).told
     assert told["ties"] == 1
-    assert "In 1 no candidate is right, or a wrong one is the same" in note(told)
+    assert "In 1 no candidate is correct, or an incorrect one is identical" in note(told)
 
 
 def test_nothing_is_seen_twice(
