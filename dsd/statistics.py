@@ -61,13 +61,7 @@ class Difference:
 
 
 def clustered_mean(
-    hits: ArrayLike,
-    clusters: Clusters,
-    groups: Groups,
-    *,
-    resamples: int,
-    confidence: float,
-    seed: int,
+    hits: ArrayLike, clusters: Clusters, groups: Groups, *, resamples: int, confidence: float, seed: int
 ) -> Interval:
     """The mean over groups of the mean of `hits` within each group, with a clustered bootstrap interval.
 

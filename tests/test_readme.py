@@ -9,25 +9,26 @@ import pytest
 
 from dsd.config import Params, load
 from dsd.errors import DataError
-from dsd.report.readme import BEGIN, END, FIGURE, METRICS, Column, columns, contrastive, figure, main, table, updated
+from dsd.report.readme import BEGIN, END, FIGURE, METRICS, Column, columns, figure, main, table, updated
 from dsd.statistics import Interval
 from tests.conftest import ROOT
 
-COLUMNS = [Column("d", "top1", 0.125, {"m": Interval(0.5, 0.4, 0.6, 10), "n": Interval(0.25, 0.2, 0.3, 10)})]
+VALUES = {"dsd": Interval(0.5, 0.4, 0.6, 10), "clip-zero-shot": Interval(0.25, 0.2, 0.3, 10)}
+COLUMNS = [Column("d", "top1", 0.125, VALUES)]
 
 
 @pytest.fixture
 def shipped() -> tuple[list[Column], Params]:
     params = load(ROOT / "params.yaml")
-    return columns(json.loads((ROOT / METRICS).read_text()), params), params
+    return columns(json.loads((ROOT / METRICS).read_text()), params.datasets), params
 
 
 def test_the_table_has_values_intervals_and_chance() -> None:
     assert table(COLUMNS).splitlines() == [
         "| accuracy, % | d<br><sub>top1, n = 10</sub> |",
         "| --- | --- |",
-        "| m | 50.0 <sub>[40.0, 60.0]</sub> |",
-        "| n | 25.0 <sub>[20.0, 30.0]</sub> |",
+        "| dsd | 50.0 <sub>[40.0, 60.0]</sub> |",
+        "| clip-zero-shot | 25.0 <sub>[20.0, 30.0]</sub> |",
         "| *chance* | 12.5 |",
     ]
 
@@ -44,13 +45,13 @@ def test_missing_markers_are_reported() -> None:
 
 
 def test_columns_are_the_headline_metrics(shipped: tuple[list[Column], Params]) -> None:
-    found, _ = shipped
+    cols, _ = shipped
     metrics = json.loads((ROOT / METRICS).read_text())
-    assert [c.dataset for c in found] == list(metrics)
-    for column in found:
+    assert [c.dataset for c in cols] == list(metrics)
+    for column in cols:
         for method, value in column.values.items():
             assert value.as_dict() == metrics[column.dataset][method][column.metric]
-    assert {c.dataset: (c.metric, c.chance) for c in found} == {
+    assert {c.dataset: (c.metric, c.chance) for c in cols} == {
         "scenes-com": ("macro", 1 / 2),
         "scenes-ref": ("top1", 1 / 10),
         "scenes-vqa": ("all", 1 / 13),
@@ -66,16 +67,17 @@ def test_the_readme_shows_the_metrics_in_git(shipped: tuple[list[Column], Params
 
 def test_the_figure_shows_the_metrics_in_git(shipped: tuple[list[Column], Params]) -> None:
     """Equal to the byte with the pinned Matplotlib; `make readme` writes it."""
-    found, params = shipped
-    assert (ROOT / FIGURE).read_text() == figure(found, contrastive(params))
+    cols, params = shipped
+    assert (ROOT / FIGURE).read_text() == figure(cols, params.methods)
     assert (ROOT / FIGURE).stat().st_size < 100_000
 
 
-def test_the_figure_is_deterministic_and_follows_the_values() -> None:
-    drawn = figure(COLUMNS, {"n"})
-    assert drawn == figure(COLUMNS, {"n"}) and "<dc:date>" not in drawn
-    moved = [Column("d", "top1", 0.125, COLUMNS[0].values | {"m": Interval(0.51, 0.4, 0.6, 10)})]
-    assert drawn != figure(moved, {"n"})
+def test_the_figure_is_deterministic_and_follows_the_values(shipped: tuple[list[Column], Params]) -> None:
+    methods = shipped[1].methods
+    drawn = figure(COLUMNS, methods)
+    assert drawn == figure(COLUMNS, methods) and "<dc:date>" not in drawn
+    moved = [Column("d", "top1", 0.125, VALUES | {"dsd": Interval(0.51, 0.4, 0.6, 10)})]
+    assert drawn != figure(moved, methods)
 
 
 def test_make_readme_writes_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

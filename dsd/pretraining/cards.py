@@ -134,13 +134,7 @@ def write_cards(settings: PretrainParams, measured: Results, work: Path, target:
         for name in trainings:
             text = (work / f"{name}.csv").read_text()
             (target / folder / f"curve-{name}.csv").write_text(text)
-            curves.append(
-                (
-                    name,
-                    getattr(settings, name),
-                    float(list(csv.DictReader(text.splitlines()))[-1]["loss"]),
-                )
-            )
+            curves.append((name, getattr(settings, name), float(list(csv.DictReader(text.splitlines()))[-1]["loss"])))
         card = CARD.render(
             title=title, library=library, about=about, pretrain=settings, curves=curves,
             components=components(target / folder), samples=captions if folder == "embedded" else [],

@@ -52,13 +52,9 @@ def tokenizer(words: list[str], max_tokens: int) -> CLIPTokenizer:
     # As special tokens, the final letters have fixed ids. The trainer would number them in the order of a hash map,
     # which differs between processes, and would break ties between merges by these ids.
     trainer = trainers.BpeTrainer(
-        vocab_size=2048,
-        min_frequency=1,
-        special_tokens=ends,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
+        vocab_size=2048, min_frequency=1, special_tokens=ends, initial_alphabet=alphabet, end_of_word_suffix="</w>",
         show_progress=False,
-    )
+    )  # fmt: skip
     bpe.train_from_iterator([*words * 50], trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = [*alphabet, *ends, *("".join(merge) for merge in merges), "<|startoftext|>", "<|endoftext|>"]
@@ -83,11 +79,7 @@ def fit(
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        betas=(0.9, 0.99),
-        fused=True,
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99), fused=True
     )
     average = torch.optim.swa_utils.AveragedModel(
         module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
@@ -260,12 +252,8 @@ def diffusion_loss(
 
 def build_clip(params: PretrainParams, vocabulary: int, eos: int) -> CLIPModel:
     width = params.clip_width
-    shared = dict(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_attention_heads=4,
-        num_hidden_layers=params.clip_layers,
-    )
+    shared = dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=4,
+                  num_hidden_layers=params.clip_layers)  # fmt: skip
     text = dict(shared, vocab_size=vocabulary, max_position_embeddings=params.max_tokens, bos_token_id=eos - 1,
                 eos_token_id=eos, pad_token_id=eos)  # fmt: skip
     vision = dict(shared, image_size=params.parity, patch_size=params.clip_patch)
@@ -322,17 +310,8 @@ def train_diffusion(
     both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     for row in fit("diffusion", both, loss, params.diffusion, work, params.seed, params.bfloat16):
         yield {"part": "diffusion", **row}
-    pipeline = StableDiffusionPipeline(
-        vae.half().cpu(),
-        text_encoder.half().cpu(),
-        tokens,
-        unet.half().cpu(),
-        noise_schedule(),
-        None,
-        None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(target)
+    parts = (vae.half().cpu(), text_encoder.half().cpu(), tokens, unet.half().cpu(), noise_schedule(), None, None)
+    StableDiffusionPipeline(*parts, requires_safety_checker=False).save_pretrained(target)
 
 
 def train_clip(params: PretrainParams, corpus: Corpus, work: Path, target: Path, device: torch.device) -> Iterator[Row]:

@@ -148,8 +148,10 @@ def noisy_example(dataset: DatasetResults, prepared: Path, heat: HeatMaps) -> No
     example = dataset.examples[0]
     place, text = example.answer[0]
     image = Pictures(prepared / "images.parquet")[example.images[place]]
-    maps = heat.by_level(dataset.name, image, example.texts[text])
-    levels = [(level, uri(Image.fromarray(found.picture), MAP_SIDE), _words(found)) for level, found in maps.items()]
+    levels = [
+        (level, uri(Image.fromarray(heatmap.picture), MAP_SIDE), _words(heatmap))
+        for level, heatmap in heat.by_level(dataset.name, image, example.texts[text]).items()
+    ]
     return NoisyExample(dataset.name, example.texts[text], levels)
 
 

@@ -6,22 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsd.config import Params, noise_of, trained, twin, under_test
+from dsd.config import Params, noise_of, prompted, trained, twin, under_test
 from dsd.progress import progress
-from dsd.report import comparisons, figures, findings, papers, races, studies, tables
+from dsd.report import comparisons, figures, findings, inputs, papers, races, studies, tables
 from dsd.report.gallery import MAPPED, gallery, noisy_example
 from dsd.report.heatmaps import BackboneHeatMaps, HeatMaps
 from dsd.report.html import render
-from dsd.report.inputs import (
-    DatasetResults,
-    read_claims,
-    read_datasets,
-    read_growth,
-    read_races,
-    read_studies,
-    read_timings,
-)
+from dsd.report.inputs import DatasetResults
 from dsd.statistics import Resampling
+
+Values = dict[str, Any]  # variables of the template
 
 
 def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = None) -> Path:
@@ -34,26 +28,17 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         DataError: an output of an earlier stage is missing, malformed, or was made with other params.
         CheckpointError: the backbone or a prompt does not load.
     """
-    timings = read_timings(data)
-    datasets = read_datasets(params, data, timings)
+    timings = inputs.read_timings(data)
+    datasets = inputs.read_datasets(params, data, timings)
     heat = heatmaps or BackboneHeatMaps(params, data / "train")
     method, before = under_test(params), twin(params)
-    resampling = Resampling(
-        resamples=params.evaluate.resamples, confidence=params.evaluate.confidence, seed=params.seed
-    )
+    evaluate = params.evaluate
+    resampling = Resampling(resamples=evaluate.resamples, confidence=evaluate.confidence, seed=params.seed)
     fusions = {name: row.parts for name, row in params.methods.items() if row.scorer == "fusion"}
     denoisers = [name for name, row in params.methods.items() if row.scorer == "denoising"]
     untrained = [n for n, row in params.methods.items() if row.scorer != "contrastive" and row.prompt == "none"]
-    clips = [n for n, row in params.methods.items() if row.scorer == "contrastive" and row.tuned == "none"]
-
-    sides = {name: comparisons.compare_all(name, before, datasets, resampling) for name in (method, *fusions)}
-    # A fusion is compared with the tested method once, from the side of the fusion.
-    sides[method] = {other: rows for other, rows in sides[method].items() if other not in fusions}
-    prompting = sides[method].get(before or "", [])
-    pairs = {(name, other): rows for name, side in sides.items() for other, rows in side.items()}
-    tallies = {pair: findings.tally(*pair, rows) for pair, rows in pairs.items()}
-    claims = read_claims(data)
-    all_races = read_races(params.races.datasets, data)
+    clips = {row.tuned: name for name, row in reversed(params.methods.items()) if row.scorer == "contrastive"}
+    claims, replays = inputs.read_claims(data), inputs.read_races(params.races.datasets, data)
     tested = [d for d in datasets if method in d.results]
     series = {name: number for number, name in enumerate(params.methods)}
     evaluated = {name for dataset in datasets for name in dataset.methods}
@@ -65,34 +50,24 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         twin=before,
         trained=trained(params),
         facts=_facts(params, heat.digest, timings),
-        lead=findings.lead(datasets, prompting, before, method, resampling),
-        headlines=findings.headlines(datasets, prompting, before, method) if before else [],
-        answers=_answers(
-            findings.above_chance(untrained, datasets),
-            tallies,
-            (method, before),
-            [s for name, parts in fusions.items() for s in findings.unbeaten(name, parts, sides[name], datasets)],
-        ),
+        confidence=f"{100 * evaluate.confidence:g} %",
+        **_comparisons(datasets, method, before, fusions, untrained, resampling),
         results=[tables.results(d) for d in datasets],
         legend=[(name, figures.SYMBOLS[n % 8], n % 8) for name, n in series.items() if name in evaluated],
-        comparisons=[
-            (comparisons.table(*pair, rows), tallies[pair], findings.overlaps(rows) if pair == (method, before) else [])
-            for pair, rows in pairs.items()
-        ],
-        tests=sum(map(len, pairs.values())),
         claims=[tables.claims(claims), tables.claim_comparisons(claims)] if claims else [],
-        first_paper=list(papers.first_paper(papers.our_methods(params), datasets)),
-        first_paper_figures=papers.first_paper_figures(papers.our_methods(params)["DSD"], datasets),
         reasons=findings.reasons(claims, datasets, method, denoisers),
+        first_paper=list(
+            papers.first_paper((clips.get("projections"), clips.get("context"), prompted(params)), datasets)
+        ),
+        first_paper_figures=papers.first_paper_figures(prompted(params), datasets),
+        figures=_figures(datasets, method, before, series),
         subsets=params.ablations.subsets,
         fusion=params.fusion,
-        parts=tables.names([part for parts in fusions.values() for part in parts]),
-        figures=_figures(datasets, method, before, series),
-        races=list(races.sections(all_races)),
-        growth=races.growth(read_growth(data)),
-        second_paper=list(papers.second_paper(all_races, datasets, next(iter(clips), None))),
-        noisy=[noisy_example(d, data / "prepare" / d.name, heat) for d in papers.classified(all_races, tested)],
-        studies=list(studies.sections(params, read_studies(data), datasets, series)),
+        races=list(races.sections(replays)),
+        growth=races.growth(inputs.read_growth(data)),
+        second_paper=list(papers.second_paper(replays, datasets, clips.get("none"))),
+        noisy=[noisy_example(d, data / "prepare" / d.name, heat) for d in papers.classified(replays, tested)],
+        studies=list(studies.sections(params, inputs.read_studies(data), datasets, series)),
         galleries=[
             gallery(d, method, params.report.gallery, params.seed, data / "prepare" / d.name, heat)
             for d in progress(tested, desc="gallery")
@@ -105,7 +80,6 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         methods=tables.methods(params.methods),
         datasets=tables.datasets(datasets),
         settings=tables.settings(params),
-        confidence=f"{100 * params.evaluate.confidence:g} %",
     )
 
 
@@ -131,20 +105,39 @@ def _facts(params: Params, digest: str, timings: Mapping[str, Mapping[str, Any]]
     ]
 
 
-def _answers(
-    above_chance: list[str],
-    tallies: Mapping[tuple[str, str], str],
-    prompting: tuple[str, str | None],
-    unbeaten: list[str],
-) -> list[tuple[str, list[str]]]:
-    """The questions that the results answer, each with its sentences."""
-    answers = [
-        ("Is zero-shot accuracy above chance?", above_chance),
-        ("Does few-shot prompting help?", [tally for pair, tally in tallies.items() if pair == prompting]),
-        ("How do the methods compare?", [tally for pair, tally in tallies.items() if pair != prompting]),
-        ("Which methods does fusion not outperform?", unbeaten),
-    ]
-    return [(question, sentences) for question, sentences in answers if sentences]
+def _comparisons(
+    datasets: Sequence[DatasetResults],
+    method: str,
+    before: str | None,
+    fusions: Mapping[str, Sequence[str]],
+    untrained: Sequence[str],
+    resampling: Resampling,
+) -> Values:
+    """The findings at the top of the page and the paired comparisons that they are based on."""
+    sides = {name: comparisons.compare_all(name, before, datasets, resampling) for name in (method, *fusions)}
+    # A fusion is compared with the tested method once, from the side of the fusion.
+    sides[method] = {other: rows for other, rows in sides[method].items() if other not in fusions}
+    pairs = {(name, other): rows for name, side in sides.items() for other, rows in side.items()}
+    tallies = {pair: findings.tally(*pair, rows) for pair, rows in pairs.items()}
+    prompting = sides[method].get(before or "", [])
+    unbeaten = [s for name, parts in fusions.items() for s in findings.unbeaten(name, parts, sides[name], datasets)]
+    answers = {
+        "Is zero-shot accuracy above chance?": findings.above_chance(untrained, datasets),
+        "Does few-shot prompting help?": [tally for pair, tally in tallies.items() if pair == (method, before)],
+        "How do the methods compare?": [tally for pair, tally in tallies.items() if pair != (method, before)],
+        "Which methods does fusion not outperform?": unbeaten,
+    }
+    return {
+        "lead": findings.lead(datasets, prompting, before, method, resampling),
+        "headlines": findings.headlines(datasets, prompting, before, method) if before else [],
+        "answers": [(question, sentences) for question, sentences in answers.items() if sentences],
+        "comparisons": [
+            (comparisons.table(*pair, rows), tallies[pair], findings.overlaps(rows) if pair == (method, before) else [])
+            for pair, rows in pairs.items()
+        ],
+        "tests": sum(map(len, pairs.values())),
+        "parts": tables.names([part for parts in fusions.values() for part in parts]),
+    }
 
 
 def _figures(

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dsd.config import Params, prompted
 from dsd.evaluation.claims import TASKS
 from dsd.report.figures import Plot, paper_figure
 from dsd.report.inputs import DatasetResults
@@ -21,21 +20,15 @@ from dsd.statistics import Interval
 # Accuracy of the first paper in percent, by its row and our name of the metric; it gives no intervals.
 ROWS = ("CLIP (fine-tuning)", "CLIP (prompt learning)", "DSD")
 FIRST_PAPER: dict[str, tuple[str, dict[str, tuple[float, float, float]]]] = {
-    "matching": (
-        "ComVG",
-        {
-            "subject": (80.77, 78.88, 80.81),
-            "object": (82.49, 79.51, 83.17),
-            "predicate": (60.50, 60.41, 63.51),
-            "micro": (76.10, 74.24, 78.11),
-        },
-    ),
+    "matching": ("ComVG", {
+        "subject": (80.77, 78.88, 80.81), "object": (82.49, 79.51, 83.17),
+        "predicate": (60.50, 60.41, 63.51), "micro": (76.10, 74.24, 78.11),
+    }),
     "referring": ("RefCOCOg", {"top1": (69.88, 69.40, 73.07), "top5": (84.57, 84.48, 84.91)}),
-    "answering": (
-        "VQAv2",
-        {"binary": (66.94, 67.32, 70.59), "other": (5.10, 5.16, 6.77), "all": (17.86, 18.03, 20.43)},
-    ),
-}
+    "answering": ("VQAv2", {
+        "binary": (66.94, 67.32, 70.59), "other": (5.10, 5.16, 6.77), "all": (17.86, 18.03, 20.43),
+    }),
+}  # fmt: skip
 METRIC_NAMES = {"micro": "average", "top1": "top-1", "top5": "top-5"}
 LAYOUT = {"Table 1": ("matching", "referring"), "Table 2": ("answering",)}
 # Of the second paper: accuracy in percent and hours, exhaustive, then hierarchical; accuracy of CLIP with a ResNet-50.
@@ -46,18 +39,12 @@ SECOND_PAPER = {
 }
 
 
-def our_methods(params: Params) -> dict[str, str | None]:
-    """The method that corresponds to each row of the first paper."""
-    tuned = {m.tuned: name for name, m in params.methods.items() if m.scorer == "contrastive"}
-    return dict(zip(ROWS, (tuned.get("projections"), tuned.get("context"), prompted(params)), strict=True))
-
-
 def _of_task(datasets: Sequence[DatasetResults], task: str) -> DatasetResults | None:
     return next((dataset for dataset in datasets if dataset.kind in TASKS[task]), None)
 
 
-def first_paper(ours: Mapping[str, str | None], datasets: Sequence[DatasetResults]) -> Iterator[Table]:
-    """Tables 1 and 2: a row of published numbers above one of ours."""
+def first_paper(ours: Sequence[str | None], datasets: Sequence[DatasetResults]) -> Iterator[Table]:
+    """Tables 1 and 2: each of `ROWS` with the published numbers, then with those of the method of `ours`."""
     for name, tasks in LAYOUT.items():
         columns = [
             (FIRST_PAPER[task][0], metric, values, dataset)
@@ -66,10 +53,9 @@ def first_paper(ours: Mapping[str, str | None], datasets: Sequence[DatasetResult
             for metric, values in FIRST_PAPER[task][1].items()
         ]
         rows = []
-        for number, row in enumerate(ROWS):
+        for number, (row, method) in enumerate(zip(ROWS, ours, strict=True)):
             theirs = [Cell(f"{values[number]:.2f}") for _, _, values, _ in columns]
             rows.append(Row(row, [Cell("published"), *theirs], "chance"))
-            method = ours[row]
             here = [percent_cell(d.results.get(method or "", {}).get(metric), "") for _, metric, _, d in columns]
             rows.append(Row(row, [Cell(f"ours ({method})"), *here]))
         heads = [f"{METRIC_NAMES.get(m, m)}\n{benchmark} / {d.name}" for benchmark, m, _, d in columns]

@@ -16,7 +16,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dsd.config import Params, load
+from dsd.config import DatasetParams, MethodParams, load
 from dsd.datasets import benchmark
 from dsd.errors import DataError, DsdError
 from dsd.metrics import HEADLINES, WINOGROUND_CHANCE
@@ -39,12 +39,11 @@ class Column:
     values: dict[str, Interval]
 
 
-def columns(metrics: Mapping[str, Any], params: Params) -> list[Column]:
+def columns(metrics: Mapping[str, Any], datasets: Mapping[str, DatasetParams]) -> list[Column]:
     """One column per dataset of metrics.json."""
     columns = []
     for dataset, methods in metrics.items():
-        row = params.datasets[dataset]
-        source = benchmark(row.kind)
+        row, source = datasets[dataset], benchmark(datasets[dataset].kind)
         expected, metric = source.expected(row), HEADLINES[source.metrics]
         chance = WINOGROUND_CHANCE[0] if source.metrics == "winoground" else 1 / (expected.images * expected.texts)
         columns.append(Column(dataset, metric, chance, {m: Interval(**v[metric]) for m, v in methods.items()}))
@@ -62,22 +61,23 @@ def table(columns: list[Column]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def figure(columns: list[Column], contrastive: set[str]) -> str:
+def figure(columns: list[Column], methods: Mapping[str, MethodParams]) -> str:
     """The same values as an SVG document: one panel per dataset, intervals as bars, chance dashed."""
-    methods = list(columns[0].values)
+    names = list(columns[0].values)
     chance: dict[str, Any] = {"color": INK, "lw": 1, "ls": (0, (3, 2))}
     with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(8, 0.85 + 0.24 * len(methods)))
+        drawing = Figure(figsize=(8, 0.85 + 0.24 * len(names)))
         panels = drawing.subplots(1, len(columns), sharey=True, squeeze=False)[0]
         for ax, column in zip(panels, columns, strict=True):
-            for row, method in enumerate(methods):
-                value, colour = column.values[method], CLIP if method in contrastive else DIFFUSION
+            for row, name in enumerate(names):
+                value, clip = column.values[name], methods[name].scorer == "contrastive"
+                colour = CLIP if clip else DIFFUSION
                 ax.plot([100 * value.low, 100 * value.high], [row, row], color=colour, lw=2, solid_capstyle="round")
                 ax.plot(100 * value.value, row, "o", color=colour, ms=5, mew=0)
             ax.axvline(100 * column.chance, **chance)
-            ax.set(xlim=(0, 104), ylim=(len(methods) - 0.5, -0.7), xticks=(0, 50, 100), title=column.dataset)
+            ax.set(xlim=(0, 104), ylim=(len(names) - 0.5, -0.7), xticks=(0, 50, 100), title=column.dataset)
             ax.set_xlabel(f"accuracy ({column.metric}), %")
-            ax.set_yticks(range(len(methods)), methods)
+            ax.set_yticks(range(len(names)), names)
             ax.tick_params(axis="y", length=0)
             ax.grid(axis="x")
         handles = [Line2D([], [], color=colour, marker="o", ms=5, lw=2) for colour in (DIFFUSION, CLIP)]
@@ -100,16 +100,12 @@ def updated(readme: str, table: str) -> str:
     return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}"
 
 
-def contrastive(params: Params) -> set[str]:
-    return {name for name, row in params.methods.items() if row.scorer == "contrastive"}
-
-
 def main() -> None:
     try:
         params = load()
-        found = columns(json.loads(METRICS.read_text()), params)
-        README.write_text(updated(README.read_text(), table(found)))
-        FIGURE.write_text(figure(found, contrastive(params)))
+        shown = columns(json.loads(METRICS.read_text()), params.datasets)
+        README.write_text(updated(README.read_text(), table(shown)))
+        FIGURE.write_text(figure(shown, params.methods))
     except (DsdError, FileNotFoundError) as error:
         sys.exit(f"readme: {error}")
 
