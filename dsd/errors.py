@@ -1,4 +1,4 @@
-"""One family for every mistake of a user's: one line that says what, where, and what would be right."""
+"""User errors: one line that names the place, the value found and what would be correct."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class DsdError(Exception):
-    """A user's mistake, told in one line; a command shows the line and no traceback."""
+    """A user error, in one line; commands print the line without a traceback."""
 
 
 class ParamsError(DsdError):
@@ -15,31 +15,31 @@ class ParamsError(DsdError):
 
 
 class ImageError(DsdError):
-    """An image that cannot be read or is not what it says."""
+    """An image that cannot be read, or whose content does not match its format."""
 
 
 class CheckpointError(DsdError):
-    """A checkpoint that is missing, incomplete or of another kind."""
+    """A checkpoint that is missing, incomplete or of the wrong kind."""
 
 
 class DataError(DsdError):
-    """A dataset whose files or rows are not what its reader expects."""
+    """A file or row of the data that is missing, malformed or stale."""
 
 
 class TextError(DsdError):
-    """A text that the text encoder cannot take."""
+    """A text that the text encoder cannot encode."""
 
 
 class RequestError(DsdError):
-    """A request to the served model that it cannot take."""
+    """An invalid request to the served model."""
 
 
 class BusyError(DsdError):
-    """A request that was not answered in time."""
+    """A request that timed out."""
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
-    """The message for a lookup that missed.
+    """The message for an unknown name.
 
     `unknown("dataset", "scenes-con", ["scenes-com", "comvg"])` is
     "unknown dataset 'scenes-con': did you mean 'scenes-com'? (choices: comvg, scenes-com)".

@@ -1,6 +1,6 @@
-"""From scores to hits: what each benchmark counts as right. Arithmetic on numpy alone.
+"""Ranks of scores, and the metrics of each benchmark, in numpy alone. Higher scores are better.
 
-Shapes: I images, T texts of one example, n examples. Scores are higher for a better match, everywhere.
+Shapes: I images, T texts of one example, n examples.
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ Hits = tuple[NDArray[np.float64], list[NDArray[np.bool_]]]  # hits [n], group ma
 Ranks = NDArray[np.int64]
 
 SLOTS = ("subject", "object", "predicate")
-SQUARE = ((True, True), (True, False), (False, True), (False, False))  # text and image score at ranks 1 to 4
-# With its four scores in random order an own text comes out above the other for both images, or an own image for both
-# texts, with probability 1/4 each, and both with 1/6.
-SQUARE_CHANCE = (1 / 6, 1 / 12, 1 / 12, 2 / 3)
+# Of a 2 x 2 example: whether the text score and the image score are hits, at ranks 1 to 4.
+WINOGROUND_RANKS = ((True, True), (True, False), (False, True), (False, False))
+# The probability of each rank with the four scores in random order: the text score and the image score are hits with
+# probability 1/4 each, both with 1/6.
+WINOGROUND_CHANCE = (1 / 6, 1 / 12, 1 / 12, 2 / 3)
 
 
 def rank(scores: ArrayLike, answer: Answer) -> int:
     """1-based rank of the true pair among the candidates of an I x 1 or 1 x T example.
 
-    Ties count against us: a candidate with the same score stands above the true pair, so a scorer that cannot
-    tell the candidates apart is never right by the order in which they are listed. Where no pair is true, what would
-    be stands below all candidates. Of a 2 x 2 example with two true pairs it says what of it is right; see `SQUARE`.
+    Ties are pessimistic: candidates with the score of the true pair rank above it, so the order of the candidates never
+    matters. Without a true pair the rank is one below the last candidate. For a 2 x 2 example with two true pairs it is
+    an index into `WINOGROUND_RANKS`, from 1.
 
     Args:
         scores: [I, T] with I = 1 or T = 1, or [2, 2].
-        answer: the one true pair or none; of a 2 x 2 example two.
+        answer: the one true pair or none; two for a 2 x 2 example.
 
     Raises:
-        ValueError: a NaN score, another shape, or an answer that is not one pair within it.
+        ValueError: a score is NaN, or the shape or the answer is another one.
     """
     scores_IT = _checked(scores, answer)
     if len(answer) == 2:
         hit = winoground(scores_IT, answer)
-        return SQUARE.index((hit["text"], hit["image"])) + 1
+        return WINOGROUND_RANKS.index((hit["text"], hit["image"])) + 1
     if not answer:
         return scores_IT.size + 1
     if 1 not in scores_IT.shape or len(answer) != 1:
@@ -49,15 +50,15 @@ def rank(scores: ArrayLike, answer: Answer) -> int:
 def winoground(scores: ArrayLike, answer: Answer) -> dict[str, bool]:
     """Text, image and group score of one 2 x 2 example (Thrush et al. 2022, "Winoground", eq. 1-3).
 
-    `text`: for each image its own text scores higher than the other text; `image`: for each text its own
-    image scores higher than the other image; `group`: both. A tie is a miss.
+    `text`: for each image the matching text scores higher than the other; `image`: for each text the matching image
+    scores higher than the other; `group`: both. A tie is a miss.
 
     Args:
         scores: [2, 2] images by texts.
         answer: the two true pairs, each image and each text in one of them.
 
     Raises:
-        ValueError: a NaN score, another shape, or an answer that does not pair each image with its own text.
+        ValueError: a score is NaN, the shape is another one, or the answer does not pair each image with one text.
     """
     scores_IT = _checked(scores, answer)
     if scores_IT.shape != (2, 2) or sorted(answer) not in ([(0, 0), (1, 1)], [(0, 1), (1, 0)]):
@@ -68,9 +69,9 @@ def winoground(scores: ArrayLike, answer: Answer) -> dict[str, bool]:
 
 
 def slots(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
-    """ComVG: accuracy by the slot that was changed, over all rows (micro) and over the three slots (macro).
+    """ComVG: accuracy by the slot that was changed, over all examples (micro) and as mean of the three slots (macro).
 
-    The first paper's own average is neither of the two, so both are given.
+    The average of the first paper is neither of the two, so both are given.
     """
     hits_n = _top(ranks, 1)
     for category in sorted(set(categories)):
@@ -82,12 +83,12 @@ def slots(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
 
 
 def recall(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
-    """RefCOCOg and classification: the true candidate is the first, or among the first five."""
+    """RefCOCOg and classification: top-1 and top-5 accuracy."""
     return {f"top{k}": (_top(ranks, k), _all(ranks)) for k in (1, 5)}
 
 
 def answers(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
-    """VQAv2: accuracy on binary (yes or no) questions, on all others, and over all."""
+    """VQAv2: accuracy on binary (yes or no) questions, on the others, and on all."""
     hits_n = _top(ranks, 1)
     binary = _equal(categories, "binary")
     return {
@@ -97,12 +98,14 @@ def answers(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
     }
 
 
-def squares(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
-    """Winoground: text, image and group score; see `winoground`."""
+def winoground_hits(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
+    """Winoground: text, image and group score, see `winoground`."""
     ranks_n = np.asarray(ranks, dtype=np.int64)
-    if np.any((ranks_n < 1) | (ranks_n > len(SQUARE))):
-        raise ValueError(f"ranks of 2 x 2 examples are 1 to {len(SQUARE)}, found {ranks_n.min()} to {ranks_n.max()}")
-    text_n, image_n = np.array(SQUARE, dtype=np.float64)[ranks_n - 1].T
+    if np.any((ranks_n < 1) | (ranks_n > len(WINOGROUND_RANKS))):
+        raise ValueError(
+            f"ranks of 2 x 2 examples are 1 to {len(WINOGROUND_RANKS)}, found {ranks_n.min()} to {ranks_n.max()}"
+        )
+    text_n, image_n = np.array(WINOGROUND_RANKS, dtype=np.float64)[ranks_n - 1].T
     return {
         "text": (text_n, _all(ranks_n)),
         "image": (image_n, _all(ranks_n)),
@@ -110,14 +113,15 @@ def squares(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
     }
 
 
-# What a dataset counts: ranks [n] and categories [n] of its examples → hits and groups by metric name.
+# Name of the metrics of a dataset → function of ranks [n] and categories [n] → hits and groups by metric.
 METRICS: dict[str, Callable[[Ranks, Sequence[str]], dict[str, Hits]]] = {
     "slots": slots,
     "recall": recall,
     "answers": answers,
-    "winoground": squares,
+    "winoground": winoground_hits,
 }
-HEADLINES = {"slots": "macro", "recall": "top1", "answers": "all", "winoground": "group"}  # the one number of each
+# The metric of each that is quoted alone.
+HEADLINES = {"slots": "macro", "recall": "top1", "answers": "all", "winoground": "group"}
 
 
 def _checked(scores: ArrayLike, answer: Answer) -> NDArray[np.float64]:
@@ -140,11 +144,11 @@ def _top(ranks: Ranks, k: int) -> NDArray[np.float64]:
 
 
 def _equal(categories: Sequence[str], category: str) -> NDArray[np.bool_]:
-    return np.array([found == category for found in categories], dtype=bool)
+    return np.array([other == category for other in categories], dtype=bool)
 
 
 def _where(mask_n: NDArray[np.bool_], category: str) -> NDArray[np.bool_]:
-    """The mask itself, if anything is in it: an empty category has no accuracy, not an accuracy of 0."""
+    """The mask, checked not to be empty: an empty category has no accuracy."""
     if not mask_n.any():
         raise ValueError(f"no examples of category {category!r}")
     return mask_n

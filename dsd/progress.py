@@ -1,4 +1,4 @@
-"""Bars with rate and remaining time, on a terminal only."""
+"""Progress bars with rate and remaining time, on a terminal only."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from functools import partial
 
 from tqdm import tqdm
 
-# disable=None: silent where stderr is not a terminal.
+# disable=None: no bar if stderr is not a terminal.
 progress = partial(tqdm, disable=None, dynamic_ncols=True, smoothing=0.1)

@@ -1,7 +1,7 @@
-"""Intervals and paired tests over examples that come in clusters.
+"""Confidence intervals and paired tests for clustered examples.
 
-Examples that share a sentence or an image are not independent: a cluster (all examples of one sentence or
-image) is drawn or flipped as a whole, so repeating an example inside its cluster adds no certainty.
+Examples that share a sentence or an image are not independent, so clusters (all examples of one sentence or image) are
+resampled and flipped as a whole: repeating an example inside its cluster does not narrow the interval.
 
 Shapes: n examples, C clusters, G groups, R resamples.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,13 +21,21 @@ Floats = NDArray[np.float64]
 Groups = Sequence[NDArray[np.bool_]]
 Clusters = Sequence[str] | NDArray[np.str_]
 
-# Resampled values held at once (R by C per array): bounds the memory whatever the number of examples.
+# Resampled values in memory at once (R × C per array), whatever the number of examples.
 BATCH_VALUES = 200_000
+
+
+class Resampling(TypedDict):
+    """The keyword arguments of every test and interval of this module."""
+
+    resamples: int
+    confidence: float
+    seed: int
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its confidence interval; n is the number of examples counted."""
+    """A mean with its confidence interval; n is the number of examples."""
 
     value: float
     low: float
@@ -40,7 +48,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean paired difference with its confidence interval and two-sided p-value; n counts examples."""
+    """A mean paired difference with its confidence interval and two-sided p-value; n is the number of examples."""
 
     value: float
     low: float
@@ -53,37 +61,31 @@ class Difference:
 
 
 def clustered_mean(
-    hits: ArrayLike,
-    clusters: Clusters,
-    groups: Groups,
-    *,
-    resamples: int,
-    confidence: float,
-    seed: int,
+    hits: ArrayLike, clusters: Clusters, groups: Groups, *, resamples: int, confidence: float, seed: int
 ) -> Interval:
     """The mean over groups of the mean of `hits` within each group, with a clustered bootstrap interval.
 
-    One group of all examples is the plain (micro) mean; one group a category is the macro mean.
+    One group of all examples gives the micro mean, one group per category the macro mean.
 
     Args:
         hits: [n] in 0..1, one per example.
-        clusters: [n] the sentence or image that an example hangs on.
-        groups: G masks [n]; each has at least one example; examples in no group are not counted.
-        resamples: bootstrap resamples R.
+        clusters: [n] the sentence or image of each example.
+        groups: G non-empty masks [n]; examples in no group are not counted.
+        resamples: number of bootstrap resamples R.
         confidence: level of the interval, in 0..1 exclusive.
         seed: of the resampling; the same seed gives the same interval.
 
-    The interval is the percentile bootstrap over whole clusters (Field and Welsh 2007, "Bootstrapping
-    clustered data"). It has no width where all clusters are alike, above all where every hit is 1 or every
-    hit is 0: there the interval is Wilson's with n = number of clusters (`_alike`).
+    The interval is the percentile bootstrap over whole clusters (Field and Welsh 2007, "Bootstrapping clustered data").
+    It has zero width if all clusters have the same mean, as when every hit is 1 or every hit is 0; the interval is then
+    Wilson's with n = number of clusters (`_wilson`).
 
     Raises:
-        ValueError: shapes that differ, hits outside 0..1, or an empty group.
+        ValueError: shapes differ, hits are outside 0..1, or a group is empty.
     """
     hits_n = _unit(hits, "hits")
     sums_CG, counts_CG, n = _by_cluster(hits_n, clusters, groups)
     value = _macro(sums_CG.sum(axis=0), counts_CG.sum(axis=0))
-    low, high = _bootstrap(sums_CG, counts_CG, resamples, confidence, seed) or _alike(
+    low, high = _bootstrap(sums_CG, counts_CG, resamples, confidence, seed) or _wilson(
         value, len(sums_CG), confidence, lowest=0.0, highest=1.0
     )
     return Interval(value, low, high, n)
@@ -107,9 +109,9 @@ def paired_difference(
         groups: as in `clustered_mean`; None is one group of all examples.
         resamples, confidence, seed: as in `clustered_mean`; `resamples` also counts the sign flips.
 
-    The p-value is two-sided, of a permutation test: under the null hypothesis the two methods can be swapped
-    within any cluster, which flips the sign of that cluster's share of the difference. All 2^C flips are
-    tried where they are at most `resamples`; else a sample of them, and p is at least 2 / (resamples + 1).
+    The p-value is that of a two-sided permutation test: under the null hypothesis the two methods can be swapped within
+    any cluster, which flips the sign of that cluster's share of the difference. If there are at most `resamples` flips
+    (2^C), all are enumerated; otherwise they are sampled, and p is at least 2 / (resamples + 1).
 
     Raises:
         ValueError: as `clustered_mean`.
@@ -121,10 +123,10 @@ def paired_difference(
     masks = [np.ones(len(d_n), dtype=bool)] if groups is None else groups
     sums_CG, counts_CG, n = _by_cluster(d_n, clusters, masks)
     value = _macro(sums_CG.sum(axis=0), counts_CG.sum(axis=0))
-    low, high = _bootstrap(sums_CG, counts_CG, resamples, confidence, seed) or _alike(
+    low, high = _bootstrap(sums_CG, counts_CG, resamples, confidence, seed) or _wilson(
         value, len(sums_CG), confidence, lowest=-1.0, highest=1.0
     )
-    # A cluster's share of the value. The counts stay as they are under a flip, so the shares simply add up.
+    # A cluster's share of the value. A flip changes no count, so the shares are additive.
     shares_C = (sums_CG / counts_CG.sum(axis=0)).mean(axis=1)
     return Difference(value, low, high, _sign_flip_p(shares_C, resamples, seed), n)
 
@@ -132,54 +134,55 @@ def paired_difference(
 def difference_above(
     a: ArrayLike, b: ArrayLike, clusters: Clusters, least: float, *, resamples: int, confidence: float, seed: int
 ) -> Difference:
-    """By how much the mean of a - b over the same examples exceeds `least`, with a clustered bootstrap interval.
+    """The mean of a - b over the same examples, minus `least`, with a clustered bootstrap interval.
 
     Args:
         a, b, clusters, resamples, confidence, seed: as in `paired_difference`.
-        least: below 0, a loss that is put up with (a test of non-inferiority); above 0, a gain that is asked for.
+        least: below 0, the loss that is tolerated (a non-inferiority test); above 0, the gain that is required.
 
-    The p-value is two-sided, of the t-test of the clusters' mean differences against `least`: swapping the two methods,
-    as `paired_difference` does, is no null hypothesis here. Where `a` only ever loses, and that by 1, it is that of the
-    binomial test for so many losses; elsewhere it is 1 where all clusters differ alike.
+    The p-value is that of the two-sided t-test of the clusters' mean differences against `least`: under this null
+    hypothesis the two methods cannot be swapped as in `paired_difference`. If all differences are 0 or −1 and every
+    cluster is a single example, p is that of the binomial test for the number of losses; otherwise, if all clusters
+    have the same difference, p is 1.
 
     Raises:
         ValueError: as `clustered_mean`.
     """
-    found = paired_difference(a, b, clusters, resamples=resamples, confidence=confidence, seed=seed)
+    paired = paired_difference(a, b, clusters, resamples=resamples, confidence=confidence, seed=seed)
     difference_n = _unit(a, "a") - _unit(b, "b")
-    sums_CG, counts_CG, _ = _by_cluster(difference_n, clusters, [np.ones(found.n, dtype=bool)])
+    sums_CG, counts_CG, _ = _by_cluster(difference_n, clusters, [np.ones(paired.n, dtype=bool)])
     means_C = (sums_CG / counts_CG)[:, 0]
-    if least < 0 and len(means_C) == found.n and np.isin(difference_n, (-1, 0)).all():
-        p = float(stats.binomtest(int(-difference_n.sum()), found.n, -least).pvalue)
+    if least < 0 and len(means_C) == paired.n and np.isin(difference_n, (-1, 0)).all():
+        p = float(stats.binomtest(int(-difference_n.sum()), paired.n, -least).pvalue)
     else:
         p = float(stats.ttest_1samp(means_C, least).pvalue) if np.ptp(means_C) > 0 else 1.0
-    return Difference(found.value - least, found.low - least, found.high - least, p, found.n)
+    return Difference(paired.value - least, paired.low - least, paired.high - least, p, paired.n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number (Holm 1979, "A simple sequentially rejective multiple test procedure").
+    """p-values adjusted for multiple testing (Holm 1979, "A simple sequentially rejective multiple test procedure").
 
-    Rejecting where the adjusted value is below α keeps the chance of any false rejection below α, however the tests
-    depend on each other.
+    Rejecting where the adjusted value is below α keeps the family-wise error rate below α, whatever the dependence
+    between the tests.
     """
     p_n = np.asarray(p_values, dtype=np.float64)
     order_n = np.argsort(p_n, kind="stable")
     adjusted_n = np.maximum.accumulate(p_n[order_n] * np.arange(len(p_n), 0, -1)).clip(max=1.0)
-    found_n = np.empty_like(p_n)
-    found_n[order_n] = adjusted_n
-    return [float(p) for p in found_n]
+    result_n = np.empty_like(p_n)
+    result_n[order_n] = adjusted_n
+    return [float(p) for p in result_n]
 
 
 def cohens_h(a: float, b: float) -> float:
     """Effect size of two shares in 0..1: 2 asin √a − 2 asin √b (Cohen 1988, chapter 6); 0.2 is small, 0.8 large.
 
-    The same difference in points counts for more near 0 and 1, where there is less room for it.
+    The same difference in percentage points is a larger effect near 0 and 1.
     """
     return float(2 * np.arcsin(np.sqrt(a)) - 2 * np.arcsin(np.sqrt(b)))
 
 
 def _unit(values: ArrayLike, name: str) -> Floats:
-    """[n] as float64, checked to be within 0..1 (a NaN is not)."""
+    """[n] as float64, checked to be within 0..1 and not NaN."""
     array_n = np.asarray(values, dtype=np.float64)
     if array_n.ndim != 1 or not np.all((array_n >= 0) & (array_n <= 1)):
         raise ValueError(f"{name} must be one number in 0..1 per example")
@@ -210,7 +213,7 @@ def _macro(sums_G: Floats, counts_G: Floats) -> float:
 def _bootstrap(
     sums_CG: Floats, counts_CG: Floats, resamples: int, confidence: float, seed: int
 ) -> tuple[float, float] | None:
-    """Percentile interval over resampled clusters, or None where the bootstrap says nothing (`_alike`)."""
+    """Percentile interval over resampled clusters, or None if it has zero width."""
     C, G = sums_CG.shape
     if C == 1:
         return None
@@ -221,7 +224,7 @@ def _bootstrap(
             return np.mean([totals[g] / totals[G + g] for g in range(G)], axis=0)
 
     with warnings.catch_warnings():
-        # A resample without any cluster of some group has no macro mean: 0/0, left out of the quantiles.
+        # A resample without any cluster of some group has no macro mean: 0/0, excluded from the quantiles.
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         result = stats.bootstrap(
             (*sums_CG.T, *counts_CG.T),
@@ -236,18 +239,17 @@ def _bootstrap(
         )
     values_R = result.bootstrap_distribution
     values_R = values_R[~np.isnan(values_R)]
-    if not values_R.size or np.ptp(values_R) < 1e-12:  # rounding alone sets equal resamples that far apart
+    if not values_R.size or np.ptp(values_R) < 1e-12:  # equal resamples differ by rounding
         return None
     low, high = np.quantile(values_R, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
-def _alike(value: float, clusters: int, confidence: float, *, lowest: float, highest: float) -> tuple[float, float]:
-    """Interval where every cluster gives the same value, so that resampling them shows no spread.
+def _wilson(value: float, clusters: int, confidence: float, *, lowest: float, highest: float) -> tuple[float, float]:
+    """Interval if every cluster has the same value, so that resampling shows no spread.
 
-    Wilson's upper limit for 0 of C bounds the share of clusters that would differ from all those seen; these
-    could lie anywhere in lowest..highest. For hits that are all 1 or all 0 this is exactly Wilson's interval
-    for C of C or 0 of C.
+    Wilson's upper limit for 0 of C bounds the share of clusters that differ from all observed ones; their values could
+    be anywhere in lowest..highest. For hits that are all 1 or all 0 this equals Wilson's interval for C of C or 0 of C.
     """
     share = stats.binomtest(0, clusters).proportion_ci(confidence, method="wilson").high
     return float((1 - share) * value + share * lowest), float((1 - share) * value + share * highest)
@@ -256,7 +258,7 @@ def _alike(value: float, clusters: int, confidence: float, *, lowest: float, hig
 def _sign_flip_p(shares_C: Floats, resamples: int, seed: int) -> float:
     """Two-sided p-value of the sum of the shares under independent sign flips, one per cluster."""
     flippable = shares_C[shares_C != 0]  # flipping a zero changes nothing
-    if flippable.size < 2:  # one cluster: both flips are as extreme as what was seen
+    if flippable.size < 2:  # one cluster: both flips are as extreme as the observed sum
         return 1.0
     result = stats.permutation_test(
         (flippable,),

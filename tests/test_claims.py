@@ -1,4 +1,4 @@
-"""Ablations are reductions of evidence, and claims are judged by what the numbers allow."""
+"""Ablations are reductions of evidence, and claims are judged by paired tests."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SENTENCES = 60
 
 @pytest.fixture
 def settings(params: Params) -> Params:
-    """Enough resamples for p-values to be small."""
+    """Enough resamples for small p-values."""
     return params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"resamples": 1000})})
 
 
 def examples() -> list[MatchingExample]:
-    """Sentences with an example for each slot."""
+    """Sentences with one example per slot."""
     return [
         MatchingExample(f"{n}/{slot}", (f"{n}a", f"{n}{slot}"), (f"sentence {n}",), ((0, 0),), slot)
         for n in range(SENTENCES)
@@ -39,66 +39,66 @@ def examples() -> list[MatchingExample]:
 
 
 def answers(shares: dict[str, dict[str, float]], seed: int = 0) -> Answers:
-    """Methods that are right so often by slot, at random."""
-    asked, rng = examples(), np.random.default_rng(seed)
+    """Methods with random hits at the given share of each slot."""
+    rows, rng = examples(), np.random.default_rng(seed)
     hits = {}
     for method, by_slot in shares.items():
-        right = np.array([rng.random() < by_slot[example.category] for example in asked])
-        hits[method] = slots(np.where(right, 1, 2), [example.category for example in asked])
-    return Answers("scenes-com", asked, hits, {})
+        right = np.array([rng.random() < by_slot[example.category] for example in rows])
+        hits[method] = slots(np.where(right, 1, 2), [example.category for example in rows])
+    return Answers("scenes-com", rows, hits, {})
 
 
-def alike(share: float) -> dict[str, float]:
+def uniform(share: float) -> dict[str, float]:
     return dict.fromkeys(("subject", "object", "predicate"), share)
 
 
-def test_a_clear_lead_holds_a_clear_loss_contradicts_and_chance_shows_nothing(settings: Params) -> None:
+def test_verdicts_of_a_clear_gain_a_clear_loss_and_no_difference(settings: Params) -> None:
     for ours, verdict in ((0.95, "holds"), (0.3, "contradicted"), (0.6, "not shown")):
-        shares = {"dsd": alike(ours), "dsd-zero-shot": alike(0.6)}
+        shares = {"dsd": uniform(ours), "dsd-zero-shot": uniform(0.6)}
         judged, measured = judge(settings, {"scenes-com": answers(shares)})
         assert judged[4].verdict == verdict
         assert len(measured[4]) == 5  # three slots and two averages
         assert judged[4].low <= judged[4].effect <= judged[4].high and 0 <= judged[4].p <= 1
 
 
-def test_a_claim_hangs_on_its_smallest_difference(settings: Params) -> None:
-    shares = {"dsd": {"subject": 0.95, "object": 0.95, "predicate": 0.6}, "dsd-zero-shot": alike(0.6)}
+def test_the_effect_of_a_claim_is_its_smallest_difference(settings: Params) -> None:
+    shares = {"dsd": {"subject": 0.95, "object": 0.95, "predicate": 0.6}, "dsd-zero-shot": uniform(0.6)}
     judged, measured = judge(settings, {"scenes-com": answers(shares)})
-    by_metric = {found.comparison.metric: found.difference for found in measured[4]}
+    by_metric = {m.comparison.metric: m.difference for m in measured[4]}
     assert judged[4].effect == by_metric["predicate"].value and judged[4].verdict == "not shown"
     assert by_metric["subject"].p < 0.05
 
 
-def test_claims_without_evidence_are_left_out(settings: Params) -> None:
-    judged, _ = judge(settings, {"scenes-com": answers({"dsd": alike(0.8), "dsd-zero-shot": alike(0.6)})})
+def test_claims_without_results_are_left_out(settings: Params) -> None:
+    judged, _ = judge(settings, {"scenes-com": answers({"dsd": uniform(0.8), "dsd-zero-shot": uniform(0.6)})})
     assert set(judged) == {4, 10}
 
 
-def test_the_hardest_slot_is_found_within_sentences(settings: Params) -> None:
+def test_slots_are_compared_within_sentences(settings: Params) -> None:
     data = {"scenes-com": answers({"dsd": {"subject": 0.95, "object": 0.95, "predicate": 0.4}})}
-    found = measure(Comparison("scenes-com", "subject", "dsd", "dsd", "predicate"), data, settings)
+    measured = measure(Comparison("scenes-com", "subject", "dsd", "dsd", "predicate"), data, settings)
     hits = data["scenes-com"].methods["dsd"]
     (right_n, [subject_n]), (_, [predicate_n]) = hits["subject"], hits["predicate"]
-    assert found.difference.value == pytest.approx(right_n[subject_n].mean() - right_n[predicate_n].mean())
-    assert found.difference.n == SENTENCES and found.h > 0 and found.difference.p < 0.01
+    assert measured.difference.value == pytest.approx(right_n[subject_n].mean() - right_n[predicate_n].mean())
+    assert measured.difference.n == SENTENCES and measured.h > 0 and measured.difference.p < 0.01
 
 
-def test_p_for_a_claim_is_its_worst_and_against_it_its_best_corrected(settings: Params) -> None:
-    shares = {"dsd": {"subject": 0.95, "object": 0.85, "predicate": 0.2}, "dsd-zero-shot": alike(0.6)}
+def test_p_is_that_of_the_weakest_gain_or_of_the_clearest_loss_corrected(settings: Params) -> None:
+    shares = {"dsd": {"subject": 0.95, "object": 0.85, "predicate": 0.2}, "dsd-zero-shot": uniform(0.6)}
     data = {"scenes-com": answers(shares)}
-    found = [measure(Comparison("scenes-com", m, "dsd", "dsd-zero-shot"), data, settings) for m in shares["dsd"]]
-    subject, obj, predicate = found
+    measured = [measure(Comparison("scenes-com", m, "dsd", "dsd-zero-shot"), data, settings) for m in shares["dsd"]]
+    subject, obj, predicate = measured
     assert uncorrected([subject, obj]) == max(subject.difference.p, obj.difference.p)
-    assert uncorrected(found) == pytest.approx(3 * predicate.difference.p)
+    assert uncorrected(measured) == pytest.approx(3 * predicate.difference.p)
 
 
-def test_claims_are_those_of_the_method_and_two_of_our_own(params: Params) -> None:
-    assert list(stated(params, {"scenes-com": answers({"dsd": alike(0.5)})})) == list(range(1, 16))
+def test_claims_are_numbered_1_to_15(params: Params) -> None:
+    assert list(stated(params, {"scenes-com": answers({"dsd": uniform(0.5)})})) == list(range(1, 16))
 
 
 def test_without_the_zero_shot_twin_only_that_claim_is_left_out(params: Params) -> None:
     without = params.model_copy(update={"methods": {n: m for n, m in params.methods.items() if n != "dsd-zero-shot"}})
-    assert set(judge(without, {"scenes-com": answers({"dsd": alike(0.5)})})[0]) == {10}
+    assert set(judge(without, {"scenes-com": answers({"dsd": uniform(0.5)})})[0]) == {10}
 
 
 def evidence(heads: int = 4, layers: int = 3) -> Evidence:
@@ -110,7 +110,7 @@ def evidence(heads: int = 4, layers: int = 3) -> Evidence:
     return Evidence(pairs, [Draw(0.2, 0), Draw(0.6, 1)], attention, attribution, error, names, 256)
 
 
-def test_subsets_choose_heads_that_there_are() -> None:
+def test_subsets_choose_present_heads() -> None:
     chosen = list(subsets(evidence(), 3, 8, seed=0))
     assert all(mask.sum(-1).tolist() == [2, 3, 3] and not mask[0, 2:].any() for mask in chosen)
     assert len({mask.tobytes() for mask in chosen}) > 1
@@ -118,7 +118,7 @@ def test_subsets_choose_heads_that_there_are() -> None:
     assert all((a == b).all() for a, b in zip(chosen, again, strict=True))
 
 
-def test_all_heads_are_a_subset_that_changes_nothing() -> None:
+def test_a_subset_of_all_heads_is_all_heads() -> None:
     (mask,) = subsets(evidence(), 4, 1, seed=0)
     assert (mask == (evidence().attribution > 0).any((0, 1))).all()
 
@@ -135,22 +135,22 @@ def test_from_evidence_to_files(params: Params, prepared: Path, cached: Path, tm
     score("scenes-com", params, prepared, cached, trained, scored, split="test")
     results, hits = evaluate("scenes-com", params, prepared, scored, tmp_path)
     variants = ablate("scenes-com", params, prepared, scored)
-    found = with_intervals(params, read_examples(prepared / "examples.parquet", "test"), variants)
+    ablated = with_intervals(params, read_examples(prepared / "examples.parquet", "test"), variants)
     changes = list(values(params.ablations))
     assert len(variants) == 2 * len(changes) + len(params.ablations.parts)
-    # A value that the method has anyway gives the method's own result.
-    assert found["dsd-plus"]["parts"]["denoising, prompted-attention"] == results["dsd-plus"]
+    # The unchanged value of a key gives the result of the method.
+    assert ablated["dsd-plus"]["parts"]["denoising, prompted-attention"] == results["dsd-plus"]
     for method in ("dsd-zero-shot", "dsd"):
-        assert found[method]["pooling"]["logsumexp"] == found[method]["layers"]["all"] == results[method]
-    write({"scenes-com": found}, tmp_path)
+        assert ablated[method]["pooling"]["logsumexp"] == ablated[method]["layers"]["all"] == results[method]
+    write({"scenes-com": ablated}, tmp_path)
     written = json.loads((tmp_path / "ablations.json").read_text())
     assert set(written["scenes-com"]["dsd"]) == {"pooling", "heads", "layers", "levels"}
     assert set(written["scenes-com"]["dsd"]["heads"]["1 mean"]["micro"]) == {"value", "low", "high", "n"}
 
-    asked = read_examples(prepared / "examples.parquet", "test")
-    judged, measured = judge(params, {"scenes-com": Answers("scenes-com", asked, hits, variants)})
+    rows = read_examples(prepared / "examples.parquet", "test")
+    judged, measured = judge(params, {"scenes-com": Answers("scenes-com", rows, hits, variants)})
     assert set(judged) == {1, 4, 5, 6, 7, 8, 9, 10}
-    layers = [found.comparison.b for found in measured[5]]
+    layers = [m.comparison.b for m in measured[5]]
     assert layers == [Variant("dsd", "layers", value) for value in ("8", "2", "1")]
     write_claims(judged, measured, tmp_path)
     claims = json.loads((tmp_path / "claims.json").read_text())

@@ -1,4 +1,4 @@
-"""The leaderboard shows what is in the registry: the champion, intervals, verdicts, failures and trends."""
+"""The leaderboard shows the registry: champion, intervals, verdicts, failures and trends."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ START = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
 
 def entry(number: int, name: str, share: float, **changes: object) -> Entry:
     score = {dataset: Interval(share, share - 0.03, share + 0.03, 500) for dataset in (COM, REF)}
-    found = dict(
+    fields = dict(
         number=number, name=name, source=f"/checkpoints/{name}", digest=f"{number:032x}", commit="c" * 40,
         when=START + timedelta(days=number), champion=False, now=True, scores=score, differences={}, against=None,
         verdict="kept out", reason="not shown to be better, and a tie keeps the champion",
     )  # fmt: skip
-    return Entry(**{**found, **changes})  # type: ignore[arg-type]
+    return Entry(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -47,12 +47,12 @@ def board() -> Board:
 
 
 class Page(HTMLParser):
-    """The page's tables as rows of texts, by caption, and whatever it would fetch."""
+    """The tables of a page as rows of texts by caption, and its external references."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tables: dict[str, list[list[str]]] = {}
-        self.fetched = re.findall(r'(?:src|href)="(?!#|data:)([^"]*)"', text)
+        self.external = re.findall(r'(?:src|href)="(?!#|data:)([^"]*)"', text)
         self._caption, self._open = "", ""
         self.feed(text)
 
@@ -70,45 +70,45 @@ class Page(HTMLParser):
             self.tables[self._caption][-1][-1] += data.strip() + " "
 
 
-def test_the_page_has_every_checkpoint_once_in_its_place(board: Board, tmp_path: Path) -> None:
+def test_the_page_lists_every_checkpoint_once_in_order(board: Board, tmp_path: Path) -> None:
     text = write(board, tmp_path / "page" / "index.html").read_text()
     page = Page(text)
     assert list(page.tables) == [
-        "Checkpoints measured with the params of now",
-        "Checkpoints measured with other params",
+        "Checkpoints evaluated with the current params",
+        "Checkpoints evaluated with other params",
         "Challenger minus champion",
-        "Checkpoints that failed",
+        "Failed checkpoints",
     ]
-    now = page.tables["Checkpoints measured with the params of now"][1:]
+    now = page.tables["Checkpoints evaluated with the current params"][1:]
     assert [row[0].strip() for row in now] == ["★ best", "<b>bold</b>", "first", "worse"]
     assert now[0][2] == "58.0 % [55.0, 61.0] "
-    assert [row[0].strip() for row in page.tables["Checkpoints measured with other params"][1:]] == ["first"]
+    assert [row[0].strip() for row in page.tables["Checkpoints evaluated with other params"][1:]] == ["first"]
     best = page.tables["Challenger minus champion"][2]
     assert (best[3], best[4]) == ("−0.4 [−3.0, +2.0] p 0.800 ", "+6.0 [+2.0, +10.0] p 0.004 ")
-    assert page.tables["Checkpoints that failed"][1] == [
+    assert page.tables["Failed checkpoints"][1] == [
         "broken ", "3 ", "given up ", "2026-11-01 12:00 UTC ", "cache: lacks the component vae/ ",
     ]  # fmt: skip
-    assert not page.fetched and "<b>bold" not in text
+    assert not page.external and "<b>bold" not in text
 
 
-def test_trends_are_in_the_order_of_time_with_the_champion_marked(board: Board) -> None:
-    drawn = trends(board)
-    assert [drawing.caption for drawing in drawn] == [COM, REF]
-    assert "from 50.0 % to 56.0 % over 5 checkpoints; the champion has 58.0 %" in drawn[0].svg
+def test_trends_are_chronological_with_the_champion_marked(board: Board) -> None:
+    plots = trends(board)
+    assert [plot.caption for plot in plots] == [COM, REF]
+    assert "from 50.0 % to 56.0 % over 5 checkpoints; champion 58.0 %" in plots[0].svg
 
 
-def test_a_checkpoint_that_was_not_measured_by_the_method_has_no_value(board: Board) -> None:
+def test_a_checkpoint_without_results_of_the_method_has_no_value(board: Board) -> None:
     bare = entry(6, "bare", 0.5, scores={})
     [row] = scores(board, [bare], "").rows
     assert [cell.text for cell in row.cells][1:4] == ["–", "–", "–"]
 
 
-def test_an_empty_board_is_a_page_too(tmp_path: Path) -> None:
+def test_an_empty_board_is_a_page(tmp_path: Path) -> None:
     text = write(Board("dsd", {COM: "macro"}, 0.95, [], []), tmp_path / "index.html").read_text()
-    assert "There is no champion yet." in text and "Nothing was measured yet." in text
+    assert "There is no champion yet." in text and "No checkpoint has been evaluated yet." in text
 
 
-def test_the_command_shows_what_the_registry_has(watched: Path, dag: Dag) -> None:  # noqa: F811
+def test_the_command_shows_the_registry(watched: Path, dag: Dag) -> None:  # noqa: F811
     run = CliRunner().invoke(app, ["leaderboard"])
     assert run.exit_code == 0 and run.output.startswith("nothing was measured yet; `dsd promote` enters")
     for name in ("a", "b", "c"):
@@ -116,19 +116,19 @@ def test_the_command_shows_what_the_registry_has(watched: Path, dag: Dag) -> Non
     dag.right = {"a": 100, "b": 180}
     dag.failing = {"c": "score: out of memory"}
     tick()
-    told = json.loads(CliRunner().invoke(app, ["leaderboard", "--json"]).stdout)
-    assert [(e["name"], e["champion"], e["verdict"]) for e in told["entries"]] == [
+    board = json.loads(CliRunner().invoke(app, ["leaderboard", "--json"]).stdout)
+    assert [(e["name"], e["champion"], e["verdict"]) for e in board["entries"]] == [
         ("b", True, "promoted"),
         ("a", False, "promoted"),
     ]
-    difference = told["entries"][0]["differences"][REF]
-    assert difference["value"] == pytest.approx(0.4) and difference["low"] > 0.3 and told["entries"][0]["against"] == 1
-    assert [(f["name"], f["attempts"], f["given_up"]) for f in told["failures"]] == [("c", 1, False)]
+    difference = board["entries"][0]["differences"][REF]
+    assert difference["value"] == pytest.approx(0.4) and difference["low"] > 0.3 and board["entries"][0]["against"] == 1
+    assert [(f["name"], f["attempts"], f["given_up"]) for f in board["failures"]] == [("c", 1, False)]
     shown = CliRunner().invoke(app, ["leaderboard"], env={"COLUMNS": "80"}).output
     for part in ("★ b ", "version 2 ", " 90.0 % ", " [85.0, 95.0] ", " n = 200 ", "promoted", "score: out of memory"):
         assert part in shown
     run = CliRunner().invoke(app, ["leaderboard", "--html", "elsewhere/page.html"])
     assert run.output == "page: elsewhere/page.html\n" and "★ b" in Path("elsewhere/page.html").read_text()
     change(seed=1)
-    told = json.loads(CliRunner().invoke(app, ["leaderboard", "--json"]).stdout)
-    assert [e["now"] for e in told["entries"]] == [False, False] and len(Registry().versions()) == 2
+    board = json.loads(CliRunner().invoke(app, ["leaderboard", "--json"]).stdout)
+    assert [e["now"] for e in board["entries"]] == [False, False] and len(Registry().versions()) == 2

@@ -1,4 +1,4 @@
-"""Ranks and hits on matrices written by hand."""
+"""Ranks and hits on hand-written matrices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsd.metrics import HEADLINES, METRICS, SQUARE_CHANCE, Answer, rank, winoground
+from dsd.metrics import HEADLINES, METRICS, WINOGROUND_CHANCE, Answer, rank, winoground
 
 scores_1T = st.lists(st.integers(-50, 50), min_size=2, max_size=12)
 
@@ -21,13 +21,13 @@ scores_1T = st.lists(st.integers(-50, 50), min_size=2, max_size=12)
         ([[1.0], [2.0]], ((0, 0),), 2),
         ([[0.1, 0.9, 0.5]], ((0, 2),), 2),  # one image, three texts
         ([[0.1, 0.9, 0.5]], ((0, 0),), 3),
-        ([[0.5, 0.5]], ((0, 0),), 2),  # a tie counts against us
+        ([[0.5, 0.5]], ((0, 0),), 2),  # a tie ranks last
         ([[0.0, 0.0, 0.0]], ((0, 1),), 3),
-        ([[-np.inf, 1.0, -np.inf]], ((0, 1),), 1),  # candidates that a schedule gave up
-        ([[0.1, 0.9, 0.5]], (), 4),  # what is right is not among them
-        ([[2.0, 1.0], [1.0, 2.0]], ((0, 0), (1, 1)), 1),  # Winoground: all right
-        ([[1.0, 0.0], [5.0, 6.0]], ((0, 0), (1, 1)), 2),  # the texts alone
-        ([[1.0, 5.0], [0.0, 6.0]], ((0, 0), (1, 1)), 3),  # the images alone
+        ([[-np.inf, 1.0, -np.inf]], ((0, 1),), 1),  # candidates that a schedule dropped
+        ([[0.1, 0.9, 0.5]], (), 4),  # no candidate is correct
+        ([[2.0, 1.0], [1.0, 2.0]], ((0, 0), (1, 1)), 1),  # Winoground: all correct
+        ([[1.0, 0.0], [5.0, 6.0]], ((0, 0), (1, 1)), 2),  # the texts only
+        ([[1.0, 5.0], [0.0, 6.0]], ((0, 0), (1, 1)), 3),  # the images only
         ([[1.0, 1.0], [1.0, 1.0]], ((0, 0), (1, 1)), 4),
     ],
 )
@@ -47,7 +47,7 @@ def test_rank(scores: list[list[float]], answer: Answer, expected: int) -> None:
         ([1.0, 2.0], ((0, 0),), r"\[I, T\]"),
     ],
 )
-def test_rank_names_the_mistake(scores: list[list[float]], answer: Answer, message: str) -> None:
+def test_rank_errors(scores: list[list[float]], answer: Answer, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rank(np.array(scores), answer)
 
@@ -104,14 +104,16 @@ def test_winoground(scores: list[list[float]], text: bool, image: bool, group: b
         ([[1, 2], [3, np.nan]], ((0, 0), (1, 1))),
     ],
 )
-def test_winoground_names_the_mistake(scores: list[list[float]], answer: Answer) -> None:
+def test_winoground_errors(scores: list[list[float]], answer: Answer) -> None:
     with pytest.raises(ValueError):
         winoground(np.array(scores), answer)
 
 
 def values(name: str, ranks: list[int], categories: list[str]) -> dict[str, float]:
-    found = METRICS[name](np.array(ranks), categories)
-    return {metric: float(np.mean([hits[mask].mean() for mask in groups])) for metric, (hits, groups) in found.items()}
+    metrics = METRICS[name](np.array(ranks), categories)
+    return {
+        metric: float(np.mean([hits[mask].mean() for mask in groups])) for metric, (hits, groups) in metrics.items()
+    }
 
 
 def test_slots_by_hand() -> None:
@@ -133,15 +135,15 @@ def test_answers_by_hand() -> None:
     }
 
 
-def test_squares_by_hand() -> None:
+def test_winoground_hits_by_hand() -> None:
     assert values("winoground", [1, 1, 2, 3, 4], ["Object"] * 5) == {"text": 0.6, "image": 0.6, "group": 0.4}
     assert HEADLINES.keys() == METRICS.keys()
 
 
-def test_the_chance_of_a_square() -> None:
-    """Every order of four scores, each as likely as another."""
+def test_chance_of_winoground_ranks() -> None:
+    """All orders of four scores are equally likely."""
     ranks = [rank(np.array(order).reshape(2, 2), ((0, 0), (1, 1))) for order in permutations(range(4))]
-    assert [ranks.count(n) / len(ranks) for n in (1, 2, 3, 4)] == pytest.approx(SQUARE_CHANCE)
+    assert [ranks.count(n) / len(ranks) for n in (1, 2, 3, 4)] == pytest.approx(WINOGROUND_CHANCE)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +159,6 @@ def test_the_chance_of_a_square() -> None:
         ("winoground", [], [], "no examples"),
     ],
 )
-def test_empty_groups_are_named_and_not_left_out(
-    name: str, ranks: list[int], categories: list[str], message: str
-) -> None:
+def test_empty_groups_are_errors(name: str, ranks: list[int], categories: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         METRICS[name](np.array(ranks), categories)

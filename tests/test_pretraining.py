@@ -1,4 +1,4 @@
-"""Pretraining: what it leaves loads, resumes to the bit, and belongs to one recipe."""
+"""Pretraining: outputs load, training resumes exactly, and its state belongs to one recipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 class Stop(Exception):
-    """Stands for a kill between two steps."""
+    """Simulates a kill between two steps."""
 
 
 def regression(module: nn.Linear, stop_at: int | None = None) -> Loss:
@@ -46,7 +46,7 @@ def trained(root: Path, settings: FitParams, stop_at: int | None = None) -> Tens
     return module.weight.detach()
 
 
-def test_a_training_cut_short_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_training_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretraining, "EVERY", pretraining.WINDOW)
     settings = FitParams(steps=100, batch=8, learning_rate=0.05, warmup=5, weight_decay=0.0, ema=0.8)
     whole = trained(tmp_path / "whole", settings)
@@ -57,8 +57,9 @@ def test_a_training_cut_short_ends_with_the_same_weights(tmp_path: Path, monkeyp
     assert (tmp_path / "cut" / "line.csv").read_text().splitlines()[0] == "step,loss"
 
 
-def test_what_pretraining_leaves_loads(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretraining, "write_cards", lambda *_: None)
+def test_pretrained_checkpoints_load(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("quality", "write_cards"):
+        monkeypatch.setattr(pretraining, name, lambda *_: None)
     work, target = tmp_path / "work", tmp_path / "models"
     params = params.model_copy(update={"pretrain": SIZES})
     list(pretrain(params, work, target))
@@ -71,15 +72,15 @@ def test_what_pretraining_leaves_loads(params: Params, tmp_path: Path, monkeypat
     list(pretrain(params, work, target))  # again: from the finished state
 
 
-def test_the_state_of_another_recipe_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_the_state_of_another_recipe_is_not_resumed(tmp_path: Path) -> None:
     claim(tmp_path, SIZES)
     claim(tmp_path, SIZES.model_copy(update={"diffusion": SIZES.clip.model_copy(update={"steps": 9})}))
-    with pytest.raises(ParamsError, match=r"pretrain\.text_width: 64, but .* holds a training with 32"):
+    with pytest.raises(ParamsError, match=r"pretrain\.text_width: 64, but .* has a training with 32"):
         claim(tmp_path, SIZES.model_copy(update={"text_width": 64}))
 
 
-def test_every_process_makes_the_tokenizer_of_the_checkpoints() -> None:
-    """The weights know words by their numbers, so a training that goes on in another process needs the same ones."""
+def test_the_tokenizer_is_that_of_the_checkpoints_in_every_process() -> None:
+    """The weights depend on token ids, so a training that resumes in another process needs the same ids."""
     made = tokenizer(vocabulary(), 24)
     assert all(len(made(word).input_ids) == 3 for word in vocabulary())
     for folder in ("embedded/tokenizer", "embedded-clip/tokenizer"):

@@ -1,4 +1,4 @@
-"""The report on a small data folder that is made up here, with heat maps that cost nothing."""
+"""The report on a small synthetic data folder, with fake heat maps."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dsd.config import ContrastiveMethod, FusionMethod, Params, StagedSchedule, StudyParams, load, trained
+from dsd.config import Params, StagedSchedule, StudyParams, load, trained
 from dsd.data.examples import MatchingExample, write_examples
 from dsd.errors import DataError
 from dsd.evaluation import ablations, claims
 from dsd.evaluation.evaluate import SCHEMA, Results, hits_of, intervals, write_metrics
-from dsd.experiments.scaling import measure_scaling, read_scaling
-from dsd.experiments.study_results import write_studies
-from dsd.experiments.variants import Study
 from dsd.matcher import Heatmap
 from dsd.metrics import SLOTS, rank
 from dsd.report import build
+from dsd.report.comparisons import Comparison, compare
 from dsd.report.figures import smooth
-from dsd.report.findings import names, unbeaten
-from dsd.report.gallery import BackboneHeatMaps, choose, decimals, noisy, overlay
-from dsd.report.inputs import Dataset, read_datasets
-from dsd.report.races import front, paper
-from dsd.report.tables import Comparison, chance, compare, duration, points
+from dsd.report.findings import unbeaten
+from dsd.report.gallery import choose, decimals, noisy_example
+from dsd.report.heatmaps import BackboneHeatMaps, overlay
+from dsd.report.inputs import DatasetResults, read_datasets
+from dsd.report.papers import second_paper
+from dsd.report.races import front
+from dsd.report.tables import duration, names, points
 from dsd.schedules.replay import compare_settings
-from dsd.statistics import Difference
+from dsd.statistics import Difference, Resampling
 from tests.raced import few, synthetic_races
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ SKILL = {
     "dsd-plus": 1.7,
     "clip-zero-shot": 0.6,
     "clip-finetune": 0.7,
-}  # of the true candidate's score
+}  # added to the score of the correct candidate
 STUDIES = {
     "search": {
         "split": "validation",
@@ -106,8 +106,7 @@ def write(path: Path, content: object) -> None:
 
 
 def write_dataset(name: str, params: Params, data: Path) -> claims.Answers:
-    """Everything that the stages before leave of a dataset; returns how it was answered. Variants are the methods
-    themselves."""
+    """Write the outputs of earlier stages for a dataset and return its answers; variants have their methods' hits."""
     examples, rng = examples_of(name), np.random.default_rng(len(name))
     prepared = data / "prepare" / name
     write_examples(prepared / "examples.parquet", [("test", e) for e in examples] + [("train", examples[0])])
@@ -136,44 +135,43 @@ def write_dataset(name: str, params: Params, data: Path) -> claims.Answers:
         (data / "train" / name / method / "curve.csv").write_text("\n".join(["step,loss,accuracy", *curve, ""]))
     variants = {}
     for method in params.ablations.methods:
-        keys = ablations.FUSION if isinstance(params.methods[method], FusionMethod) else ablations.ATTENTION
+        keys = ablations.FUSION if params.methods[method].scorer == "fusion" else ablations.ATTENTION
         changes = ablations.values(params.ablations, keys)
         variants |= {ablations.Variant(method, key, text): hits[method] for key, text, _ in changes}
     return claims.Answers(params.datasets[name].kind, examples, hits, variants)
 
 
 def write_results(params: Params, data: Path) -> None:
-    """Everything that the stages before the report leave of all datasets."""
+    """Write the outputs of the stages before the report."""
     answers = {name: write_dataset(name, params, data) for name in params.datasets}
-    metrics, taken_apart = {}, {}
-    for name, found in answers.items():
-        metrics[name] = {method: intervals(params, found.examples, hits) for method, hits in found.methods.items()}
-        taken_apart[name] = ablations.with_intervals(params, found.examples, found.variants)
+    metrics, ablated = {}, {}
+    for name, answer in answers.items():
+        metrics[name] = {method: intervals(answer.examples, hits, params.evaluate, params.seed) for method, hits in answer.methods.items()}
+        ablated[name] = ablations.with_intervals(answer.examples, answer.variants, params.evaluate, params.seed)
     write_metrics(metrics, data / "evaluate")
-    ablations.write(taken_apart, data / "evaluate")
+    ablations.write(ablated, data / "evaluate")
     claims.write(*claims.judge(params, answers), data / "evaluate")
-    write_studies(told_studies(params, metrics), data / "evaluate")
+    write_studies(study_results(params, metrics), data / "evaluate")
     write_races(params, data)
 
 
 def write_races(params: Params, data: Path) -> None:
-    """The races of denoising on questions, run live but for the proposed ones."""
-    _, told = compare_settings(
-        synthetic_races(100), synthetic_races(60, seed=1), params.races, params.evaluate, params.seed
-    )
+    """Write the races of denoising on questions, with live runs except those with a proposer."""
+    learning, measured = synthetic_races(100), synthetic_races(60, seed=1)
+    _, results = compare_settings(learning, measured, params.races, params.evaluate, params.seed)
     live = {"images": 5, "seconds": 0.25, "evaluations": 30.0, "fill": 0.97, "differ": 0}
-    for row in told["chosen"].values():
+    for row in results["chosen"].values():
         if not row["setting"].get("proposer"):
             row["live"] = live
-    write(data / "races" / "scenes-vqa.json", {"denoising": {"examples": "", **told}})
+    write(data / "races" / "scenes-vqa.json", {"denoising": {"examples": "", **results}})
     measure_scaling(params.races, params.evaluate, params.seed, data / "races")
 
 
-def told_studies(params: Params, metrics: dict[str, Results]) -> dict[str, object]:
-    """Every variant of every study has the results of the method itself; that of the first is of other params."""
-    told: dict[str, object] = {}
+def study_results(params: Params, metrics: dict[str, Results]) -> dict[str, object]:
+    """Every variant of every study has the results of its method; the first variant has other params."""
+    results: dict[str, object] = {}
     for name, row in params.studies.items():
-        told[name] = {
+        results[name] = {
             variant: {
                 dataset: {
                     "params": "other" if n == 0 else Study(name, params).key(variant, dataset),
@@ -190,7 +188,7 @@ def told_studies(params: Params, metrics: dict[str, Results]) -> dict[str, objec
             }
             for n, variant in enumerate(row.variants)
         }
-    return told
+    return results
 
 
 class FakeHeatMaps:
@@ -224,7 +222,7 @@ def params() -> Params:
 
 @pytest.fixture(scope="module")
 def data(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For reading only; a test that changes something takes `own_data`."""
+    """Read-only; tests that change something use `own_data`."""
     folder = tmp_path_factory.mktemp("data")
     write_results(params, folder)
     counts = {
@@ -256,7 +254,7 @@ def page(params: Params, data: Path) -> str:
 
 @dataclass
 class Parsed(HTMLParser):
-    """The page's attributes, its ids, its tables as rows of texts by caption, and whether its elements nest."""
+    """Attributes of a page, and its tables as rows of texts by caption; checks that elements are nested correctly."""
 
     page: str
     attributes: list[tuple[str, str, str]] = field(default_factory=list)
@@ -313,11 +311,11 @@ def test_the_page_is_one_well_formed_file(page: str) -> None:
 
 
 def test_a_page_where_every_method_has_a_schedule(params: Params, tmp_path: Path) -> None:
-    """As with thousands of candidates, of which a CLIP proposes some: there is no evidence to take apart."""
+    """As with thousands of candidates shortlisted by a CLIP: there is no evidence for ablations."""
     listed = StagedSchedule(kind="staged", shortlist=None, to_keep=(1,), n_samples=(4,), budget=None)
     methods = {name: params.methods[name] for name in ("dsd-zero-shot", "dsd", "denoising", "clip-zero-shot")}
     methods = {
-        name: row if isinstance(row, ContrastiveMethod) else row.model_copy(update={"schedule": "listed"})
+        name: row if row.scorer == "contrastive" else row.model_copy(update={"schedule": "listed"})
         for name, row in methods.items()
     }
     training = {"dsd": params.training["dsd"]}
@@ -325,28 +323,27 @@ def test_a_page_where_every_method_has_a_schedule(params: Params, tmp_path: Path
     update = {"methods": methods, "training": training, "studies": {}, "ablations": ablations_}
     bare = params.model_copy(update={**update, "schedules": {"listed": listed}})
     write_results(bare, tmp_path)
-    told = build(bare, tmp_path, tmp_path / "report", FakeHeatMaps()).read_text(encoding="utf-8")
-    assert "dsd − dsd-zero-shot" in told and "Figure 5" not in told
+    text = build(bare, tmp_path, tmp_path / "report", FakeHeatMaps()).read_text(encoding="utf-8")
+    assert "dsd − dsd-zero-shot" in text and "Figure 5:" not in text
 
 
-def test_a_page_where_nothing_has_learned(params: Params, tmp_path: Path) -> None:
-    """What few-shot prompting changes is not asked; the first diffusion method is the one under test."""
+def test_a_page_without_trained_methods(params: Params, tmp_path: Path) -> None:
+    """Few-shot prompting is not mentioned; the first diffusion method is the one under test."""
     kept = {name: params.methods[name] for name in ("clip-zero-shot", "denoising")}
     ablations_ = params.ablations.model_copy(update={"methods": ()})
     bare = params.model_copy(update={"methods": kept, "training": {}, "studies": {}, "ablations": ablations_})
     write_results(bare, tmp_path)
-    told = build(bare, tmp_path, tmp_path / "report", FakeHeatMaps()).read_text(encoding="utf-8")
-    assert "Answers of denoising on test examples" in told and "denoising − clip-zero-shot" in told
-    for absent in ("few-shot prompting (", "with the attention prompt", "What learns ()", "None →", "Figure 5"):
-        assert absent not in told
-    claims_ = json.loads((tmp_path / "evaluate" / "claims.json").read_text())
-    assert claims_ == {}, "nothing is judged of a prompt that there is not"
+    text = build(bare, tmp_path, tmp_path / "report", FakeHeatMaps()).read_text(encoding="utf-8")
+    assert "Answers of denoising on test examples" in text and "denoising − clip-zero-shot" in text
+    for absent in ("few-shot prompting (", "with the attention prompt", "trained methods ()", "None →", "Figure 5:"):
+        assert absent not in text
+    assert json.loads((tmp_path / "evaluate" / "claims.json").read_text()) == {}
 
 
 def test_every_metric_is_in_the_tables(page: str, params: Params, data: Path) -> None:
     tables = Parsed(page).tables
     for dataset, methods in json.loads((data / "evaluate" / "metrics.json").read_text()).items():
-        head, *rows = tables[f"{dataset}: share of right answers"]
+        head, *rows = tables[f"{dataset}: accuracy"]
         for method, metrics in methods.items():
             row = next(row for row in rows if row[0] == method)
             for column, (metric, v) in enumerate(metrics.items(), start=1):
@@ -354,20 +351,20 @@ def test_every_metric_is_in_the_tables(page: str, params: Params, data: Path) ->
                 assert row[column] == f"{100 * v['value']:.1f} % [{100 * v['low']:.1f}, {100 * v['high']:.1f}]"
 
 
-def test_chance_is_that_of_the_candidates(params: Params, data: Path) -> None:
-    found = {d.name: chance(d) for d in read_datasets(params, data, {})}
-    assert found["scenes-com"] == pytest.approx(dict.fromkeys((*SLOTS, "micro", "macro"), 1 / 2))
-    assert found["scenes-ref"] == pytest.approx({"top1": 1 / 10, "top5": 5 / 10})
-    assert found["scenes-vqa"] == pytest.approx(dict.fromkeys(("binary", "other", "all"), 1 / 13))
+def test_chance_follows_the_number_of_candidates(params: Params, data: Path) -> None:
+    chance = {d.name: d.chance for d in read_datasets(params, data, {})}
+    assert chance["scenes-com"] == pytest.approx(dict.fromkeys((*SLOTS, "micro", "macro"), 1 / 2))
+    assert chance["scenes-ref"] == pytest.approx({"top1": 1 / 10, "top5": 5 / 10})
+    assert chance["scenes-vqa"] == pytest.approx(dict.fromkeys(("binary", "other", "all"), 1 / 13))
 
 
-def test_chance_of_squares() -> None:
-    squares = [MatchingExample(str(n), ("i", "j"), ("a", "b"), ((0, 0), (1, 1)), "Object") for n in range(3)]
-    dataset = Dataset("w", "winoground", "", {}, squares, {}, {}, {}, {}, {}, [], {})
-    assert chance(dataset) == pytest.approx({"text": 1 / 4, "image": 1 / 4, "group": 1 / 6})
+def test_chance_of_two_by_two_examples() -> None:
+    examples = [MatchingExample(str(n), ("i", "j"), ("a", "b"), ((0, 0), (1, 1)), "Object") for n in range(3)]
+    dataset = DatasetResults("w", "winoground", {}, examples, {}, {}, {}, {}, {}, [], {})
+    assert dataset.chance == pytest.approx({"text": 1 / 4, "image": 1 / 4, "group": 1 / 6})
 
 
-def test_what_comes_from_outside_is_escaped(page: str) -> None:
+def test_external_texts_are_escaped(page: str) -> None:
     assert "&lt;script&gt;alert(" in page
     assert "<script" not in page
 
@@ -385,74 +382,80 @@ def test_the_same_input_gives_the_same_bytes(page: str, params: Params, data: Pa
         (0.0, 0.3, "no difference shown"),
     ],
 )
-def test_words_follow_the_interval(low: float, high: float, verdict: str) -> None:
+def test_verdicts_follow_the_interval(low: float, high: float, verdict: str) -> None:
     assert Comparison("d", "m", Difference((low + high) / 2, low, high, 0.5, 10), False).verdict == verdict
 
 
-def test_comparisons_are_paired_and_told(page: str, params: Params, data: Path) -> None:
+def resampling(params: Params) -> Resampling:
+    return Resampling(**params.evaluate.model_dump(), seed=params.seed)
+
+
+def test_comparisons_are_paired(page: str, params: Params, data: Path) -> None:
     dataset = read_datasets(params, data, {})[0]
-    found = {c.metric: c for c in compare(dataset, "dsd", "dsd-zero-shot", dataset.metrics, params)}
+    rows_of = compare(dataset, "dsd", "dsd-zero-shot", dataset.metrics, resampling(params))
+    by_metric = {c.metric: c for c in rows_of}
     rows = [row for row in Parsed(page).tables["dsd − dsd-zero-shot"] if row[0] == dataset.name]
-    assert [row[1] for row in rows] == list(dataset.metrics) == list(found)
+    assert [row[1] for row in rows] == list(dataset.metrics) == list(by_metric)
     for _, metric, difference, verdict, _, _, overlap in rows:
-        c = found[metric]
+        c = by_metric[metric]
         own, other = (dataset.results[method][metric] for method in ("dsd", "dsd-zero-shot"))
         assert c.difference.value == pytest.approx(own.value - other.value)
         assert difference == f"{points(c.difference.value)} [{points(c.difference.low)}, {points(c.difference.high)}]"
         assert verdict == c.verdict
-        assert overlap == ("apart" if own.low > other.high or other.low > own.high else "overlap")
+        assert overlap == ("disjoint" if own.low > other.high or other.low > own.high else "overlap")
 
 
-def test_what_fusion_does_not_beat_is_said_with_its_parts(params: Params, data: Path) -> None:
+def test_methods_that_fusion_does_not_outperform_are_listed_with_its_parts(params: Params, data: Path) -> None:
     (dataset,) = (d for d in read_datasets(params, data, {}) if d.name == "scenes-ref")
     rows = {
-        other: compare(dataset, "dsd-plus", other, [dataset.headline], params)
+        other: compare(dataset, "dsd-plus", other, [dataset.headline], resampling(params))
         for other in dataset.methods
         if other != "dsd-plus"
     }
     behind = [other for other, (row,) in rows.items() if row.verdict != "higher"]
-    (sentence,) = unbeaten("dsd-plus", rows, [dataset], params)
-    assert behind and sentence.startswith(
-        f"dsd-plus is not shown to be ahead of {names(behind)} on scenes-ref (top1): "
-    )
+    parts = ("denoising", "prompted-attention")
+    (sentence,) = unbeaten("dsd-plus", parts, rows, [dataset])
+    assert behind and sentence.startswith(f"dsd-plus is not shown to outperform {names(behind)} on scenes-ref (top1); ")
     alone = dataset.ablations["dsd-plus"]["parts"]["denoising"]["top1"]
     assert f"its parts have denoising {100 * alone.value:.1f} % [" in sentence
-    ahead = {other: found for other, found in rows.items() if other not in behind}
-    assert unbeaten("dsd-plus", ahead, [dataset], params) == []
+    ahead = {other: row for other, row in rows.items() if other not in behind}
+    assert unbeaten("dsd-plus", parts, ahead, [dataset]) == []
 
 
-def test_claims_are_told_with_what_they_rest_on(page: str, data: Path) -> None:
+def test_claims_and_their_comparisons(page: str, data: Path) -> None:
     claims, rows = (json.loads((data / "evaluate" / f"{name}.json").read_text()) for name in ("claims", "comparisons"))
     assert list(claims) == [str(number) for number in range(1, 11)]
     tables = Parsed(page).tables
-    told = tables["Claims"][1:]
-    assert [(row[0], row[1], row[2]) for row in told] == [(n, c["claim"], c["verdict"]) for n, c in claims.items()]
-    assert len(tables["What the claims rest on"]) == 1 + sum(map(len, rows.values()))
+    rows_ = tables["Claims"][1:]
+    assert [(row[0], row[1], row[2]) for row in rows_] == [(n, c["claim"], c["verdict"]) for n, c in claims.items()]
+    assert len(tables["Comparisons behind the claims"]) == 1 + sum(map(len, rows.values()))
 
 
-def test_races_are_told(page: str, data: Path, params: Params) -> None:
-    parsed, told = Parsed(page), json.loads((data / "races" / "scenes-vqa.json").read_text())["denoising"]
+def test_races(page: str, data: Path, params: Params) -> None:
+    parsed, results = Parsed(page), json.loads((data / "races" / "scenes-vqa.json").read_text())["denoising"]
     rows = {row[0]: row[1:] for row in parsed.tables["scenes-vqa: denoising"][1:]}
-    assert list(rows) == list(told["chosen"])
-    cells, found = rows["staged"], told["chosen"]["staged"]
-    assert cells[-1].startswith("to keep ") and cells[0].startswith(f"{100 * found['accuracy']['value']:.1f} %")
-    assert cells[3].startswith(f"{8 * found['share']['value']:.2f} [") and cells[5:7] == ["0.25 5 images", "97.0 %"]
+    assert list(rows) == list(results["chosen"])
+    cells, staged = rows["staged"], results["chosen"]["staged"]
+    assert cells[-1].startswith("to keep ") and cells[0].startswith(f"{100 * staged['accuracy']['value']:.1f} %")
+    assert cells[3].startswith(f"{8 * staged['share']['value']:.2f} [") and cells[5:7] == ["0.25 5 images", "97.0 %"]
     assert rows["exhaustive, all draws"][4] == "1.0×"
     proposed = rows["racing, δ = 0.1, clip-zero-shot first"]
     assert "proposer clip-zero-shot" in proposed[-1] and proposed[5] == "–"
-    assert "Its stated error rate was kept by" in parsed.text
-    assert f"among its first 1 in {100 * told['recall']['clip-zero-shot']['1']:.1f} %, 2 in" in parsed.text
-    grown = {row[0]: row[1:] for row in parsed.tables["Racing as candidates grow, on synthetic evidence"][1:]}
+    assert "The stated error rate was met by" in parsed.text
+    assert f"in its top 1 in {100 * results['recall']['clip-zero-shot']['1']:.1f} %, 2 in" in parsed.text
+    grown = {row[0]: row[1:] for row in parsed.tables["Racing by number of candidates, on synthetic evidence"][1:]}
     rows_ = read_scaling(data / "races")["rows"]
     assert list(grown) == ["10", "40"]
     assert grown["40"][0].startswith(f"{8 * rows_[1]['share']['value']:.2f} [")
     assert grown["40"][3].startswith(f"{100 * rows_[3]['disagreement']['value']:.1f} %")
-    assert len([v for _, name, v in parsed.attributes if name == "aria-label" and "evaluations a candidate" in v]) == 2
+    assert (
+        len([v for _, name, v in parsed.attributes if name == "aria-label" and "evaluations per candidate" in v]) == 2
+    )
 
 
-def test_the_first_example_is_shown_at_rising_noise(params: Params, data: Path) -> None:
+def test_the_first_example_is_shown_at_increasing_noise(params: Params, data: Path) -> None:
     (dataset,) = (d for d in read_datasets(params, data, {}) if d.name == "scenes-vqa")
-    shown = noisy(dataset, params, data / "prepare" / "scenes-vqa", FakeHeatMaps())
+    shown = noisy_example(dataset, data / "prepare" / "scenes-vqa", FakeHeatMaps())
     example = dataset.examples[0]
     assert shown.text == example.texts[example.answer[0][1]]
     assert [(level, len(words)) for level, _, words in shown.levels] == [
@@ -460,7 +463,7 @@ def test_the_first_example_is_shown_at_rising_noise(params: Params, data: Path) 
     ]
 
 
-def test_a_front_is_chosen_on_what_was_learned_from() -> None:
+def test_a_front_is_chosen_on_the_few_shot_races() -> None:
     def run(cost: float, learned: float, measured: float) -> dict[str, dict[str, float]]:
         return {
             "train": {"evaluations": cost, "accuracy": learned},
@@ -472,57 +475,57 @@ def test_a_front_is_chosen_on_what_was_learned_from() -> None:
 
 
 def test_the_second_papers_tables_have_its_numbers_and_ours(params: Params, data: Path) -> None:
-    told = json.loads((data / "races" / "scenes-vqa.json").read_text())
+    results = json.loads((data / "races" / "scenes-vqa.json").read_text())
     (dataset,) = (d for d in read_datasets(params, data, {}) if d.name == "scenes-vqa")
     classes = replace(dataset, kind="scenes-cls")
-    first, second = paper({"scenes-vqa": told}, [classes], "clip-zero-shot")
-    assert [cell.text for cell in first.rows[0].cells] == ["the paper", "86.6", "110 h", "85.5", "57 h"]
-    ours = told["denoising"]["chosen"]["hierarchical as published, from clean"]["accuracy"]["value"]
+    first, second = second_paper({"scenes-vqa": results}, [classes], "clip-zero-shot")
+    assert [cell.text for cell in first.rows[0].cells] == ["published", "86.6", "110 h", "85.5", "57 h"]
+    ours = results["denoising"]["chosen"]["hierarchical as published, from clean"]["accuracy"]["value"]
     assert first.rows[-1].cells[3].text == second.rows[-1].cells[2].text == f"{100 * ours:.1f}"
-    assert list(paper({}, [classes], "clip-zero-shot")) == []
+    assert list(second_paper({}, [classes], "clip-zero-shot")) == []
 
 
-def test_studies_are_told(page: str, data: Path) -> None:
+def test_studies(page: str, data: Path) -> None:
     parsed = Parsed(page)
     metrics = json.loads((data / "evaluate" / "metrics.json").read_text())
     head, *rows = parsed.tables["search: validation split"]
     assert head[2] == "scenes-commacro, n = 36" and [row[0] for row in rows] == ["one (other params)", "two"]
-    assert "dsd: of 2 the best by the mean is “one”; params.yaml has “two”." in parsed.text
+    assert "dsd: of 2 variants, “one” has the best mean; params.yaml has “two”." in parsed.text
     headlines = {name: METRICS_OF[name] for name in NAMES}
-    found = [metrics[name]["dsd"][metric]["value"] for name, metric in headlines.items()]
-    assert rows[0][-1] == f"{100 * sum(found) / 3:.1f}"
+    values = [metrics[name]["dsd"][metric]["value"] for name, metric in headlines.items()]
+    assert rows[0][-1] == f"{100 * sum(values) / 3:.1f}"
     _, *rows = parsed.tables["samples: test split"]
     assert [row[:2] for row in rows[:4]] == [
-        ["as params.yaml has it", "dsd"],
+        ["params.yaml", "dsd"],
         ["1 (other params)", "dsd"],
         ["2", "dsd"],
-        ["as params.yaml has it", "clip-finetune"],
+        ["params.yaml", "clip-finetune"],
     ]
     assert "+10.0, p 0.010" in rows[1][2] and "p " not in rows[0][2]
     assert rows[-2][0] == "mean ± standard deviation" and "± 0.0, 3 samples" in rows[-2][2]
     assert len([value for _, name, value in parsed.attributes if name == "aria-label" and "few_shot" in value]) == 3
 
 
-def test_the_papers_own_numbers_are_named_as_its_own(page: str, data: Path) -> None:
+def test_published_numbers_are_labelled(page: str, data: Path) -> None:
     tables = Parsed(page).tables
     metrics = json.loads((data / "evaluate" / "metrics.json").read_text())
-    head, *rows = tables["Table 1 of the paper, and the same here"]
+    head, *rows = tables["Table 1 of the first paper"]
     places = [f"{m}ComVG / scenes-com" for m in ("subject", "object", "predicate", "average")]
     assert head[2:] == [*places, "top-1RefCOCOg / scenes-ref", "top-5RefCOCOg / scenes-ref"]
-    assert rows[4][:3] == ["DSD", "the paper", "80.81"] and rows[5][:2] == ["DSD", "here (dsd)"]
+    assert rows[4][:3] == ["DSD", "published", "80.81"] and rows[5][:2] == ["DSD", "ours (dsd)"]
     own = metrics["scenes-com"]["dsd"]["subject"]["value"]
     assert rows[5][2].startswith(f"{100 * own:.1f} [")
     assert rows[3][2] == "–"  # clip-prompt is not among the methods here
-    assert [row[-1] for row in tables["Table 2 of the paper, and the same here"][1::2]] == [
+    assert [row[-1] for row in tables["Table 2 of the first paper"][1::2]] == [
         "17.86",
         "18.03",
         "20.43",
     ]
     drawn = [v for _, name, v in Parsed(page).attributes if name == "aria-label" and v.startswith("Figure")]
-    assert [text.split(":")[0] for text in drawn] == [f"Figure {n} of the paper, redrawn" for n in (3, 4, 5, 6)]
+    assert [text.split(":")[0] for text in drawn] == [f"Figure {n} of the paper, from our data" for n in (3, 4, 5, 6)]
 
 
-def test_gallery_is_drawn_by_the_seed(params: Params, data: Path) -> None:
+def test_gallery_is_sampled_by_the_seed(params: Params, data: Path) -> None:
     dataset = read_datasets(params, data, {})[0]
     right, wrong = choose(dataset, "dsd-zero-shot", 4, seed=0)
     assert (right, wrong) == choose(dataset, "dsd-zero-shot", 4, seed=0) != choose(dataset, "dsd-zero-shot", 4, seed=1)
@@ -531,22 +534,22 @@ def test_gallery_is_drawn_by_the_seed(params: Params, data: Path) -> None:
     assert 1 not in dataset.ranks["dsd-zero-shot"][wrong]
 
 
-def test_counts_and_times_are_told(page: str) -> None:
+def test_counts_and_times(page: str) -> None:
     tables, text = Parsed(page).tables, Parsed(page).text
-    assert tables["What did not come through whole"][1] == ["scenes-com", "48", "1", "2", "0", "7", "3", "0", "0"]
-    assert tables["Evidence: passes through the U-Net"][1] == ["scenes-com", "5", "40", "20", "4.0 s", "5"]
+    assert tables["Data loss"][1] == ["scenes-com", "48", "1", "2", "0", "7", "3", "0", "0"]
+    assert tables["Evidence: U-Net passes"][1] == ["scenes-com", "5", "40", "20", "4.0 s", "5"]
     assert tables["Time by stage"][-1][:2] == ["total", "4 min 30 s"]
     assert "0123456789abcdef" in text and "2026-11-22 10:00:00 UTC" in text and "48 → 64 pixels" in text
 
 
-def test_pictures_can_be_decoded(page: str) -> None:
-    pictures = [base64.b64decode(data) for data in re.findall(r"data:image/jpeg;base64,([^\"]*)", page)]
-    assert pictures
-    for picture in pictures[:5]:
-        Image.open(io.BytesIO(picture)).load()
+def test_images_can_be_decoded(page: str) -> None:
+    images = [base64.b64decode(data) for data in re.findall(r"data:image/jpeg;base64,([^\"]*)", page)]
+    assert images
+    for image in images[:5]:
+        Image.open(io.BytesIO(image)).load()
 
 
-def test_absent_methods_and_timings_are_no_error(params: Params, own_data: Path) -> None:
+def test_methods_and_timings_are_optional(params: Params, own_data: Path) -> None:
     path = own_data / "evaluate" / "metrics.json"
     metrics = json.loads(path.read_text())
     write(path, {name: {"denoising": rows["denoising"]} for name, rows in metrics.items()})
@@ -568,7 +571,7 @@ def broken(data: Path) -> Iterator[tuple[Path, str]]:
     yield data / "timings" / "score.json", '{"stage": "score"}'
 
 
-def test_what_is_broken_or_missing_is_one_line(params: Params, own_data: Path) -> None:
+def test_malformed_or_missing_files_are_one_line_errors(params: Params, own_data: Path) -> None:
     for path, content in broken(own_data):
         sound = path.read_bytes()
         path.write_text(content)
@@ -609,10 +612,10 @@ def test_heat_maps_are_those_of_the_trained_prompt(models: Path, tmp_path: Path)
             up.data += value
         (tmp_path / name / "dsd").mkdir(parents=True)
         prompt.save(tmp_path / name / "dsd" / "prompt.safetensors", heat.digest)
-    picture, text = Image.new("RGB", (24, 24), "red"), "a red circle"
-    found, plain = heat("trained", picture, text), heat("fresh", picture, text)
-    assert found.words == text.split() and found.maps.shape == (3, 32, 32)
-    assert not np.allclose(found.maps, plain.maps)
+    image, text = Image.new("RGB", (24, 24), "red"), "a red circle"
+    trained_, fresh = heat("trained", image, text), heat("fresh", image, text)
+    assert trained_.words == text.split() and trained_.maps.shape == (3, 32, 32)
+    assert not np.allclose(trained_.maps, fresh.maps)
 
 
 @pytest.mark.browser

@@ -1,4 +1,4 @@
-"""Intervals against closed forms, plain loops and their own promises."""
+"""Intervals and tests against closed forms, plain loops and their stated properties."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_coverage_is_near_the_stated_level() -> None:
     assert 0.83 <= covered / 100 <= 0.97
 
 
-def test_seed_decides_and_order_does_not() -> None:
+def test_results_depend_on_the_seed_and_not_on_the_order() -> None:
     rng = np.random.default_rng(3)
     hits, names = (rng.random(200) < 0.4).astype(float), np.array([f"c{i % 30}" for i in range(200)])
     first = clustered_mean(hits, names, everyone(200), resamples=300, **OPTIONS)
@@ -136,7 +136,7 @@ def test_seed_decides_and_order_does_not() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.data())
-def test_interval_holds_its_value_and_stays_within_range(data: st.DataObject) -> None:
+def test_interval_contains_its_value_and_stays_within_range(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 40))
     hits = data.draw(st.lists(st.sampled_from([0.0, 1.0]), min_size=n, max_size=n))
     names = data.draw(st.lists(st.sampled_from("abcdefgh"), min_size=n, max_size=n))
@@ -165,7 +165,7 @@ def test_a_thousand_examples_and_two_thousand_resamples_are_fast() -> None:
     groups = [np.arange(n) % 3 == g for g in range(3)]
     start = time.process_time()
     clustered_mean(hits, singletons(n), groups, resamples=2000, **OPTIONS)
-    assert time.process_time() - start < 10  # 0.05 s on a machine that does nothing else: a loop would show
+    assert time.process_time() - start < 10  # 0.05 s on an idle machine; a Python loop takes longer
 
 
 @pytest.mark.parametrize(
@@ -222,13 +222,13 @@ def test_macro_difference_is_the_difference_of_macro_means() -> None:
     assert swapped.value == pytest.approx(-difference.value) and swapped.p == pytest.approx(difference.p)
 
 
-def test_equal_methods_differ_by_nothing_with_an_honest_interval() -> None:
+def test_equal_methods_have_no_difference_and_an_interval_of_some_width() -> None:
     difference = paired_difference([1, 0] * 30, [1, 0] * 30, singletons(60), resamples=100, **OPTIONS)
     assert difference.value == 0 and difference.p == 1
     assert -0.1 < difference.low < 0 < difference.high < 0.1
 
 
-def test_differences_are_of_the_same_examples() -> None:
+def test_differences_need_the_same_examples() -> None:
     with pytest.raises(ValueError, match="of 2 and 1"):
         paired_difference([1, 0], [1], ["a", "b"], resamples=10, **OPTIONS)
 
@@ -248,7 +248,7 @@ def test_results_as_dictionaries() -> None:
 
 
 def test_holm_by_hand() -> None:
-    """Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1, and none below the one before it."""
+    """Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1, made monotone."""
     assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert holm([0.3]) == [0.3]
     assert holm([]) == []
@@ -289,19 +289,19 @@ def test_a_difference_above_a_margin_is_the_t_test_of_the_clusters() -> None:
     a, b = (rng.random(80) < share for share in (0.8, 0.75))
     clusters = [str(n // 2) for n in range(80)]
     plain = paired_difference(a, b, clusters, resamples=500, confidence=0.95, seed=0)
-    found = difference_above(a, b, clusters, -0.04, resamples=500, confidence=0.95, seed=0)
+    shifted = difference_above(a, b, clusters, -0.04, resamples=500, confidence=0.95, seed=0)
     means = (a.astype(float) - b).reshape(-1, 2).mean(1)
-    assert found.p == pytest.approx(stats.ttest_1samp(means, -0.04).pvalue)
-    assert (found.value, found.low, found.high) == pytest.approx(
+    assert shifted.p == pytest.approx(stats.ttest_1samp(means, -0.04).pvalue)
+    assert (shifted.value, shifted.low, shifted.high) == pytest.approx(
         (plain.value + 0.04, plain.low + 0.04, plain.high + 0.04)
     )
     assert difference_above(a, a, clusters, -0.04, resamples=500, confidence=0.95, seed=0).p == 1.0
 
 
-def test_losses_of_one_are_counted_exactly() -> None:
+def test_losses_of_single_examples_use_the_binomial_test() -> None:
     whole = np.ones(200)
     for losses in (0, 3, 12):
-        found = difference_above(
+        shifted = difference_above(
             whole - (np.arange(200) < losses),
             whole,
             [str(n) for n in range(200)],
@@ -310,5 +310,5 @@ def test_losses_of_one_are_counted_exactly() -> None:
             confidence=0.95,
             seed=0,
         )
-        assert found.value == pytest.approx(0.05 - losses / 200)
-        assert found.p == pytest.approx(stats.binomtest(losses, 200, 0.05).pvalue)
+        assert shifted.value == pytest.approx(0.05 - losses / 200)
+        assert shifted.p == pytest.approx(stats.binomtest(losses, 200, 0.05).pvalue)

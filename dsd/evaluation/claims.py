@@ -1,9 +1,9 @@
-"""The claims of the two papers, and two of our own, measured by paired differences.
+"""Tests of the claims of the two papers, and of two of our own, by paired differences.
 
-Each is judged: holds, not shown, contradicted. A claim is a set of comparisons that must all be true. Its effect is the
-smallest of their differences. The claim holds if that is above zero and is contradicted if it is below, in either case
-only where p, corrected for the comparisons of the claim and for the number of claims, is below 1 − confidence. Every
-comparison is on the test split.
+A claim is a set of comparisons on the test split that must all be true. Its effect is the smallest of their
+differences. The claim holds if the effect is above zero and is contradicted if it is below, in either case only if p,
+corrected for the comparisons of the claim and for the number of claims, is below 1 − confidence; otherwise it is not
+shown.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from dsd.schedules.replay import AGREED, SPARED
 from dsd.statistics import Difference, cohens_h, difference_above, holm, paired_difference
 from dsd.store import write_atomic
 
-Side = str | Variant  # a method, or one with a key changed
+Side = str | Variant  # a method, or a method with one key changed
 Verdict = Literal["holds", "not shown", "contradicted"]
-TASKS = {  # kinds by task
+TASKS = {  # task → kinds of datasets
     "matching": ("scenes-com", "comvg", "visual-genome"),
     "referring": ("scenes-ref", "refcocog"),
     "answering": ("scenes-vqa", "vqav2"),
     "classifying": ("scenes-cls", "cifar10", "stl10", "fgvc-aircraft"),
 }
-ABOUT = 0.04  # the points that accuracy may differ by and still be kept, or be comparable
-HALF = 0.42  # of the evaluations spared: what the paper's Table 1 shows at the least, 11 hours in place of 19
+MARGIN = 0.04  # by which accuracy may be lower and count as kept or comparable
+ABOUT_HALF = 0.42  # of the evaluations: the least reduction in the second paper's Table 1, 19 to 11 hours
 
 
 class Answers(NamedTuple):
-    """The test examples of a dataset and how each method and variant answered them."""
+    """The test examples of a dataset, and the hits of each method and variant on them."""
 
     kind: str
     examples: list[MatchingExample]
@@ -54,12 +54,12 @@ class Answers(NamedTuple):
         return list(next(iter(self.methods.values())))
 
     def of(self, side: Side) -> dict[str, Hits] | None:
-        """Hits by metric, or None where it was not evaluated."""
+        """Hits by metric, None if the side was not evaluated."""
         return self.methods.get(side) if isinstance(side, str) else self.variants.get(side)
 
 
 class Comparison(NamedTuple):
-    """a − b on a metric; where `against` is given, a's metric minus a's `against` instead. It is to exceed `least`."""
+    """a − b on a metric must exceed `least`; with `against`, the difference is a on the metric minus b on `against`."""
 
     dataset: str
     metric: str
@@ -80,7 +80,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Judgement:
-    """effect, low and high are of the comparison with the smallest difference; p is Holm's."""
+    """effect, low and high are those of the smallest difference; p has Holm's correction."""
 
     claim: str
     effect: float
@@ -94,11 +94,11 @@ Data = Mapping[str, Answers]  # by dataset
 
 
 def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]]:
-    """The claims of the papers, 1 to 13, and two of our own, each with the comparisons that must be true.
+    """The claims of the papers, 1 to 13, and two of our own: text and comparisons by number.
 
-    What the paper shows on image choices and referring expressions is compared on the headline metric of both.
+    Claims about ablations are tested on the headline metric of image choices and of referring expressions.
     """
-    ours = prompted(params) or ""  # without one, nothing is said of it
+    ours = prompted(params) or ""  # without a prompted method its claims are not testable
     untrained = twin(params)
     bare = [] if untrained is None else [untrained]
     tuned = [method for method in trained(params) if method != ours]
@@ -114,18 +114,18 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
     def pruned(metric: str, other: str, least: float = 0.0) -> list[Comparison]:
         return [Comparison(d, metric, clean, other, least=least) for d in classifying]
 
-    def kept_promises() -> Iterator[Comparison]:
+    def error_rates() -> Iterator[Comparison]:
         for dataset, delta, proposer in product(racing, params.races.racing.deltas, params.races.racing.proposer):
             yield Comparison(dataset, AGREED, f"{denoiser}, {racing_name(delta, proposer)}", exhaustive, least=-delta)
 
-    def spared_by_racing() -> Iterator[Comparison]:
+    def racing_ahead() -> Iterator[Comparison]:
         best = f"{denoiser}, racing"
         for dataset in racing:
-            yield Comparison(dataset, HEADLINES[benchmark(data[dataset].kind).metrics], best, exhaustive, least=-ABOUT)
+            yield Comparison(dataset, HEADLINES[benchmark(data[dataset].kind).metrics], best, exhaustive, least=-MARGIN)
             for other in ("staged", "hierarchical"):
                 yield Comparison(dataset, SPARED, best, f"{denoiser}, {other}")
 
-    def ahead(datasets: Sequence[str], *others: str) -> list[Comparison]:
+    def all_metrics(datasets: Sequence[str], *others: str) -> list[Comparison]:
         return [Comparison(d, m, ours, other) for d in datasets for m in data[d].metrics for other in others]
 
     def chain(key: str, *steps: tuple[str, str]) -> list[Comparison]:
@@ -133,17 +133,20 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
         sides = [(Variant(ours, key, better), Variant(ours, key, worse)) for better, worse in steps]
         return [Comparison(d, metric, *step) for d, metric in heads for step in sides]
 
-    listed: dict[str, list[str]] = {}
+    texts: dict[str, list[str]] = {}
     for key, text, _ in values(params.ablations, CrossAttentionMethod.ablation_keys):
-        listed.setdefault(key, []).append(text)
-    last = [text for text in listed["layers"] if text != "all"]
-    some = [text for text in listed["heads"] if text.endswith(" mean")]
-    together = max(listed["levels"], key=len)
+        texts.setdefault(key, []).append(text)
+    last = [text for text in texts["layers"] if text != "all"]
+    some = [text for text in texts["heads"] if text.endswith(" mean")]
+    together = max(texts["levels"], key=len)
     return {
-        1: ("few-shot DSD is ahead of tuned CLIP on image choices, every slot and average", ahead(matching, *tuned)),
-        2: ("few-shot DSD is ahead of tuned CLIP on referring expressions", ahead(referring, *tuned)),
-        3: ("few-shot DSD is ahead of tuned CLIP on questions: binary, other, all", ahead(answering, *tuned)),
-        4: ("few-shot DSD is ahead of zero-shot DSD", ahead([*matching, *referring, *answering], *bare)),
+        1: (
+            "few-shot DSD is ahead of tuned CLIP on image choices, every slot and average",
+            all_metrics(matching, *tuned),
+        ),
+        2: ("few-shot DSD is ahead of tuned CLIP on referring expressions", all_metrics(referring, *tuned)),
+        3: ("few-shot DSD is ahead of tuned CLIP on questions: binary, other, all", all_metrics(answering, *tuned)),
+        4: ("few-shot DSD is ahead of zero-shot DSD", all_metrics([*matching, *referring, *answering], *bare)),
         5: ("all layers are ahead of the last few", chain("layers", *(("all", few) for few in last))),
         6: (
             "LogSumExp is ahead of the maximum, and that of the cosine",
@@ -153,7 +156,7 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
         8: ("weighted heads are ahead of averaged heads", chain("heads", ("weighted", "mean"))),
         9: (
             "the ensemble of noise levels is ahead of each alone",
-            chain("levels", *((together, alone) for alone in listed["levels"] if "," not in alone)),
+            chain("levels", *((together, alone) for alone in texts["levels"] if "," not in alone)),
         ),
         10: (
             "the predicate is the hardest slot",
@@ -161,24 +164,24 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
         ),
         11: (
             "hierarchical pruning keeps accuracy within 4 points, at about half the cost of exhaustive",
-            [*pruned("top1", exhaustive, -ABOUT), *pruned(SPARED, exhaustive, HALF)],
+            [*pruned("top1", exhaustive, -MARGIN), *pruned(SPARED, exhaustive, ABOUT_HALF)],
         ),
-        12: ("hierarchical pruning is comparable with a small CLIP, within 4 points", pruned("top1", clip, -ABOUT)),
+        12: ("hierarchical pruning is comparable with a small CLIP, within 4 points", pruned("top1", clip, -MARGIN)),
         13: ("starting clean is the best direction", [*pruned("top1", noisy), *pruned("top1", middle)]),
-        14: ("racing names another winner than all draws at a rate of at most its δ", list(kept_promises())),
+        14: ("racing names another winner than all draws at a rate of at most its δ", list(error_rates())),
         15: (
             "racing keeps accuracy within 4 points of exhaustive, at fewer evaluations than staged and hierarchical",
-            list(spared_by_racing()),
+            list(racing_ahead()),
         ),
     }
 
 
 def measure(comparison: Comparison, data: Data, params: Params) -> Measured:
-    """The paired difference: of two methods on the same examples, or of two metrics within a cluster."""
+    """The paired difference of two methods on the same examples, or of two metrics on the same clusters."""
     answers, settings = data[comparison.dataset], dict(params.evaluate.model_dump(), seed=params.seed)
     clusters = np.array([example.cluster for example in answers.examples])
     one, other = answers.of(comparison.a), answers.of(comparison.b)
-    assert one is not None and other is not None  # `judge` asks for no other
+    assert one is not None and other is not None  # as `judge` checks
     hits_n, groups = one[comparison.metric]
     if comparison.against is None:
         other_n, _ = other[comparison.metric]
@@ -188,7 +191,7 @@ def measure(comparison: Comparison, data: Data, params: Params) -> Measured:
             difference = paired_difference(hits_n, other_n, clusters, groups, **settings)
         shares = [float(np.mean([values_n[mask].mean() for mask in groups])) for values_n in (hits_n, other_n)]
     else:
-        # Other examples have the other metric, but of the same sentences: each sentence that has both is a pair.
+        # The two metrics are on different examples of the same sentences: a pair is a sentence that has both.
         other_n, others = other[comparison.against]
         sides = [
             _by_cluster(values, clusters, np.any(masks, 0)) for values, masks in ((hits_n, groups), (other_n, others))
@@ -204,49 +207,50 @@ def _by_cluster(hits_n: np.ndarray, clusters: np.ndarray, mask_n: np.ndarray) ->
     return {str(c): float(hits_n[mask_n & (clusters == c)].mean()) for c in np.unique(clusters[mask_n])}
 
 
-def uncorrected(found: Sequence[Measured]) -> float:
-    """p of one claim. For it every comparison must show a gain; against it the clearest of their losses is enough,
-    corrected by Bonferroni for their number."""
-    if min(measured.difference.value for measured in found) > 0:
-        return max(measured.difference.p for measured in found)
-    losses = [measured.difference.p for measured in found if measured.difference.value < 0]
-    return min([1.0, *(len(found) * p for p in losses)])
+def uncorrected(comparisons: Sequence[Measured]) -> float:
+    """p of one claim, before Holm's correction for the number of claims.
+
+    If every difference is a gain, p is the largest of theirs; otherwise it is the smallest of the losses, times the
+    number of comparisons (Bonferroni).
+    """
+    if min(m.difference.value for m in comparisons) > 0:
+        return max(m.difference.p for m in comparisons)
+    losses = [m.difference.p for m in comparisons if m.difference.value < 0]
+    return min([1.0, *(len(comparisons) * p for p in losses)])
 
 
 def judge(params: Params, data: Data) -> tuple[dict[int, Judgement], dict[int, list[Measured]]]:
-    """Every claim, by number, that params.yaml has the methods and datasets for: its judgement and what it rests on."""
+    """Judgements and measured comparisons by number, of every claim whose methods and datasets are evaluated."""
     measured: dict[int, list[Measured]] = {}
     claims = stated(params, data)
-    for number, (_, asked) in claims.items():
-        there = [c for c in asked if data[c.dataset].of(c.a) and data[c.dataset].of(c.b)]
-        if there and len(there) == len(asked):
-            measured[number] = [measure(comparison, data, params) for comparison in there]
-    corrected = holm([uncorrected(found) for found in measured.values()])
-    judged = {}
-    for (number, found), p in zip(measured.items(), corrected, strict=True):
-        least = min((m.difference for m in found), key=lambda difference: difference.value)
+    for number, (_, comparisons) in claims.items():
+        if comparisons and all(data[c.dataset].of(c.a) and data[c.dataset].of(c.b) for c in comparisons):
+            measured[number] = [measure(comparison, data, params) for comparison in comparisons]
+    corrected = holm([uncorrected(rows) for rows in measured.values()])
+    judgements = {}
+    for (number, rows), p in zip(measured.items(), corrected, strict=True):
+        least = min((m.difference for m in rows), key=lambda difference: difference.value)
         verdict: Verdict = "not shown"
         if p < 1 - params.evaluate.confidence:
             verdict = "holds" if least.value > 0 else "contradicted"
-        judged[number] = Judgement(claims[number][0], least.value, least.low, least.high, p, verdict)
-    return judged, measured
+        judgements[number] = Judgement(claims[number][0], least.value, least.low, least.high, p, verdict)
+    return judgements, measured
 
 
-def write(judged: Mapping[int, Judgement], measured: Mapping[int, Sequence[Measured]], target: Path) -> None:
-    """`claims.json`: number → claim, effect (a fraction of 1), low, high, p, verdict; and `comparisons.json`: number →
-    the comparisons that it rests on."""
+def write(judgements: Mapping[int, Judgement], measured: Mapping[int, Sequence[Measured]], target: Path) -> None:
+    """Write `claims.json` and `comparisons.json`: judgement and comparisons of each claim, by number."""
 
     def named(side: Side) -> str:
         return side if isinstance(side, str) else f"{side.method}, {side.key} {side.value}"
 
-    def row(found: Measured) -> dict[str, Any]:
-        c = found.comparison
+    def row(one: Measured) -> dict[str, Any]:
+        c = one.comparison
         b = named(c.b) if c.against is None else f"{named(c.b)}, {c.against}"
         b += f", {100 * c.least:+.0f} points" if c.least else ""
         sides = dict(dataset=c.dataset, metric=c.metric, a=named(c.a), b=b)
-        return {**sides, **found.difference.as_dict(), "cohens_h": found.h}
+        return {**sides, **one.difference.as_dict(), "cohens_h": one.h}
 
-    rows = {number: [row(found) for found in several] for number, several in measured.items()}
-    judgements = {number: asdict(judgement) for number, judgement in judged.items()}
-    for name, content in {"claims": judgements, "comparisons": rows}.items():
+    rows = {number: [row(comparison) for comparison in comparisons] for number, comparisons in measured.items()}
+    claims = {number: asdict(judgement) for number, judgement in judgements.items()}
+    for name, content in {"claims": claims, "comparisons": rows}.items():
         write_atomic(target / f"{name}.json", (json.dumps(content, indent=1) + "\n").encode())

@@ -1,1 +1,1 @@
-"""The recipes and cards of the embedded checkpoints."""
+"""Pretraining recipes and model cards of the embedded checkpoints."""

@@ -1,5 +1,8 @@
-# ruff: noqa: E501 (the lines of the template are the lines of the card)
-"""Model cards of the embedded checkpoints: every number is read from a curve or measured here."""
+# ruff: noqa: E501 (line breaks of the template are those of the card)
+"""Model cards of the embedded checkpoints, with numbers from their training curves and an evaluation.
+
+The text of the cards is part of the frozen outputs in models/.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from jinja2 import Template
 from PIL import Image
 from safetensors import safe_open
 
-from dsd.config import Params
+from dsd.config import Params, PretrainParams
 from dsd.datasets import benchmark
 from dsd.datasets.preparation import prepare
 from dsd.engine.cache import encode
@@ -75,46 +78,46 @@ CONTRASTIVE = (
 
 
 def quality(params: Params, target: Path) -> Results:
-    """Zero-shot accuracy of the checkpoints under target on scenes-com drawn from another seed than the test set's."""
-    rows = {
+    """Zero-shot accuracy of the checkpoints under target, on scenes-com with another seed than that of the test set."""
+    backbones = {
         name: row.model_copy(update={"source": str(target / name)}) if (target / name).is_dir() else row
         for name, row in params.backbones.items()
     }
     methods = {name: method for name, method in params.methods.items() if method.zero_shot}
     name = "scenes-com"
     row = params.datasets[name].model_copy(update={"test": 300})
-    changed = {"backbones": rows, "methods": methods, "datasets": {name: row}, "seed": params.seed + 1}
-    there = params.model_copy(update=changed)
+    changes = {"backbones": backbones, "methods": methods, "datasets": {name: row}, "seed": params.seed + 1}
+    changed = params.model_copy(update=changes)
     with TemporaryDirectory() as folder:
         raw, prepared, cached, scored = (Path(folder) / part for part in ("raw", "prepared", "cached", "scored"))
-        benchmark(row.kind).download(row, seed=there.seed, folder=raw, workers=there.runtime.workers)
-        prepare(name, there, raw, prepared)
-        session = Session(name, there, Folders(prepared, cached, cached))
+        benchmark(row.kind).download(row, seed=changed.seed, folder=raw, workers=changed.runtime.workers)
+        prepare(name, changed, raw, prepared)
+        session = Session(name, changed, Folders(prepared, cached, cached))
         encode(session)
         score(session, scored, split="test")
-        split = ScoredSplit.of(name, there, prepared, scored)
-        return evaluate(name, split, there.evaluate, there.seed, Path(folder)).results
+        split = ScoredSplit.of(name, changed, prepared, scored)
+        return evaluate(name, split, changed.evaluate, changed.seed, Path(folder)).results
 
 
 def samples(folder: Path, seed: int) -> tuple[Image.Image, list[str]]:
-    """Pictures that the model generates for captions of scenes it has not seen, six a row, and the captions."""
+    """A grid of images generated for captions of held-out scenes, six per row, and the captions."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     captions = [caption(*pretraining_scene(seed + 1, index)) for index in range(12)]
     side = int(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
     generator = torch.Generator().manual_seed(seed)
-    made = pipeline(
+    images = pipeline(
         captions, height=side, width=side, num_inference_steps=30, guidance_scale=4.0, generator=generator
     ).images
     grid = Image.new("RGB", (6 * 2 * side, 2 * 2 * side), "white")
-    for n, picture in enumerate(made):
-        grid.paste(picture.resize((2 * side, 2 * side)), ((n % 6) * 2 * side, (n // 6) * 2 * side))
+    for n, image in enumerate(images):
+        grid.paste(image.resize((2 * side, 2 * side)), ((n % 6) * 2 * side, (n // 6) * 2 * side))
     return grid, captions
 
 
 def components(folder: Path) -> list[tuple[str, int]]:
-    """Parameters by component, counted in the weight files."""
+    """Number of parameters by component, from the weight files."""
     counts = []
     for path in sorted(folder.rglob("*.safetensors")):
         with safe_open(path, "np") as file:
@@ -123,25 +126,18 @@ def components(folder: Path) -> list[tuple[str, int]]:
     return counts
 
 
-def write_cards(params: Params, work: Path, target: Path) -> None:
-    """README.md, the curves and generated pictures in each model's folder."""
-    measured = quality(params, target)
-    grid, captions = samples(target / "embedded", params.pretrain.seed)
+def write_cards(settings: PretrainParams, measured: Results, work: Path, target: Path) -> None:
+    """Write README.md, the curves and the generated images into each model's folder; `measured` is from `quality`."""
+    grid, captions = samples(target / "embedded", settings.seed)
     grid.save(target / "embedded" / "samples.png")
     for folder, title, library, trainings, methods, about in (DIFFUSION, CONTRASTIVE):
         curves = []
         for name in trainings:
             text = (work / f"{name}.csv").read_text()
             (target / folder / f"curve-{name}.csv").write_text(text)
-            curves.append(
-                (
-                    name,
-                    getattr(params.pretrain, name),
-                    float(list(csv.DictReader(text.splitlines()))[-1]["loss"]),
-                )
-            )
+            curves.append((name, getattr(settings, name), float(list(csv.DictReader(text.splitlines()))[-1]["loss"])))
         card = CARD.render(
-            title=title, library=library, about=about, pretrain=params.pretrain, curves=curves,
+            title=title, library=library, about=about, pretrain=settings, curves=curves,
             components=components(target / folder), samples=captions if folder == "embedded" else [],
             quality={method: measured[method] for method in methods if method in measured},
         )  # fmt: skip

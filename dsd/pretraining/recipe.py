@@ -1,9 +1,9 @@
-"""Pretrains the embedded checkpoints: AutoencoderKL, U-Net with text encoder (a latent diffusion model), and CLIP.
+"""Pretraining of the embedded checkpoints: AutoencoderKL, U-Net with text encoder (a latent diffusion model), and CLIP.
 
-The component classes, their files and the training objectives are those of the real models; only the sizes and the
-world are small. Every batch is a function of (seed, step), so an interrupted run resumes to the same weights.
+The component classes, file layouts and training objectives are those of the real models at a small size. Every batch is
+a function of (seed, step), so an interrupted run resumes to the same weights.
 
-Shapes: B batch, C latent channels, R picture side in pixels, r latent side, M text tokens, D text width.
+Shapes: N images, K captions each, B batch, C latent channels, R image side, r latent side, M text tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 from dsd.config import FitParams, Params, PretrainParams
 from dsd.errors import ParamsError
 from dsd.models import device_of
-from dsd.pretraining.cards import write_cards
+from dsd.pretraining.cards import quality, write_cards
 from dsd.progress import progress
 from dsd.scenes.captions import vocabulary
 from dsd.scenes.corpus import Corpus, build
@@ -35,12 +35,12 @@ from dsd.store import write_atomic
 
 Loss = Callable[[torch.Generator], dict[str, Tensor]]
 Row = dict[str, float | str]
-WINDOW = 50  # steps that a row of the curve is the mean of
+WINDOW = 50  # steps that a row of the curve averages
 EVERY = 2 * WINDOW  # steps between checkpoints
 
 
 def tokenizer(words: list[str], max_tokens: int) -> CLIPTokenizer:
-    """A CLIPTokenizer to which each word of the world is one token; other words fall to pieces."""
+    """A CLIPTokenizer with one token per given word; other words are split."""
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", continuing_subword_prefix="", end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -49,16 +49,12 @@ def tokenizer(words: list[str], max_tokens: int) -> CLIPTokenizer:
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     ends = [character + "</w>" for character in alphabet]
-    # Named beforehand, the last letters have fixed numbers. The trainer would number them as a hash map yields the
-    # words, differently in every process, and break ties between merges by these numbers.
+    # As special tokens, the final letters have fixed ids. The trainer would number them in the order of a hash map,
+    # which differs between processes, and would break ties between merges by these ids.
     trainer = trainers.BpeTrainer(
-        vocab_size=2048,
-        min_frequency=1,
-        special_tokens=ends,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
+        vocab_size=2048, min_frequency=1, special_tokens=ends, initial_alphabet=alphabet, end_of_word_suffix="</w>",
         show_progress=False,
-    )
+    )  # fmt: skip
     bpe.train_from_iterator([*words * 50], trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = [*alphabet, *ends, *("".join(merge) for merge in merges), "<|startoftext|>", "<|endoftext|>"]
@@ -76,18 +72,14 @@ def tokenize(tokens: CLIPTokenizer, captions: list[list[str]]) -> Tensor:
 def fit(
     name: str, module: nn.Module, loss: Loss, settings: FitParams, root: Path, seed: int, bfloat16: bool
 ) -> Iterator[dict[str, float]]:
-    """AdamW with warm-up and cosine decay; leaves the exponential moving average of the weights in `module`.
+    """Train with AdamW, warm-up and cosine decay; `module` ends with the exponential moving average of its weights.
 
-    Yields a row of the curve every 50 steps and at the end. State goes to `<root>/<name>.pt`, the curve to
-    `<root>/<name>.csv`.
+    Yields a row of the curve every `WINDOW` steps and at the end. Resumes from `<root>/<name>.pt`; the curve is written
+    to `<root>/<name>.csv`.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        betas=(0.9, 0.99),
-        fused=True,
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99), fused=True
     )
     average = torch.optim.swa_utils.AveragedModel(
         module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
@@ -101,7 +93,7 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         start, rows = state["step"], state["rows"]
     module.train()
-    seen: dict[str, list[Tensor]] = {}
+    recent: dict[str, list[Tensor]] = {}
     for step in progress(range(start, settings.steps), desc=name, initial=start, total=settings.steps):
         warm = min(1.0, (step + 1) / settings.warmup)
         rate = settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
@@ -116,10 +108,11 @@ def fit(
         optimizer.step()
         average.update_parameters(module)
         for key, value in terms.items():
-            seen.setdefault(key, []).append(value.detach())
+            recent.setdefault(key, []).append(value.detach())
         if (step + 1) % WINDOW == 0 or step + 1 == settings.steps:
-            rows.append({"step": step + 1, **{key: float(torch.stack(window).mean()) for key, window in seen.items()}})
-            seen = {}
+            means = {key: float(torch.stack(values).mean()) for key, values in recent.items()}
+            rows.append({"step": step + 1, **means})
+            recent = {}
             yield rows[-1]
         if (step + 1) % EVERY == 0 or step + 1 == settings.steps:
             state = dict(module=module.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict())
@@ -137,9 +130,9 @@ def _draw(generator: torch.Generator, size: int, batch: int) -> Tensor:
     return torch.randint(size, (batch,), generator=generator, device=generator.device)
 
 
-def _pixels(pictures_BRR3: Tensor) -> Tensor:
-    """uint8 [B, R, R, 3] to float [B, 3, R, R] in −1…1, as dsd.data.images.to_model does for arrays."""
-    return pictures_BRR3.permute(0, 3, 1, 2).float() / 127.5 - 1
+def _pixels(images_BRR3: Tensor) -> Tensor:
+    """uint8 [B, R, R, 3] to float [B, 3, R, R] in −1…1, as dsd.data.images.to_model for arrays."""
+    return images_BRR3.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def build_autoencoder(params: PretrainParams) -> AutoencoderKL:
@@ -155,18 +148,18 @@ def build_autoencoder(params: PretrainParams) -> AutoencoderKL:
     )
 
 
-def autoencoder_loss(vae: AutoencoderKL, pictures_2NRR3: Tensor, batch: int) -> Loss:
+def autoencoder_loss(vae: AutoencoderKL, images_2NRR3: Tensor, batch: int) -> Loss:
     """Reconstruction (L1 + squared error) and a small Kullback-Leibler term, as in latent diffusion.
 
-    Half of the pictures come through the parity resizing, so that the model knows both kinds.
+    Half of the images are parity-resized, so that the model is trained on both kinds.
     """
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
-        kind, index = _draw(generator, 2, batch), _draw(generator, pictures_2NRR3.shape[1], batch)
-        pictures = _pixels(pictures_2NRR3[kind, index])
-        posterior = vae.encode(pictures).latent_dist
+        kind, index = _draw(generator, 2, batch), _draw(generator, images_2NRR3.shape[1], batch)
+        images = _pixels(images_2NRR3[kind, index])
+        posterior = vae.encode(images).latent_dist
         rebuilt = vae.decode(posterior.sample(generator)).sample.float()
-        l1, squared = F.l1_loss(rebuilt, pictures), F.mse_loss(rebuilt, pictures)
+        l1, squared = F.l1_loss(rebuilt, images), F.mse_loss(rebuilt, images)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return {"loss": l1 + squared + 1e-4 * kl, "l1": l1.detach(), "kl": kl.detach()}
 
@@ -174,10 +167,10 @@ def autoencoder_loss(vae: AutoencoderKL, pictures_2NRR3: Tensor, batch: int) -> 
 
 
 @torch.inference_mode()
-def encode(vae: AutoencoderKL, pictures: Tensor, bfloat16: bool) -> Tensor:
-    """Latent means [N, C, r, r] of uint8 pictures [N, R, R, 3], not yet scaled."""
-    with torch.autocast(pictures.device.type, torch.bfloat16, enabled=bfloat16):
-        chunks = progress(pictures.split(64), desc="encode")
+def encode(vae: AutoencoderKL, images: Tensor, bfloat16: bool) -> Tensor:
+    """Unscaled latent means [N, C, r, r] of uint8 images [N, R, R, 3]."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+        chunks = progress(images.split(64), desc="encode")
         return torch.cat([vae.encode(_pixels(chunk)).latent_dist.mean.float() for chunk in chunks])
 
 
@@ -193,7 +186,7 @@ def build_text_encoder(params: PretrainParams, vocabulary: int, eos: int) -> CLI
 
 
 def build_unet(params: PretrainParams) -> UNet2DConditionModel:
-    """Cross-attention at every level, several heads each, as in Stable Diffusion."""
+    """A U-Net with multi-head cross-attention at every resolution, as in Stable Diffusion."""
     channels = params.unet_channels
     return UNet2DConditionModel(
         sample_size=params.resolution // 8,
@@ -211,10 +204,10 @@ def build_unet(params: PretrainParams) -> UNet2DConditionModel:
 
 
 def noise_schedule() -> DDPMScheduler:
-    """Stable Diffusion's 1,000 steps, scaled linear; the model predicts v, as Stable Diffusion 2.1 does.
+    """The scaled linear schedule of Stable Diffusion with 1,000 steps; the model predicts v, as Stable Diffusion 2.1.
 
-    ‖v − v_θ‖² is ‖ε − ε_θ‖² divided by ᾱ_t: the high noise levels, where the text tells what is in the picture, weigh
-    more, and a short training learns to read sooner.
+    ‖v − v_θ‖² is ‖ε − ε_θ‖² divided by ᾱ_t: this weights the high noise levels, where the prediction depends most on
+    the text, so a short training learns text conditioning sooner.
     """
     return DDPMScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
@@ -234,8 +227,8 @@ def diffusion_loss(
 ) -> Loss:
     """‖v − v_θ(z_t, t, y)‖² over latents [2, N, C, r, r] (direct, parity), ids [N, K, M]; a tenth has no text.
 
-    weights [N] say how often a picture comes; logit(t/T) is drawn from a normal distribution of this mean and deviation
-    (Esser et al. 2024, Scaling Rectified Flow Transformers, section 3.1).
+    Images are sampled with weights [N]; logit(t/T) is normal with mean and standard deviation `timesteps` (Esser et al.
+    2024, Scaling Rectified Flow Transformers, section 3.1).
     """
     schedule = noise_schedule()
     mean, deviation = timesteps
@@ -259,25 +252,21 @@ def diffusion_loss(
 
 def build_clip(params: PretrainParams, vocabulary: int, eos: int) -> CLIPModel:
     width = params.clip_width
-    shared = dict(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_attention_heads=4,
-        num_hidden_layers=params.clip_layers,
-    )
+    shared = dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=4,
+                  num_hidden_layers=params.clip_layers)  # fmt: skip
     text = dict(shared, vocab_size=vocabulary, max_position_embeddings=params.max_tokens, bos_token_id=eos - 1,
                 eos_token_id=eos, pad_token_id=eos)  # fmt: skip
     vision = dict(shared, image_size=params.parity, patch_size=params.clip_patch)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
 
 
-def clip_loss(clip: CLIPModel, pictures_NPP3: Tensor, ids: Tensor, batch: int) -> Loss:
-    """The symmetric contrastive loss of CLIP over a batch of pictures [B, 3, P, P] and one caption of each."""
+def clip_loss(clip: CLIPModel, images_NRR3: Tensor, ids: Tensor, batch: int) -> Loss:
+    """The symmetric contrastive loss of CLIP over a batch of images and one caption of each."""
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
-        index = _draw(generator, len(pictures_NPP3), batch)
+        index = _draw(generator, len(images_NRR3), batch)
         text = ids[index, _draw(generator, ids.shape[1], batch)]
-        output = clip(input_ids=text, pixel_values=_pixels(pictures_NPP3[index]), return_loss=True)
+        output = clip(input_ids=text, pixel_values=_pixels(images_NRR3[index]), return_loss=True)
         return {"loss": output.loss}
 
     return loss
@@ -290,26 +279,26 @@ def _on(device: torch.device, *arrays: np.ndarray) -> Tensor:
 def train_diffusion(
     params: PretrainParams, corpus: Corpus, work: Path, target: Path, device: torch.device
 ) -> Iterator[Row]:
-    """AutoencoderKL, then the U-Net with its text encoder on the latents; writes the folder that diffusers reads."""
+    """Train AutoencoderKL, then the U-Net with its text encoder on the latents; write them in the diffusers layout."""
     torch.manual_seed(params.seed)
-    pictures = _on(device, corpus.direct, corpus.parity)
+    images = _on(device, corpus.direct, corpus.parity)
     vae = build_autoencoder(params).to(device)
-    loss = autoencoder_loss(vae, pictures, params.autoencoder.batch)
+    loss = autoencoder_loss(vae, images, params.autoencoder.batch)
     for row in fit("autoencoder", vae, loss, params.autoencoder, work, params.seed, params.bfloat16):
         yield {"part": "autoencoder", **row}
     cached = work / "latents.safetensors"
     if not (cached.exists() and cached.stat().st_mtime > (work / "autoencoder.pt").stat().st_mtime):
-        encoded = torch.stack([encode(vae, kind, params.bfloat16) for kind in pictures])
+        encoded = torch.stack([encode(vae, kind, params.bfloat16) for kind in images])
         write_atomic(cached, safetensors.torch.save({"latents": encoded.cpu().contiguous()}))
     latents = safetensors.torch.load_file(cached, device=str(device))["latents"]
-    del pictures
+    del images
     scaling = float(1 / latents.std())
     vae.register_to_config(scaling_factor=scaling)
     tokens = tokenizer(vocabulary(), params.max_tokens)
     torch.manual_seed(params.seed)
     unet = build_unet(params).to(device)
     text_encoder = build_text_encoder(params, len(tokens), tokens.eos_token_id).to(device)
-    if device.type == "cpu":  # in bfloat16 the fused kernels are slow backwards there: half of a step's time
+    if device.type == "cpu":  # there the fused kernels have a slow bfloat16 backward pass: half of the time of a step
         unet.set_attn_processor(AttnProcessor())
         text_encoder.set_attn_implementation("eager")
     ids = tokenize(tokens, corpus.captions).to(device)
@@ -321,21 +310,12 @@ def train_diffusion(
     both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     for row in fit("diffusion", both, loss, params.diffusion, work, params.seed, params.bfloat16):
         yield {"part": "diffusion", **row}
-    pipeline = StableDiffusionPipeline(
-        vae.half().cpu(),
-        text_encoder.half().cpu(),
-        tokens,
-        unet.half().cpu(),
-        noise_schedule(),
-        None,
-        None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(target)
+    parts = (vae.half().cpu(), text_encoder.half().cpu(), tokens, unet.half().cpu(), noise_schedule(), None, None)
+    StableDiffusionPipeline(*parts, requires_safety_checker=False).save_pretrained(target)
 
 
 def train_clip(params: PretrainParams, corpus: Corpus, work: Path, target: Path, device: torch.device) -> Iterator[Row]:
-    """CLIP on the same pictures and captions; writes the folder that transformers reads, with tokenizer/ in it."""
+    """Train CLIP on the same images and captions; write it in the transformers layout, with tokenizer/."""
     tokens = tokenizer(vocabulary(), params.max_tokens)
     torch.manual_seed(params.seed)
     clip = build_clip(params, len(tokens), tokens.eos_token_id).to(device)
@@ -350,25 +330,27 @@ def train_clip(params: PretrainParams, corpus: Corpus, work: Path, target: Path,
 
 
 def claim(work: Path, settings: PretrainParams) -> None:
-    """Writes the recipe into `work`, whose state belongs to it; only the three fits (steps, rates) may still change.
+    """Write the recipe into `work`, and check that its training state is of the same recipe.
+
+    The settings of the three fits (steps, rates) may differ.
 
     Raises:
-        ParamsError: `work` holds the state of another recipe.
+        ParamsError: `work` has the state of another recipe.
     """
     path, recipe = work / "recipe.json", settings.model_dump(mode="json", exclude={"autoencoder", "diffusion", "clip"})
     if path.exists():
-        there = json.loads(path.read_text())
+        stored = json.loads(path.read_text())
         for key, value in recipe.items():
-            if there.get(key) != value:
+            if stored.get(key) != value:
                 raise ParamsError(
-                    f"pretrain.{key}: {value}, but {work} holds a training with {there.get(key)}; "
-                    "set it back, or empty the folder to train from the start"
+                    f"pretrain.{key}: {value}, but {work} has a training with {stored.get(key)}; "
+                    "restore that value, or empty the folder to train from scratch"
                 )
     write_atomic(path, json.dumps(recipe, indent=1).encode())
 
 
 def pretrain(params: Params, work: Path, target: Path) -> Iterator[Row]:
-    """Makes `embedded` and `embedded-clip` under target; yields rows of the curves. Resumes from `work`."""
+    """Write `embedded` and `embedded-clip` under target; yield rows of the curves. Resumes from `work`."""
     settings, device = params.pretrain, device_of(params.runtime.device)
     claim(work, settings)
     corpus = build(
@@ -377,4 +359,4 @@ def pretrain(params: Params, work: Path, target: Path) -> Iterator[Row]:
     )  # fmt: skip
     yield from train_diffusion(settings, corpus, work, target / "embedded", device)
     yield from train_clip(settings, corpus, work, target / "embedded-clip", device)
-    write_cards(params, work, target)
+    write_cards(settings, quality(params, target), work, target)

@@ -1,30 +1,22 @@
-"""The sentences on top of the page, each computed from the numbers below them."""
+"""The sentences at the top of the report, computed from its numbers."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsd.config import ContrastiveMethod, DenoisingMethod, FusionMethod, Params, twin, under_test
-from dsd.report.inputs import Claims, Dataset
-from dsd.report.tables import Comparison, chance, compare, interval, percent, points
-from dsd.statistics import Interval
+from dsd.report.comparisons import ByOpponent, Comparison, compare
+from dsd.report.inputs import Claim, DatasetResults
+from dsd.report.tables import bounds, interval, names, percent, points
+from dsd.statistics import Interval, Resampling
 
-Compared = Mapping[str, Sequence[Comparison]]  # opponent → comparisons with the trained method, over all datasets
-
-KEYS = {
-    "5": "layers",
-    "6": "pooling",
-    "7": "heads",
-    "8": "heads",
-    "9": "levels",
-}  # what a claim is about, by its number
+CLAIM_KEYS = {"5": "layers", "6": "pooling", "7": "heads", "8": "heads", "9": "levels"}  # claim → ablated key
 
 
 @dataclass(frozen=True)
 class Headline:
-    """One dataset in a nutshell: the headline metric without and with the attention prompt."""
+    """The headline metric of one dataset without and with the attention prompt."""
 
     dataset: str
     metric: str
@@ -36,127 +28,127 @@ class Headline:
     chance: str
 
 
-def names(items: Sequence[str]) -> str:
-    """a, b and c."""
-    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
-
-
-def headlines(datasets: Sequence[Dataset], compared: Compared, params: Params) -> list[Headline]:
-    """Nothing where the trained method or its zero-shot twin was not evaluated."""
-    before, after = twin(params), under_test(params)
-    by_place = {(c.dataset, c.metric): c for c in compared.get(before or "", ())}
-    found = []
+def headlines(
+    datasets: Sequence[DatasetResults], comparisons: Sequence[Comparison], before: str, after: str
+) -> list[Headline]:
+    """One per dataset on which both methods were evaluated; `comparisons` are of `after` minus `before`."""
+    by_metric = {(c.dataset, c.metric): c for c in comparisons}
+    headlines = []
     for d in datasets:
-        comparison = by_place.get((d.name, d.headline))
-        if before is not None and comparison is not None:
+        if comparison := by_metric.get((d.name, d.headline)):
             difference = comparison.difference
             old, new = (percent(d.results[method][d.headline].value) for method in (before, after))
-            span = f"[{points(difference.low)}, {points(difference.high)}]"
-            level = percent(chance(d)[d.headline])
-            found.append(
+            span = bounds(difference.low, difference.high)
+            level = percent(d.chance[d.headline])
+            headlines.append(
                 Headline(d.name, d.headline, old, new, points(difference.value), span, comparison.verdict, level)
             )
-    return found
+    return headlines
 
 
-def leaders(dataset: Dataset, params: Params) -> list[str]:
-    """The best method by the headline metric, then those over whom its lead is not shown."""
+def leaders(dataset: DatasetResults, resampling: Resampling) -> list[str]:
+    """The best method by the headline metric, then those that it is not shown to outperform."""
     values = {method: row[dataset.headline].value for method, row in dataset.results.items()}
     best, *others = sorted(values, key=lambda method: -values[method])
 
     def verdict(other: str) -> str:
-        return compare(dataset, best, other, [dataset.headline], params)[0].verdict
+        return compare(dataset, best, other, [dataset.headline], resampling)[0].verdict
 
     return [best, *(other for other in others if verdict(other) != "higher")]
 
 
-def said(comparisons: Sequence[Comparison]) -> str:
-    """ "higher on 9, lower on 1 and not shown to differ on 2"."""
+def counted(comparisons: Sequence[Comparison]) -> str:
+    """Return such as "higher on 9, lower on 1 and not shown to differ on 2"."""
     counts = Counter(c.verdict.replace("no difference shown", "not shown to differ") for c in comparisons)
     return names([f"{word} on {counts[word]}" for word in ("higher", "lower", "not shown to differ") if counts[word]])
 
 
-def lead(datasets: Sequence[Dataset], compared: Compared, params: Params) -> str:
+def lead(
+    datasets: Sequence[DatasetResults],
+    comparisons: Sequence[Comparison],
+    before: str | None,
+    after: str,
+    resampling: Resampling,
+) -> str:
     """The one-sentence summary: on how many datasets prompting helps, and which method leads where."""
     clauses = []
-    if (before := twin(params)) is not None and before in compared:
-        heads = {(d.name, d.headline) for d in datasets}
-        rows = [c for c in compared[before] if (c.dataset, c.metric) in heads]
-        pair = f"{under_test(params)} against {before}"
-        clauses.append(f"with few-shot prompting ({pair}) accuracy is {said(rows)} of {len(rows)} datasets")
+    if comparisons:
+        headline_metrics = {(d.name, d.headline) for d in datasets}
+        rows = [c for c in comparisons if (c.dataset, c.metric) in headline_metrics]
+        clauses.append(
+            f"with few-shot prompting ({after} against {before}) accuracy is {counted(rows)} of {len(rows)} datasets"
+        )
     alone: dict[str, list[str]] = {}
     shared = []
     for dataset in datasets:
-        methods = leaders(dataset, params)
-        shown = [f"{percent(dataset.results[method][dataset.headline].value)}\u00a0%" for method in methods]
+        methods = leaders(dataset, resampling)
+        values = [f"{percent(dataset.results[method][dataset.headline].value)}\u00a0%" for method in methods]
         if len(methods) == 1:
-            alone.setdefault(methods[0], []).append(f"{dataset.name} ({shown[0]})")
+            alone.setdefault(methods[0], []).append(f"{dataset.name} ({values[0]})")
         else:
-            pairs = [f"{method} ({value})" for method, value in zip(methods, shown, strict=True)]
+            pairs = [f"{method} ({value})" for method, value in zip(methods, values, strict=True)]
             shared.append(f"on {dataset.name} no difference is shown between {names(pairs)}")
     clauses += [f"{method} leads on {names(places)}" for method, places in alone.items()] + shared
     text = "; ".join(clauses)
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def above_chance(datasets: Sequence[Dataset], params: Params) -> list[str]:
-    """For each diffusion method without training: on how many metrics its interval lies above chance."""
+def above_chance(methods: Sequence[str], datasets: Sequence[DatasetResults]) -> list[str]:
+    """For each method, on how many metrics its interval lies above chance."""
     sentences = []
-    for method, row in params.methods.items():
-        seen = [d for d in datasets if method in d.results]
-        if not seen or isinstance(row, ContrastiveMethod) or row.prompt != "none":
-            continue
-        above, below, total = [], 0, 0
-        for d in seen:
-            for metric, level in chance(d).items():
+    for method in methods:
+        above = below = total = 0
+        for d in (d for d in datasets if method in d.results):
+            for metric, level in d.chance.items():
                 total += 1
                 below += d.results[method][metric].high < level
-                if d.results[method][metric].low > level:
-                    above.append(f"{d.name} {metric}")
-        rest = f", below it on {below}" if below else ""
-        sentences.append(f"{method} is above chance on {len(above)} of {total} metrics{rest}.")
+                above += d.results[method][metric].low > level
+        rest = f", below chance on {below}" if below else ""
+        if total:
+            sentences.append(f"{method} is above chance on {above} of {total} metrics{rest}.")
     return sentences
 
 
-def tally(a: str, b: str, found: Sequence[Comparison]) -> str:
-    """On how many metrics a is higher, lower or not shown to differ, and whether the intervals themselves overlap."""
-    apart = sum(not c.overlap for c in found)
+def tally(a: str, b: str, comparisons: Sequence[Comparison]) -> str:
+    """On how many metrics a is higher, lower or not shown to differ, and on how many the intervals are disjoint."""
+    disjoint = sum(not c.overlap for c in comparisons)
     return (
-        f"{a} against {b}: {said(found)} of {len(found)} metrics; the two methods’ own intervals are apart on {apart}."
+        f"{a} against {b}: {counted(comparisons)} of {len(comparisons)} metrics; "
+        f"the intervals of the two methods are disjoint on {disjoint}."
     )
 
 
-def overlaps(found: Sequence[Comparison]) -> list[str]:
-    """Dataset by dataset, on which metrics the two methods' own intervals overlap."""
+def overlaps(comparisons: Sequence[Comparison]) -> list[str]:
+    """By dataset, on which metrics the intervals of the two methods overlap."""
     sentences = []
-    for dataset in dict.fromkeys(c.dataset for c in found):
-        rows = [c for c in found if c.dataset == dataset]
-        apart = [c.metric for c in rows if not c.overlap]
+    for dataset in dict.fromkeys(c.dataset for c in comparisons):
+        rows = [c for c in comparisons if c.dataset == dataset]
+        disjoint = [c.metric for c in rows if not c.overlap]
         overlapping = [c.metric for c in rows if c.overlap]
         parts = [
             f"{word} on {names(metrics)}"
-            for word, metrics in (("apart", apart), ("overlapping", overlapping))
+            for word, metrics in (("disjoint", disjoint), ("overlapping", overlapping))
             if metrics
         ]
-        sentences.append(f"{dataset}: {', '.join(parts)}.")
+        sentences.append(f"{dataset}: intervals are {', '.join(parts)}.")
     return sentences
 
 
-def best_interval(dataset: Dataset, method: str) -> str:
-    """A method's headline with its interval, for alternative texts."""
-    found = dataset.results[method][dataset.headline]
-    return told(method, found)
+def value_text(name: str, value: Interval) -> str:
+    return f"{name} {percent(value.value)} % {interval(value)}"
 
 
-def told(name: str, found: Interval) -> str:
-    return f"{name} {percent(found.value)} % {interval(found)}"
+def headline_text(dataset: DatasetResults, method: str) -> str:
+    """A method's headline metric with its interval."""
+    return value_text(method, dataset.results[method][dataset.headline])
 
 
-def unbeaten(method: str, compared: Compared, datasets: Sequence[Dataset], params: Params) -> list[str]:
-    """By dataset, over whom a fusion's lead on the headline is not shown, and what each of its parts has when it is
-    fitted alone: a weight for each noise level, so denoising is not quite the method of that name."""
-    row, found = params.methods[method], []
-    assert isinstance(row, FusionMethod)
+def unbeaten(method: str, parts: Sequence[str], compared: ByOpponent, datasets: Sequence[DatasetResults]) -> list[str]:
+    """By dataset, which methods a fusion is not shown to outperform on the headline metric, and how its parts score.
+
+    A part fitted alone has a weight per noise level, so it can differ from the method of the same name.
+    """
+    sentences = []
     for d in datasets:
         rivals = [
             opponent
@@ -165,32 +157,31 @@ def unbeaten(method: str, compared: Compared, datasets: Sequence[Dataset], param
         ]
         if not rivals:
             continue
-        tried = d.ablations.get(method, {}).get("parts", {})
-        alone = [told(part, tried[part][d.headline]) for part in row.parts if part in tried]
-        why = f": fitted alone, its parts have {names(alone)}" if alone else ""
-        found.append(f"{method} is not shown to be ahead of {names(rivals)} on {d.name} ({d.headline}){why}.")
-    return found
+        fitted = d.ablations.get(method, {}).get("parts", {})
+        alone = [value_text(part, fitted[part][d.headline]) for part in parts if part in fitted]
+        values = f"; fitted alone, its parts have {names(alone)}" if alone else ""
+        sentences.append(f"{method} is not shown to outperform {names(rivals)} on {d.name} ({d.headline}){values}.")
+    return sentences
 
 
-def reasons(judged: Claims, datasets: Sequence[Dataset], params: Params) -> list[str]:
-    """For each claim that does not hold, what else the same evidence tells."""
-    ours, found = under_test(params), []
-    denoisers = [name for name, row in params.methods.items() if isinstance(row, DenoisingMethod)]
-    for number, claim, rows in judged:
+def reasons(
+    claims: Sequence[Claim], datasets: Sequence[DatasetResults], tested: str, denoisers: Sequence[str]
+) -> list[str]:
+    """For each claim that does not hold: where its difference is smallest, and related values there."""
+    sentences = []
+    for number, claim, comparisons in claims:
         if claim.verdict == "holds":
             continue
-        weakest = min(rows, key=lambda row: float(row["value"]))
+        weakest = min(comparisons, key=lambda row: float(row["value"]))
         dataset = next(d for d in datasets if d.name == weakest["dataset"])
-        place = f"Claim {number} ({claim.verdict}) fails first on {dataset.name}, {weakest['metric']}"
-        key = KEYS.get(number)
-        if key is not None and ours in dataset.ablations:
-            values = dataset.ablations[ours][key]
-            best = max(values, key=lambda value: values[value][dataset.headline].value)
-            v = values[best][dataset.headline]
-            found.append(f"{place}: of its variants by {key}, “{best}” is highest, {percent(v.value)} % {interval(v)}.")
-            continue
-        told = names([best_interval(dataset, name) for name in [ours, *denoisers] if name in dataset.results])
-        found.append(
-            f"{place}, where {weakest['a']} is compared with {weakest['b']}; {dataset.headline} there: {told}."
-        )
-    return found
+        place = f"Claim {number} ({claim.verdict}): the difference is smallest on {dataset.name}, {weakest['metric']}"
+        key = CLAIM_KEYS.get(number)
+        if key is not None and tested in dataset.ablations:
+            values = {text: row[dataset.headline] for text, row in dataset.ablations[tested][key].items()}
+            best = max(values, key=lambda text: values[text].value)
+            sentences.append(f"{place}; the best variant by {key} is {value_text(f'“{best}”', values[best])}.")
+        else:
+            methods = names([headline_text(dataset, name) for name in (tested, *denoisers) if name in dataset.results])
+            pair = f"{weakest['a']} against {weakest['b']}"
+            sentences.append(f"{place} ({pair}); {dataset.headline} there: {methods}.")
+    return sentences

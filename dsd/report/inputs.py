@@ -1,4 +1,4 @@
-"""What the report is made of: the data folder, read and checked.
+"""Read and check the parts of the data folder that the report shows.
 
 Shapes: n test examples; I images, T texts of an example.
 """
@@ -9,47 +9,52 @@ import csv
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dsd.config import DatasetParams, Params, trained
+from dsd.config import Params, trained
 from dsd.data.examples import MatchingExample, read_examples
 from dsd.datasets import benchmark
 from dsd.errors import DataError, unknown
 from dsd.evaluation.ablations import Ablations
 from dsd.evaluation.claims import Judgement
 from dsd.experiments.scaling import read_scaling
-from dsd.metrics import HEADLINES, METRICS, Hits
+from dsd.metrics import HEADLINES, METRICS, WINOGROUND_CHANCE, Hits
 from dsd.schedules.replay import read_comparisons
 from dsd.statistics import Interval
 
-# In the order in which they run. The report's own time is not known while it is written.
+# In order of execution. The time of the report stage is unknown while the report is written.
 STAGES = ("pretrain", "download", "prepare", "cache", "train", "score", "evaluate")
 SPLITS = ("train", "validation", "test")
 Timings = dict[str, dict[str, Any]]  # stage → its record in data/timings
-Claims = list[tuple[str, Judgement, list[dict[str, Any]]]]  # number, judgement, rows of comparisons.json
+
+
+class Claim(NamedTuple):
+    number: str
+    judgement: Judgement
+    comparisons: list[dict[str, Any]]  # rows of comparisons.json
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """One benchmark with everything that was found out about it; methods are in the order of params.yaml."""
+class DatasetResults:
+    """One dataset and all results on it; methods are in the order of params.yaml."""
 
     name: str
     kind: str
-    citation: str
     counts: dict[str, int]  # examples by split
     examples: list[MatchingExample]  # of the test split
     results: dict[str, dict[str, Interval]]  # method → metric → interval
     scores: dict[str, list[NDArray[np.float64]]]  # method → [I, T] of each example
-    ranks: dict[str, NDArray[np.int64]]  # method → [n], 1 is right
+    ranks: dict[str, NDArray[np.int64]]  # method → [n], counted from 1
     ablations: Ablations  # method → key → value → metric → interval
-    curves: dict[str, dict[str, list[float]]]  # of each method that learns: its training by step
+    curves: dict[str, dict[str, list[float]]]  # trained method → column of its training curve
     quarantine: list[dict[str, str]]
-    summaries: dict[str, dict[str, Any]]  # what prepare, cache and score counted; a stage that told nothing is absent
+    summaries: dict[str, dict[str, Any]]  # stage → its counts; prepare, cache and score where recorded
 
     @property
     def methods(self) -> list[str]:
@@ -65,13 +70,26 @@ class Dataset:
 
     @property
     def candidates(self) -> NDArray[np.int64]:
-        """[n] how many (image, text) candidates each example has."""
+        """[n] number of (image, text) candidates per example."""
         return np.array([len(e.images) * len(e.texts) for e in self.examples])
 
     @property
-    def squares(self) -> bool:
-        """Whether an example's rank says which of its two pairs are right; see `dsd.metrics.SQUARE`."""
+    def two_by_two(self) -> bool:
+        """Whether ranks encode text and image correctness; see `dsd.metrics.WINOGROUND_RANKS`."""
         return any(len(e.answer) == 2 for e in self.examples)
+
+    @cached_property
+    def chance(self) -> dict[str, float]:
+        """The expected value of each metric under random scores: every rank is equally likely, except in 2 × 2
+        examples."""
+        candidates_n = self.candidates
+        expected: dict[str, Any] = {}
+        for rank in range(1, int(candidates_n.max()) + 1):
+            share_n = WINOGROUND_CHANCE[rank - 1] if self.two_by_two else (rank <= candidates_n) / candidates_n
+            for metric, (hits_n, _) in self.hits(np.full(len(candidates_n), rank)).items():
+                expected[metric] = expected.get(metric, 0) + share_n * hits_n
+        groups = {metric: masks for metric, (_, masks) in self.hits(candidates_n).items()}
+        return {m: float(np.mean([values_n[mask].mean() for mask in groups[m]])) for m, values_n in expected.items()}
 
     def hits(self, ranks: NDArray[np.int64]) -> dict[str, Hits]:
         """Hits and groups of every metric at the given ranks [n]."""
@@ -79,7 +97,11 @@ class Dataset:
 
 
 def read_json(path: Path, stage: str) -> Any:
-    """The content of a JSON file that `stage` writes; DataError, in one line, where it is missing or broken."""
+    """The content of a JSON file that `stage` writes.
+
+    Raises:
+        DataError: the file is missing or is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -88,52 +110,89 @@ def read_json(path: Path, stage: str) -> Any:
         raise DataError(f"{path}: not JSON ({error}); run the stage `{stage}` again") from None
 
 
-def read_datasets(params: Params, data: Path, timings: Timings) -> list[Dataset]:
-    """Every dataset of the params, in their order; `timings` are those of `read_timings`.
+def read_datasets(params: Params, data: Path, timings: Timings) -> list[DatasetResults]:
+    """Every dataset of the params, in their order; `timings` as returned by `read_timings`.
 
     Raises:
-        DataError: something that the stages before must have left is missing, broken, or of other params.
+        DataError: an output of an earlier stage is missing, malformed, or was made with other params.
     """
     path = data / "evaluate" / "metrics.json"
     metrics = read_json(path, "evaluate")
     if set(metrics) != set(params.datasets):
         raise DataError(
-            f"{path}: holds {_listed(metrics)}, params.yaml has {_listed(params.datasets)}; "
-            "run the stage `evaluate` again"
+            f"{path}: has {_listed(metrics)}, params.yaml {_listed(params.datasets)}; run the stage `evaluate` again"
         )
-    results = {name: _results(path, name, metrics[name], params) for name in params.datasets}
+    results = {name: _results(path, name, metrics[name], list(params.methods)) for name in params.datasets}
     ablations = _ablations(data / "evaluate" / "ablations.json")
-    return [_dataset(name, params, data, timings, results[name], ablations.get(name, {})) for name in params.datasets]
+    datasets = []
+    for name, row in params.datasets.items():
+        prepared = data / "prepare" / name
+        file = prepared / "examples.parquet"
+        if not file.exists():
+            raise DataError(f"{file}: no such file; run the stage `prepare`")
+        examples = {split: read_examples(file, split) for split in SPLITS}
+        scores, ranks = _scores(data / "evaluate" / "scores" / f"{name}.parquet", list(results[name]), examples["test"])
+        summaries = {"prepare": read_json(prepared / "summary.json", "prepare")}
+        # Counts of one run are stored with its timing, not with its outputs, so that they make no later stage stale.
+        for stage in ("cache", "score"):
+            if stage in timings and name in timings[stage]["details"]:
+                summaries[stage] = timings[stage]["details"][name]
+        datasets.append(
+            DatasetResults(
+                name,
+                row.kind,
+                {split: len(rows) for split, rows in examples.items()},
+                examples["test"],
+                results[name],
+                scores,
+                ranks,
+                ablations.get(name, {}),
+                {m: _curve(data / "train" / name / m / "curve.csv") for m in trained(params) if m in results[name]},
+                read_json(prepared / "quarantine.json", "prepare"),
+                summaries,
+            )
+        )
+    return datasets
 
 
-def read_claims(data: Path) -> Claims:
-    """The judged claims and what each rests on, by number."""
+def read_claims(data: Path) -> list[Claim]:
+    """The judged claims and their comparisons, by number."""
     folder = data / "evaluate"
     claims, rows = (read_json(folder / f"{name}.json", "evaluate") for name in ("claims", "comparisons"))
     try:
-        return [(number, Judgement(**claim), rows[number]) for number, claim in claims.items()]
+        return [Claim(number, Judgement(**claim), rows[number]) for number, claim in claims.items()]
     except (KeyError, TypeError):
         raise DataError(f"{folder / 'claims.json'}: not judged claims; run the stage `evaluate` again") from None
 
 
 def read_studies(data: Path) -> dict[str, Any]:
-    """What dsd.experiments.study_results.compare_variants tells of each study."""
+    """The results of each study, see `dsd.experiments.study_results`."""
     return dict(read_json(data / "evaluate" / "studies.json", "evaluate"))
 
 
-def read_races(params: Params, data: Path) -> dict[str, dict[str, Any]]:
-    """The schedule comparisons by dataset and method; a dataset without one is absent."""
-    found = {name: read_comparisons(data / "races" / f"{name}.json") for name in params.races.datasets}
-    return {name: told for name, told in found.items() if told}
+def read_races(datasets: Iterable[str], data: Path) -> dict[str, dict[str, Any]]:
+    """The schedule comparisons by dataset and method; datasets without results are absent."""
+    races = {name: read_comparisons(data / "races" / f"{name}.json") for name in datasets}
+    return {name: by_method for name, by_method in races.items() if by_method}
 
 
 def read_growth(data: Path) -> list[dict[str, Any]]:
-    """What `dsd.experiments.scaling` has told; nothing where it was not run."""
+    """The results of `dsd.experiments.scaling`; empty if it was not run."""
     return list(read_scaling(data / "races").get("rows", []))
 
 
+def read_timings(data: Path) -> Timings:
+    """The records of data/timings by stage, in order of execution; stages without a record are absent."""
+    paths = {stage: data / "timings" / f"{stage}.json" for stage in STAGES}
+    timings = {stage: read_json(path, stage) for stage, path in paths.items() if path.exists()}
+    for stage, record in timings.items():
+        if not {"seconds", "finished", "device", "details"} <= set(record):
+            raise DataError(f"{paths[stage]}: not the record of a stage; run the stage `{stage}` again")
+    return timings
+
+
 def _ablations(path: Path) -> dict[str, Ablations]:
-    found = read_json(path, "evaluate")
+    content = read_json(path, "evaluate")
     try:
         return {
             dataset: {
@@ -143,7 +202,7 @@ def _ablations(path: Path) -> dict[str, Ablations]:
                 }
                 for method, by_key in by_method.items()
             }
-            for dataset, by_method in found.items()
+            for dataset, by_method in content.items()
         }
     except (AttributeError, TypeError):
         raise DataError(
@@ -151,71 +210,22 @@ def _ablations(path: Path) -> dict[str, Ablations]:
         ) from None
 
 
-def read_timings(data: Path) -> Timings:
-    """data/timings by stage, in the order of the stages; one that has left no timing is absent."""
-    paths = {stage: data / "timings" / f"{stage}.json" for stage in STAGES}
-    found = {stage: read_json(path, stage) for stage, path in paths.items() if path.exists()}
-    for stage, record in found.items():
-        if not {"seconds", "finished", "device", "details"} <= set(record):
-            raise DataError(f"{paths[stage]}: not the record of a stage; run the stage `{stage}` again")
-    return found
-
-
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "nothing"
 
 
-def _results(path: Path, name: str, rows: dict[str, Any], params: Params) -> dict[str, dict[str, Interval]]:
+def _results(path: Path, dataset: str, rows: dict[str, Any], methods: Sequence[str]) -> dict[str, dict[str, Interval]]:
+    again = "run the stage `evaluate` again"
     for method in rows:
-        if method not in params.methods:
-            raise DataError(
-                f"{path}: {name}: {unknown('method', method, params.methods)}; run the stage `evaluate` again"
-            )
+        if method not in methods:
+            raise DataError(f"{path}: {dataset}: {unknown('method', method, methods)}; {again}")
     try:
-        found = {m: {k: Interval(**v) for k, v in rows[m].items()} for m in params.methods if m in rows}
+        results = {m: {k: Interval(**v) for k, v in rows[m].items()} for m in methods if m in rows}
     except (TypeError, AttributeError):
-        raise DataError(
-            f"{path}: {name}: an entry is not {{value, low, high, n}}; run the stage `evaluate` again"
-        ) from None
-    if not found or len({tuple(row) for row in found.values()}) != 1 or not all(found.values()):
-        raise DataError(f"{path}: {name}: every method needs the same metrics; run the stage `evaluate` again")
-    return found
-
-
-def _dataset(
-    name: str,
-    params: Params,
-    data: Path,
-    timings: Timings,
-    results: dict[str, dict[str, Interval]],
-    ablations: Ablations,
-) -> Dataset:
-    row: DatasetParams = params.datasets[name]
-    prepared = data / "prepare" / name
-    path = prepared / "examples.parquet"
-    if not path.exists():
-        raise DataError(f"{path}: no such file; run the stage `prepare`")
-    by_split = {split: read_examples(path, split) for split in SPLITS}
-    scores, ranks = _scores(data / "evaluate" / "scores" / f"{name}.parquet", list(results), by_split["test"])
-    summaries = {"prepare": read_json(prepared / "summary.json", "prepare")}
-    # What a run did, rather than what it made, stands beside its timing: it must make no later stage stale.
-    for stage in ("cache", "score"):
-        if stage in timings and name in timings[stage]["details"]:
-            summaries[stage] = timings[stage]["details"][name]
-    return Dataset(
-        name,
-        row.kind,
-        benchmark(row.kind).citation,
-        {split: len(examples) for split, examples in by_split.items()},
-        by_split["test"],
-        results,
-        scores,
-        ranks,
-        ablations,
-        {m: _curve(data / "train" / name / m / "curve.csv") for m in trained(params) if m in results},
-        read_json(prepared / "quarantine.json", "prepare"),
-        summaries,
-    )
+        raise DataError(f"{path}: {dataset}: an entry is not {{value, low, high, n}}; {again}") from None
+    if not results or len({tuple(row) for row in results.values()}) != 1 or not all(results.values()):
+        raise DataError(f"{path}: {dataset}: every method needs the same metrics; {again}")
+    return results
 
 
 def _scores(
@@ -227,14 +237,14 @@ def _scores(
     rows = {(row["method"], row["id"]): row for row in pq.read_table(path).to_pylist()}
     shapes = [(len(e.images), len(e.texts)) for e in examples]
     try:
-        found = {method: [rows[method, e.id] for e in examples] for method in methods}
+        columns = {method: [rows[method, e.id] for e in examples] for method in methods}
         scores = {
             method: [np.array(row["scores"]).reshape(shape) for row, shape in zip(column, shapes, strict=True)]
-            for method, column in found.items()
+            for method, column in columns.items()
         }
     except (KeyError, ValueError):
         raise DataError(f"{path}: not the scores of the test examples; run the stage `evaluate` again") from None
-    return scores, {method: np.array([row["rank"] for row in column]) for method, column in found.items()}
+    return scores, {method: np.array([row["rank"] for row in column]) for method, column in columns.items()}
 
 
 def _curve(path: Path) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""The leaderboard: one page over all checkpoints that were measured or failed, with trends."""
+"""The leaderboard: one page of all evaluated and failed checkpoints, with trends."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from datetime import datetime
 from pathlib import Path
 from statistics import mean
 
-from dsd.report import environment, figures
-from dsd.report.tables import NONE, Cell, Row, Table, count, interval, p_value, percent, points
+from dsd.report.figures import Plot, trend
+from dsd.report.html import render
+from dsd.report.tables import NONE, Cell, Row, Table, best_of, bounds, count, p_value, percent, percent_cell, points
 from dsd.statistics import Difference, Interval
-from dsd.store import write_atomic
 
 STAR = "★"
+MARKS = {"promoted": "higher", "kept out": "no", "not compared": "lower"}  # verdict → CSS class
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A measured checkpoint, by the number of its version.
+    """An evaluated checkpoint: one version in the registry.
 
-    now: whether it was measured with the params of now; values of others need not be of the same examples.
-    scores: dataset → headline metric. differences: dataset → the same minus that of the champion of then, `against`.
+    now: whether it was evaluated with the current params; other params can mean other examples.
+    scores: dataset → headline metric. differences: dataset → that metric minus that of the champion at the time,
+    version `against`.
     """
 
     number: int
@@ -49,7 +51,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Failure:
-    """A checkpoint that could not be measured; of the given up no more attempts are made."""
+    """A checkpoint whose evaluation failed; one that is given up is not retried."""
 
     name: str
     source: str
@@ -61,7 +63,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Board:
-    """metrics: dataset → the headline metric by which checkpoints are compared. confidence: of all intervals."""
+    """metrics: dataset → headline metric. confidence: of all intervals."""
 
     method: str
     metrics: Mapping[str, str]
@@ -71,44 +73,39 @@ class Board:
 
     @property
     def ranked(self) -> list[Entry]:
-        """What was measured with the params of now, the best in the mean of the datasets first."""
+        """Entries with the current params, by descending mean over the datasets."""
         return sorted((entry for entry in self.entries if entry.now), key=lambda e: (-e.mean, -e.number))
 
     @property
     def others(self) -> list[Entry]:
-        """What was measured with other params, the newest first."""
+        """Entries with other params, newest first."""
         return sorted((entry for entry in self.entries if not entry.now), key=lambda e: -e.number)
 
 
 def write(board: Board, target: Path) -> Path:
-    """Writes the page and returns its path."""
-    champion = next((entry for entry in board.entries if entry.champion), None)
-    page = (
-        environment()
-        .get_template("leaderboard.html.j2")
-        .render(
-            board=board,
-            champion=champion,
-            confidence=f"{100 * board.confidence:g} %",
-            ranked=scores(board, board.ranked, "Checkpoints measured with the params of now"),
-            others=scores(board, board.others, "Checkpoints measured with other params") if board.others else None,
-            compared=comparisons(board),
-            failed=failures(board) if board.failures else None,
-            trends=trends(board),
-        )
+    """Write the page and return its path."""
+    return render(
+        "leaderboard.html.j2",
+        target,
+        board=board,
+        champion=next((entry for entry in board.entries if entry.champion), None),
+        confidence=f"{100 * board.confidence:g} %",
+        ranked=scores(board, board.ranked, "Checkpoints evaluated with the current params"),
+        others=scores(board, board.others, "Checkpoints evaluated with other params") if board.others else None,
+        compared=comparisons(board),
+        failed=failures(board) if board.failures else None,
+        trends=trends(board),
     )
-    write_atomic(target, page.encode())
-    return target
 
 
 def scores(board: Board, entries: Sequence[Entry], caption: str) -> Table:
     """Checkpoints × datasets with intervals, the best of each column marked."""
-    best = {name: max((e.scores[name].value for e in entries if name in e.scores), default=0) for name in board.metrics}
+    columns = {name: [e.scores[name] for e in entries if name in e.scores] for name in board.metrics}
+    best = {name: best_of(values) for name, values in columns.items()}
 
     def cell(entry: Entry, name: str) -> Cell:
-        if (found := entry.scores.get(name)) is None:
-            return Cell(NONE)
-        return Cell(f"{percent(found.value)} %", interval(found), "best" if found.value == best[name] else "")
+        score = entry.scores.get(name)
+        return percent_cell(score, mark="best" if score and score.value == best[name] else "")
 
     rows = [
         Row(
@@ -125,25 +122,19 @@ def scores(board: Board, entries: Sequence[Entry], caption: str) -> Table:
         )
         for entry in entries
     ]
-    sizes = {name: {e.scores[name].n for e in entries if name in e.scores} for name in board.metrics}
-    columns = [
-        f"{name}\n{metric}, n = {' or '.join(map(count, sorted(sizes[name]))) or NONE}"
-        for name, metric in board.metrics.items()
-    ]
-    return Table(caption, ["checkpoint", "version", *columns, "mean", "verdict", "measured", "code"], rows)
-
-
-MARKS = {"promoted": "higher", "kept out": "no", "not compared": "lower"}  # a verdict's colour
+    sizes = {name: " or ".join(map(count, sorted({v.n for v in values}))) for name, values in columns.items()}
+    heads = [f"{name}\n{metric}, n = {sizes[name] or NONE}" for name, metric in board.metrics.items()]
+    return Table(caption, ["checkpoint", "version", *heads, "mean", "verdict", "evaluated", "code"], rows)
 
 
 def comparisons(board: Board) -> Table:
-    """What the gate said of every checkpoint, the newest first, and what that rests on."""
+    """The gate's verdict on every checkpoint, newest first, with the differences that it is based on."""
 
     def cell(entry: Entry, name: str) -> Cell:
         if (d := entry.differences.get(name)) is None:
             return Cell(NONE)
-        word = "higher" if d.low > 0 else "lower" if d.high < 0 else ""
-        return Cell(points(d.value), f"[{points(d.low)}, {points(d.high)}] p {p_value(d.p)}", word)
+        mark = "higher" if d.low > 0 else "lower" if d.high < 0 else ""
+        return Cell(points(d.value), f"{bounds(d.low, d.high)} p {p_value(d.p)}", mark)
 
     rows = [
         Row(
@@ -153,7 +144,7 @@ def comparisons(board: Board) -> Table:
                 Cell(NONE if entry.against is None else str(entry.against)),
                 *(cell(entry, name) for name in board.metrics),
                 Cell(entry.verdict or NONE, mark=MARKS.get(entry.verdict, "")),
-                Cell(entry.reason or "the gate was not asked"),
+                Cell(entry.reason or "not submitted to the gate"),
             ],
         )
         for entry in sorted(board.entries, key=lambda e: -e.number)
@@ -168,24 +159,23 @@ def failures(board: Board) -> Table:
             failure.name,
             [
                 Cell(str(failure.attempts)),
-                Cell("given up" if failure.given_up else "is tried again", mark="lower" if failure.given_up else ""),
+                Cell("given up" if failure.given_up else "to be retried", mark="lower" if failure.given_up else ""),
                 Cell(f"{failure.when:%Y-%m-%d %H:%M} UTC"),
                 Cell(failure.reason),
             ],
         )
         for failure in board.failures
     ]
-    return Table("Checkpoints that failed", ["checkpoint", "attempts", "state", "last attempt", "reason"], rows)
+    return Table("Failed checkpoints", ["checkpoint", "attempts", "state", "last attempt", "reason"], rows)
 
 
-def trends(board: Board) -> list[figures.Drawing]:
-    """The metric of each dataset over all checkpoints, in the order of their versions."""
-    drawn = []
+def trends(board: Board) -> list[Plot]:
+    """The metric of each dataset over all checkpoints, by version."""
+    plots = []
     for name, metric in board.metrics.items():
         entries = sorted((entry for entry in board.entries if name in entry.scores), key=lambda e: e.number)
-        if not entries:
-            continue
-        places = [(f"{e.name[:12]}\n{e.when:%d %b}", e.scores[name], e.now) for e in entries]
-        champion = next((place for place, entry in enumerate(entries) if entry.champion), None)
-        drawn.append(figures.trend(name, metric, places, champion))
-    return drawn
+        if entries:
+            places = [(f"{e.name[:12]}\n{e.when:%d %b}", e.scores[name], e.now) for e in entries]
+            champion = next((place for place, entry in enumerate(entries) if entry.champion), None)
+            plots.append(trend(name, metric, places, champion))
+    return plots

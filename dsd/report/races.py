@@ -1,82 +1,63 @@
-"""What schedules cost and keep: a table of the best of each, accuracy over cost, and the second paper's tables.
-
-He et al., “Accelerating Diffusion Models for Discriminative Vision and Language Learners”, Tables 1 and 2, Figure 4.
-"""
+"""Schedules compared: accuracy and cost of the selected settings, and accuracy over cost of all settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dsd.evaluation.claims import TASKS
-from dsd.report import figures
-from dsd.report.inputs import Dataset
-from dsd.report.tables import NONE, Cell, Row, Table, count, interval, percent, points
+from dsd.report.figures import Plot, costs, slug
+from dsd.report.html import Section
+from dsd.report.tables import NONE, Cell, Row, Table, bounds, count, percent, percent_cell, points_cell
 from dsd.schedules.exhaustive import ALL_DRAWS
-from dsd.schedules.hierarchical import DIRECTIONS, published_name
+from dsd.schedules.hierarchical import DIRECTIONS
 from dsd.schedules.replay import CHOSEN_ON, MEASURED_ON
 from dsd.statistics import Interval
 
-Told = Mapping[str, Any]  # of a method on a dataset, see dsd.schedules.replay.compare_settings
+Results = Mapping[str, Any]  # of a method on a dataset, see dsd.schedules.replay.compare
 SCHEDULES = ("exhaustive", "staged", "hierarchical", "racing")
-# The second paper's accuracy in percent and hours, by dataset: exhaustive, pruned; and CLIP with a ResNet-50.
-THEIRS = {
-    "CIFAR10": (86.6, 110, 85.5, 57, 75.6),
-    "STL10": (94.7, 39, 91.0, 18, 94.3),
-    "FGVC": (23.9, 19, 23.1, 11, 19.3),
-}
 
 
-@dataclass(frozen=True)
-class Shown:
-    title: str
-    note: str
-    table: Table
-    drawings: list[figures.Drawing]
-
-
-def races(found: Mapping[str, Mapping[str, Told]]) -> Iterator[Shown]:
-    """Every method that was raced, by dataset."""
-    for dataset, by_method in found.items():
-        for method, told in by_method.items():
+def sections(races: Mapping[str, Mapping[str, Results]]) -> Iterator[Section]:
+    """One section per dataset and method."""
+    for dataset, by_method in races.items():
+        for method, results in by_method.items():
             title = f"{dataset}: {method}"
-            yield Shown(title, note(told), table(title, told), drawings(dataset, method, told))
+            yield Section(title, note(results), table(title, results), plots(dataset, method, results))
 
 
-def note(told: Told) -> str:
-    """How many races there were, of what, and whether the promise was kept."""
-    counts, promised = told["races"], {n: r for n, r in told["chosen"].items() if "delta" in r["setting"]}
-    kept = [name for name, row in promised.items() if row["disagreement"]["value"] <= row["setting"]["delta"]]
+def note(results: Results) -> str:
+    """The number of races, how they were used, and whether the stated error rate was met."""
+    counts = results["races"]
+    promised = [row for row in results["chosen"].values() if "delta" in row["setting"]]
+    kept = sum(row["disagreement"]["value"] <= row["setting"]["delta"] for row in promised)
     alone = "".join(
-        f" {proposer} alone has the winner of all draws among its first "
-        + ", ".join(f"{kept} in {percent(share)} %" for kept, share in shares.items())
+        f" {proposer} alone ranks the all-draws winner in its top "
+        + ", ".join(f"{top} in {percent(share)} %" for top, share in shares.items())
         + " of races."
-        for proposer, shares in told["recall"].items()
+        for proposer, shares in results["recall"].items()
     )
-    ties = f" In {count(told['ties'])} no candidate is right, or a wrong one is the same: a tie, never right."
-    ties = ties if told["ties"] else ""
+    ties = f" In {count(results['ties'])} no candidate is correct, or an incorrect one is identical: counted as wrong."
     return (
-        f"{count(counts[MEASURED_ON])} test races of {told['candidates']:g} candidates, {told['draws']} draws. "
-        f"Settings were chosen on {count(counts[CHOSEN_ON])} few-shot races; racing learned from "
-        f"{count(counts[CHOSEN_ON] - counts['calibration'])} of them and was calibrated on the other "
-        f"{count(counts['calibration'])}. Its stated error rate was kept by {len(kept)} of {len(promised)}."
-        f"{alone}{ties}"
+        f"{count(counts[MEASURED_ON])} test races of {results['candidates']:g} candidates, {results['draws']} draws. "
+        f"Settings were selected on {count(counts[CHOSEN_ON])} few-shot races; racing was trained on "
+        f"{count(counts[CHOSEN_ON] - counts['calibration'])} of them and calibrated on the other "
+        f"{count(counts['calibration'])}. The stated error rate was met by {kept} of {len(promised)} racing settings."
+        f"{alone}{ties if results['ties'] else ''}"
     )
 
 
-def table(title: str, told: Told) -> Table:
+def table(title: str, results: Results) -> Table:
     rows = []
-    for name, row in told["chosen"].items():
-        share, live = row["share"], row.get("live", {})
+    for name, row in results["chosen"].items():
+        difference, share, live = row["difference"], row["share"], row.get("live", {})
         rows.append(
             Row(
                 name,
                 [
-                    Cell(f"{percent(row['accuracy']['value'])} %", interval(_interval(row["accuracy"]))),
-                    Cell(points(row["difference"]["value"]), _range(row["difference"], points)),
-                    Cell(f"{percent(row['disagreement']['value'])} %", interval(_interval(row["disagreement"]))),
-                    _cost(told["draws"], share),
+                    percent_cell(Interval(**row["accuracy"])),
+                    points_cell(difference["value"], difference["low"], difference["high"]),
+                    percent_cell(Interval(**row["disagreement"])),
+                    _cost(results["draws"], share),
                     Cell(f"{1 / share['value']:.1f}×"),
                     Cell(f"{live['seconds']:.2f}", f"{live['images']} images") if live else Cell(NONE),
                     Cell(f"{percent(live['fill'])} %") if live else Cell(NONE),
@@ -86,26 +67,32 @@ def table(title: str, told: Told) -> Table:
         )
     head = [
         "schedule",
-        "right answers",
-        "minus that of all draws\npercentage points",
-        "another winner\nthan all draws",
-        "evaluations\na candidate",
-        "fewer than\nall draws",
-        "seconds\nan image",
-        "batches\nfull",
+        "accuracy",
+        "minus all draws\npercentage points",
+        "disagreement\nwith all draws",
+        "evaluations\nper candidate",
+        "reduction",
+        "seconds\nper image",
+        "batch\nfill",
         "setting",
     ]
     return Table(title, head, rows)
 
 
 def setting(values: Mapping[str, Any]) -> str:
-    """A setting as words, what is null or false left out."""
-    told = {key.replace("_", " "): value for key, value in values.items() if value is not None and value is not False}
-    return ", ".join(key if value is True else f"{key} {_plain(value)}" for key, value in told.items())
+    """A setting in words, without keys that are null or false."""
+    shown = {key.replace("_", " "): value for key, value in values.items() if value is not None and value is not False}
+    return ", ".join(key if value is True else f"{key} {_plain(value)}" for key, value in shown.items())
 
 
-def growth(rows: Sequence[Told]) -> Table | None:
-    """Evaluations a candidate of racing as candidates grow, for each kind of noise; None where it was not run."""
+def _plain(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def growth(rows: Sequence[Results]) -> Table | None:
+    """The cost of racing by number of candidates and kind of noise; None if it was not measured."""
     if not rows:
         return None
     noises = list(dict.fromkeys(row["noise"] for row in rows))
@@ -113,112 +100,46 @@ def growth(rows: Sequence[Told]) -> Table | None:
     for candidates in dict.fromkeys(row["candidates"] for row in rows):
         cells = []
         for row in (row for row in rows if row["candidates"] == candidates):
-            wrong = _interval(row["disagreement"])
-            cells += [_cost(row["draws"], row["share"]), Cell(f"{percent(wrong.value)} %", interval(wrong))]
+            cells += [_cost(row["draws"], row["share"]), percent_cell(Interval(**row["disagreement"]))]
         lines.append(Row(count(candidates), cells))
-    head = [part for noise in noises for part in (f"evaluations a candidate\n{noise} noise", "another winner")]
-    return Table("Racing as candidates grow, on synthetic evidence", ["candidates", *head], lines)
+    head = [part for noise in noises for part in (f"evaluations per candidate\n{noise} noise", "disagreement")]
+    return Table("Racing by number of candidates, on synthetic evidence", ["candidates", *head], lines)
 
 
-def drawings(dataset: str, method: str, told: Told) -> list[figures.Drawing]:
-    """Accuracy over cost for each schedule, and, as the second paper's Figure 4, for each direction."""
-    whole, name = _interval(told["chosen"][ALL_DRAWS]["accuracy"]), figures.slug(f"{dataset}-{method}")
-    runs = told["runs"]
-    of_schedule = {schedule: [run for run in runs if run["schedule"] == schedule] for schedule in SCHEDULES}
-    proposers = dict.fromkeys(run["setting"]["proposer"] for run in of_schedule["racing"])
-    lines = {schedule: front(of_schedule[schedule]) for schedule in SCHEDULES if schedule != "racing"} | {
-        f"racing, {proposer} first" if proposer else "racing": front(
-            run for run in of_schedule["racing"] if run["setting"]["proposer"] == proposer
-        )
-        for proposer in proposers
-    }
-    sides = {
-        f"from {direction}": front(
-            run for run in of_schedule["hierarchical"] if run["setting"]["direction"] == direction
-        )
-        for direction in DIRECTIONS
-    }
+def plots(dataset: str, method: str, results: Results) -> list[Plot]:
+    """Accuracy over cost of each schedule, and, as in Figure 4 of the second paper, of each direction."""
+    exhaustive, name = Interval(**results["chosen"][ALL_DRAWS]["accuracy"]), slug(f"{dataset}-{method}")
+    runs = {schedule: [run for run in results["runs"] if run["schedule"] == schedule] for schedule in SCHEDULES}
+
+    def by_setting(schedule: str, key: str, value: str | None) -> list[tuple[float, float]]:
+        return front(run for run in runs[schedule] if run["setting"][key] == value)
+
+    lines = {schedule: front(runs[schedule]) for schedule in SCHEDULES if schedule != "racing"}
+    for proposer in dict.fromkeys(run["setting"]["proposer"] for run in runs["racing"]):
+        label = f"racing, {proposer} first" if proposer else "racing"
+        lines[label] = by_setting("racing", "proposer", proposer)
+    sides = {f"from {side}": by_setting("hierarchical", "direction", side) for side in DIRECTIONS}
+    figure_4 = f"{dataset}: hierarchical by direction (Figure 4 of the second paper)"
     return [
-        figures.costs(f"costs-{name}", f"{dataset}: {method}", lines, whole),
-        figures.costs(
-            f"directions-{name}", f"{dataset}: hierarchical from each side (Figure 4 of the second paper)", sides, whole
-        ),
+        costs(f"costs-{name}", f"{dataset}: {method}", lines, exhaustive),
+        costs(f"directions-{name}", figure_4, sides, exhaustive),
     ]
 
 
 def front(runs: Iterable[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """(cost, accuracy) on the test races of the settings that none is both cheaper and better than on the learning
-    races."""
-    found, best = [], -1.0
+    """(cost, accuracy) on the test races of the settings that are Pareto-optimal on the few-shot races."""
+    optimal, best = [], -1.0
     for run in sorted(runs, key=lambda run: (run[CHOSEN_ON]["evaluations"], -run[CHOSEN_ON]["accuracy"])):
         if run[CHOSEN_ON]["accuracy"] > best:
             best = run[CHOSEN_ON]["accuracy"]
-            found.append((run[MEASURED_ON]["evaluations"], run[MEASURED_ON]["accuracy"]))
-    return found
-
-
-def classified(found: Mapping[str, Mapping[str, Told]], datasets: Sequence[Dataset]) -> list[Dataset]:
-    """The datasets that stand for those of the second paper, as far as they were raced."""
-    return [dataset for dataset in datasets if dataset.kind in TASKS["classifying"] and dataset.name in found]
-
-
-def paper(found: Mapping[str, Mapping[str, Told]], datasets: Sequence[Dataset], clip: str | None) -> Iterator[Table]:
-    """Tables 1 and 2: the paper's numbers, on its data, over ours, on ours."""
-    ours = [
-        (dataset, method, told["chosen"])
-        for dataset in classified(found, datasets)
-        for method, told in found[dataset.name].items()
-    ]
-    if not ours:
-        return
-    rows = [
-        Row(
-            name,
-            [Cell("the paper"), Cell(f"{whole:.1f}"), Cell(f"{hours} h"), Cell(f"{pruned:.1f}"), Cell(f"{fewer} h")],
-            "chance",
-        )
-        for name, (whole, hours, pruned, fewer, _) in THEIRS.items()
-    ]
-    for dataset, method, chosen in ours:
-        cells = [cell for name in (ALL_DRAWS, published_name("clean")) for cell in _pair(chosen[name])]
-        rows.append(Row(dataset.name, [Cell(f"here ({method})"), *cells]))
-    head = ["dataset", "numbers of", "exhaustive\naccuracy", "time", "hierarchical\naccuracy", "time"]
-    yield Table("Table 1 of the second paper, and the same here", head, rows)
-
-    rows = [
-        Row(name, [Cell("the paper"), Cell(f"{small:.1f}"), Cell(f"{pruned:.1f}")], "chance")
-        for name, (_, _, pruned, _, small) in THEIRS.items()
-    ]
-    for dataset, method, chosen in ours:
-        accuracy = _interval(chosen[published_name("clean")]["accuracy"])
-        known = dataset.results.get(clip or "", {}).get(dataset.headline)
-        small_cell = Cell(percent(known.value), interval(known)) if known else Cell(NONE)
-        cells = [Cell(f"here ({method})"), small_cell, Cell(percent(accuracy.value), interval(accuracy))]
-        rows.append(Row(dataset.name, cells))
-    head = ["dataset", "numbers of", f"a small CLIP\nResNet-50 / {clip}", "hierarchical"]
-    yield Table("Table 2 of the second paper, and the same here", head, rows)
-
-
-def _pair(row: Mapping[str, Any]) -> list[Cell]:
-    accuracy, live = _interval(row["accuracy"]), row.get("live")
-    time = Cell(f"{live['seconds']:.2f} s an image", f"{live['evaluations']:.0f} evaluations") if live else Cell(NONE)
-    return [Cell(percent(accuracy.value), interval(accuracy)), time]
+            optimal.append((run[MEASURED_ON]["evaluations"], run[MEASURED_ON]["accuracy"]))
+    return optimal
 
 
 def _cost(draws: int, share: Mapping[str, Any]) -> Cell:
-    """Evaluations a candidate, of a share of those at all draws."""
-    return Cell(f"{draws * share['value']:.2f}", _range(share, lambda value: f"{draws * value:.2f}"))
+    """Evaluations per candidate, from their share of those at all draws."""
 
+    def text(value: float) -> str:
+        return f"{draws * value:.2f}"
 
-def _interval(value: Mapping[str, Any]) -> Interval:
-    return Interval(**value)
-
-
-def _range(value: Mapping[str, Any], text: Callable[[float], str]) -> str:
-    return f"[{text(value['low'])}, {text(value['high'])}]"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return " ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return Cell(text(share["value"]), bounds(share["low"], share["high"], text))

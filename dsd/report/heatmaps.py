@@ -1,0 +1,95 @@
+"""Heat maps of the method under test.
+
+Shapes: R image side, M words.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dsd.config import Params, under_test
+
+if TYPE_CHECKING:
+    from dsd.matcher import Heatmap, Matcher
+
+
+class HeatMaps(Protocol):
+    """Attention maps of the words of a text over an image, with the attention prompt of a dataset."""
+
+    @property
+    def digest(self) -> str:
+        """The digest of the checkpoint."""
+        ...
+
+    def __call__(self, dataset: str, image: Image.Image, text: str) -> Heatmap: ...
+
+    def by_level(self, dataset: str, image: Image.Image, text: str) -> dict[float, Heatmap]:
+        """By noise level: the maps, over the decoded noisy latent."""
+        ...
+
+
+class BackboneHeatMaps:
+    """Heat maps of the method under test: one backbone, and the attention prompt of each dataset if it has one.
+
+    torch is imported here only, because the leaderboard imports the other modules of this package without it.
+    """
+
+    def __init__(self, params: Params, trained: Path) -> None:
+        from dsd.models import device_of, load_diffusion
+
+        self._name = under_test(params)
+        method = params.methods[self._name]
+        assert method.scorer != "contrastive"  # `under_test` returns none
+        row, runtime = params.backbones[params.backbone], params.runtime
+        self._backbone = load_diffusion(row, device_of(runtime.device), runtime.attention)
+        self._params, self._method, self._trained = params, method, trained
+        self._matchers: dict[str, Matcher] = {}
+
+    @property
+    def digest(self) -> str:
+        return str(self._backbone.digest)
+
+    def __call__(self, dataset: str, image: Image.Image, text: str) -> Heatmap:
+        return self._matcher(dataset).heatmap(image, text)
+
+    def by_level(self, dataset: str, image: Image.Image, text: str) -> dict[float, Heatmap]:
+        return self._matcher(dataset).heatmaps(image, text)
+
+    def _matcher(self, dataset: str) -> Matcher:
+        if dataset not in self._matchers:
+            self._matchers[dataset] = self._open(dataset)
+        return self._matchers[dataset]
+
+    def _open(self, dataset: str) -> Matcher:
+        from dsd.matcher import Matcher
+        from dsd.models.prompts import PROMPT, AttentionPrompt
+
+        prompt = None
+        if self._method.prompt == "few-shot":
+            prompt = AttentionPrompt.load(self._trained / dataset / self._name / PROMPT, self._backbone.digest)
+            prompt = prompt.to(self._backbone.device)
+        return Matcher(
+            self._backbone,
+            prompt,
+            "cross-attention",
+            self._params.noise.model_copy(update={"levels": self._method.levels}),
+            self._params.evidence,
+            parity=None,  # prepared images are resized already
+            batch_size=self._params.runtime.batch_size,
+            seed=self._params.seed,
+        )
+
+
+def overlay(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> Image.Image:
+    """A heat map [R, R] in 0…1 over its image [R, R, 3]: high attention is bright, low attention dim and grey."""
+    colour = image.astype(np.float32)
+    grey = colour.mean(-1, keepdims=True) * 0.35 + 18
+    lit = heat[..., None].clip(0, 1)
+    glow = np.array([255, 214, 92], np.float32)
+    warm = colour + 0.28 * lit**2 * (glow - colour)
+    return Image.fromarray((grey + lit * (warm - grey)).clip(0, 255).astype(np.uint8))
