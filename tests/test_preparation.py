@@ -13,7 +13,7 @@ from PIL import Image
 
 from dsd.config import Params, load
 from dsd.data.examples import MatchingExample, read_examples
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.data.images import image_id, load_image, resize, to_array
 from dsd.data.splits import Split
 from dsd.datasets import RawExample, preparation
@@ -72,7 +72,7 @@ def test_counts_and_files(params: Params, tmp_path: Path) -> None:
     assert [(e.id, e.texts, e.answer, e.category) for e in raw] == [
         (e.id, e.texts, e.answer, e.category) for e in sorted(prepared.values(), key=lambda e: e.id)
     ]
-    assert {i for e in prepared.values() for i in e.images} == set(Pictures(target / "images.parquet").ids)
+    assert {i for e in prepared.values() for i in e.images} == set(ImageTable(target / "images.parquet").ids)
 
 
 @pytest.mark.parametrize(("parity", "side"), [(48, 48), (None, 64)])
@@ -81,7 +81,7 @@ def test_the_stored_picture_is_what_clip_sees(params: Params, parity: int | None
     dataset(source, 3)
     images = params.images.model_copy(update={"parity": parity, "resolution": 64})
     prepare(NAME, params.model_copy(update={"images": images}), source, target)
-    pictures = Pictures(target / "images.parquet")
+    pictures = ImageTable(target / "images.parquet")
     for number in range(3):
         (id,) = read_all(target)[f"{NAME}/0/{number}"].images
         expected = resize(
@@ -154,7 +154,7 @@ def test_random_access(params: Params, tmp_path: Path, monkeypatch: pytest.Monke
     dataset(source, 42)
     prepare(NAME, params, source, target)
     assert pq.ParquetFile(target / "images.parquet").num_row_groups == 11
-    pictures = Pictures(target / "images.parquet")
+    pictures = ImageTable(target / "images.parquet")
     assert len(pictures) == len(set(pictures.ids)) == 42
     for id in reversed(pictures.ids):
         assert image_id(to_array(pictures[id])) == id
@@ -164,15 +164,15 @@ def test_pictures_that_are_not_there(params: Params, tmp_path: Path) -> None:
     source, target = tmp_path / "raw", tmp_path / "prepared"
     dataset(source, 3)
     prepare(NAME, params, source, target)
-    with pytest.raises(KeyError, match="no picture 'nothing'"):
-        Pictures(target / "images.parquet")["nothing"]
+    with pytest.raises(KeyError, match="no image 'nothing'"):
+        ImageTable(target / "images.parquet")["nothing"]
     with pytest.raises(DataError, match=r"absent\.parquet: no such file; prepare the dataset first"):
-        Pictures(tmp_path / "absent.parquet")
+        ImageTable(tmp_path / "absent.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"broken\.parquet: not prepared pictures"):
-        Pictures(tmp_path / "broken.parquet")
-    with pytest.raises(DataError, match=r"examples\.parquet: not prepared pictures"):
-        Pictures(target / "examples.parquet")
+    with pytest.raises(DataError, match=r"broken\.parquet: not a table of images"):
+        ImageTable(tmp_path / "broken.parquet")
+    with pytest.raises(DataError, match=r"examples\.parquet: not a table of images"):
+        ImageTable(target / "examples.parquet")
 
 
 def test_an_unknown_dataset(params: Params, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_pictures_of_any_mode_become_rgb(params: Params, tmp_path: Path) -> None
     Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(buffer, "PNG")
     (source / "images" / "1.png").write_bytes(buffer.getvalue())
     prepare(NAME, params, source, target)
-    examples, pictures = read_all(target), Pictures(target / "images.parquet")
+    examples, pictures = read_all(target), ImageTable(target / "images.parquet")
     grey, clear = (to_array(pictures[examples[f"{NAME}/0/{n}"].images[0]]) for n in (0, 1))
     assert (grey == 128).all()
     assert (clear == 255).all()

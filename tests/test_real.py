@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from dsd.config import NoiseParams, Params
 from dsd.data.draws import Draw
 from dsd.data.examples import Pair
-from dsd.data.image_table import Picture, Pictures, PictureWriter
+from dsd.data.image_table import ImageTable, ImageTableWriter, StoredImage
 from dsd.datasets import benchmark
 from dsd.datasets.preparation import prepare
 from dsd.engine.encodings import diffusion_encodings, encode
@@ -97,10 +97,10 @@ def test_its_sizes_are_those_of_stable_diffusion_2(backbone: StableDiffusion) ->
 
 def test_a_pair_is_scored_as_by_any_other_model(backbone: StableDiffusion, params: Params, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8)
-    with PictureWriter(tmp_path / "images.parquet") as writer:
+    with ImageTableWriter(tmp_path / "images.parquet") as writer:
         Image.fromarray(pixels).save(tmp_path / "one.png")
-        writer.add(Picture("one", (tmp_path / "one.png").read_bytes()))
-    pictures = Pictures(tmp_path / "images.parquet")
+        writer.add(StoredImage("one", (tmp_path / "one.png").read_bytes()))
+    pictures = ImageTable(tmp_path / "images.parquet")
     tables = diffusion_encodings(backbone, pictures, [UNCONDITIONAL, TEXT], backbone.resolution, Store(tmp_path), 1)
     engine = Engine(backbone, None, params.evidence, *tables, batch_size=1)
     found = engine.compute([(Pair("one", text), Draw(0.4, 0)) for text in (TEXT, UNCONDITIONAL)])

@@ -14,7 +14,7 @@ import numpy as np
 
 from dsd.config import Params
 from dsd.data.examples import MatchingExample, write_examples
-from dsd.data.image_table import Picture, PictureWriter
+from dsd.data.image_table import ImageTableWriter, StoredImage
 from dsd.data.images import Quarantine, image_id, load_image, resize, to_array
 from dsd.data.splits import SPLITS
 from dsd.datasets import RawExample, benchmark
@@ -60,7 +60,7 @@ def prepare(name: str, params: Params, source: Path, target: Path) -> dict[str, 
     decode = partial(_decode, source / IMAGES, params.images.max_pixels, side)
     files, quarantine = list(dict.fromkeys(file for example in raw for file in example.images)), Quarantine()
     ids: dict[str, str] = {}
-    with PictureWriter(target / "images.parquet") as writer:
+    with ImageTableWriter(target / "images.parquet") as writer:
         decoded = _in_threads(decode, files, params.runtime.workers)
         for file, found in progress(decoded, total=len(files), desc=name):
             if isinstance(found, ImageError):
@@ -115,19 +115,19 @@ def _check_categories(name: str, kind: str, test: Sequence[MatchingExample]) -> 
             raise DataError(f"{name}: the test split: {error}; raise datasets.{name}.test") from None
 
 
-def _decode(folder: Path, max_pixels: int, side: int, file: str) -> Picture | ImageError:
+def _decode(folder: Path, max_pixels: int, side: int, file: str) -> StoredImage | ImageError:
     try:
         image = resize(load_image(folder / file, max_pixels=max_pixels), parity=None, resolution=side)
     except ImageError as error:
         return error
     png = io.BytesIO()
     image.save(png, "PNG")
-    return Picture(image_id(to_array(image)), png.getvalue())
+    return StoredImage(image_id(to_array(image)), png.getvalue())
 
 
 def _in_threads(
-    decode: Callable[[str], Picture | ImageError], files: Sequence[str], workers: int
-) -> Iterator[tuple[str, Picture | ImageError]]:
+    decode: Callable[[str], StoredImage | ImageError], files: Sequence[str], workers: int
+) -> Iterator[tuple[str, StoredImage | ImageError]]:
     """(file, what it decodes to), in order. Pillow decodes outside the interpreter's lock: threads do."""
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(files), AHEAD):

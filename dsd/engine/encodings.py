@@ -15,7 +15,7 @@ from cachetools import LRUCache
 
 from dsd.config import ContrastiveMethod, Params
 from dsd.data.examples import MatchingExample, read_examples
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.data.images import resize, to_array
 from dsd.models import Clip, StableDiffusion, device_of, load_clip, load_diffusion
 from dsd.models.checkpoint import digest_of
@@ -113,7 +113,7 @@ def read_all(prepared: Path) -> Iterator[MatchingExample]:
 
 def diffusion_encodings(
     backbone: StableDiffusion,
-    pictures: Pictures,
+    pictures: ImageTable,
     texts: Sequence[str],
     resolution: int,
     store: Store,
@@ -129,7 +129,7 @@ def diffusion_encodings(
 def _of_diffusion(
     source: str,
     opened: Callable[[], StableDiffusion],
-    pictures: Pictures,
+    pictures: ImageTable,
     texts: Sequence[str],
     resolution: int,
     store: Store,
@@ -152,14 +152,14 @@ def _of_diffusion(
 
 
 def contrastive_encodings(
-    clip: Clip, pictures: Pictures, texts: Sequence[str], store: Store, kept: int
+    clip: Clip, pictures: ImageTable, texts: Sequence[str], store: Store, kept: int
 ) -> tuple[Encodings, Encodings]:
     """Features [F] by image id and by text: what CLIP's projections see."""
     return _of_contrastive(clip.digest, lambda: clip, pictures, texts, store, kept)
 
 
 def _of_contrastive(
-    source: str, opened: Callable[[], Clip], pictures: Pictures, texts: Sequence[str], store: Store, kept: int
+    source: str, opened: Callable[[], Clip], pictures: ImageTable, texts: Sequence[str], store: Store, kept: int
 ) -> tuple[Encodings, Encodings]:
     def images(ids: list[str]) -> Arrays:
         return {"features": opened().image_features(np.stack([to_array(pictures[i]) for i in ids])).cpu().numpy()}
@@ -188,7 +188,7 @@ def encodings(
 ) -> list[Encodings]:
     """All that is encoded of a dataset, for every backbone that a method names; one is opened when it is needed."""
     kept, device = params.runtime.kept_texts, device_of(params.runtime.device)
-    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
+    pictures, texts = ImageTable(prepared / "images.parquet"), all_texts(read_all(prepared))
     source = digest_of(params.backbones[params.backbone])
     tables = [*_of_diffusion(source, diffusion, pictures, texts, params.images.resolution, store, kept)]
     for row in (params.backbones[name] for name in clip_backbones(params)):

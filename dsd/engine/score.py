@@ -14,7 +14,7 @@ import numpy as np
 from dsd.config import ContrastiveMethod, FusionMethod, Params, RacingSchedule, noise_of, prompted, raced
 from dsd.data.draws import draws
 from dsd.data.examples import MatchingExample, pairs, read_examples
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.engine.batching import Filled
 from dsd.engine.encodings import Arrays, all_texts, clip_backbones, contrastive_encodings, diffusion_encodings, read_all
 from dsd.engine.engine import Engine, cosines, row_values, source_digest
@@ -59,7 +59,7 @@ def score_contrastive(
 ) -> dict[str, list[str]]:
     """Stores the cosines of every contrastive method in a shard each; returns the shard of each method."""
     asked = pairs(examples)
-    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
+    pictures, texts = ImageTable(prepared / "images.parquet"), all_texts(read_all(prepared))
     keys: dict[str, list[str]] = {}
     for row in clip_backbones(params):
         clip = load_clip(params.backbones[row], device_of(params.runtime.device))

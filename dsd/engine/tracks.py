@@ -15,7 +15,7 @@ import numpy as np
 from dsd.config import ContrastiveMethod, DenoisingMethod, NoiseParams, Params, prompted
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.engine.batching import Entry
 from dsd.engine.encodings import all_texts, contrastive_encodings, diffusion_encodings, read_all
 from dsd.engine.engine import Engine, RacedMethod, Values, cosines, row_values, source_digest
@@ -48,8 +48,8 @@ class Folders(NamedTuple):
         whole = read_examples(file, split)
         return [choice for example in whole for choice in choices(example)]
 
-    def inputs(self) -> tuple[Pictures, list[str]]:
-        return Pictures(self.prepared / "images.parquet"), all_texts(read_all(self.prepared))
+    def inputs(self) -> tuple[ImageTable, list[str]]:
+        return ImageTable(self.prepared / "images.parquet"), all_texts(read_all(self.prepared))
 
 
 def choices(example: MatchingExample) -> list[MatchingExample]:

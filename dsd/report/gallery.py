@@ -20,7 +20,7 @@ from PIL import Image
 
 from dsd.config import ContrastiveMethod, Params, under_test
 from dsd.data.examples import MatchingExample
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.report.inputs import Dataset
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def gallery(dataset: Dataset, params: Params, prepared: Path, heat: HeatMaps) ->
     several = any(len(example.images) > 1 for example in dataset.examples)
     count = params.report.gallery if several else max(1, params.report.gallery // 3)
     right, wrong = choose(dataset, method, count, params.seed)
-    pictures = Pictures(prepared / "images.parquet")
+    pictures = ImageTable(prepared / "images.parquet")
 
     def cards(places: Sequence[int]) -> list[Card]:
         return [
@@ -194,7 +194,7 @@ def _card(
     dataset: Dataset,
     example: MatchingExample,
     scores_IT: NDArray[np.float64],
-    pictures: Pictures,
+    pictures: ImageTable,
     heat: HeatMaps | None,
 ) -> Card:
     places = [(i, t) for i in range(len(example.images)) for t in range(len(example.texts))]
@@ -228,7 +228,7 @@ def noisy(dataset: Dataset, params: Params, prepared: Path, heat: HeatMaps) -> N
     """The first test example, so that nobody picked it."""
     example = dataset.examples[0]
     image, text = example.answer[0]
-    picture = Pictures(prepared / "images.parquet")[example.images[image]]
+    picture = ImageTable(prepared / "images.parquet")[example.images[image]]
     found = heat.by_level(dataset.name, picture, example.texts[text])
     levels = [(level, uri(Image.fromarray(seen.picture), OVERLAY), _words(seen)) for level, seen in found.items()]
     return Noisy(dataset.name, example.texts[text], levels)

@@ -37,7 +37,7 @@ from dsd.config import (
 )
 from dsd.data.draws import Draw
 from dsd.data.examples import MatchingExample, Pair, read_examples
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.engine.encodings import Encodings, all_texts, contrastive_encodings, diffusion_encodings, read_all
 from dsd.engine.engine import observe
 from dsd.errors import DataError
@@ -222,7 +222,7 @@ def learner(name: str, params: Params, prepared: Path, cached: Path) -> Learner:
     """What method `name` learns on a dataset, as it is before the first step."""
     method, row = params.methods[name], params.backbones[backbone_of(params, name)]
     device, store, most = device_of(params.runtime.device), Store(cached), params.runtime.kept_texts
-    pictures, texts = Pictures(prepared / "images.parquet"), all_texts(read_all(prepared))
+    pictures, texts = ImageTable(prepared / "images.parquet"), all_texts(read_all(prepared))
     if isinstance(method, ContrastiveMethod):
         clip = load_clip(row, device)
         features = contrastive_encodings(clip, pictures, texts, store, most)
