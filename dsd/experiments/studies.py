@@ -32,7 +32,7 @@ def answer(name: str, split: str, params: Params, data: Path, folder: Path) -> d
     trained, scored = folder / "train", folder / "score"
     if not (prepared / "summary.json").exists():
         benchmark(row.kind).download(row, seed=params.seed, folder=raw, workers=params.runtime.workers)
-        prepare(name, params, raw, prepared)
+        prepare(name, row, raw, prepared, images=params.images, seed=params.seed, workers=params.runtime.workers)
         shutil.rmtree(raw)
     encode(name, params, prepared, cached)
     for method in params.training:

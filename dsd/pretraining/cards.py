@@ -89,7 +89,7 @@ def quality(params: Params, target: Path) -> Results:
     with TemporaryDirectory() as folder:
         raw, prepared, cached, scored = (Path(folder) / part for part in ("raw", "prepared", "cached", "scored"))
         benchmark(row.kind).download(row, seed=there.seed, folder=raw, workers=there.runtime.workers)
-        prepare(name, there, raw, prepared)
+        prepare(name, row, raw, prepared, images=there.images, seed=there.seed, workers=there.runtime.workers)
         encode(name, there, prepared, cached)
         score(name, there, prepared, cached, cached, scored, split="test")
         return evaluate(name, there, prepared, scored, Path(folder)).results
