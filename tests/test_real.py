@@ -69,7 +69,7 @@ def test_the_way_from_pictures_to_answers_is_that_of_any_other_model(
     )
     raw, prepared, cached, trained, scored = (tmp_path / part for part in ("raw", "ready", "cache", "train", "score"))
     benchmark("scenes-com").download(com, seed=params.seed, folder=raw, workers=1)
-    prepare("scenes-com", params, raw, prepared)
+    prepare("scenes-com", com, raw, prepared, images=params.images, seed=params.seed, workers=1)
     assert encode("scenes-com", params, prepared, cached)["truncated"] == 0
     (step,) = train("scenes-com", "dsd", params, prepared, cached, trained / "dsd")
     assert np.isfinite(step["loss"])
