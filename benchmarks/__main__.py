@@ -26,7 +26,7 @@ from benchmarks.setting import PREPARED, engine_over
 from dsd.config import DenoisingMethod, load
 from dsd.data.draws import draws
 from dsd.data.examples import MatchingExample, read_examples
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.engine.batching import Filled
 from dsd.errors import DataError
 from dsd.experiments import scaling as growth
@@ -63,7 +63,7 @@ def engine_vs_plain_loop() -> Result:
     params = load()
     examples = read_examples(PREPARED / "examples.parquet", "test")
     few, many, seen = examples[:6], examples[:480], draws(params.noise, params.seed)
-    pictures, ratios = Pictures(PREPARED / "images.parquet"), []
+    pictures, ratios = ImageTable(PREPARED / "images.parquet"), []
 
     def asked_of(some: list[MatchingExample]) -> Requests:
         return requests(some, params.noise, params.seed, normalised=False)  # the plain loop scores attention alone

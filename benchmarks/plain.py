@@ -13,7 +13,7 @@ import torch
 from dsd.config import EvidenceParams
 from dsd.data.draws import Draw
 from dsd.data.examples import MatchingExample, Pair
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.data.images import resize, to_array
 from dsd.models import StableDiffusion
 from dsd.models.attention import Capture
@@ -21,7 +21,7 @@ from dsd.models.attention import Capture
 
 @torch.inference_mode()
 def score(
-    backbone: StableDiffusion, evidence: EvidenceParams, pictures: Pictures, resolution: int,
+    backbone: StableDiffusion, evidence: EvidenceParams, pictures: ImageTable, resolution: int,
     examples: Sequence[MatchingExample], draws: Sequence[Draw],
 ) -> dict[tuple[Pair, Draw], float]:  # fmt: skip
     """The pooled attention, averaged over layers and heads, of every (pair, draw) of the examples."""

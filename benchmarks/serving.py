@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks.setting import PREPARED
 from dsd.config import load
 from dsd.data.examples import read_examples
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.models.checkpoint import locate
 from flows.serving import server as serving
 
@@ -61,7 +61,7 @@ def throughput(rounds: int = 3) -> tuple[float, float]:
 
 def questions() -> list[Question]:
     """Of each request, a picture of its own, and texts of which others have some too."""
-    pictures, examples = Pictures(PREPARED / "images.parquet"), read_examples(PREPARED / "examples.parquet", "test")
+    pictures, examples = ImageTable(PREPARED / "images.parquet"), read_examples(PREPARED / "examples.parquet", "test")
     texts = list(dict.fromkeys(text for example in examples for text in example.texts))
     found = []
     for n in range(CLIENTS * REQUESTS):

@@ -260,11 +260,11 @@ def _hub(params: Params) -> str:
     """Who asks; whether that suffices, the rows tell."""
     from huggingface_hub import constants, get_token
 
-    from dsd.datasets import repository as hub
+    from dsd.datasets import benchmark
 
-    backbones = params.backbones.values()
-    datasets = [row for row in params.datasets.values() if isinstance(row, hub.Row)]
-    if all(Path(row.source).exists() for row in (*backbones, *datasets)):
+    datasets = [benchmark(row.kind).repository(row) for row in params.datasets.values()]
+    sources = [row.source for row in (*params.backbones.values(), *datasets) if row is not None]
+    if all(Path(source).exists() for source in sources):
         return "nothing in params.yaml is on it"
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set: what is in the cache will have to do"
@@ -275,12 +275,11 @@ def _dataset(params: Params, name: str) -> str:
     from huggingface_hub import constants
 
     from dsd.datasets import benchmark
-    from dsd.datasets import repository as hub
 
     row = params.datasets[name]
     if (DATA / "download" / name / "annotations.jsonl").exists():
         return "downloaded"
-    if constants.HF_HUB_OFFLINE and isinstance(row, hub.Row):
+    if constants.HF_HUB_OFFLINE and benchmark(row.kind).repository(row):
         return "HF_HUB_OFFLINE is set: not asked"
     size = benchmark(row.kind).remote(name, row)
     return f"{row.kind}, {_gigabytes(size)} to fetch" if size else f"{row.kind}, nothing to fetch"

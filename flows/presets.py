@@ -72,14 +72,16 @@ def today(params: Params) -> Iterator[tuple[str, str, str]]:
     Raises:
         DsdError: a repository cannot be reached.
     """
-    from dsd.datasets import repository as hub
+    from dsd.data import hub
+    from dsd.datasets import benchmark
     from dsd.models import checkpoint
 
     for name, row in params.backbones.items():
         if row.revision is None and (commit := checkpoint.commit(row)):
             yield "backbones", name, commit
     for name, dataset in params.datasets.items():
-        if isinstance(dataset, hub.Row) and dataset.revision is None and (commit := hub.commit(name, dataset)):
+        repository = benchmark(dataset.kind).repository(dataset)
+        if repository and repository.revision is None and (commit := hub.latest_commit(name, repository)):
             yield "datasets", name, commit
 
 

@@ -103,7 +103,7 @@ def prepared(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw, folder = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("prepared")
     row = params.datasets["scenes-com"]
     benchmark(row.kind).download(row, seed=params.seed, folder=raw, workers=1)
-    prepare("scenes-com", params, raw, folder)
+    prepare("scenes-com", row, raw, folder, images=params.images, seed=params.seed, workers=1)
     return folder
 
 

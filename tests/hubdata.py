@@ -15,7 +15,7 @@ from PIL import Image
 
 from dsd.config import DatasetParams
 from dsd.datasets import benchmark
-from dsd.datasets.raw import ANNOTATIONS, IMAGES, RawExample
+from dsd.datasets.annotations import ANNOTATIONS, IMAGES, RawExample
 
 hf.disable_progress_bars()
 
@@ -23,17 +23,17 @@ Files = dict[str, bytes]
 TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def picture(number: int, format: str = "PNG") -> bytes:
-    """A picture that no other number has."""
+def image_bytes(number: int, format: str = "PNG") -> bytes:
+    """An image file, different for each number."""
     pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, format)
     return data.getvalue()
 
 
-def image(number: int, format: str = "PNG") -> dict[str, Any]:
-    """A cell of a column of pictures."""
-    return {"bytes": picture(number, format), "path": f"{number:04d}.{format.lower()}"}
+def image_cell(number: int, format: str = "PNG") -> dict[str, Any]:
+    """A cell of a column of images."""
+    return {"bytes": image_bytes(number, format), "path": f"{number:04d}.{format.lower()}"}
 
 
 def parquet(columns: dict[str, Sequence[Any]], features: dict[str, Any], batch: int = 4) -> bytes:
@@ -58,7 +58,7 @@ def shard(columns: dict[str, Sequence[Any]], features: dict[str, Any], prefix: s
 
 def cifar10(train: int = 40, test: int = 20) -> Files:
     def rows(count: int, first: int) -> dict[str, Any]:
-        return {"img": [image(first + n) for n in range(count)], "label": [n % 10 for n in range(count)]}
+        return {"img": [image_cell(first + n) for n in range(count)], "label": [n % 10 for n in range(count)]}
 
     features = {"img": hf.Image(), "label": hf.ClassLabel(names=TEN)}
     return {
@@ -71,8 +71,8 @@ def cifar10(train: int = 40, test: int = 20) -> Files:
 def stl10() -> Files:
     names = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
     features = {"image": hf.Image(), "label": hf.ClassLabel(names=names)}
-    rows = {"image": [image(n) for n in range(30)], "label": [n % 10 for n in range(30)]}
-    more = {"image": [image(100 + n) for n in range(10)], "label": list(range(10))}
+    rows = {"image": [image_cell(n) for n in range(30)], "label": [n % 10 for n in range(30)]}
+    more = {"image": [image_cell(100 + n) for n in range(10)], "label": list(range(10))}
     return {**shard(rows, features, "data/train", 1), **shard(more, features, "data/test", 1)}
 
 
@@ -92,7 +92,7 @@ def samples(numbers: Iterable[int], classes: int = 100) -> bytes:
         for n in numbers
         for member in (
             (f"s{n:07d}.cls", str(n % classes).encode()),
-            (f"s{n:07d}.webp", picture(n, "WEBP")),
+            (f"s{n:07d}.webp", image_bytes(n, "WEBP")),
         )
     )
 
@@ -121,12 +121,12 @@ REFCOCOG = {
 }
 
 
-def referred(pictures: Sequence[int]) -> dict[str, Any]:
-    """Two objects a picture, each with two expressions."""
-    rows = [(n, part) for n in pictures for part in ("left", "right")]
+def referred(images: Sequence[int]) -> dict[str, Any]:
+    """Two objects an image, each with two expressions."""
+    rows = [(n, part) for n in images for part in ("left", "right")]
     return {
         "question_id": [str(100 * n + len(part)) for n, part in rows],
-        "image": [image(n, "JPEG") for n, _ in rows],
+        "image": [image_cell(n, "JPEG") for n, _ in rows],
         "question": ["Describe the region."] * len(rows),
         "answer": [[f"the {part} one of {n}", f"that on the {part}, of {n}"] for n, part in rows],
         "segmentation": [[0.0, 0.0, 4.0, 4.0, 0.0, 4.0]] * len(rows),
@@ -137,7 +137,7 @@ def referred(pictures: Sequence[int]) -> dict[str, Any]:
 
 
 def refcocog() -> Files:
-    """The last two pictures of the validation are in the test too."""
+    """The last two images of the validation are in the test too."""
     val, test = referred(range(42)), referred(range(40, 52))
     return {**shard(val, REFCOCOG, "data/val"), **shard(test, REFCOCOG, "data/test")}
 
@@ -160,9 +160,9 @@ VQAV2 = {
 }
 
 
-def questions(pictures: Sequence[int]) -> dict[str, Any]:
-    """Three questions a picture, on yes or no, a number, and something else; some of these have a rare answer."""
-    asked = [(n, kind) for n in pictures for kind in range(3)]
+def questions(images: Sequence[int]) -> dict[str, Any]:
+    """Three questions an image, on yes or no, a number, and something else; some of these have a rare answer."""
+    asked = [(n, kind) for n in images for kind in range(3)]
     given = [(("yes", "no")[n % 2], str(n % 2 + 1), f"rare {n}" if n % 5 == 0 else "red")[kind] for n, kind in asked]
     return {
         "question_type": [("is the", "how many", "what")[kind] for _, kind in asked],
@@ -172,12 +172,12 @@ def questions(pictures: Sequence[int]) -> dict[str, Any]:
         "answer_type": [("yes/no", "number", "other")[kind] for _, kind in asked],
         "question_id": [1000 * n + kind for n, kind in asked],
         "question": [f"{('Is it so', 'How many', 'Which colour')[kind]} in {n}?" for n, kind in asked],
-        "image": [image(n, "JPEG") for n, _ in asked],
+        "image": [image_cell(n, "JPEG") for n, _ in asked],
     }
 
 
-def vqav2(pictures: Sequence[int] = range(30)) -> Files:
-    return shard(questions(pictures), VQAV2, "data/validation")
+def vqav2(images: Sequence[int] = range(30)) -> Files:
+    return shard(questions(images), VQAV2, "data/validation")
 
 
 WINOGROUND = {
@@ -196,8 +196,8 @@ WINOGROUND = {
 def squares(count: int = 9) -> dict[str, Any]:
     return {
         "id": list(range(count)),
-        "image_0": [image(2 * n) for n in range(count)],
-        "image_1": [image(2 * n + 1) for n in range(count)],
+        "image_0": [image_cell(2 * n) for n in range(count)],
+        "image_1": [image_cell(2 * n + 1) for n in range(count)],
         "caption_0": [f"{n} above {n + 1}" for n in range(count)],
         "caption_1": [f"{n + 1} above {n}" for n in range(count)],
         "tag": ["Scope, Preposition"] * count,
@@ -247,10 +247,10 @@ def row(kind: str, source: Path | str, **changes: Any) -> Any:
 
 
 def downloaded(row: Any, folder: Path, seed: int = 0) -> list[RawExample]:
-    """The examples after a download, each of whose pictures is there and named by nothing else."""
+    """The examples after a download, each of whose images is there and named by nothing else."""
     entry = benchmark(row.kind)
     entry.download(row, seed=seed, folder=folder, workers=2)
-    found = list(entry.examples(folder, row, seed=seed))
+    found = list(entry.examples(folder, seed=seed))
     assert {file.name for file in (folder / IMAGES).iterdir()} == {name for e in found for name in e.images}
     assert {file.name for file in folder.iterdir()} == {ANNOTATIONS, IMAGES}
     return found

@@ -376,7 +376,7 @@ LOGIN = "log in with `hf auth login` or set HF_TOKEN"
         ("someone/gated", None, f"someone/gated is gated: accept its terms at {{url}}/someone/gated, then {LOGIN}"),
         ("someone/gone", TOKEN, "someone/gone is neither a folder here nor at {url}/someone/gone: it was removed or"),
         ("someone/private", None, "someone/private is neither a folder here nor at {url}/someone/private: it was rem"),
-        ("someone/model", "hf_wrong", f"someone/model: the hub refuses the token (401): {LOGIN} anew, or go without"),
+        ("someone/model", "hf_wrong", f"someone/model: the hub refuses the token (401): {LOGIN} again, or use no tok"),
         ("someone/model", None, "someone/model has no commit v9; see {url}/someone/model"),
     ],
 )

@@ -1,4 +1,4 @@
-"""ComVG's published list: every row an example, every picture fetched, every text and pair seen once."""
+"""ComVG's published list: every row an example, every image fetched, every text and pair seen once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from dsd.config import ComvgDataset, Params, load
 from dsd.data.examples import read_examples
 from dsd.datasets import RawExample, benchmark
 from dsd.datasets.comvg import COLUMNS, Row, read_list
-from dsd.datasets.preparation import prepare
 from dsd.errors import DataError, DsdError, ParamsError
 from dsd.metrics import SLOTS
 from dsd.scenes.captions import TEMPLATES
@@ -28,13 +27,14 @@ from dsd.scenes.captions import sentence as caption
 from dsd.scenes.world import random_triplet
 from dsd.scorers.evidence import requests, wanted
 from tests.serving import Server
-from tests.test_visual_genome import Json, annotate, hosted, image, names, paint, pictures, server
+from tests.test_preparation import prepare
+from tests.test_visual_genome import Json, annotate, host, hosted, image, names, paint, server
 
-__all__ = ["pictures", "server"]  # fixtures
+__all__ = ["host", "server"]  # fixtures
 
 ROOT = Path(__file__).parent.parent
 LABELS = ("subject", "object", "verb")
-ROWS, PICTURES, SENTENCES = 5400, 524, 279  # of the published list
+ROWS, IMAGES, SENTENCES = 5400, 524, 279  # of the published list
 
 
 def line(number: int, sentence: str, positive: object, negative: object, label: str = "subject") -> dict[str, object]:
@@ -102,9 +102,9 @@ def broken(tmp_path: Path, changes: dict[str, object]) -> Path:
     ("changes", "message"),
     [
         ({"sentence": " "}, "sentence: empty"),
-        ({"pos_image_id": "2358258.0"}, "pos_image_id: '2358258.0' is no number of a picture"),
-        ({"neg_image_id": ""}, "neg_image_id: '' is no number of a picture"),
-        ({"neg_image_id": "../1"}, "neg_image_id: '../1' is no number of a picture"),
+        ({"pos_image_id": "2358258.0"}, "pos_image_id: '2358258.0' is not an image number"),
+        ({"neg_image_id": ""}, "neg_image_id: '' is not an image number"),
+        ({"neg_image_id": "../1"}, "neg_image_id: '../1' is not an image number"),
         ({"pos_triplet": "man,sit"}, "pos_triplet: 'man,sit' is not of the form a,b,c"),
         ({"pos_triplet": "man,,table"}, "pos_triplet: 'man,,table' is not of the form a,b,c"),
         ({"neg_triplet": "dog,sit,table"}, "neg_triplet: 'dog,sit,table' is not of the form ('a', 'b', 'c')"),
@@ -128,12 +128,15 @@ HEADER = ",".join(COLUMNS)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "1: no column 'id' in ''; commas part columns"),
-        (HEADER.replace(",", ";"), f"1: no column 'id' in '{HEADER.replace(',', ';')}'; commas part columns"),
+        ("", "1: no column 'id' in ''; columns are separated by commas"),
+        (
+            HEADER.replace(",", ";"),
+            f"1: no column 'id' in '{HEADER.replace(',', ';')}'; columns are separated by commas",
+        ),
         (HEADER.replace("neg_value", "label"), "1: no column 'neg_value' in 'id, sentence, pos_triplet, neg_triplet, "),
         (f'{HEADER}\n1,a man,"a,b,c"', "2: 3 values for 7 columns"),
-        (f'{HEADER}\n1,"a man', "2: broken CSV: unexpected end of data"),
-        (f'{HEADER}\n1,"a "big" man",', "2: broken CSV: ',' expected after '\"'"),
+        (f'{HEADER}\n1,"a man', "2: invalid CSV: unexpected end of data"),
+        (f'{HEADER}\n1,"a "big" man",', "2: invalid CSV: ',' expected after '\"'"),
     ],
 )
 def test_files_that_are_no_such_list(text: str, message: str, tmp_path: Path) -> None:
@@ -162,7 +165,7 @@ def row(source: object, *images: str, **changes: object) -> ComvgDataset:
 def download(fields: ComvgDataset, folder: Path, seed: int = 0) -> list[RawExample]:
     entry = benchmark("comvg")
     entry.download(fields, seed=seed, folder=folder, workers=1)
-    return list(entry.examples(folder, fields, seed=seed))
+    return list(entry.examples(folder, seed=seed))
 
 
 def params_with(fields: ComvgDataset, base: Params | None = None) -> Params:
@@ -206,7 +209,7 @@ def test_some_rows(server: Server, tmp_path: Path) -> None:
     assert names(tmp_path / "mine" / "images") == {name for e in more for name in e.images}
     other = download(fields(test=20), tmp_path / "mine", seed=1)
     assert {e.id.split("/")[2] for e in other} != {e.id.split("/")[2] for e in some}
-    with pytest.raises(ParamsError, match=r"^datasets\.mine\.test: 61 asked for, the list has 60 rows$"):
+    with pytest.raises(ParamsError, match=r"^datasets\.mine\.test: 61 requested, the list has 60 rows$"):
         download(fields(test=61), tmp_path / "mine")
 
 
@@ -222,22 +225,21 @@ def test_addresses_are_tried_in_turn(server: Server, tmp_path: Path) -> None:
     assert names(tmp_path / "mine" / "images") == {f"{n}.jpg" for n in (1, 2, 3, 4)}
 
 
-def test_a_number_without_a_picture(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_number_without_an_image(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fields = partial(
         row, write(tmp_path / "list.csv", [*LINES, line(6, "a dog", 1, 999999)]), f"{server.url}/VG_100K/{{}}.jpg"
     )
     with pytest.raises(DataError) as raised:
         download(fields(), tmp_path / "mine")
     assert str(raised.value) == (
-        "datasets.mine.missing: 0, but 1 of 5 pictures cannot be had: 999999.jpg (not there (404 Not Found)); "
-        "with 1 the run goes on without them"
+        "datasets.mine.missing: 0, but 1 of 5 images are missing: 999999.jpg (not found (404 Not Found))"
     )
     examples = download(fields(missing=1), tmp_path / "mine")
     assert [e.id for e in examples] == [f"comvg/0/{n}" for n in range(1, 6)]
-    assert "datasets.mine: 1 of 6 examples left out with them" in caplog.text
+    assert "1 of 6 examples left out" in caplog.text
 
 
-def test_training_on_pictures_that_the_list_does_not_use(server: Server, tmp_path: Path) -> None:
+def test_training_on_images_that_the_list_does_not_use(server: Server, tmp_path: Path) -> None:
     lines = [line(n, "a man", n, n + 1, LABELS[n % 3]) for n in range(1, 40)]
     source = write(server.folder / "list.csv", lines)
     annotations = hosted(server, tmp_path / "published")
@@ -288,13 +290,13 @@ def test_a_list_that_cannot_be_had(status: int, server: Server, tmp_path: Path) 
 
 
 def published() -> list[dict[str, object]]:
-    """As many rows, pictures and sentences as the published list has: sentences of three positives, nine negatives."""
+    """As many rows, images and sentences as the published list has: sentences of three positives, nine negatives."""
     rng = Random(0)
     said = set()
     while len(said) < SENTENCES:
         said.add(caption(random_triplet(rng), TEMPLATES[0]))
-    pools = [rng.sample(range(1, PICTURES + 1), 12) for _ in range(SENTENCES)]
-    for unused in set(range(1, PICTURES + 1)) - {number for pool in pools for number in pool}:
+    pools = [rng.sample(range(1, IMAGES + 1), 12) for _ in range(SENTENCES)]
+    for unused in set(range(1, IMAGES + 1)) - {number for pool in pools for number in pool}:
         pools[rng.randrange(SENTENCES)][-1] = unused
     rows = []
     for sentence, pool in zip(sorted(said), pools, strict=True):
@@ -306,18 +308,18 @@ def published() -> list[dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the list and its pictures."""
+    """A folder with the list and its images."""
     folder = tmp_path_factory.mktemp("local")
     write(folder / "list.csv", published())
-    for number in range(1, PICTURES + 1):
+    for number in range(1, IMAGES + 1):
         paint(folder / f"{number}.jpg", number)
     return folder
 
 
 def test_the_size_of_the_published_list(local: Path, tmp_path: Path) -> None:
     lines = published()
-    pictures = {n for said in lines for n in (said["pos_image_id"], said["neg_image_id"])}
-    assert (len(lines), len(pictures), len({said["sentence"] for said in lines})) == (ROWS, PICTURES, SENTENCES)
+    images = {n for said in lines for n in (said["pos_image_id"], said["neg_image_id"])}
+    assert (len(lines), len(images), len({said["sentence"] for said in lines})) == (ROWS, IMAGES, SENTENCES)
     fields = row(local / "list.csv", f"{local}/{{}}.jpg")
     params = params_with(fields)
 
@@ -328,10 +330,10 @@ def test_the_size_of_the_published_list(local: Path, tmp_path: Path) -> None:
     assert downloaded - start < 10 and time.perf_counter() - downloaded < 10
 
     assert summary == {
-        "train": 0, "validation": 0, "test": ROWS, "images": PICTURES,
+        "train": 0, "validation": 0, "test": ROWS, "images": IMAGES,
         "repeated": 0, "quarantined": 0, "dropped": 0, "shared": 0,
     }  # fmt: skip
-    assert pq.read_metadata(tmp_path / "prepared" / "images.parquet").num_rows == PICTURES
+    assert pq.read_metadata(tmp_path / "prepared" / "images.parquet").num_rows == IMAGES
     examples = read_examples(tmp_path / "prepared" / "examples.parquet", "test")
     assert Counter(e.category for e in examples) == {slot: ROWS // 3 for slot in SLOTS}
     assert len({text for e in examples for text in e.texts}) == SENTENCES
@@ -342,10 +344,10 @@ def test_the_size_of_the_published_list(local: Path, tmp_path: Path) -> None:
     assert len(asked) == len(set(asked)) == len(distinct)
     assert 3000 < len(distinct) < 3400
     seen = requests(examples, params.noise, params.seed, normalised=True)
-    assert len(seen) == len(set(seen)) == (len(distinct) + PICTURES) * len(params.noise.levels)
+    assert len(seen) == len(set(seen)) == (len(distinct) + IMAGES) * len(params.noise.levels)
 
 
-def test_every_picture_and_text_is_encoded_once(
+def test_every_image_and_text_is_encoded_once(
     params: Params, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dsd.engine.encodings import encode
@@ -365,7 +367,7 @@ def test_every_picture_and_text_is_encoded_once(
         encode("mine", mine, tmp_path / "prepared", tmp_path / "cached")
         texts = SENTENCES + 1  # and the empty one
         assert counts == {
-            "encode_images": PICTURES, "image_features": PICTURES, "encode_texts": texts, "text_features": texts,
+            "encode_images": IMAGES, "image_features": IMAGES, "encode_texts": texts, "text_features": texts,
         }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 ORDER = ["pretrain", "download", "prepare", "cache", "train", "score", "evaluate", "report"]
 LAZY = {"dsd", "flows", "flows.stages"}  # packages that import nothing of the project
+TABLES = {"dsd.datasets"}  # packages that import all their modules, found by `pkgutil`
 SECTIONS = set(Params.model_fields)
 
 
@@ -45,9 +46,13 @@ def closure(stage: str) -> set[str]:
     Importing a module also runs its parent packages. What is imported by a computed name is not seen.
     """
     found = upstream(f"flows.stages.{stage}")
-    while missing := {m.rpartition(".")[0] for m in found} - found - {""} - LAZY:
+    while missing := ({m.rpartition(".")[0] for m in found} | _tabled(found)) - found - {""} - LAZY:
         found |= set().union(*map(upstream, missing))
     return found | LAZY
+
+
+def _tabled(found: set[str]) -> set[str]:
+    return {module for package in TABLES & found for module in graph().find_children(package)}
 
 
 def file_of(module: str) -> str:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dsd.config import Params
 from dsd.data.examples import Pair, read_examples
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.engine.encodings import all_texts, contrastive_encodings, read_all
 from dsd.engine.engine import cosines
 from dsd.engine.score import score_contrastive
@@ -161,7 +161,7 @@ def test_other_weights_are_other_scores_of_their_method_alone(
     params: Params, clip: Clip, prepared: Path, cached: Path, tmp_path: Path
 ) -> None:
     two = params.model_copy(update={"methods": {m: params.methods[m] for m in ("clip-zero-shot", "clip-finetune")}})
-    pictures, store = Pictures(prepared / "images.parquet"), Store(tmp_path / "score")
+    pictures, store = ImageTable(prepared / "images.parquet"), Store(tmp_path / "score")
     head = Projections(clip, *contrastive_encodings(clip, pictures, all_texts(read_all(prepared)), Store(cached), 1))
     examples = read_examples(prepared / "examples.parquet", "test")
     (tmp_path / "clip-finetune").mkdir()

@@ -1,9 +1,10 @@
 """The embedded benchmarks: what counts as true is true, what counts as false is clearly false, and only the
-picture together with the text tells the two apart."""
+image together with the text tells the two apart."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,10 +18,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from dsd import datasets
 from dsd.config import DrawnDataset, load
 from dsd.datasets import DATASETS, RawExample, benchmark, scenes_cls, scenes_com, scenes_ref, scenes_vqa
-from dsd.datasets.drawn import Item, arguable, rivals
-from dsd.datasets.raw import read_annotations, write_annotations
+from dsd.datasets.annotations import read_annotations, write_annotations
+from dsd.datasets.synthetic import Item, arguable, rivals
 from dsd.errors import DataError, ParamsError
 from dsd.metrics import METRICS
 from dsd.scenes.captions import binary_question, open_question, vocabulary
@@ -79,6 +81,32 @@ def test_the_table() -> None:
     assert all(entry.metrics in METRICS and entry.citation and entry.licence for entry in DATASETS.values())
     with pytest.raises(DataError, match=r"unknown kind of dataset 'scenes-con': did you mean 'scenes-com'\?"):
         benchmark("scenes-con")
+
+
+FAKE = """
+from dsd.datasets.annotations import RawExample, write_annotations
+from dsd.datasets.protocol import Benchmark, Expected
+
+def download(row, *, seed, folder, workers):
+    write_annotations(folder, [RawExample(f"fake/{seed}/0", "test", ("0.png",), ("a", "b"), ((0, 1),), "all")])
+
+BENCHMARK = Benchmark(
+    "fake", download, "recall", "nobody", "none", expected=lambda row: Expected(0, 1, 1, 2), remote=lambda name, row: 0
+)
+"""
+
+
+def test_a_new_benchmark_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fake.py").write_text(FAKE)
+    monkeypatch.setattr(datasets, "__path__", [*datasets.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "dsd.datasets.fake", raising=False)
+    monkeypatch.setattr(datasets, "fake", None, raising=False)
+    table = datasets.discover()
+    assert set(table) == {*DATASETS, "fake"} and all(table[kind] is entry for kind, entry in DATASETS.items())
+    table["fake"].download(None, seed=5, folder=tmp_path, workers=1)
+    assert [example.answer for example in table["fake"].examples(tmp_path, seed=5)] == [((0, 1),)]
+    with pytest.raises(DataError, match="fake/5/0 is not of fake/6/"):
+        list(table["fake"].examples(tmp_path, seed=6))
 
 
 def test_arguable_is_looser_than_true() -> None:
@@ -392,7 +420,7 @@ def test_vqa_yes_is_as_frequent_as_no_for_each_relation() -> None:
     assert np.mean([*chain.from_iterable(answers.values())]) == pytest.approx(0.5, abs=0.045)
 
 
-def test_vqa_the_picture_says_nothing_of_yes_or_no() -> None:
+def test_vqa_the_image_says_nothing_of_yes_or_no() -> None:
     things = {said: [len(scene.things) for _, s, scene in binary_questions() if s == said] for said in ("yes", "no")}
     assert np.mean(things["yes"]) == pytest.approx(np.mean(things["no"]), abs=0.14)
 
@@ -464,7 +492,7 @@ def test_cls_every_class_as_often_as_another() -> None:
 def download(kind: str, folder: Path, *, seed: int = 0, workers: int = 1, **changes: object) -> list[RawExample]:
     entry, fields = benchmark(kind), row(kind, **changes)
     entry.download(fields, seed=seed, folder=folder, workers=workers)
-    return list(entry.examples(folder, fields, seed=seed))
+    return list(entry.examples(folder, seed=seed))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -502,10 +530,9 @@ def test_a_second_download_leaves_nothing_of_the_first(tmp_path: Path) -> None:
 
 
 def test_annotations_of_another_seed_are_refused(tmp_path: Path) -> None:
-    fields = row("scenes-cls")
     download("scenes-cls", tmp_path)
     with pytest.raises(DataError, match=r"annotations\.jsonl: scenes-cls/0/\d+ is not of scenes-cls/1/"):
-        list(benchmark("scenes-cls").examples(tmp_path, fields, seed=1))
+        list(benchmark("scenes-cls").examples(tmp_path, seed=1))
 
 
 @pytest.mark.parametrize(

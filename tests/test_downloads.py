@@ -1,4 +1,4 @@
-"""Downloads from a server that does all that servers do: a target is whole or not there, and a break costs little."""
+"""Downloads from a server that does all that servers do: a target is whole or not found, and a break costs little."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsd.data import downloads
-from dsd.data.downloads import fetch, fetch_all, opened
+from dsd.data.downloads import fetch, fetch_all, open_text
 from dsd.errors import DataError, DsdError
 from tests.serving import Server, serve
 
@@ -28,7 +28,7 @@ KEY = "datasets.mine.list"
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(downloads, "BACKOFF", 0.001)
-    monkeypatch.setattr(downloads, "PIECE", 1000)
+    monkeypatch.setattr(downloads, "CHUNK", 1000)
     monkeypatch.setattr(downloads, "RATE", 1000.0)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     (tmp_path / "served").mkdir()
@@ -181,8 +181,8 @@ def test_a_full_disk_leaves_no_target(server: Server, tmp_path: Path, monkeypatc
     [
         (401, r"refused \(401 Unauthorized\)"),
         (403, r"refused \(403 Forbidden\)"),
-        (404, r"not there \(404 Not Found\)"),
-        (410, r"not there \(410 Gone\)"),
+        (404, r"not found \(404 Not Found\)"),
+        (410, r"not found \(410 Gone\)"),
         (418, r"418 I'm a Teapot"),
     ],
 )
@@ -204,7 +204,7 @@ def test_what_may_pass_is_asked_for_again(status: int, server: Server, tmp_path:
 def test_what_does_not_pass_is_given_up(server: Server, tmp_path: Path) -> None:
     server.failing = {"file": (503, 99)}
     line = (
-        rf"^{KEY}: {server.url}/file: 503 Service Unavailable, 5 times; try again later, it goes on where it stopped$"
+        rf"^{KEY}: {server.url}/file: 503 Service Unavailable, 5 times; try again later, it resumes where it stopped$"
     )
     with pytest.raises(DataError, match=line):
         get(server, tmp_path)
@@ -220,7 +220,7 @@ def test_a_server_says_how_long_to_wait(server: Server, tmp_path: Path) -> None:
 
 def test_nobody_answers(server: Server, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=rf"^{KEY}: http://127\.0\.0\.1:1/file: no answer in 5 tries \(ConnectionError\)"
+        DataError, match=rf"^{KEY}: http://127\.0\.0\.1:1/file: no answer in 5 attempts \(ConnectionError\)"
     ):
         fetch("http://127.0.0.1:1/file", tmp_path / "there" / "file", setting=KEY)
 
@@ -231,7 +231,7 @@ def test_a_page_is_no_file(how: str, server: Server, tmp_path: Path) -> None:
         server.headers["file"] = {"Content-Type": "text/html; charset=utf-8"}
     else:
         (server.folder / "file").write_bytes(b"\n<!DOCTYPE html><title>Sign in</title>")
-    with pytest.raises(DataError, match=rf"^{KEY}: \S+/file: an HTML page came in place of the file$"):
+    with pytest.raises(DataError, match=rf"^{KEY}: \S+/file: an HTML page instead of the file$"):
         get(server, tmp_path)
     assert left(tmp_path) == set()
 
@@ -252,8 +252,8 @@ def test_each_from_the_first_address_that_has_it(server: Server, tmp_path: Path)
     addresses["6.jpg"] = [str(server.folder / "file")]
     addresses["7.jpg"] = []
     assert fetch_all(addresses, folder, setting=KEY) == [
-        ("4.jpg", "not there (404 Not Found)"),
-        ("5.jpg", "not there (404 Not Found); an HTML page came in place of the file"),
+        ("4.jpg", "not found (404 Not Found)"),
+        ("5.jpg", "not found (404 Not Found); an HTML page instead of the file"),
         ("7.jpg", "no address"),
     ]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
@@ -268,7 +268,7 @@ def test_each_from_the_first_address_that_has_it(server: Server, tmp_path: Path)
 def test_a_server_that_is_gone_is_given_up_soon(tmp_path: Path, server: Server) -> None:
     addresses = {f"{n}.jpg": ["http://127.0.0.1:1/file"] for n in range(400)}
     start = time.monotonic()
-    with pytest.raises(DataError, match=rf"^{KEY}: 16 files in a row, the last 15\.jpg: no answer in 5 tries"):
+    with pytest.raises(DataError, match=rf"^{KEY}: 16 files in a row, the last 15\.jpg: no answer in 5 attempts"):
         fetch_all(addresses, tmp_path / "images", setting=KEY)
     assert time.monotonic() - start < 5
 
@@ -299,7 +299,7 @@ def packed(path: Path, **members: bytes) -> Path:
 
 
 def read(path: Path) -> str:
-    with opened(path) as text:
+    with open_text(path) as text:
         return text.read()
 
 
@@ -318,19 +318,19 @@ def test_a_name_in_an_archive_leads_nowhere(tmp_path: Path) -> None:
 
 
 def test_archives_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"two\.zip: an archive of 2 files; one with the one file is needed$"):
+    with pytest.raises(DataError, match=r"two\.zip: an archive of 2 files; it must contain exactly one$"):
         read(packed(tmp_path / "two.zip", a=b"1", b=b"2"))
     whole = packed(tmp_path / "whole.zip", a=bytes(10**6))
     (tmp_path / "short.zip").write_bytes(whole.read_bytes()[:-30])
-    with pytest.raises(DataError, match=r"short\.zip: a broken archive: .*; remove it and download again$"):
+    with pytest.raises(DataError, match=r"short\.zip: corrupt archive: .*; remove it and download again$"):
         read(tmp_path / "short.zip")
     stored = io.BytesIO()
     with zipfile.ZipFile(stored, "w") as archive:
         archive.writestr("a", b"content")
     (tmp_path / "altered.zip").write_bytes(stored.getvalue().replace(b"content", b"contend", 1))
-    with pytest.raises(DataError, match=r"altered\.zip: a broken archive: Bad CRC-32"):
+    with pytest.raises(DataError, match=r"altered\.zip: corrupt archive: Bad CRC-32"):
         read(tmp_path / "altered.zip")
-    monkeypatch.setattr(downloads, "UNPACKED", 1000)
+    monkeypatch.setattr(downloads, "MAX_UNPACKED", 1000)
     with pytest.raises(DataError, match=r"whole\.zip: 1000000 bytes unpacked, more than the 1000 allowed$"):
         read(whole)
 
@@ -340,7 +340,7 @@ def test_an_archive_that_lies_about_its_size(tmp_path: Path) -> None:
     (tmp_path / "bomb.zip").write_bytes(
         whole.read_bytes().replace((10**6).to_bytes(4, "little"), (10).to_bytes(4, "little"))
     )
-    with pytest.raises(DataError, match=r"bomb\.zip: a broken archive: Bad CRC-32"):
+    with pytest.raises(DataError, match=r"bomb\.zip: corrupt archive: Bad CRC-32"):
         read(tmp_path / "bomb.zip")
 
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks.drift import Drift, between, drift
 from dsd.config import Params
 from dsd.data.examples import read_examples
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.engine.encodings import all_texts, diffusion_encodings, read_all
 from dsd.engine.engine import Engine
 from dsd.models import load_diffusion
@@ -28,7 +28,7 @@ def test_half_precision_is_near_and_no_drift_is_none(params: Params, prepared: P
     def engine(dtype: str) -> Engine:
         row = params.backbones["embedded"].model_copy(update={"dtype": dtype})
         backbone, texts = load_diffusion(row, torch.device("cpu")), all_texts(read_all(prepared))
-        tables = diffusion_encodings(backbone, Pictures(prepared / "images.parquet"), texts, 32, Store(cached), 1)
+        tables = diffusion_encodings(backbone, ImageTable(prepared / "images.parquet"), texts, 32, Store(cached), 1)
         return Engine(backbone, None, params.evidence, *tables, 32)
 
     examples = read_examples(prepared / "examples.parquet", "test")

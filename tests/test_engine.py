@@ -18,7 +18,7 @@ import dsd.engine.engine
 from dsd.config import NoiseParams, Params, noise_of, trained
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.engine.encodings import all_texts, diffusion_encodings, read_all
 from dsd.engine.engine import Engine
 from dsd.engine.score import score
@@ -39,7 +39,7 @@ def zero_shot(params: Params) -> Params:
 def make(params: Params, prepared: Path, cached: Path, batch_size: int) -> tuple[Engine, list[MatchingExample]]:
     backbone = load_diffusion(params.backbones["embedded"], torch.device("cpu"))
     texts = all_texts(read_all(prepared))
-    tables = diffusion_encodings(backbone, Pictures(prepared / "images.parquet"), texts, 32, Store(cached), 1)
+    tables = diffusion_encodings(backbone, ImageTable(prepared / "images.parquet"), texts, 32, Store(cached), 1)
     return Engine(backbone, None, params.evidence, *tables, batch_size), read_examples(
         prepared / "examples.parquet", "test"
     )
@@ -82,7 +82,7 @@ def test_evidence_equals_the_plain_loop(params: Params, prepared: Path, cached: 
     """The public implementations' way: each pair alone, image and text encoded again for it."""
     found, examples = make(params, prepared, cached, 8)
     pair, draw = requests(examples, params.noise, params.seed, normalised=True)[3]
-    backbone, pictures = found.backbone, Pictures(prepared / "images.parquet")
+    backbone, pictures = found.backbone, ImageTable(prepared / "images.parquet")
     picture = np.asarray(pictures[pair.image].resize((32, 32), 3))
     latents, text = backbone.encode_images(picture[None]), backbone.encode_texts([pair.text])
     timestep, noise = torch.tensor([draw.timestep(1000)]), draw.noise(tuple(latents.shape[1:]))[None]
@@ -199,8 +199,8 @@ def test_what_the_cache_lacks_is_computed_in_one_thread(
     full, examples = make(params, prepared, cached, 4)
     rows = requests(examples, params.noise, params.seed, normalised=True)
     threads = set()
-    inner = Pictures.__getitem__
-    monkeypatch.setattr(Pictures, "__getitem__", lambda self, key: (threads.add(get_ident()), inner(self, key))[1])
+    inner = ImageTable.__getitem__
+    monkeypatch.setattr(ImageTable, "__getitem__", lambda self, key: (threads.add(get_ident()), inner(self, key))[1])
     bare = make(params, prepared, tmp_path, 4)[0].compute(rows)
     for name, array in full.compute(rows).items():
         np.testing.assert_allclose(array, bare[name], atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsd.data.splits import SPLITS, split
+from dsd.data.splits import SPLITS, split_groups
 from dsd.errors import DataError
 
 GROUPS = st.dictionaries(st.text("ab/1", max_size=6), st.integers(1, 4), min_size=1, max_size=40)
@@ -33,7 +33,7 @@ def test_splits_are_filled_in_whole_groups(groups: dict[str, int], seed: int, da
     few_shot = data.draw(st.integers(0, room))
     validation = data.draw(st.integers(0, room - few_shot))
     test = data.draw(st.integers(0, room - few_shot - validation))
-    found = split(rows, few_shot=few_shot, validation=validation, test=test, seed=seed, sample=0)
+    found = split_groups(rows, few_shot=few_shot, validation=validation, test=test, seed=seed, sample=0)
     assert set(found) <= set(groups)
     assert set(found.values()) <= set(SPLITS)
     for name, wanted in zip(SPLITS, (few_shot, validation, test), strict=True):
@@ -49,12 +49,12 @@ def test_the_order_of_rows_is_of_no_account(groups: dict[str, int], seed: int, o
     shuffled = Random(order).sample(rows, len(rows))
     wanted = dict(few_shot=len(rows) // 4, validation=0, test=len(rows) // 4, seed=seed, sample=0)
     try:
-        expected = split(rows, **wanted)
+        expected = split_groups(rows, **wanted)
     except DataError:
         with pytest.raises(DataError):
-            split(shuffled, **wanted)
+            split_groups(shuffled, **wanted)
     else:
-        assert split(shuffled, **wanted) == expected
+        assert split_groups(shuffled, **wanted) == expected
 
 
 @settings(deadline=None, max_examples=50)
@@ -63,8 +63,8 @@ def test_a_further_group_moves_no_other_group_past_another(groups: dict[str, int
     """What was in train before is in train after, but for the one that the new group takes the place of."""
     singles = list(groups)
     half = len(singles) // 2
-    before = split(singles, few_shot=half, validation=0, test=0, seed=seed, sample=0)
-    after = split([*singles, new], few_shot=half, validation=0, test=0, seed=seed, sample=0)
+    before = split_groups(singles, few_shot=half, validation=0, test=0, seed=seed, sample=0)
+    after = split_groups([*singles, new], few_shot=half, validation=0, test=0, seed=seed, sample=0)
     assert len(set(before) - set(after)) <= 1
     assert len(set(after) - set(before) - {new}) == 0
 
@@ -78,8 +78,8 @@ def only(found: dict[str, str], *names: str) -> dict[str, str]:
 def test_a_larger_few_shot_share_contains_the_smaller(groups: dict[str, int], seed: int, sample: int) -> None:
     singles = list(groups)
     third = len(singles) // 3
-    small = split(singles, few_shot=third // 2, validation=third, test=third, seed=seed, sample=sample)
-    large = split(singles, few_shot=third, validation=third, test=third, seed=seed, sample=sample)
+    small = split_groups(singles, few_shot=third // 2, validation=third, test=third, seed=seed, sample=sample)
+    large = split_groups(singles, few_shot=third, validation=third, test=third, seed=seed, sample=sample)
     assert small.items() <= large.items()
 
 
@@ -88,13 +88,15 @@ def test_a_larger_few_shot_share_contains_the_smaller(groups: dict[str, int], se
 def test_few_shot_samples_share_validation_and_test(groups: dict[str, int], seed: int, one: int, other: int) -> None:
     singles = list(groups)
     third = len(singles) // 3
-    a, b = (split(singles, few_shot=third, validation=third, test=third, seed=seed, sample=s) for s in (one, other))
+    a, b = (
+        split_groups(singles, few_shot=third, validation=third, test=third, seed=seed, sample=s) for s in (one, other)
+    )
     assert only(a, "validation", "test") == only(b, "validation", "test")
 
 
 def test_few_shot_samples_differ() -> None:
     groups = [f"scenes/{index}" for index in range(2000)]
-    a, b = (split(groups, few_shot=900, validation=100, test=100, seed=0, sample=sample) for sample in (0, 1))
+    a, b = (split_groups(groups, few_shot=900, validation=100, test=100, seed=0, sample=sample) for sample in (0, 1))
     assert 400 < len(only(a, "train").keys() & only(b, "train").keys()) < 500
 
 
@@ -102,7 +104,7 @@ def test_seeds_differ_and_the_split_is_even() -> None:
     groups = [f"scenes/{index}" for index in range(2000)]
     trains = []
     for seed in range(3):
-        found = split(groups, few_shot=1000, validation=0, test=1000, seed=seed, sample=0)
+        found = split_groups(groups, few_shot=1000, validation=0, test=1000, seed=seed, sample=0)
         train = {group for group, name in found.items() if name == "train"}
         assert 400 < sum(int(group.split("/")[1]) < 1000 for group in train) < 600
         trains.append(train)
@@ -111,10 +113,10 @@ def test_seeds_differ_and_the_split_is_even() -> None:
 
 def test_known_split() -> None:
     """Another hash or another separator would move every example, and so every published number."""
-    found = split(["a", "b", "b", "c", "d", "e"], few_shot=1, validation=1, test=2, seed=0, sample=0)
+    found = split_groups(["a", "b", "b", "c", "d", "e"], few_shot=1, validation=1, test=2, seed=0, sample=0)
     assert found == {"e": "train", "c": "validation", "d": "test", "a": "test"}
 
 
 def test_too_few_rows() -> None:
     with pytest.raises(DataError, match=r"^3 rows are too few for 2 \+ 1 \+ 1"):
-        split(["a", "b", "c"], few_shot=2, validation=1, test=1, seed=0, sample=0)
+        split_groups(["a", "b", "c"], few_shot=2, validation=1, test=1, seed=0, sample=0)

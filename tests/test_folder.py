@@ -1,4 +1,4 @@
-"""The user's own pictures: a table that tells what is right, and one line for each mistake in it."""
+"""The user's own images: a table that tells what is right, and one line for each mistake in it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 
 from dsd.config import load
 from dsd.datasets import benchmark
-from dsd.datasets.preparation import prepare
-from dsd.datasets.raw import ANNOTATIONS, IMAGES
+from dsd.datasets.annotations import ANNOTATIONS, IMAGES
 from dsd.errors import DataError, DsdError
 from tests.conftest import ROOT
-from tests.hubdata import downloaded, picture
+from tests.hubdata import downloaded, image_bytes
 from tests.hubdata import row as row_of
+from tests.test_preparation import prepare
 
 SEVERAL_TEXTS = """image,text,label
 dogs/1.png,a dog asleep,1
@@ -35,11 +35,11 @@ b,dogs/3.jpg,a dog awake,0,awake
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
-    """A folder with three pictures."""
-    folder = tmp_path / "own pictures"
+    """A folder with three images."""
+    folder = tmp_path / "own images"
     (folder / "dogs").mkdir(parents=True)
     for number, (name, format) in enumerate({"1.png": "PNG", "2.png": "PNG", "3.jpg": "JPEG"}.items()):
-        (folder / "dogs" / name).write_bytes(picture(number, format))
+        (folder / "dogs" / name).write_bytes(image_bytes(number, format))
     return folder
 
 
@@ -55,7 +55,7 @@ def mistake(row: Any, folder: Path) -> str:
     return str(error.value)
 
 
-def test_several_texts_for_a_picture(mine: Path, tmp_path: Path) -> None:
+def test_several_texts_for_an_image(mine: Path, tmp_path: Path) -> None:
     found = downloaded(row(mine, SEVERAL_TEXTS), tmp_path / "d")
     assert [(e.id, e.split, e.category) for e in found] == [
         ("folder/dogs/1.png", "test", "all"),
@@ -66,10 +66,10 @@ def test_several_texts_for_a_picture(mine: Path, tmp_path: Path) -> None:
         ("a dog asleep", "a dog, awake", 'the "other" dog'),
     ]
     assert [e.answer for e in found] == [((0, 0),), ((0, 1),)]
-    assert [(tmp_path / "d" / IMAGES / e.images[0]).read_bytes() for e in found] == [picture(0), picture(1)]
+    assert [(tmp_path / "d" / IMAGES / e.images[0]).read_bytes() for e in found] == [image_bytes(0), image_bytes(1)]
 
 
-def test_several_pictures_for_a_text(mine: Path, tmp_path: Path) -> None:
+def test_several_images_for_a_text(mine: Path, tmp_path: Path) -> None:
     found = downloaded(row(mine, "\ufeff" + SEVERAL_IMAGES.replace("\n", "\r\n")), tmp_path / "d")
     assert [(e.id, len(e.images), e.texts, e.answer, e.category) for e in found] == [
         ("folder/a", 2, ("a dog asleep",), ((0, 0),), "asleep"),
@@ -82,7 +82,7 @@ def test_several_pictures_for_a_text(mine: Path, tmp_path: Path) -> None:
 
 
 def many(examples: int, column: str = "") -> str:
-    """Examples on two pictures each; of every three pictures the first is shared with the example before."""
+    """Examples on two images each; of every three images the first is shared with the example before."""
     lines = [f"id,image,text,label{',split' if column else ''}"]
     for n in range(examples):
         for image, label in ((n // 2 * 3 + n % 2, 1), (n // 2 * 3 + n % 2 + 1, 0)):
@@ -91,45 +91,45 @@ def many(examples: int, column: str = "") -> str:
 
 
 @pytest.fixture
-def pictures(mine: Path) -> Path:
+def images(mine: Path) -> Path:
     for number in range(60):
-        (mine / f"{number}.png").write_bytes(picture(number))
+        (mine / f"{number}.png").write_bytes(image_bytes(number))
     return mine
 
 
-def test_splits_share_no_picture(pictures: Path, tmp_path: Path) -> None:
-    found = downloaded(row(pictures, many(40), few_shot=0.5, validation=0.2, test=10), tmp_path / "d")
+def test_splits_share_no_image(images: Path, tmp_path: Path) -> None:
+    found = downloaded(row(images, many(40), few_shot=0.5, validation=0.2, test=10), tmp_path / "d")
     assert Counter(e.split for e in found) == {"test": 10, "train": 16, "validation": 6}
     shown = {
         split: {i for e in found if e.split == split for i in e.images} for split in ("train", "validation", "test")
     }
     assert not any(shown[a] & shown[b] for a, b in product(shown, shown) if a != b)
     lines = many(40).splitlines()
-    turned = row(pictures, "\n".join([lines[0], *reversed(lines[1:])]), few_shot=0.5, validation=0.2, test=10)
+    turned = row(images, "\n".join([lines[0], *reversed(lines[1:])]), few_shot=0.5, validation=0.2, test=10)
     again = downloaded(turned, tmp_path / "again")
     assert {e.id: e.split for e in again} == {e.id: e.split for e in found}  # the order of the rows is of no account
 
 
-def test_splits_that_the_table_tells(pictures: Path, tmp_path: Path) -> None:
+def test_splits_that_the_table_tells(images: Path, tmp_path: Path) -> None:
     table = many(30, "train validation test")
-    found = downloaded(row(pictures, table), tmp_path / "d")
+    found = downloaded(row(images, table), tmp_path / "d")
     assert {e.split: int(e.id.removeprefix("folder/")) % 3 for e in found} == {"train": 0, "validation": 1, "test": 2}
     assert len(found) == 30
-    some = downloaded(row(pictures, table, test=4), tmp_path / "some")
+    some = downloaded(row(images, table, test=4), tmp_path / "some")
     assert Counter(e.split for e in some) == {"train": 10, "validation": 10, "test": 4}
-    line = f"datasets.d.few_shot: {pictures}/table.csv has a column split, which says it; must be 0"
-    assert mistake(row(pictures, table, few_shot=0.05), tmp_path / "other" / "d") == line
+    line = f"datasets.d.few_shot: must be 0, because {images}/table.csv has a column split"
+    assert mistake(row(images, table, few_shot=0.05), tmp_path / "other" / "d") == line
 
 
-def test_a_picture_that_is_missing(mine: Path, tmp_path: Path) -> None:
+def test_an_image_that_is_missing(mine: Path, tmp_path: Path) -> None:
     table = SEVERAL_TEXTS + "dogs/4.png,a dog,1\ndogs/4.png,a cat,0\n"
-    line = f"0, but 1 of 3 pictures are missing: {mine}/table.csv:7: dogs/4.png: No such file or directory"
+    line = f"0, but 1 of 3 images are missing: {mine}/table.csv:7: dogs/4.png: No such file or directory"
     assert mistake(row(mine, table), tmp_path / "d") == f"datasets.d.missing: {line}"
     assert len(downloaded(row(mine, table, missing=1), tmp_path / "d")) == 2
 
 
 def test_links_stay_in_the_folder(mine: Path, tmp_path: Path) -> None:
-    (tmp_path / "secret.png").write_bytes(picture(9))
+    (tmp_path / "secret.png").write_bytes(image_bytes(9))
     (mine / "out.png").symlink_to(tmp_path / "secret.png")
     (mine / "within.png").symlink_to(mine / "dogs" / "1.png")
     assert len(downloaded(row(mine, "image,text,label\nwithin.png,a,1\nwithin.png,b,0\n"), tmp_path / "d")) == 1
@@ -160,13 +160,13 @@ HEAD = "image,text,label\n"
         (HEAD + "../1.png,a,1\n", ":2: '../1.png' must be a path in the folder"),
         (HEAD + "dogs/../../1.png,a,1\n", ":2: 'dogs/../../1.png' must be a path in the folder"),
         (HEAD + "/etc/passwd,a,1\n", ":2: '/etc/passwd' must be a path in the folder"),
-        (HEAD + "dogs/1.png,a,1\n", ":2: example 'dogs/1.png' has one row, which leaves nothing to choose"),
+        (HEAD + "dogs/1.png,a,1\n", ":2: example 'dogs/1.png' has only one row; at least two candidates are needed"),
         (HEAD + "dogs/1.png,a,0\ndogs/1.png,b,0\n", ":2: example 'dogs/1.png' has 0 rows with label 1, must have one"),
         (HEAD + "dogs/1.png,a,1\ndogs/1.png,b,1\n", ":2: example 'dogs/1.png' has 2 rows with label 1, must have one"),
         (HEAD + "dogs/1.png,a,1\ndogs/1.png,b,0\n./dogs/1.png,a,1\n", ":4: repeats line 2"),
         (
             "id,image,text,label\n1,dogs/1.png,a,1\n1,dogs/2.png,b,0\n",
-            ":2: example '1' has 2 images and 2 texts; there must be one of either",
+            ":2: example '1' has 2 images and 2 texts; one of the two must be single",
         ),
         (
             "image,text,label,category\ndogs/1.png,a,1,x\ndogs/1.png,b,0,y\n",
@@ -191,6 +191,6 @@ def test_a_table_that_does_not_read(mine: Path, tmp_path: Path) -> None:
     assert mistake(good.model_copy(update={"table": "../t.csv"}), tmp_path / "d") == (
         f"datasets.d.table: '../t.csv' must be a path in the folder {mine}"
     )
-    with pytest.raises(DataError, match=r"^datasets.d.source: nowhere is no folder$"):
+    with pytest.raises(DataError, match=r"^datasets.d.source: nowhere is not a folder$"):
         row_ = good.model_copy(update={"source": "nowhere"})
         benchmark("folder").download(row_, seed=0, folder=tmp_path / "d", workers=1)

@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
+from dsd.data import hub
+from dsd.data.hub import Location, Repository, fetch_repository
 from dsd.datasets import parquet, webdataset
-from dsd.datasets import repository as hub
-from dsd.datasets.repository import Place, Repository, fetch
 from dsd.errors import DataError, DsdError, ImageError, ParamsError
 from tests.conftest import ROOT
-from tests.hubdata import cifar10, downloaded, fgvc_aircraft, image, picture, row, samples, tar, written
+from tests.hubdata import cifar10, downloaded, fgvc_aircraft, image_bytes, image_cell, row, samples, tar, written
 from tests.hubdata import parquet as as_parquet
 from tests.hubserver import COMMIT, TOKEN, Hub, connected
 
@@ -47,13 +47,13 @@ def pinned(**changes: Any) -> Any:
 
 
 def test_files_are_fetched_once_and_no_others(served: Hub, tmp_path: Path) -> None:
-    found = fetch("cifar10", pinned(), workers=2)
+    found = fetch_repository("cifar10", pinned(), workers=2)
     assert found.train == ("plain_text/train-00000-of-00001.parquet",)
     assert found.test == ("plain_text/test-00000-of-00001.parquet",)
     assert sorted(served.fetched()) == sorted(found.files)
     assert (found.root / found.test[0]).read_bytes() == served.repositories[OWNER][found.test[0]]
     before = len(served.requests)
-    assert fetch("cifar10", pinned(), workers=2) == found
+    assert fetch_repository("cifar10", pinned(), workers=2) == found
     assert len(served.requests) == before  # not even a question
 
 
@@ -65,10 +65,10 @@ def test_what_is_downloaded_is_the_same_from_the_hub_and_from_a_folder(served: H
 def test_a_file_beside_the_others_comes_along(served: Hub) -> None:
     served.repositories["clip-benchmark/wds_fgvc_aircraft"] = fgvc_aircraft()
     planes = row("fgvc-aircraft", "clip-benchmark/wds_fgvc_aircraft", revision=COMMIT)
-    found = fetch("planes", planes, workers=1, beside=("classnames.txt",))
+    found = fetch_repository("planes", planes, workers=1, extra=("classnames.txt",))
     assert sorted(served.fetched()) == ["classnames.txt", "test/0.tar", "train/0.tar", "train/1.tar"]
     with pytest.raises(DataError, match=r"datasets.planes.source: .* has no file names.txt, which fgvc-aircraft needs"):
-        fetch("planes", planes, workers=1, beside=("names.txt",))
+        fetch_repository("planes", planes, workers=1, extra=("names.txt",))
     assert found.train == ("train/0.tar", "train/1.tar")
 
 
@@ -76,18 +76,18 @@ def test_a_transfer_that_breaks_off_is_resumed(served: Hub, monkeypatch: pytest.
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
     file = "plain_text/train-00000-of-00001.parquet"
     served.broken[file] = 1000
-    found = fetch("cifar10", pinned(), workers=1)
+    found = fetch_repository("cifar10", pinned(), workers=1)
     assert f"{file} bytes=1000-" in served.fetched()
     assert (found.root / file).read_bytes() == served.repositories[OWNER][file]
 
 
 def test_what_a_killed_download_left_is_no_file(served: Hub, tmp_path: Path) -> None:
     file = "plain_text/test-00000-of-00001.parquet"
-    found = fetch("cifar10", pinned(), workers=1)
+    found = fetch_repository("cifar10", pinned(), workers=1)
     blob = (found.root / file).resolve()
     (found.root / file).unlink()
     blob.rename(blob.with_name(f"{blob.name}.0123abcd.incomplete"))
-    assert fetch("cifar10", pinned(), workers=1) == found
+    assert fetch_repository("cifar10", pinned(), workers=1) == found
     assert (found.root / file).read_bytes() == served.repositories[OWNER][file]
 
 
@@ -95,10 +95,10 @@ def test_a_file_that_is_not_what_the_hub_lists_is_removed(served: Hub) -> None:
     file = "plain_text/test-00000-of-00001.parquet"
     data = served.repositories[OWNER][file]
     served.damaged[file] = data[:100] + bytes(100) + data[200:]
-    with pytest.raises(DataError, match=f"test-00000-of-00001.parquet: not the file that {OWNER} has: its SHA-256"):
-        fetch("cifar10", pinned(), workers=1)
+    with pytest.raises(DataError, match=f"test-00000-of-00001.parquet: its SHA-256 differs from that in {OWNER}"):
+        fetch_repository("cifar10", pinned(), workers=1)
     served.damaged.clear()
-    found = fetch("cifar10", pinned(), workers=1)
+    found = fetch_repository("cifar10", pinned(), workers=1)
     assert (found.root / file).read_bytes() == data
 
 
@@ -113,13 +113,13 @@ def test_a_gated_repository_is_read_with_a_token_whose_owner_accepted(
     for token in (None, TOKEN):
         if token:
             monkeypatch.setenv("HF_TOKEN", token)
-        for ask in (partial(fetch, workers=1), hub.remote):  # what a run will need is told so too
+        for ask in (partial(fetch_repository, workers=1), hub.repository_size):  # what a run will need is told so too
             with pytest.raises(DataError) as error:
                 ask("mine", pinned())
             assert str(error.value) == line
     served.accepted = True
-    assert fetch("mine", pinned(), workers=1).train
-    assert hub.remote("mine", pinned()) > 0
+    assert fetch_repository("mine", pinned(), workers=1).train
+    assert hub.repository_size("mine", pinned()) > 0
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_gated_repository_is_read_with_a_token_whose_owner_accepted(
         (
             {"files": {"train": None, "test": "data/*.parquet"}},
             None,
-            f"datasets.mine.files.test: no file of {OWNER} matches 'data/*.parquet' (there are: README.md, "
+            f"datasets.mine.files.test: no file of {OWNER} matches 'data/*.parquet' (available: README.md, "
             "plain_text/test-00000-of-00001.parquet, plain_text/train-00000-of-00001.parquet)",
         ),
         (
@@ -153,7 +153,7 @@ def test_what_the_hub_does_not_give_is_one_line(
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(DataError) as error:
-        fetch("mine", pinned(**changes), workers=1)
+        fetch_repository("mine", pinned(**changes), workers=1)
     assert str(error.value).startswith(line.format(url=served.url)) and "\n" not in str(error.value)
 
 
@@ -162,61 +162,61 @@ def test_what_the_hub_says_is_told(status: int, served: Hub) -> None:
     served.down = status, "for a reason"
     line = f"datasets.mine.source: {OWNER} is neither a folder here nor whole in the cache, and the hub answers"
     with pytest.raises(DataError) as error:
-        fetch("mine", pinned(), workers=1)
+        fetch_repository("mine", pinned(), workers=1)
     assert str(error.value) == f"{line} {status}: for a reason"
 
 
 def test_an_expired_token_is_told_from_a_repository_that_is_gone(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     served.down = 401, "User Access Token is expired"
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with pytest.raises(DataError, match=r"the hub refuses the token \(401\): log in with .* anew, or go without it$"):
-        fetch("mine", pinned(), workers=1)
+    with pytest.raises(DataError, match=r"the hub refuses the token \(401\): log in with .* again, or use no token$"):
+        fetch_repository("mine", pinned(), workers=1)
 
 
 def test_a_cache_that_cannot_be_written(served: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
     with pytest.raises(DataError, match=rf"^datasets.mine.source: {OWNER}: \[Errno \d+\] .*{tmp_path}/file"):
-        fetch("mine", pinned(), workers=1)
+        fetch_repository("mine", pinned(), workers=1)
 
 
 def test_offline_what_is_whole_in_the_cache_is_enough(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     tests = {"train": None, "test": "plain_text/test-*"}
-    found = fetch("mine", pinned(files=tests), workers=1)
+    found = fetch_repository("mine", pinned(files=tests), workers=1)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fetch("mine", pinned(files=tests), workers=1) == found
+    assert fetch_repository("mine", pinned(files=tests), workers=1) == found
     with pytest.raises(DataError, match=r"mine.source: .* nor whole in the cache, and HF_HUB_OFFLINE is set: unset"):
-        fetch("mine", pinned(), workers=1)
+        fetch_repository("mine", pinned(), workers=1)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{constants.HF_HUB_CACHE}-other")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(DataError, match="nor whole in the cache, and the hub does not answer: ConnectError"):
-        fetch("mine", pinned(), workers=1)
+        fetch_repository("mine", pinned(), workers=1)
 
 
 @pytest.mark.parametrize(
     ("source", "revision", "line"),
     [
-        (OWNER, None, f"datasets.mine.revision: null, and {OWNER} is no folder here; pin it to a commit of the rep"),
+        (OWNER, None, f"datasets.mine.revision: null, and {OWNER} is not a local folder; pin it to a commit of the"),
         (
             OWNER,
             "main",
-            "datasets.mine.revision: 'main' is no commit (40 hexadecimal digits): a branch moves unnoticed",
+            "datasets.mine.revision: 'main' is not a commit (40 hexadecimal digits); branches can move",
         ),
-        (".", COMMIT, "datasets.mine.revision: . is a folder here, which has none; must be null"),
+        (".", COMMIT, "datasets.mine.revision: . is a local folder, which has no revision; must be null"),
     ],
 )
 def test_a_revision_is_a_commit_of_the_hub(source: str, revision: str | None, line: str) -> None:
     with pytest.raises(ParamsError) as error:
-        fetch("mine", row("cifar10", source, revision=revision), workers=1)
+        fetch_repository("mine", row("cifar10", source, revision=revision), workers=1)
     assert str(error.value).startswith(line)
 
 
 def test_the_settings_of_the_hubs_own_client_are_heeded(served: Hub, tmp_path: Path) -> None:
     served.gated, served.accepted = {OWNER}, True
     code = (
-        "import sys; from tests.test_hub import pinned; from dsd.datasets.repository import fetch;"
-        "print(fetch('mine', pinned(), workers=1).root)"
+        "import sys; from tests.test_hub import pinned; from dsd.data.hub import fetch_repository;"
+        "print(fetch_repository('mine', pinned(), workers=1).root)"
     )
     settings = {
         "HF_ENDPOINT": served.url,
@@ -242,26 +242,26 @@ def repository(folder: Path, **files: bytes) -> Repository:
     return Repository("mine", folder, None, tuple(f"{name}.parquet" for name in files))
 
 
-def test_rows_and_pictures_of_several_row_groups(tmp_path: Path) -> None:
-    data = as_parquet({"img": [image(n) for n in range(11)], "label": [n % 2 for n in range(11)]}, FEATURES, batch=4)
+def test_rows_and_images_of_several_row_groups(tmp_path: Path) -> None:
+    data = as_parquet(
+        {"img": [image_cell(n) for n in range(11)], "label": [n % 2 for n in range(11)]}, FEATURES, batch=4
+    )
     found = repository(tmp_path, a=data)
     assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 3
-    assert [columns.label for columns in parquet.rows(found, "a.parquet", Columns)] == [n % 2 for n in range(11)]
-    asked = {Place("a.parquet", n, "img"): f"picture {n}" for n in (10, 3, 4)}
-    assert dict(parquet.pictures(found, asked)) == {f"picture {n}": picture(n) for n in (3, 4, 10)}
+    assert [columns.label for columns in parquet.read_rows(found, "a.parquet", Columns)] == [n % 2 for n in range(11)]
+    asked = {Location("a.parquet", n, "img"): f"image {n}" for n in (10, 3, 4)}
+    assert dict(parquet.read_images(found, asked)) == {f"image {n}": image_bytes(n) for n in (3, 4, 10)}
 
 
-def test_a_picture_that_is_not_there_says_so(tmp_path: Path) -> None:
+def test_an_image_that_is_not_there_says_so(tmp_path: Path) -> None:
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     cells = [{"bytes": None, "path": "/home/me/1.png"}, None, {"bytes": b"", "path": None}]
     pq.write_table(pa.table({"img": pa.array(cells, kind), "label": [0, 1, 2]}), tmp_path / "a.parquet")
-    asked = {Place("a.parquet", n, "img"): str(n) for n in range(3)}
-    found = dict(parquet.pictures(Repository("mine", tmp_path, None, ("a.parquet",)), asked))
+    asked = {Location("a.parquet", n, "img"): str(n) for n in range(3)}
+    found = dict(parquet.read_images(Repository("mine", tmp_path, None, ("a.parquet",)), asked))
     assert all(isinstance(content, ImageError) for content in found.values())
-    assert str(found["0"]) == (
-        f"{tmp_path}/a.parquet, row 0: a path ('/home/me/1.png') without the bytes of the picture"
-    )
-    assert str(found["1"]) == f"{tmp_path}/a.parquet, row 1: no picture"
+    assert str(found["0"]) == (f"{tmp_path}/a.parquet, row 0: a path ('/home/me/1.png') without the bytes of the image")
+    assert str(found["1"]) == f"{tmp_path}/a.parquet, row 1: no image"
 
 
 def plain(**columns: Any) -> bytes:
@@ -271,26 +271,26 @@ def plain(**columns: Any) -> bytes:
 
 
 READ: dict[str, Callable[[Repository], object]] = {
-    "rows": lambda found: parquet.rows(found, "a.parquet", Columns),
-    "features": lambda found: parquet.features(found, "a.parquet"),
-    "integers": lambda found: parquet.integers(found, "a.parquet", "label"),
-    "pictures": lambda found: list(parquet.pictures(found, {Place("a.parquet", 0, "img"): "a"})),
+    "rows": lambda found: parquet.read_rows(found, "a.parquet", Columns),
+    "features": lambda found: parquet.read_features(found, "a.parquet"),
+    "integers": lambda found: parquet.read_integers(found, "a.parquet", "label"),
+    "images": lambda found: list(parquet.read_images(found, {Location("a.parquet", 0, "img"): "a"})),
 }
 
 
 @pytest.mark.parametrize(
     ("how", "data", "line"),
     [
-        ("rows", b"not Parquet", "does not read as Parquet: Parquet magic bytes not found"),
-        ("rows", as_parquet({"img": [image(1)], "label": [0]}, FEATURES)[:-100], "does not read as Parquet:"),
+        ("rows", b"not Parquet", "not readable as Parquet: Parquet magic bytes not found"),
+        ("rows", as_parquet({"img": [image_cell(1)], "label": [0]}, FEATURES)[:-100], "not readable as Parquet:"),
         ("rows", plain(img=[1], lable=[0]), "no column 'label' (columns: img, lable)"),
-        ("pictures", plain(image=[1], label=[0]), "no column 'img' (columns: image, label)"),
+        ("images", plain(image=[1], label=[0]), "no column 'img' (columns: image, label)"),
         ("rows", plain(label=[0, 1, None]), "row 2: label: Input should be a valid integer, found None"),
         ("rows", plain(label=["one"]), "row 0: label: Input should be a valid integer, unable to parse string as an"),
-        ("integers", plain(label=["one"]), "column 'label' is string, must be integers without gaps"),
-        ("integers", plain(label=[0, None]), "column 'label' is int64, must be integers without gaps"),
-        ("pictures", plain(img=["1.png"]), "column 'img' is string, no pictures"),
-        ("features", plain(img=[1]), "does not say which of its columns are pictures and classes (columns: img)"),
+        ("integers", plain(label=["one"]), "column 'label' is string, must be integers without nulls"),
+        ("integers", plain(label=[0, None]), "column 'label' is int64, must be integers without nulls"),
+        ("images", plain(img=["1.png"]), "column 'img' is string, not images"),
+        ("features", plain(img=[1]), "does not declare which columns are images and classes (columns: img)"),
     ],
 )
 def test_a_file_that_is_not_what_it_should_be_is_one_line(how: str, data: bytes, line: str, tmp_path: Path) -> None:
@@ -306,20 +306,20 @@ def tars(folder: Path, data: bytes) -> Repository:
 
 def test_samples_of_a_tar(tmp_path: Path) -> None:
     found = tars(tmp_path, samples(range(5)))
-    assert webdataset.labels(found, "0.tar") == {f"s{n:07d}": n for n in range(5)}
-    asked = {Place("0.tar", f"s{n:07d}"): f"picture {n}" for n in (3, 1)}
-    assert dict(webdataset.pictures(found, asked)) == {f"picture {n}": picture(n, "WEBP") for n in (1, 3)}
+    assert webdataset.read_labels(found, "0.tar") == {f"s{n:07d}": n for n in range(5)}
+    asked = {Location("0.tar", f"s{n:07d}"): f"image {n}" for n in (3, 1)}
+    assert dict(webdataset.read_images(found, asked)) == {f"image {n}": image_bytes(n, "WEBP") for n in (1, 3)}
     assert {file.name for file in tmp_path.iterdir()} == {"0.tar"}  # nothing is unpacked
 
 
 @pytest.mark.parametrize(
     ("data", "line"),
     [
-        (b"no tar", "does not read as a tar"),
-        (samples(range(5))[:3000], "does not read as a tar: unexpected end of data"),
+        (b"no tar", "not readable as a tar"),
+        (samples(range(5))[:3000], "not readable as a tar: unexpected end of data"),
         (tar([("a.cls", b"one"), ("a.png", b"")]), "a.cls: must be one number a sample, found b'one'"),
         (tar([("a.cls", b"1"), ("a.cls", b"2")]), "a.cls: must be one number a sample, found b'2'"),
-        (tar([("a.cls", b"1")]), "sample 'a' has no picture"),
+        (tar([("a.cls", b"1")]), "sample 'a' has no image"),
         (tar([("b/a.webp", b"1")]), "sample 'b/a' has no .cls"),
         (tar([("a.webp", b"12345")]), "a.webp: 5 bytes, more than 4"),
     ],
@@ -330,20 +330,20 @@ def test_a_tar_that_is_not_what_it_should_be(
     if "more than" in line:
         monkeypatch.setattr(webdataset, "LARGEST", 4)
     with pytest.raises(DataError) as error:
-        webdataset.labels(tars(tmp_path, data), "0.tar")
+        webdataset.read_labels(tars(tmp_path, data), "0.tar")
     assert str(error.value).startswith(f"{tmp_path}/0.tar: {line}")
 
 
 def test_links_and_paths_in_a_tar_lead_nowhere(tmp_path: Path) -> None:
     """A member is known by its name alone: one that names a file outside is a sample with an odd key."""
-    found = tars(tmp_path / "in", tar([("../../a.cls", b"1"), ("../../a.png", picture(1)), ("/etc/b.cls", b"0")]))
-    with pytest.raises(DsdError, match="sample '/etc/b' has no picture"):
-        webdataset.labels(found, "0.tar")
-    content = dict(webdataset.pictures(found, {Place("0.tar", "../../a"): "a"}))
-    assert content == {"a": picture(1)} and {file.name for file in tmp_path.iterdir()} == {"in"}
+    found = tars(tmp_path / "in", tar([("../../a.cls", b"1"), ("../../a.png", image_bytes(1)), ("/etc/b.cls", b"0")]))
+    with pytest.raises(DsdError, match="sample '/etc/b' has no image"):
+        webdataset.read_labels(found, "0.tar")
+    content = dict(webdataset.read_images(found, {Location("0.tar", "../../a"): "a"}))
+    assert content == {"a": image_bytes(1)} and {file.name for file in tmp_path.iterdir()} == {"in"}
 
 
 def test_a_place_as_a_path() -> None:
-    assert Place("data/test-00000-of-00002.parquet", 17, "image_0").path == "data/test-00000-of-00002/17/image_0"
-    assert Place("test/0.tar", "s1").path == "test/0/s1"
-    assert hub.Place("a", 1).path == "1"
+    assert Location("data/test-00000-of-00002.parquet", 17, "image_0").path == "data/test-00000-of-00002/17/image_0"
+    assert Location("test/0.tar", "s1").path == "test/0/s1"
+    assert hub.Location("a", 1).path == "1"

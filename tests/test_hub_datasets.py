@@ -20,9 +20,8 @@ from PIL import Image
 from dsd.config import Params, load
 from dsd.data.examples import read_examples
 from dsd.datasets import benchmark
-from dsd.datasets.preparation import prepare
-from dsd.datasets.raw import ANNOTATIONS, IMAGES, RawExample, read_annotations
-from dsd.datasets.selection import stem
+from dsd.datasets.annotations import ANNOTATIONS, IMAGES, RawExample, read_annotations
+from dsd.datasets.published import file_stem
 from dsd.errors import DataError, DsdError, ParamsError
 from dsd.evaluation.evaluate import evaluate, hits_of, ranked
 from dsd.metrics import METRICS, rank
@@ -35,9 +34,9 @@ from tests.hubdata import (
     WINOGROUND,
     Files,
     downloaded,
-    image,
+    image_bytes,
+    image_cell,
     parquet,
-    picture,
     questions,
     referred,
     row,
@@ -47,6 +46,7 @@ from tests.hubdata import (
     vqav2,
     written,
 )
+from tests.test_preparation import prepare
 
 SIZES = {  # train, validation, test
     "cifar10": (8, 4, 20),
@@ -168,14 +168,14 @@ def test_classes_of_tars(made: dict[str, Path], tmp_path: Path) -> None:
     assert (len(example.texts), example.answer, example.category) == (100, ((0, 3),), "variant 3")
     assert example.texts[3] == "a photo of a variant 3, an aircraft"
     assert example.images[0].endswith(".webp")
-    assert (tmp_path / "mine" / IMAGES / example.images[0]).read_bytes() == picture(103, "WEBP")
+    assert (tmp_path / "mine" / IMAGES / example.images[0]).read_bytes() == image_bytes(103, "WEBP")
 
 
 LABELLED = {"img": hf.Image(), "label": hf.ClassLabel(names=["a", "b"])}
 
 
 def labelled(features: dict[str, Any] | None = None, **columns: Any) -> bytes:
-    rows = {"img": [image(n) for n in range(4)], "label": [0, 1, 0, 1]} | columns
+    rows = {"img": [image_cell(n) for n in range(4)], "label": [0, 1, 0, 1]} | columns
     return parquet(rows, features or LABELLED)
 
 
@@ -224,13 +224,13 @@ def test_class_names_that_do_not_fit(names: bytes, line: str, tmp_path: Path) ->
     assert mistake(planes, tmp_path / "mine") == f"{source}/{line}"
 
 
-# Missing pictures
+# Missing images
 
 
-def test_missing_pictures_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_images_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table = pq.read_table(pa.BufferReader(labelled()))
     cells = table["img"].to_pylist()
-    cells[1], cells[2] = {"bytes": None, "path": "1.png"}, {"bytes": b"no picture", "path": "2.png"}
+    cells[1], cells[2] = {"bytes": None, "path": "1.png"}, {"bytes": b"no image", "path": "2.png"}
     source = tmp_path / "files"
     source.mkdir()
     broken = table.set_column(0, "img", pa.array(cells, table["img"].type)).replace_schema_metadata(
@@ -240,20 +240,20 @@ def test_missing_pictures_are_counted(tmp_path: Path, caplog: pytest.LogCaptureF
     options = {"files": {"train": None, "test": "*.parquet"}, "few_shot": 0, "validation": 0}
     line = mistake(row("cifar10", source, missing=1, **options), tmp_path / "mine")
     assert line == (
-        f"datasets.mine.missing: 1, but 2 of 4 pictures are missing: {source}/test.parquet, row 1: a path ('1.png') "
-        f"without the bytes of the picture; {stem('test/2/img')}: not an image (formats read: JPEG, PNG, WEBP, GIF, "
+        f"datasets.mine.missing: 1, but 2 of 4 images are missing: {source}/test.parquet, row 1: a path ('1.png') "
+        f"without the bytes of the image; {file_stem('test/2/img')}: not an image (formats read: JPEG, PNG, WEBP, GIF, "
         "BMP, TIFF, PPM)"
     )
     with caplog.at_level(logging.WARNING):
         found = downloaded(row("cifar10", source, missing=2, **options), tmp_path / "mine")
     assert [e.answer[0][1] for e in found] == [0, 1]
-    assert "mine: 2 pictures are missing, and 2 examples with them" in caplog.text
+    assert "mine: 2 of 4 images are missing: " in caplog.text and "2 of 4 examples left out" in caplog.text
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(max_size=120), unique=True, max_size=8))
 def test_no_two_places_share_a_file_and_none_leaves_its_folder(places: list[str]) -> None:
-    names = [stem(place) for place in places]
+    names = [file_stem(place) for place in places]
     assert len(set(names)) == len(names)
     for name in names:
         assert re.fullmatch(r"[A-Za-z0-9_-]{1,89}", name)
@@ -261,28 +261,28 @@ def test_no_two_places_share_a_file_and_none_leaves_its_folder(places: list[str]
 
 def test_examples_of_another_kind_are_refused(made: dict[str, Path], tmp_path: Path) -> None:
     downloaded(row("cifar10", made["cifar10"]), tmp_path / "mine")
-    with pytest.raises(DataError, match=r"is not of stl10; download the dataset again"):
-        list(benchmark("stl10").examples(tmp_path / "mine", row("stl10", made["stl10"]), seed=0))
+    with pytest.raises(DataError, match=r"is not of stl10/; download the dataset again"):
+        list(benchmark("stl10").examples(tmp_path / "mine", seed=0))
 
 
 # RefCOCOg
 
 
 def words(example: RawExample) -> list[tuple[str, str]]:
-    """(part, picture) that each of its texts speaks of."""
+    """(part, image) that each of its texts speaks of."""
     return [("left" if "left" in text else "right", text.rpartition(" ")[2]) for text in example.texts]
 
 
-def test_refcocog_has_one_expression_of_the_picture_among_ten(made: dict[str, Path], tmp_path: Path) -> None:
+def test_refcocog_has_one_expression_of_the_image_among_ten(made: dict[str, Path], tmp_path: Path) -> None:
     found = downloaded(row("refcocog", made["refcocog"]), tmp_path / "mine")
     for example in found:
         ((_, true),) = example.answer
-        pictures = [number for _, number in words(example)]
+        images = [number for _, number in words(example)]
         own = str(int(example.images[0].removesuffix(".jpg").rpartition("_")[2]))
-        assert len(example.texts) == 10 and pictures[true] == own and pictures.count(own) == 1
+        assert len(example.texts) == 10 and images[true] == own and images.count(own) == 1
         # a test is asked among the test's texts, and nothing is learned from these
         among = range(40, 52) if example.split == "test" else range(40)
-        assert {int(number) for number in pictures} <= set(among)
+        assert {int(number) for number in images} <= set(among)
     places = Counter(example.answer[0][1] for example in found)
     assert len(places) > 5
     assert len({example.texts for example in found}) == len(found)
@@ -301,7 +301,7 @@ def test_refcocog_candidates_hang_on_id_and_seed_alone(made: dict[str, Path], tm
 def test_refcocog_texts_that_say_the_same_are_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     columns = referred(range(6))
     columns["answer"] = [
-        ["The dog.", ""], ["a cat"],  # of picture 0
+        ["The dog.", ""], ["a cat"],  # of image 0
         ["the dog", "a horse"], ["a cow"],
         ["a bird "], ["A BIRD"],
         ["the  dog"], ["a pig"],
@@ -321,15 +321,15 @@ def test_refcocog_texts_that_say_the_same_are_one(tmp_path: Path, caplog: pytest
         if "000000000000" in example.images[0]:
             assert spoken.count("the dog") == (example.texts[example.answer[0][1]] == "The dog.")
     line = mistake(row("refcocog", source, candidates=10, **options), tmp_path / "few")
-    assert line.startswith("datasets.few.candidates: 10, but test has only 7 expressions of other pictures than COCO_t")
+    assert line.startswith("datasets.few.candidates: 10, but test has only 7 expressions of other images than COCO_t")
 
 
-def test_refcocog_pictures_of_the_test_are_not_trained_on(
+def test_refcocog_images_of_the_test_are_not_trained_on(
     made: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         found = downloaded(row("refcocog", made["refcocog"], few_shot=0.9, test=4), tmp_path / "mine")
-    assert "mine: 4 training rows show a picture of the test: left out" in caplog.text
+    assert "mine: 4 training rows share an image with the test: left out" in caplog.text
     assert not {f"COCO_train2014_{n:012d}.jpg" for n in range(40, 52)} & {
         name for e in found if e.split != "test" for name in e.images
     }
@@ -363,7 +363,7 @@ def test_a_question_without_its_answer_is_wrong_whatever_is_said(
         found = downloaded(row("vqav2", made["vqav2"], few_shot=0.7), tmp_path / "mine")
     lost = [e for e in found if not e.answer]
     count = sum(e.split == "test" for e in lost)
-    assert f"mine: the answers of {count} test questions are not among 5: wrong whatever is said" in caplog.text
+    assert f"mine: the answers of {count} test questions are not among 5: counted as wrong" in caplog.text
     assert "train questions are not among 5: left out" in caplog.text
     assert rank([[0.0] * 5], lost[0].answer) == 6
 
@@ -403,7 +403,7 @@ def test_vqav2_rows_that_repeat_a_question(tmp_path: Path, caplog: pytest.LogCap
     columns["multiple_choice_answer"][-1] = "otherwise"
     source = written(shard(columns, VQAV2, "data/validation"), tmp_path / "files")
     assert mistake(row("vqav2", source), tmp_path / "c") == (
-        f"{source}/data/validation-00001-of-00002.parquet, row 47: question 3002 is another in "
+        f"{source}/data/validation-00001-of-00002.parquet, row 47: question 3002 differs from that in "
         "data/validation-00000-of-00002.parquet"
     )
 
@@ -423,7 +423,7 @@ def test_winoground_is_squares(made: dict[str, Path], tmp_path: Path) -> None:
         assert example.texts == (f"{n} above {n + 1}", f"{n + 1} above {n}")
         assert example.answer == ((0, 0), (1, 1))
         bytes_ = [(tmp_path / "mine" / IMAGES / name).read_bytes() for name in example.images]
-        assert bytes_ == [picture(2 * n), picture(2 * n + 1)]
+        assert bytes_ == [image_bytes(2 * n), image_bytes(2 * n + 1)]
     assert Counter(e.category for e in found) == {"Object": 3, "Relation": 3, "Both": 3}
     some = downloaded(row("winoground", made["winoground"], test=4), tmp_path / "some")
     assert len(some) == 4 and all(e in found for e in some)
@@ -451,11 +451,11 @@ def test_winoground_all_the_way(params: Params, made: dict[str, Path], tmp_path:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"few_shot": 0.05}, "datasets.mine.few_shot: Winoground is a test alone, must be 0, found 0.05"),
-        ({"validation": 0.05}, "datasets.mine.validation: Winoground is a test alone, must be 0, found 0.05"),
+        ({"few_shot": 0.05}, "datasets.mine.few_shot: Winoground has only a test, must be 0, found 0.05"),
+        ({"validation": 0.05}, "datasets.mine.validation: Winoground has only a test, must be 0, found 0.05"),
         (
             {"files": {"train": "data/*", "test": "data/*"}},
-            "datasets.mine.files.train: Winoground is a test alone, must be null, found data/*",
+            "datasets.mine.files.train: Winoground has only a test, must be null, found data/*",
         ),
     ],
 )
@@ -484,7 +484,7 @@ def test_winoground_ids_that_repeat(tmp_path: Path) -> None:
     [
         ("refcocog", "file_name", "filename"),
         ("refcocog", "answer", "expressions"),
-        ("refcocog", "image", "picture"),
+        ("refcocog", "image", "photo"),
         ("vqav2", "answer_type", "type"),
         ("winoground", "caption_1", "caption"),
         ("winoground", "image_1", "image"),
@@ -502,11 +502,11 @@ def test_a_missing_column_is_one_line(kind: str, column: str, change: str, tmp_p
     assert line.startswith(str(source)) and f": no column {column!r} (columns: " in line and change in line
 
 
-def test_every_picture_is_kept_as_it_came(made: dict[str, Path], tmp_path: Path) -> None:
+def test_every_image_is_kept_as_it_came(made: dict[str, Path], tmp_path: Path) -> None:
     found = downloaded(row("refcocog", made["refcocog"]), tmp_path / "mine")
     for name in {name for e in found for name in e.images}:
         data = (tmp_path / "mine" / IMAGES / name).read_bytes()
-        assert data == picture(int(name.removesuffix(".jpg").rpartition("_")[2]), "JPEG")
+        assert data == image_bytes(int(name.removesuffix(".jpg").rpartition("_")[2]), "JPEG")
         with Image.open(tmp_path / "mine" / IMAGES / name) as kept:
             assert kept.format == "JPEG"
     assert list(read_annotations(tmp_path / "mine")) == found

@@ -34,7 +34,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def photo() -> Image.Image:
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
 
@@ -43,11 +43,11 @@ def pixels(source: ImageSource) -> np.ndarray:
     return to_array(load_image(source, max_pixels=LIMIT))
 
 
-def test_every_kind_of_source_gives_the_same_pixels(picture: Image.Image, tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
-    picture.save(path)
-    expected = np.array(picture)
-    for source in (path, str(path), path.read_bytes(), picture, expected, expected / 255.0, expected[:, :]):
+def test_every_kind_of_source_gives_the_same_pixels(photo: Image.Image, tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    photo.save(path)
+    expected = np.array(photo)
+    for source in (path, str(path), path.read_bytes(), photo, expected, expected / 255.0, expected[:, :]):
         assert np.array_equal(pixels(source), expected)
     assert np.array_equal(pixels(expected[::2, ::-1]), expected[::2, ::-1])
 
@@ -75,9 +75,9 @@ def test_arrays_of_another_kind_are_refused(array: np.ndarray, reason: str) -> N
         load_image(array, max_pixels=LIMIT)
 
 
-def test_truncated_jpeg_is_found(picture: Image.Image, tmp_path: Path) -> None:
+def test_truncated_jpeg_is_found(photo: Image.Image, tmp_path: Path) -> None:
     path = tmp_path / "cut.jpg"
-    data = encoded(picture, "JPEG")
+    data = encoded(photo, "JPEG")
     path.write_bytes(data[: len(data) // 2])
     with Image.open(path) as image:
         image.verify()  # what makes load() necessary
@@ -130,7 +130,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
         load_image(Image.fromarray(np.array([[70_000]], dtype=np.int32)), max_pixels=LIMIT)
 
 
-def test_float_pictures() -> None:
+def test_float_images() -> None:
     assert pixels(Image.fromarray(np.array([[0.0, 1.0]], dtype=np.float32)))[..., 0].tolist() == [[0, 255]]
     with pytest.raises(ImageError, match=r"0\.\.1"):
         load_image(Image.fromarray(np.array([[0.0, 255.0]], dtype=np.float32)), max_pixels=LIMIT)
@@ -153,9 +153,9 @@ def test_transparency_is_laid_on_white() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV"])
-def test_other_modes_become_rgb(mode: str, picture: Image.Image) -> None:
-    image = load_image(picture.convert(mode), max_pixels=LIMIT)
-    assert image.mode == "RGB" and image.size == picture.size
+def test_other_modes_become_rgb(mode: str, photo: Image.Image) -> None:
+    image = load_image(photo.convert(mode), max_pixels=LIMIT)
+    assert image.mode == "RGB" and image.size == photo.size
 
 
 def test_cmyk_jpeg() -> None:
@@ -163,29 +163,29 @@ def test_cmyk_jpeg() -> None:
     assert np.allclose(pixels(red), [255, 0, 0], atol=3)
 
 
-def test_exif_orientation_is_applied(picture: Image.Image) -> None:
+def test_exif_orientation_is_applied(photo: Image.Image) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
-    turned = pixels(encoded(picture, "PNG", exif=exif))
-    assert np.array_equal(turned, np.rot90(np.array(picture), k=-1))
+    turned = pixels(encoded(photo, "PNG", exif=exif))
+    assert np.array_equal(turned, np.rot90(np.array(photo), k=-1))
 
 
-def test_the_picture_passed_in_is_left_alone(picture: Image.Image) -> None:
-    before = picture.tobytes()
-    loaded = load_image(picture, max_pixels=LIMIT)
+def test_the_image_passed_in_is_left_alone(photo: Image.Image) -> None:
+    before = photo.tobytes()
+    loaded = load_image(photo, max_pixels=LIMIT)
     loaded.paste("red", (0, 0, 10, 10))
-    assert picture.tobytes() == before
+    assert photo.tobytes() == before
 
 
-def test_resize_by_way_of_parity(picture: Image.Image) -> None:
-    direct = resize(picture, parity=None, resolution=32)
-    parity = resize(picture, parity=8, resolution=32)
+def test_resize_by_way_of_parity(photo: Image.Image) -> None:
+    direct = resize(photo, parity=None, resolution=32)
+    parity = resize(photo, parity=8, resolution=32)
     assert direct.size == parity.size == (32, 32)
-    by_hand = picture.resize((8, 8), Image.Resampling.BICUBIC).resize((32, 32), Image.Resampling.BICUBIC)
+    by_hand = photo.resize((8, 8), Image.Resampling.BICUBIC).resize((32, 32), Image.Resampling.BICUBIC)
     assert parity.tobytes() == by_hand.tobytes() != direct.tobytes()
     assert to_array(parity).std() < to_array(direct).std()  # detail finer than 8 pixels is gone
     with pytest.raises(ValueError, match="at least one pixel"):
-        resize(picture, parity=0, resolution=32)
+        resize(photo, parity=0, resolution=32)
 
 
 def test_shrinking_is_antialiased() -> None:
@@ -213,9 +213,9 @@ def test_to_array_needs_rgb() -> None:
         to_array(Image.new("L", (2, 2)))
 
 
-def test_image_id_is_of_the_pixels(picture: Image.Image, tmp_path: Path) -> None:
-    array_HW3 = np.array(picture)
-    assert image_id(array_HW3) == image_id(pixels(encoded(picture, "PNG"))) == image_id(pixels(encoded(picture, "BMP")))
+def test_image_id_is_of_the_pixels(photo: Image.Image, tmp_path: Path) -> None:
+    array_HW3 = np.array(photo)
+    assert image_id(array_HW3) == image_id(pixels(encoded(photo, "PNG"))) == image_id(pixels(encoded(photo, "BMP")))
     assert image_id(array_HW3[:, ::-1][:, ::-1]) == image_id(array_HW3)  # memory layout does not matter
     assert len(image_id(array_HW3)) == 16
     flat = np.zeros((2, 6, 3), np.uint8)

@@ -13,13 +13,12 @@ from PIL import Image
 
 from dsd.config import Params, load
 from dsd.data.examples import MatchingExample, read_examples
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.data.images import image_id, load_image, resize, to_array
 from dsd.data.splits import Split
 from dsd.datasets import RawExample, preparation
-from dsd.datasets.preparation import prepare
-from dsd.datasets.raw import write_annotations
-from dsd.errors import DataError, ParamsError
+from dsd.datasets.annotations import write_annotations
+from dsd.errors import DataError
 
 NAME = "scenes-cls"
 FILES = ("examples.parquet", "images.parquet", "quarantine.json", "summary.json")
@@ -30,8 +29,14 @@ def params() -> Params:
     return load(Path(__file__).parent.parent / "params.yaml")
 
 
+def prepare(name: str, params: Params, source: Path, target: Path) -> dict[str, int]:
+    """`preparation.prepare` with the settings of params."""
+    row, workers = params.datasets[name], params.runtime.workers
+    return preparation.prepare(name, row, source, target, images=params.images, seed=params.seed, workers=workers)
+
+
 def paint(folder: Path, name: str, shade: int, size: tuple[int, int] = (70, 60)) -> None:
-    """A picture with a gradient, another one for each shade."""
+    """An image with a gradient, another one for each shade."""
     pixels = np.add.outer(np.arange(size[1]), np.arange(size[0]))[..., None] % 200 + np.array([shade, 0, 50]) % 55
     (folder / "images").mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / name)
@@ -42,7 +47,7 @@ def example(number: int, *images: str, split: Split = "train", texts: tuple[str,
 
 
 def dataset(folder: Path, count: int = 6) -> list[RawExample]:
-    """`count` examples with a picture each, taking turns in the splits, as a download leaves them."""
+    """`count` examples with an image each, taking turns in the splits, as a download leaves them."""
     splits: tuple[Split, ...] = ("train", "validation", "test")
     examples = [example(number, f"{number}.png", split=splits[number % 3]) for number in range(count)]
     for number in range(count):
@@ -72,30 +77,30 @@ def test_counts_and_files(params: Params, tmp_path: Path) -> None:
     assert [(e.id, e.texts, e.answer, e.category) for e in raw] == [
         (e.id, e.texts, e.answer, e.category) for e in sorted(prepared.values(), key=lambda e: e.id)
     ]
-    assert {i for e in prepared.values() for i in e.images} == set(Pictures(target / "images.parquet").ids)
+    assert {i for e in prepared.values() for i in e.images} == set(ImageTable(target / "images.parquet").ids)
 
 
 @pytest.mark.parametrize(("parity", "side"), [(48, 48), (None, 64)])
-def test_the_stored_picture_is_what_clip_sees(params: Params, parity: int | None, side: int, tmp_path: Path) -> None:
+def test_the_stored_image_is_what_clip_sees(params: Params, parity: int | None, side: int, tmp_path: Path) -> None:
     source, target = tmp_path / "raw", tmp_path / "prepared"
     dataset(source, 3)
     images = params.images.model_copy(update={"parity": parity, "resolution": 64})
     prepare(NAME, params.model_copy(update={"images": images}), source, target)
-    pictures = Pictures(target / "images.parquet")
+    images = ImageTable(target / "images.parquet")
     for number in range(3):
         (id,) = read_all(target)[f"{NAME}/0/{number}"].images
         expected = resize(
             load_image(source / "images" / f"{number}.png", max_pixels=10**6), parity=None, resolution=side
         )
-        assert pictures[id].size == (side, side)
-        assert np.array_equal(to_array(pictures[id]), to_array(expected))
+        assert images[id].size == (side, side)
+        assert np.array_equal(to_array(images[id]), to_array(expected))
         assert id == image_id(to_array(expected))
 
 
 def test_the_same_input_gives_the_same_bytes(params: Params, tmp_path: Path) -> None:
     source = tmp_path / "raw"
     dataset(source, 9)
-    (source / "images" / "4.png").write_bytes(b"not a picture")
+    (source / "images" / "4.png").write_bytes(b"not an image")
     for workers in (1, 3):
         runtime = params.runtime.model_copy(update={"workers": workers})
         prepare(NAME, params.model_copy(update={"runtime": runtime}), source, tmp_path / str(workers))
@@ -103,16 +108,16 @@ def test_the_same_input_gives_the_same_bytes(params: Params, tmp_path: Path) -> 
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
 
 
-def test_unreadable_pictures_cost_their_examples_and_no_more(params: Params, tmp_path: Path) -> None:
+def test_unreadable_images_cost_their_examples_and_no_more(params: Params, tmp_path: Path) -> None:
     source, target = tmp_path / "raw", tmp_path / "prepared"
     raw = dataset(source, 9)
-    pictures = source / "images"
-    whole = (pictures / "0.png").read_bytes()
-    (pictures / "0.png").write_bytes(whole[: len(whole) // 2])  # truncated: its header is right
-    (pictures / "1.png").unlink()
-    (pictures / "2.png").write_bytes(b"<html>404</html>")
+    images = source / "images"
+    whole = (images / "0.png").read_bytes()
+    (images / "0.png").write_bytes(whole[: len(whole) // 2])  # truncated: its header is right
+    (images / "1.png").unlink()
+    (images / "2.png").write_bytes(b"<html>404</html>")
     paint(source, "3.png", 3, size=(900, 900))  # more than max_pixels
-    two = example(9, "4.png", "2.png")  # one of its two pictures is readable
+    two = example(9, "4.png", "2.png")  # one of its two images is readable
     write_annotations(source, [*raw, two])
     images = params.images.model_copy(update={"max_pixels": 500_000})
     counts = prepare(NAME, params.model_copy(update={"images": images}), source, target)
@@ -124,7 +129,7 @@ def test_unreadable_pictures_cost_their_examples_and_no_more(params: Params, tmp
     assert "max_pixels" in rows[3]["reason"]
 
 
-def test_a_picture_under_two_names_is_stored_once(params: Params, tmp_path: Path) -> None:
+def test_an_image_under_two_names_is_stored_once(params: Params, tmp_path: Path) -> None:
     source, target = tmp_path / "raw", tmp_path / "prepared"
     raw = dataset(source, 6)
     (source / "images" / "copy.png").write_bytes((source / "images" / "0.png").read_bytes())
@@ -135,7 +140,7 @@ def test_a_picture_under_two_names_is_stored_once(params: Params, tmp_path: Path
     assert prepared[f"{NAME}/0/6"].images == prepared[f"{NAME}/0/0"].images
 
 
-def test_no_picture_is_in_two_splits(params: Params, tmp_path: Path) -> None:
+def test_no_image_is_in_two_splits(params: Params, tmp_path: Path) -> None:
     """Example 0 trains on what 2 tests, and 1 validates on what 6 trains on: the later split keeps it."""
     source, target = tmp_path / "raw", tmp_path / "prepared"
     raw = dataset(source, 6)
@@ -154,30 +159,31 @@ def test_random_access(params: Params, tmp_path: Path, monkeypatch: pytest.Monke
     dataset(source, 42)
     prepare(NAME, params, source, target)
     assert pq.ParquetFile(target / "images.parquet").num_row_groups == 11
-    pictures = Pictures(target / "images.parquet")
-    assert len(pictures) == len(set(pictures.ids)) == 42
-    for id in reversed(pictures.ids):
-        assert image_id(to_array(pictures[id])) == id
+    images = ImageTable(target / "images.parquet")
+    assert len(images) == len(set(images.ids)) == 42
+    for id in reversed(images.ids):
+        assert image_id(to_array(images[id])) == id
 
 
-def test_pictures_that_are_not_there(params: Params, tmp_path: Path) -> None:
+def test_images_that_are_not_there(params: Params, tmp_path: Path) -> None:
     source, target = tmp_path / "raw", tmp_path / "prepared"
     dataset(source, 3)
     prepare(NAME, params, source, target)
-    with pytest.raises(KeyError, match="no picture 'nothing'"):
-        Pictures(target / "images.parquet")["nothing"]
+    with pytest.raises(KeyError, match="no image 'nothing'"):
+        ImageTable(target / "images.parquet")["nothing"]
     with pytest.raises(DataError, match=r"absent\.parquet: no such file; prepare the dataset first"):
-        Pictures(tmp_path / "absent.parquet")
+        ImageTable(tmp_path / "absent.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"broken\.parquet: not prepared pictures"):
-        Pictures(tmp_path / "broken.parquet")
-    with pytest.raises(DataError, match=r"examples\.parquet: not prepared pictures"):
-        Pictures(target / "examples.parquet")
+    with pytest.raises(DataError, match=r"broken\.parquet: not a table of images"):
+        ImageTable(tmp_path / "broken.parquet")
+    with pytest.raises(DataError, match=r"examples\.parquet: not a table of images"):
+        ImageTable(target / "examples.parquet")
 
 
-def test_an_unknown_dataset(params: Params, tmp_path: Path) -> None:
-    with pytest.raises(ParamsError, match=r"unknown dataset 'scenes-clss': did you mean 'scenes-cls'\?"):
-        prepare("scenes-clss", params, tmp_path, tmp_path)
+def test_an_unknown_kind_of_dataset(params: Params, tmp_path: Path) -> None:
+    unknown = params.datasets[NAME].model_copy(update={"kind": "scenes-clss"})
+    with pytest.raises(DataError, match=r"unknown kind of dataset 'scenes-clss': did you mean 'scenes-cls'\?"):
+        prepare(NAME, params.model_copy(update={"datasets": {NAME: unknown}}), tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -185,12 +191,12 @@ def test_an_unknown_dataset(params: Params, tmp_path: Path) -> None:
     [
         (dict(texts=("a", " ")), r"^scenes-cls: example scenes-cls/0/9: a text is empty$"),
         (dict(texts=()), r"^scenes-cls: example scenes-cls/0/9: 1 images and 0 texts, needs both$"),
-        (dict(texts=("a",)), r"^scenes-cls: example scenes-cls/0/9: one image and one text leave nothing to choose$"),
+        (dict(texts=("a",)), r"^scenes-cls: example scenes-cls/0/9: one image and one text are only one candidate$"),
         (
             dict(answer=((0, 2),)),
             r"^scenes-cls: example scenes-cls/0/9: answer .* outside 1 images × 2 texts$",
         ),
-        (dict(answer=()), r"^scenes-cls: example scenes-cls/0/9: no right pair, and nothing to learn from it$"),
+        (dict(answer=()), r"^scenes-cls: example scenes-cls/0/9: no right pair, so it cannot be trained on$"),
     ],
 )
 def test_examples_that_make_no_sense(params: Params, broken: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -223,7 +229,7 @@ def test_a_slot_without_test_examples_is_told_before_anything_is_scored(params: 
         prepare(name, params, source, tmp_path / "prepared")
 
 
-def test_a_split_that_loses_all_its_pictures(params: Params, tmp_path: Path) -> None:
+def test_a_split_that_loses_all_its_images(params: Params, tmp_path: Path) -> None:
     source, target = tmp_path / "raw", tmp_path / "prepared"
     dataset(source, 6)
     for number in (2, 5):
@@ -233,7 +239,7 @@ def test_a_split_that_loses_all_its_pictures(params: Params, tmp_path: Path) -> 
     assert not (target / "summary.json").exists()
 
 
-def test_an_interrupted_run_leaves_the_old_pictures_whole_and_no_summary(
+def test_an_interrupted_run_leaves_the_old_images_whole_and_no_summary(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target = tmp_path / "raw", tmp_path / "prepared"
@@ -253,7 +259,7 @@ def test_an_interrupted_run_leaves_the_old_pictures_whole_and_no_summary(
     assert sorted(path.name for path in target.iterdir()) == sorted(set(FILES) - {"summary.json"})
 
 
-def test_pictures_of_any_mode_become_rgb(params: Params, tmp_path: Path) -> None:
+def test_images_of_any_mode_become_rgb(params: Params, tmp_path: Path) -> None:
     source, target = tmp_path / "raw", tmp_path / "prepared"
     dataset(source, 3)
     Image.new("L", (20, 30), 128).save(source / "images" / "0.png")
@@ -261,7 +267,7 @@ def test_pictures_of_any_mode_become_rgb(params: Params, tmp_path: Path) -> None
     Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(buffer, "PNG")
     (source / "images" / "1.png").write_bytes(buffer.getvalue())
     prepare(NAME, params, source, target)
-    examples, pictures = read_all(target), Pictures(target / "images.parquet")
-    grey, clear = (to_array(pictures[examples[f"{NAME}/0/{n}"].images[0]]) for n in (0, 1))
+    examples, images = read_all(target), ImageTable(target / "images.parquet")
+    grey, clear = (to_array(images[examples[f"{NAME}/0/{n}"].images[0]]) for n in (0, 1))
     assert (grey == 128).all()
     assert (clear == 255).all()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from dsd.config import NoiseParams, Params
 from dsd.data.draws import Draw
 from dsd.data.examples import Pair
-from dsd.data.image_table import Picture, Pictures, PictureWriter
+from dsd.data.image_table import ImageTable, ImageTableWriter, StoredImage
 from dsd.datasets import benchmark
 from dsd.datasets.preparation import prepare
 from dsd.engine.encodings import diffusion_encodings, encode
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_the_way_from_pictures_to_answers_is_that_of_any_other_model(
     folder: Path, models: Path, tmp_path: Path
 ) -> None:
-    """Pictures by way of 224 to 512 pixels; latents, a step of training, evidence, answers: a pair at a time."""
+    """ImageTable by way of 224 to 512 pixels; latents, a step of training, evidence, answers: a pair at a time."""
     small_ = small(models)
     method = small_.methods["dsd"].model_copy(update={"levels": (0.4,)})
     training = small_.training["dsd"].model_copy(
@@ -69,7 +69,7 @@ def test_the_way_from_pictures_to_answers_is_that_of_any_other_model(
     )
     raw, prepared, cached, trained, scored = (tmp_path / part for part in ("raw", "ready", "cache", "train", "score"))
     benchmark("scenes-com").download(com, seed=params.seed, folder=raw, workers=1)
-    prepare("scenes-com", params, raw, prepared)
+    prepare("scenes-com", com, raw, prepared, images=params.images, seed=params.seed, workers=1)
     assert encode("scenes-com", params, prepared, cached)["truncated"] == 0
     (step,) = train("scenes-com", "dsd", params, prepared, cached, trained / "dsd")
     assert np.isfinite(step["loss"])
@@ -97,10 +97,10 @@ def test_its_sizes_are_those_of_stable_diffusion_2(backbone: StableDiffusion) ->
 
 def test_a_pair_is_scored_as_by_any_other_model(backbone: StableDiffusion, params: Params, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8)
-    with PictureWriter(tmp_path / "images.parquet") as writer:
+    with ImageTableWriter(tmp_path / "images.parquet") as writer:
         Image.fromarray(pixels).save(tmp_path / "one.png")
-        writer.add(Picture("one", (tmp_path / "one.png").read_bytes()))
-    pictures = Pictures(tmp_path / "images.parquet")
+        writer.add(StoredImage("one", (tmp_path / "one.png").read_bytes()))
+    pictures = ImageTable(tmp_path / "images.parquet")
     tables = diffusion_encodings(backbone, pictures, [UNCONDITIONAL, TEXT], backbone.resolution, Store(tmp_path), 1)
     engine = Engine(backbone, None, params.evidence, *tables, batch_size=1)
     found = engine.compute([(Pair("one", text), Draw(0.4, 0)) for text in (TEXT, UNCONDITIONAL)])

@@ -15,7 +15,7 @@ from torch import Tensor
 from dsd.config import Params, ReleasedMethod, load, noise_of
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import Pair, pairs, read_examples
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.engine.encodings import all_texts, diffusion_encodings, read_all
 from dsd.engine.score import score
 from dsd.errors import ParamsError
@@ -77,7 +77,7 @@ def test_scores_are_those_of_a_direct_transcription(
     score("scenes-com", alone, prepared, cached, tmp_path, tmp_path, split="test")
     examples, noise = read_examples(prepared / "examples.parquet", "test"), noise_of(alone, "scenes-com")
     found = dict(method_scores("scenes-com", alone, examples, prepared, tmp_path))
-    texts, pictures = all_texts(read_all(prepared)), Pictures(prepared / "images.parquet")
+    texts, pictures = all_texts(read_all(prepared)), ImageTable(prepared / "images.parquet")
     latents, _ = diffusion_encodings(backbone, pictures, texts, 32, Store(cached), 1)
     for pair in pairs(examples)[:3]:
         image = torch.from_numpy(latents([pair.image])["latents"])

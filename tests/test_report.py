@@ -24,6 +24,9 @@ from dsd.data.examples import MatchingExample, write_examples
 from dsd.errors import DataError
 from dsd.evaluation import ablations, claims
 from dsd.evaluation.evaluate import SCHEMA, Results, hits_of, intervals, write_metrics
+from dsd.experiments.scaling import measure_scaling, read_scaling
+from dsd.experiments.study_results import write_studies
+from dsd.experiments.variants import Study
 from dsd.matcher import Heatmap
 from dsd.metrics import SLOTS, rank
 from dsd.report import build
@@ -146,7 +149,8 @@ def write_results(params: Params, data: Path) -> None:
     answers = {name: write_dataset(name, params, data) for name in params.datasets}
     metrics, ablated = {}, {}
     for name, answer in answers.items():
-        metrics[name] = {method: intervals(answer.examples, hits, params.evaluate, params.seed) for method, hits in answer.methods.items()}
+        options = params.evaluate, params.seed
+        metrics[name] = {m: intervals(answer.examples, hits, *options) for m, hits in answer.methods.items()}
         ablated[name] = ablations.with_intervals(answer.examples, answer.variants, params.evaluate, params.seed)
     write_metrics(metrics, data / "evaluate")
     ablations.write(ablated, data / "evaluate")

@@ -198,7 +198,7 @@ def test_the_pretraining_world_stands_still() -> None:
     assert state.hexdigest()[:16] == "46b3e5ac774cbb11"
 
 
-def test_a_scene_draws_the_same_picture_every_time() -> None:
+def test_a_scene_draws_the_same_image_every_time() -> None:
     scene, other = world()[0], world()[1]
     first = np.asarray(render(scene, 64))
     assert first.shape == (64, 64, 3)
@@ -216,9 +216,9 @@ def test_things_have_the_colour_they_are_called(colour: str) -> None:
     hues = {}
     for other in COLOURS:
         scene = sample_single(rng, f"{other}", Noun(other, "circle"))
-        picture = np.asarray(render(scene, 64), int)
+        pixels = np.asarray(render(scene, 64), int)
         (thing,) = scene.things
-        hues[other] = picture[int(thing.y * 64), int(thing.x * 64)]
+        hues[other] = pixels[int(thing.y * 64), int(thing.x * 64)]
     scene = sample_single(rng, "seen", Noun(colour, "square"))
     (thing,) = scene.things
     seen = np.asarray(render(scene, 64), int)[int(thing.y * 64), int(thing.x * 64)]
@@ -230,8 +230,8 @@ def test_shapes_look_different() -> None:
     masks = {}
     for shape in SHAPES:
         scene = Scene((Thing(Noun("blue", shape), 0.5, 0.5, 0.3, 0.0),), "paper", "")
-        picture = np.asarray(render(scene, 48), int)
-        masks[shape] = picture[..., 0] < 120
+        pixels = np.asarray(render(scene, 48), int)
+        masks[shape] = pixels[..., 0] < 120
     for shape, mask in masks.items():
         assert mask.sum() > 40
         for other in SHAPES:
@@ -240,7 +240,7 @@ def test_shapes_look_different() -> None:
 
 
 def test_what_is_in_front_covers() -> None:
-    picture = np.asarray(render(pair(0.6, 0.6), 64), int)
-    red, blue = picture[int(0.55 * 64), int(0.55 * 64)], picture[int(0.42 * 64), int(0.42 * 64)]
+    pixels = np.asarray(render(pair(0.6, 0.6), 64), int)
+    red, blue = pixels[int(0.55 * 64), int(0.55 * 64)], pixels[int(0.42 * 64), int(0.42 * 64)]
     assert red[0] > red[2] + 60
     assert blue[2] > blue[0] + 60

@@ -22,15 +22,14 @@ from PIL import Image
 
 from dsd.config import VisualGenomeDataset, VisualGenomeParams
 from dsd.data import downloads
-from dsd.datasets import RawExample, benchmark
-from dsd.datasets import genome as genome_module
-from dsd.datasets.genome import Genome, Words, _entries, read_genome
-from dsd.datasets.preparation import prepare
+from dsd.datasets import RawExample, benchmark, relations
+from dsd.datasets.relations import Genome, Vocabulary, _entries, read_genome
 from dsd.datasets.visual_genome import mutations, sentence
 from dsd.errors import DataError, DsdError, ParamsError
 from dsd.scenes.mutation import SLOTS
 from tests.serving import Server, serve
 from tests.test_preparation import params as params
+from tests.test_preparation import prepare
 
 Json = dict[str, Any]
 Box = tuple[int, int, int, int]
@@ -45,7 +44,7 @@ SYNSETS = {
 SUBJECTS = ("man", "guy", "woman", "lady", "dog", "puppy", "surfer", "girl")
 PREDICATES = ("riding", " Rides", "ON", "on top of", "holding", "feeding", "near")
 OBJECTS = ("bike", "bicycle", "horse", "hat", "stop sign", "street sign", "kite")
-SIDE = 400  # pixels of a picture
+SIDE = 400  # pixels of an image
 
 
 def thing(number: int, name: str, box: Box, names: bool = False) -> Json:
@@ -61,7 +60,7 @@ def relation(number: int, subject: Json, predicate: str, obj: Json) -> Json:
 
 
 def image(number: int) -> Json:
-    """A picture with two relations, sometimes with the same one in other words, a tiny thing or odd names."""
+    """An image with two relations, sometimes with the same one in other words, a tiny thing or odd names."""
     rng = Random(f"image {number}")
     boxes: list[Box] = [(0, 0, 180, 180), (200, 0, 180, 180), (0, 200, 180, 180), (200, 200, 180, 180)]
     things = [
@@ -174,10 +173,10 @@ def test_every_mutation_is_possible_at_all(genome: Genome) -> None:
     assert words == {*SUBJECTS, *(p.strip().lower() for p in PREDICATES), *OBJECTS}
 
 
-def test_no_picture_comes_twice(genome: Genome) -> None:
+def test_no_image_comes_twice(genome: Genome) -> None:
     made = mutations(genome, 150, 0)
-    pictures = [number for m in made for number in (m.positive, m.negative)]
-    assert len(set(pictures)) == len(pictures)
+    images = [number for m in made for number in (m.positive, m.negative)]
+    assert len(set(images)) == len(images)
     assert not {1, 2, 3} & {n for m in mutations(genome, 60, 0, without={1, 2, 3}) for n in (m.positive, m.negative)}
 
 
@@ -196,7 +195,7 @@ def test_triplets_are_many_before_one_comes_again(genome: Genome) -> None:
 
 
 def test_words(genome: Genome) -> None:
-    words = Words("noun", {"man": ["man"], "guy": ["man", "fellow"], "fellow": ["fellow"]})
+    words = Vocabulary("noun", {"man": ["man"], "guy": ["man", "fellow"], "fellow": ["fellow"]})
     pairs = {("man", "guy"): True, ("guy", "fellow"): True, ("man", "fellow"): False, ("Old  Man ", "man"): True,
              ("tree", "trees"): True, ("man in black", "man"): True, ("man in black", "black"): False,
              ("tennis racket", "badminton racket"): True, ("hat", "cat"): False}  # fmt: skip
@@ -204,7 +203,7 @@ def test_words(genome: Genome) -> None:
         assert words([a], []).same(words([b], [])) is expected, (a, b)
     assert words(["pup"], ["dog.n.01"]).same(words(["dog"], ["dog.n.01"]))
     assert words(["thing", "lamp"], []).same(words(["lamp"], []))
-    predicates = Words("predicate", {})
+    predicates = Vocabulary("predicate", {})
     assert not predicates(["sitting on"], []).same(predicates(["standing on"], []))
     assert not genome.nouns.distinct(*(genome.nouns([name], []) for name in ("man", "surfer")))
     assert genome.nouns.distinct(*(genome.nouns([name], []) for name in ("man", "girl")))
@@ -238,24 +237,24 @@ def test_sentences(triplet: tuple[str, str, str], text: str) -> None:
 def test_a_list_is_read_as_json_reads_it(entries: list[Json], chunk: int, indent: int | None) -> None:
     text = json.dumps(entries, indent=indent, ensure_ascii=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(genome_module, "CHUNK", chunk)
-        patch.setattr(genome_module, "opened", lambda path: io.StringIO(text))
+        patch.setattr(relations, "CHUNK", chunk)
+        patch.setattr(relations, "open_text", lambda path: io.StringIO(text))
         assert [entry for _, entry in _entries(Path("list"))] == entries
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "broken JSON after 0 entries: a '[' is missing"),
-        ("{}", "broken JSON after 0 entries: a '[' is missing"),
-        ('[{"a": 1}', "broken JSON after 1 entries: a ',' is missing"),
-        ('[{"a": 1}, {"a"', "broken JSON after 1 entries: Expecting ':' delimiter"),
-        ('[{"a": 1} {"a": 2}]', "broken JSON after 1 entries: a ',' is missing"),
-        ('[{"a": 1},]', "broken JSON after 1 entries: an entry is no object"),
-        ("[1, 2]", "broken JSON after 0 entries: an entry is no object"),
-        ("[{'a': 1}]", "broken JSON after 0 entries: Expecting property name"),
-        ('[{"a": 1}] x', "something follows the list"),
-        ('[{"a": ' + "[" * 100_000, "broken JSON after 0 entries: "),
+        ("", "invalid JSON after 0 entries: a '[' is missing"),
+        ("{}", "invalid JSON after 0 entries: a '[' is missing"),
+        ('[{"a": 1}', "invalid JSON after 1 entries: a ',' is missing"),
+        ('[{"a": 1}, {"a"', "invalid JSON after 1 entries: Expecting ':' delimiter"),
+        ('[{"a": 1} {"a": 2}]', "invalid JSON after 1 entries: a ',' is missing"),
+        ('[{"a": 1},]', "invalid JSON after 1 entries: an entry is not an object"),
+        ("[1, 2]", "invalid JSON after 0 entries: an entry is not an object"),
+        ("[{'a': 1}]", "invalid JSON after 0 entries: Expecting property name"),
+        ('[{"a": 1}] x', "data after the list"),
+        ('[{"a": ' + "[" * 100_000, "invalid JSON after 0 entries: "),
     ],
 )
 def test_broken_json(text: str, message: str, tmp_path: Path) -> None:
@@ -273,8 +272,8 @@ def without(key: str) -> Callable[[Json], object]:
     ("change", "message"),
     [
         (lambda entry: entry.pop("relationships"), "entry 2: no key 'relationships'"),
-        (lambda entry: entry.update(image_id="2"), "entry 2: not as expected: '2' is no number"),
-        (lambda entry: entry.update(image_id=1), "entry 2: not as expected: image_id 1 has come before"),
+        (lambda entry: entry.update(image_id="2"), "entry 2: not as expected: '2' is not a number"),
+        (lambda entry: entry.update(image_id=1), "entry 2: not as expected: image_id 1 is repeated"),
         (lambda entry: entry["relationships"][0].pop("predicate"), "entry 2: no key 'predicate'"),
         (lambda entry: entry["relationships"][0].update(predicate=3), "entry 2: not as expected: "),
         (lambda entry: entry["relationships"][0].update(subject="man"), "entry 2: not as expected: "),
@@ -305,7 +304,7 @@ def test_addresses_are_those_of_servers(url: str, tmp_path: Path) -> None:
     data[0]["url"] = url
     (tmp_path / "image_data").write_text(json.dumps(data))
     with pytest.raises(
-        DataError, match=r"/image_data-[0-9a-f]{12}: entry 1: not as expected: url .* is no http\(s\) address$"
+        DataError, match=r"/image_data-[0-9a-f]{12}: entry 1: not as expected: url .* is not an http\(s\) address$"
     ):
         read(tmp_path, row)
 
@@ -314,15 +313,15 @@ def test_addresses_are_those_of_servers(url: str, tmp_path: Path) -> None:
 
 
 def paint(path: Path, shade: int) -> None:
-    """A small picture, another one for each shade."""
+    """A small image, another one for each shade."""
     rng = np.random.default_rng(shade)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).save(path, "JPEG")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A host's folder, with the pictures and the annotations."""
+def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A host's folder, with the images and the annotations."""
     folder = tmp_path_factory.mktemp("host")
     for number in range(1, 900):
         paint(folder / "VG_100K" / f"{number}.jpg", number)
@@ -331,17 +330,17 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def server(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(host: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(downloads, "BACKOFF", 0.001)
-    monkeypatch.setattr(downloads, "PIECE", 1000)
+    monkeypatch.setattr(downloads, "CHUNK", 1000)
     monkeypatch.setattr(downloads, "RATE", 5000.0)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
-    with serve(pictures) as served:
+    with serve(host) as served:
         yield served
 
 
 def hosted(server: Server, folder: Path) -> Json:
-    """The row `annotations` of a server; the addresses of pictures are the server's as well."""
+    """The row `annotations` of a server; the addresses of images are the server's as well."""
     annotate(folder, [image(number) for number in range(1, 900)], server.url, pack=True)
     for path in folder.iterdir():
         (server.folder / path.name).write_bytes(path.read_bytes())
@@ -357,7 +356,7 @@ def row(annotations: Json, **changes: object) -> VisualGenomeDataset:
 def download(fields: VisualGenomeDataset, folder: Path, seed: int = 0) -> list[RawExample]:
     entry = benchmark("visual-genome")
     entry.download(fields, seed=seed, folder=folder, workers=1)
-    return list(entry.examples(folder, fields, seed=seed))
+    return list(entry.examples(folder, seed=seed))
 
 
 def names(folder: Path) -> set[str]:
@@ -417,7 +416,7 @@ def test_files_at_another_address_take_the_place_of_the_first(server: Server, tm
     assert len(names(folder / "raw")) == 4 and len(names(folder / "raw") & before) == 3
 
 
-def test_pictures_that_are_missing(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_that_are_missing(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fields, folder = row(hosted(server, tmp_path / "published")), tmp_path / "mine"
     gone = [name for e in download(fields, folder)[:5] for name in e.images][::2]
     for name in gone:
@@ -426,15 +425,15 @@ def test_pictures_that_are_missing(server: Server, tmp_path: Path, caplog: pytes
     with pytest.raises(DataError) as raised:
         download(fields, folder)
     assert re.fullmatch(
-        r"datasets\.mine\.missing: 0, but 5 of 96 pictures cannot be had: "
-        r"(\d+\.jpg \(not there \(404 Not Found\)\), ){3}…; with 5 the run goes on without them",
+        r"datasets\.mine\.missing: 0, but 5 of 96 images are missing: "
+        r"(\d+\.jpg \(not found \(404 Not Found\)\); ){3}and 2 more",
         str(raised.value),
     )
     assert not (folder / "annotations.jsonl").exists()
     with caplog.at_level(logging.WARNING):
         examples = download(row(fields.annotations.model_dump(), missing=5), folder)
     assert len(examples) == 43
-    assert "5 of 96 pictures cannot be had" in caplog.text and "5 of 48 examples left out" in caplog.text
+    assert "5 of 96 images are missing" in caplog.text and "5 of 48 examples left out" in caplog.text
 
 
 def test_a_download_that_was_killed_is_gone_on_with(server: Server, tmp_path: Path) -> None:
@@ -451,7 +450,7 @@ def test_a_download_that_was_killed_is_gone_on_with(server: Server, tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"size": 5000}, ParamsError, r"^datasets\.mine\.size: 5000 asked for, the annotations give \d+$"),
+        ({"size": 5000}, ParamsError, r"^datasets\.mine\.size: 5000 requested, the annotations give \d+$"),
         (
             {"test": 110},
             ParamsError,
@@ -469,9 +468,7 @@ def test_a_download_that_was_killed_is_gone_on_with(server: Server, tmp_path: Pa
         ),
     ],
 )
-def test_rows_that_make_no_sense(
-    changes: Json, kind: type[DsdError], message: str, pictures: Path, tmp_path: Path
-) -> None:
+def test_rows_that_make_no_sense(changes: Json, kind: type[DsdError], message: str, host: Path, tmp_path: Path) -> None:
     annotations = annotate(tmp_path, [image(number) for number in range(1, 900)])
     for name in ("sha256", "source"):
         if name in changes:
@@ -484,4 +481,4 @@ def test_annotations_of_another_seed_are_refused(server: Server, tmp_path: Path)
     fields = row(hosted(server, tmp_path / "published"), test=3, few_shot=0, validation=0)
     download(fields, tmp_path / "mine")
     with pytest.raises(DataError, match=r"visual-genome/0/\S+ is not of visual-genome/1/; download the dataset again$"):
-        list(benchmark("visual-genome").examples(tmp_path / "mine", fields, seed=1))
+        list(benchmark("visual-genome").examples(tmp_path / "mine", seed=1))

@@ -1,1 +1,1 @@
-"""Data: examples, images, draws, splits, mutations, downloads."""
+"""Data: matching examples, images, draws, splits, downloads, and repositories on the Hugging Face Hub."""

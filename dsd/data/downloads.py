@@ -1,7 +1,7 @@
-"""Files by their addresses: whole or not at all, gone on with after a break, checked, and asked for politely.
+"""Atomic, resumable, checksummed, rate-limited downloads.
 
-A download grows in `.<name>.part` beside its target and takes the target's name when it is complete.
-`.<name>.part.json` says of which address and version the part is; without it a part is begun anew.
+A download grows in `.<name>.part` next to its target and is renamed to the target when it is complete.
+`.<name>.part.json` records the URL and version of the part; without it the download starts from zero.
 """
 
 from __future__ import annotations
@@ -30,99 +30,101 @@ from dsd.errors import DataError, DsdError
 from dsd.progress import progress
 from dsd.store import file_digest
 
-TRIES = 5  # of an address, and of a body that gets no further
-BACKOFF = 0.5  # seconds before a further try, twice as many before each one after it
-PASSING = (429, 500, 502, 503, 504)  # statuses that may be others the next time
-PATIENCE = 300  # seconds that a server may ask us to wait (Retry-After), at most
-TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of a body
-PIECE = 1 << 16  # bytes that are written at once; of a body cut off, no more than that is lost
-THREADS = 8  # downloads at once
-RATE = 10.0  # requests a second, all threads together
-GIVE_UP = 16  # files in a row that no server answers for: the others would not come either
-UNPACKED = 8 << 30  # bytes that an archive may hold
+ATTEMPTS = 5  # per request, and per byte position at which a body is cut off
+BACKOFF = 0.5  # seconds before the second attempt; doubles with each further one
+RETRIED = (429, 500, 502, 503, 504)  # statuses that may be temporary
+MAX_RETRY_AFTER = 300  # seconds that a server may request by Retry-After
+TIMEOUT = (10, 60)  # seconds to connect, and between two chunks
+CHUNK = 1 << 16  # bytes per write; no more is lost when a body is cut off
+THREADS = 8  # parallel downloads
+RATE = 10.0  # requests per second, over all threads
+MAX_UNANSWERED = 16  # consecutive files without an answer before `fetch_all` gives up
+MAX_UNPACKED = 8 << 30  # bytes of an unpacked archive
 HTML = (b"<!doctype html", b"<html")
 
 
-class _Failed(Exception):
-    """Why an address gives no file; `passing` if it may do so later."""
+class _Failure(Exception):
+    """The reason why a URL gives no file; `temporary` if a later attempt may succeed."""
 
-    def __init__(self, reason: str, *, passing: bool = False) -> None:
+    def __init__(self, reason: str, *, temporary: bool = False) -> None:
         super().__init__(reason)
-        self.passing = passing
+        self.temporary = temporary
 
 
-class _Cut(Exception):
-    """A body that ended early; what came of it is kept."""
+class _CutOff(Exception):
+    """The body ended early; the part keeps what was received."""
 
 
 def fetch(source: str, target: Path, *, setting: str, sha256: str | None = None) -> None:
-    """Puts the file at a URL (http, https) or a path at `target`.
+    """Download a URL (http, https) or copy a local file to `target`.
 
-    A target that is there already came from the same URL: its name must stand for it. It is kept unless its checksum
-    is not the one that is asked for. A local file is copied each time.
+    An existing target is assumed to come from the same URL: its name must identify it. It is kept unless its checksum
+    differs from `sha256`. A local file is copied each time.
 
     Args:
         setting: the key of params.yaml that names the source.
-        sha256: of the file, 64 hexadecimal digits, where it is known.
+        sha256: expected checksum, 64 hexadecimal digits, if known.
 
     Raises:
-        DataError: there is no such file, it is refused, no server answers, an HTML page or another file comes in its
-            place; names the setting and the source.
-        DsdError: the disk is full; no target is left behind, and what has come so far is gone on with.
+        DataError: the file does not exist, is refused, the server does not answer, an HTML page comes instead, or the
+            checksum differs; names the setting and the source.
+        DsdError: the disk is full; no target is left, and the part is resumed next time.
     """
-    if target.exists() and _remote(source) and sha256 in (None, file_digest(target)):
+    if target.exists() and _is_url(source) and sha256 in (None, file_digest(target)):
         return
     with _session() as session:
         try:
             part = _part(session, source, target)
-        except _Failed as failed:
-            again = "; try again later, it goes on where it stopped" if failed.passing else ""
-            raise DataError(f"{setting}: {source}: {failed}{again}") from failed
-    if sha256 is not None and (found := file_digest(part)) != sha256:
+        except _Failure as failure:
+            hint = "; try again later, it resumes where it stopped" if failure.temporary else ""
+            raise DataError(f"{setting}: {source}: {failure}{hint}") from failure
+    if sha256 is not None and (actual := file_digest(part)) != sha256:
         _discard(part)
-        raise DataError(f"{setting}.sha256: {sha256[:12]}… expected, {source} has {found[:12]}…; removed")
+        raise DataError(f"{setting}.sha256: {sha256[:12]}… expected, {source} has {actual[:12]}…; removed")
     _complete(part, target)
 
 
-def fetch_all(addresses: Mapping[str, Sequence[str]], folder: Path, *, setting: str) -> list[tuple[str, str]]:
-    """Fetches the files that are not in the folder yet, each from the first of its addresses that has it.
+def fetch_all(sources: Mapping[str, Sequence[str]], folder: Path, *, setting: str) -> list[tuple[str, str]]:
+    """Fetch the files that are not in the folder yet, each from the first of its sources that has it.
 
     Args:
-        addresses: URLs or paths by file name, in the order in which they are tried.
+        sources: URLs or paths by file name, in order of preference.
         setting: as for `fetch`.
 
     Returns:
-        (name, reason) of each file that none of its addresses gave, in the order of `addresses`.
+        (name, reason) of each file that no source has, in the order of `sources`.
 
     Raises:
-        DataError: no server answers, for many files in a row.
+        DataError: no server answers for many consecutive files.
         DsdError: the disk is full.
     """
-    wanted = [name for name in addresses if not (folder / name).exists()]
+    names = [name for name in sources if not (folder / name).exists()]
     missing: list[tuple[str, str]] = []
-    unanswered, pace = 0, _Pace(RATE)
+    unanswered, limit = 0, _RateLimit(RATE)
     with _session() as session, ThreadPoolExecutor(THREADS) as pool:
-        tries = [pool.submit(_first, session, pace, addresses[name], folder / name) for name in wanted]
+        futures = [pool.submit(_fetch_first, session, limit, sources[name], folder / name) for name in names]
         try:
-            for name, attempt in progress(zip(wanted, tries, strict=True), total=len(wanted), desc=folder.parent.name):
-                failed = attempt.result()
-                unanswered = unanswered + 1 if failed and failed.passing else 0
-                if failed:
-                    missing.append((name, str(failed)))
-                if unanswered == GIVE_UP:
-                    raise DataError(f"{setting}: {GIVE_UP} files in a row, the last {name}: {failed}; try again later")
+            for name, future in progress(zip(names, futures, strict=True), total=len(names), desc=folder.parent.name):
+                failure = future.result()
+                unanswered = unanswered + 1 if failure and failure.temporary else 0
+                if failure:
+                    missing.append((name, str(failure)))
+                if unanswered == MAX_UNANSWERED:
+                    raise DataError(
+                        f"{setting}: {MAX_UNANSWERED} files in a row, the last {name}: {failure}; try again later"
+                    )
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     return missing
 
 
-def length(source: str, *, setting: str) -> int:
-    """The bytes of the file at a URL, 0 where its server does not say; of a path, which is copied, as well.
+def content_length(source: str, *, setting: str) -> int:
+    """Return the size in bytes of a URL, 0 if its server does not report it, or of a local file.
 
     Raises:
         DataError: as for `fetch`.
     """
-    if not _remote(source):
+    if not _is_url(source):
         if not Path(source).is_file():
             raise DataError(f"{setting}: {source}: no such file")
         return Path(source).stat().st_size
@@ -130,105 +132,109 @@ def length(source: str, *, setting: str) -> int:
         try:
             response = session.head(source, timeout=TIMEOUT, allow_redirects=True)
             _check(response)
-        except _Failed as failed:
-            raise DataError(f"{setting}: {source}: {failed}") from failed
+        except _Failure as failure:
+            raise DataError(f"{setting}: {source}: {failure}") from failure
         except requests.RequestException as error:
-            raise DataError(f"{setting}: {source}: no answer in {TRIES} tries ({type(error).__name__})") from error
+            raise DataError(f"{setting}: {source}: {_no_answer(error)}") from error
     return int(response.headers.get("Content-Length", 0))
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[TextIO]:
-    """The text of a file or, of a .zip, that of the only file in it.
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Open a UTF-8 file, or the only file in a .zip, as text.
 
-    Nothing is extracted to the disk, so no name in an archive leads anywhere.
+    Nothing is extracted to disk, so the names in an archive cannot escape the folder.
 
     Raises:
-        DataError: an archive that is broken, encrypted, of several files or of more than `UNPACKED` bytes; no UTF-8.
+        DataError: the archive is corrupt, encrypted, has several files or exceeds `MAX_UNPACKED`; or it is not UTF-8.
     """
     try:
         with path.open("rb") as file:
-            packed = file.read(4) == b"PK\x03\x04"
+            is_zip = file.read(4) == b"PK\x03\x04"
             file.seek(0)
-            with _member(path, zipfile.ZipFile(file)) if packed else file as stream:
+            with _open_member(path, zipfile.ZipFile(file)) if is_zip else file as stream:
                 yield io.TextIOWrapper(stream, "utf-8-sig", newline="")
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path}: a broken archive: {error}; remove it and download again") from error
+        raise DataError(f"{path}: corrupt archive: {error}; remove it and download again") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
-def _member(path: Path, archive: zipfile.ZipFile) -> IO[bytes]:
+def _open_member(path: Path, archive: zipfile.ZipFile) -> IO[bytes]:
     members = [member for member in archive.infolist() if not member.is_dir()]
     if len(members) != 1:
-        raise DataError(f"{path}: an archive of {len(members)} files; one with the one file is needed")
+        raise DataError(f"{path}: an archive of {len(members)} files; it must contain exactly one")
     (member,) = members
-    if member.file_size > UNPACKED:  # no more than this is read, whatever comes
-        raise DataError(f"{path}: {member.file_size} bytes unpacked, more than the {UNPACKED} allowed")
+    if member.file_size > MAX_UNPACKED:  # zipfile reads no more than this size
+        raise DataError(f"{path}: {member.file_size} bytes unpacked, more than the {MAX_UNPACKED} allowed")
     if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise DataError(f"{path}: an archive that is encrypted or of another method than deflate")
+        raise DataError(f"{path}: an archive that is encrypted or uses another method than deflate")
     return archive.open(member)
 
 
-class _Pace:
-    """Lets its callers pass one by one, so many a second."""
+class _RateLimit:
+    """Block callers so that no more than `rate` per second return."""
 
     def __init__(self, rate: float) -> None:
-        self._gap, self._next, self._lock = 1 / rate, 0.0, Lock()
+        self._interval, self._next, self._lock = 1 / rate, 0.0, Lock()
 
     def __call__(self) -> None:
         with self._lock:
             now = time.monotonic()
-            turn = max(now, self._next)
-            self._next = turn + self._gap
-        time.sleep(turn - now)
+            slot = max(now, self._next)
+            self._next = slot + self._interval
+        time.sleep(slot - now)
 
 
-def _first(session: requests.Session, pace: _Pace, sources: Sequence[str], target: Path) -> _Failed | None:
-    """Fetches a file from the first source that has it; answers why none has."""
+def _fetch_first(session: requests.Session, limit: _RateLimit, sources: Sequence[str], target: Path) -> _Failure | None:
+    """Fetch a file from the first source that has it; return the reason if none has."""
     failures = []
     for source in sources:
-        if _remote(source):
-            pace()
+        if _is_url(source):
+            limit()
         try:
             _complete(_part(session, source, target), target)
             return None
-        except _Failed as failed:
-            failures.append(failed)
+        except _Failure as failure:
+            failures.append(failure)
     reasons = dict.fromkeys(map(str, failures))
-    return _Failed("; ".join(reasons) or "no address", passing=any(failed.passing for failed in failures))
+    return _Failure("; ".join(reasons) or "no address", temporary=any(failure.temporary for failure in failures))
 
 
 def _session() -> requests.Session:
-    """Connections and passing statuses are tried again by urllib3, which also waits as long as a server asks."""
+    """A session in which urllib3 retries failed connections and temporary statuses, and obeys Retry-After."""
     retry = Retry(
-        total=TRIES - 1,
+        total=ATTEMPTS - 1,
         backoff_factor=BACKOFF,
-        status_forcelist=PASSING,
+        status_forcelist=RETRIED,
         raise_on_status=False,
-        retry_after_max=PATIENCE,
+        retry_after_max=MAX_RETRY_AFTER,
     )
     session = requests.Session()
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=THREADS))
-    # A packed body could not be gone on with in the middle.
+    # A compressed body cannot be resumed by byte position.
     session.headers.update({"User-Agent": "dsd", "Accept-Encoding": "identity"})
     return session
 
 
-def _remote(source: str) -> bool:
+def _is_url(source: str) -> bool:
     return re.match(r"https?://", source, re.IGNORECASE) is not None
 
 
+def _no_answer(error: requests.RequestException) -> str:
+    return f"no answer in {ATTEMPTS} attempts ({type(error).__name__})"
+
+
 def _part(session: requests.Session, source: str, target: Path) -> Path:
-    """The whole file under its temporary name."""
+    """Fetch the whole file under its temporary name and return that."""
     part = target.with_name(f".{target.name}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        if _remote(source):
+        if _is_url(source):
             _download(session, source, part)
         elif "://" in source:
-            raise _Failed("neither an http(s) address nor a path")
+            raise _Failure("neither an http(s) address nor a path")
         else:
             _copy(Path(source), part)
     except OSError as error:
@@ -239,79 +245,79 @@ def _part(session: requests.Session, source: str, target: Path) -> Path:
     with part.open("rb") as file:
         if file.read(256).lstrip().lower().startswith(HTML):
             _discard(part)
-            raise _Failed("an HTML page came in place of the file")
+            raise _Failure("an HTML page instead of the file")
     return part
 
 
 def _copy(source: Path, part: Path) -> None:
     if not source.is_file():
-        raise _Failed("no such file")
+        raise _Failure("no such file")
     with source.open("rb") as content, part.open("wb") as file:
-        shutil.copyfileobj(content, file, PIECE)
+        shutil.copyfileobj(content, file, CHUNK)
         os.fsync(file.fileno())
 
 
 def _download(session: requests.Session, url: str, part: Path) -> None:
-    """Fills the part, trying again as long as it grows and `TRIES` times where it does not."""
-    tries = largest = 0
+    """Complete the part; give up after `ATTEMPTS` attempts that do not enlarge it."""
+    attempts = largest = 0
     while True:
         try:
             return _receive(session, url, part)
-        except _Cut as cut:
+        except _CutOff as error:
             size = _size(part)
-            tries, largest = (1, size) if size > largest else (tries + 1, largest)
-            if tries == TRIES:
-                raise _Failed(f"{cut}, {TRIES} times at byte {size}", passing=True) from cut
-        time.sleep(BACKOFF * 2**tries)
+            attempts, largest = (1, size) if size > largest else (attempts + 1, largest)
+            if attempts == ATTEMPTS:
+                raise _Failure(f"{error}, {ATTEMPTS} times at byte {size}", temporary=True) from error
+        time.sleep(BACKOFF * 2**attempts)
 
 
 def _receive(session: requests.Session, url: str, part: Path) -> None:
-    """Adds to the part what it lacks, or all of a file that is another one by now or cannot be sent in pieces."""
-    had, validator = _begun(url, part)
-    headers = {"Range": f"bytes={had}-", "If-Range": validator} if validator else {}
+    """Append the rest of the file; start from zero if the file has changed or the server does not support ranges."""
+    offset, validator = _resume_point(url, part)
+    headers = {"Range": f"bytes={offset}-", "If-Range": validator} if validator else {}
     try:
         response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
     except requests.RequestException as error:
-        raise _Failed(f"no answer in {TRIES} tries ({type(error).__name__})", passing=True) from error
+        raise _Failure(_no_answer(error), temporary=True) from error
     with response:
-        piece = response.headers.get("Content-Range", "")
-        if response.status_code == 416 or (response.status_code == 206 and not piece.startswith(f"bytes {had}-")):
+        received = response.headers.get("Content-Range", "")
+        if response.status_code == 416 or (response.status_code == 206 and not received.startswith(f"bytes {offset}-")):
             _discard(part)
-            raise _Cut("another piece than was asked for")
+            raise _CutOff("another range than requested")
         _check(response)
-        if response.status_code == 200 or not had:
-            had = 0
-            _begin(url, part, response.headers)
+        if response.status_code == 200 or not offset:
+            offset = 0
+            _start(url, part, response.headers)
         with part.open("ab") as file:
             try:
-                for content in response.iter_content(PIECE):
+                for content in response.iter_content(CHUNK):
                     file.write(content)
             except requests.RequestException as error:
-                raise _Cut(f"cut off ({type(error).__name__})") from error
+                raise _CutOff(f"cut off ({type(error).__name__})") from error
             file.flush()
             os.fsync(file.fileno())
-        length, packed = response.headers.get("Content-Length"), "Content-Encoding" in response.headers
-        if length is not None and not packed and _size(part) != had + int(length):
-            raise _Cut("cut off")
+        length, encoded = response.headers.get("Content-Length"), "Content-Encoding" in response.headers
+        if length is not None and not encoded and _size(part) != offset + int(length):
+            raise _CutOff("cut off")
 
 
 def _check(response: requests.Response) -> None:
-    """What is not the file, or a piece of it, is told by its status."""
+    """Raise _Failure unless the response is the file or a range of it."""
     status = f"{response.status_code} {response.reason}"
-    if response.status_code in PASSING:
-        raise _Failed(f"{status}, {TRIES} times", passing=True)
+    if response.status_code in RETRIED:
+        raise _Failure(f"{status}, {ATTEMPTS} times", temporary=True)
     if response.status_code in (401, 403):
-        raise _Failed(f"refused ({status})")
+        raise _Failure(f"refused ({status})")
     if response.status_code in (404, 410):
-        raise _Failed(f"not there ({status})")
+        raise _Failure(f"not found ({status})")
     if response.status_code not in (200, 206):
-        raise _Failed(status)
+        raise _Failure(status)
     if response.headers.get("Content-Type", "").startswith("text/html"):
-        raise _Failed("an HTML page came in place of the file")
+        raise _Failure("an HTML page instead of the file")
 
 
-def _begun(url: str, part: Path) -> tuple[int, str]:
-    """The bytes of a part of this address, and what tells its version; 0 and nothing where there is none."""
+def _resume_point(url: str, part: Path) -> tuple[int, str]:
+    """Size and validator of a part of this URL, (0, "") if there is none."""
     try:
         note = json.loads(_note(part).read_bytes())
         return (_size(part), note["validator"]) if note["url"] == url and _size(part) else (0, "")
@@ -319,8 +325,8 @@ def _begun(url: str, part: Path) -> tuple[int, str]:
         return 0, ""
 
 
-def _begin(url: str, part: Path, headers: Mapping[str, str]) -> None:
-    """An empty part, and the note of its version where the server tells one that a later request can name."""
+def _start(url: str, part: Path, headers: Mapping[str, str]) -> None:
+    """Create an empty part, and its note if the server sends a validator for If-Range."""
     _discard(part)
     part.touch()
     etag = headers.get("ETag", "")
@@ -335,7 +341,7 @@ def _complete(part: Path, target: Path) -> None:
 
 
 def _discard(part: Path) -> None:
-    for path in (_note(part), part):  # the note first: a part without one is never gone on with
+    for path in (_note(part), part):  # the note first: a part without one is never resumed
         path.unlink(missing_ok=True)
 
 

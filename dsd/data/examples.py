@@ -1,12 +1,11 @@
-"""The one shape of a matching problem, and the pairs that a set of them asks for.
+"""Matching examples, their (image, text) pairs, and examples.parquet.
 
-I images, T texts of an example. ComVG: 2 × 1. RefCOCOg: 1 × 10. VQA: 1 × answers. Winoground: 2 × 2.
+I images × T texts per example. ComVG: 2 × 1. RefCOCOg: 1 × 10. VQA: 1 × answers. Winoground: 2 × 2.
 Classification: 1 × classes.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,16 @@ import pyarrow.parquet as pq
 
 from dsd.store import write_atomic
 
-AT_ONCE = 64  # examples that are read together
+AT_ONCE = 64  # examples per batch that is read
 
 
 @dataclass(frozen=True, slots=True)
 class MatchingExample:
-    """Which image goes with which text?
+    """One matching problem: which image goes with which text?
 
-    `images` are image ids (`dsd.data.images.image_id`), `texts` the texts themselves, `answer` the true (image index,
-    text index) pairs, `category` the slot or kind of question that metrics are broken down by. Without a true pair
-    every method answers wrong.
+    `images` are image ids (`dsd.data.images.image_id`), `answer` the true (image index, text index) pairs, `category`
+    the slot or question type that metrics are broken down by. An example without a true pair counts as wrong for every
+    method.
     """
 
     id: str
@@ -38,25 +37,20 @@ class MatchingExample:
 
     @property
     def cluster(self) -> str:
-        """What examples must share to be dependent: the sentence of an image choice, else the image."""
+        """Key of the bootstrap cluster: the sentence if there is only one text, else the first image."""
         return self.texts[0] if len(self.texts) == 1 else self.images[0]
 
 
 class Pair(NamedTuple):
-    """Unique over a whole dataset, however many examples share it."""
+    """A candidate: one image with one text. Examples may share it."""
 
     image: str
     text: str
 
 
 def pairs(examples: Iterable[MatchingExample]) -> list[Pair]:
-    """Every (image, text) that the examples compare, once, in order of first appearance."""
-    seen = {Pair(image, text): None for e in examples for image in e.images for text in e.texts}
-    return list(seen)
-
-
-def text_id(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """All pairs of the examples, without duplicates, in order of first appearance."""
+    return list(dict.fromkeys(Pair(image, text) for e in examples for image in e.images for text in e.texts))
 
 
 SCHEMA = pa.schema(
@@ -72,7 +66,7 @@ SCHEMA = pa.schema(
 
 
 def write_examples(path: Path, rows: Iterable[tuple[str, MatchingExample]]) -> None:
-    """Writes (split, example) rows as one Parquet file, atomically."""
+    """Write (split, example) rows as one Parquet file, atomically."""
     table = pa.Table.from_pylist(
         [
             dict(id=e.id, images=e.images, texts=e.texts, answer=e.answer, category=e.category, split=split)
@@ -86,8 +80,8 @@ def write_examples(path: Path, rows: Iterable[tuple[str, MatchingExample]]) -> N
 
 
 def read_examples(path: Path, split: str) -> list[MatchingExample]:
-    """The examples of a split ("train", "validation" or "test"), in file order."""
-    # A few at a time: the texts of all examples may be millions.
+    """Read the examples of a split ("train", "validation" or "test"), in file order."""
+    # In small batches: there may be millions of texts.
     batches = pq.ParquetFile(path).iter_batches(AT_ONCE)
     rows = (row for batch in batches for row in batch.filter(pc.field("split") == split).to_pylist())
     return [

@@ -1,4 +1,4 @@
-"""From a file, bytes, picture or array to the pixels that the models see.
+"""Load, resize and identify images.
 
 Shapes: B batch, H height, W width, 3 channels red, green, blue.
 """
@@ -23,25 +23,24 @@ log = logging.getLogger(__name__)
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 
-# What the benchmarks come in. Pillow's other readers stay closed: some of them start other programs (EPS).
+# Only these Pillow readers are enabled: others run external programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 def load_image(source: ImageSource, *, max_pixels: int) -> Image.Image:
-    """Read an image as RGB, upright (EXIF orientation applied), on white where it is transparent.
+    """Read an image as RGB, with EXIF orientation applied and transparency composited on white.
 
     Args:
-        source: a file's path, a file's bytes, a Pillow image, or an array [H, W, 3] or [H, W] of uint8 or of
+        source: a path, the bytes of a file, a Pillow image, or an array [H, W, 3] or [H, W] of uint8 or of
             floats in 0..1.
-        max_pixels: the most pixels that are decoded. The size in the header is checked first, so that a
-            decompression bomb costs nothing.
+        max_pixels: maximum number of pixels. It is checked against the header, before anything is decoded.
 
     Returns:
-        A new RGB image; a Pillow image passed in is left as it was.
+        A new RGB image; a Pillow image passed in is not modified.
 
     Raises:
-        ImageError: one line with the image's name and the reason: missing, truncated, of no known format, too
-            large, empty, or with values whose range is unknown.
+        ImageError: one line with the image's name and the reason: missing, truncated, unknown format, too large,
+            empty, or values out of range.
     """
     name = _name(source)
     try:
@@ -54,18 +53,18 @@ def load_image(source: ImageSource, *, max_pixels: int) -> Image.Image:
             return _decode(image, max_pixels)
     except UnidentifiedImageError:
         raise ImageError(f"{name}: not an image (formats read: {', '.join(FORMATS)})") from None
-    # Broken bytes lead Pillow's decoders to raise almost anything: OSError, SyntaxError, struct.error
+    # Pillow's decoders raise many types of exception on corrupt bytes: OSError, SyntaxError, struct.error, …
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(f"{name}: {' '.join(reason.split())}") from error
 
 
 def resize(image: Image.Image, *, parity: int | None, resolution: int) -> Image.Image:
-    """Squash an RGB image to a square of `resolution` pixels a side, by way of a square of `parity`.
+    """Resize an RGB image to `resolution` × `resolution` pixels, first to `parity` × `parity` unless that is None.
 
-    With parity 224 the diffusion model sees no more than CLIP does; None goes to the resolution directly.
-    Both are settings of the first paper (He et al. 2023, "Discriminative Diffusion Models as Few-shot Vision
-    and Language Learners"); it names no filter, ours is bicubic, antialiased where it shrinks.
+    With parity 224 the diffusion model gets no more detail than CLIP. Both settings are from the first paper (He et
+    al. 2023, "Discriminative Diffusion Models as Few-shot Vision and Language Learners"). The paper names no filter;
+    this one is bicubic, antialiased when it shrinks.
     """
     sizes = (resolution,) if parity is None else (parity, resolution)
     if min(sizes) < 1:
@@ -76,23 +75,23 @@ def resize(image: Image.Image, *, parity: int | None, resolution: int) -> Image.
 
 
 def to_array(image: Image.Image) -> NDArray[np.uint8]:
-    """[H, W, 3] uint8, a copy, of an RGB image."""
+    """Copy an RGB image to an array [H, W, 3] of uint8."""
     if image.mode != "RGB":
         raise ValueError(f"an RGB image is needed, not {image.mode}: read it with load_image")
     return np.array(image, dtype=np.uint8)
 
 
 def to_model(images_BHW3: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """[B, H, W, 3] uint8 → [B, 3, H, W] float32 in -1..1, what the VAE encodes."""
+    """Convert [B, H, W, 3] uint8 to [B, 3, H, W] float32 in -1..1, the input of the VAE."""
     if images_BHW3.dtype != np.uint8 or images_BHW3.ndim != 4 or images_BHW3.shape[-1] != 3:
         raise ValueError(f"images must be [B, H, W, 3] uint8, not {images_BHW3.shape} {images_BHW3.dtype}")
     return np.ascontiguousarray(images_BHW3.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(127.5) - 1
 
 
 def image_id(image: NDArray[np.uint8] | bytes) -> str:
-    """An image's identity: 16 hexadecimal digits of the SHA-256 of its shape and pixels, or of its bytes.
+    """Return 16 hexadecimal digits of the SHA-256 of an image's shape and pixels, or of its bytes.
 
-    A picture that comes up again, under whatever name, has the same identity and is encoded once.
+    Copies of an image under other names have the same id, so each image is encoded once.
     """
     if isinstance(image, bytes):
         return hashlib.sha256(image).hexdigest()[:16]
@@ -102,7 +101,7 @@ def image_id(image: NDArray[np.uint8] | bytes) -> str:
 
 
 class Quarantine:
-    """The images that could not be read, with the reason, so that one bad file does not end the run."""
+    """Unreadable images with the reason: one bad file does not stop the run."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, str]] = []
@@ -115,7 +114,7 @@ class Quarantine:
         self.rows.append((name, reason))
 
     def write(self, path: Path) -> None:
-        """Write the rows as JSON, sorted: the order in which threads met them does not show."""
+        """Write the rows as JSON, sorted, so that thread timing does not change the file."""
         rows = [{"name": name, "reason": reason} for name, reason in sorted(self.rows)]
         write_atomic(path, (json.dumps(rows, indent=2) + "\n").encode())
 
@@ -139,8 +138,8 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _decode(image: Image.Image, max_pixels: int) -> Image.Image:
-    _check_size(image.size, max_pixels)  # only the header has been read so far
-    image.load()  # verify() would let a truncated file pass
+    _check_size(image.size, max_pixels)  # only the header is read so far
+    image.load()  # verify() accepts truncated files
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         return Image.fromarray(_array_to_uint8(np.asarray(image), max_pixels)).convert("RGB")
@@ -149,11 +148,11 @@ def _decode(image: Image.Image, max_pixels: int) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")  # always a copy
+    return image.convert("RGB")  # convert() always copies
 
 
 def _sixteen_bits_to_uint8(image: Image.Image) -> NDArray[np.uint8]:
-    """[H, W] of a greyscale image of 16 bits; Pillow's own conversion clips at 255 instead of scaling."""
+    """Scale a 16-bit greyscale image to [H, W] uint8; Pillow's own conversion clips at 255."""
     grey_HW = np.asarray(image).astype(np.int64)
     if grey_HW.min() < 0 or grey_HW.max() > 65535:
         raise ValueError(f"grey values {grey_HW.min()}..{grey_HW.max()} are not those of 16 bits")

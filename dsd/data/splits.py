@@ -1,4 +1,4 @@
-"""Few-shot splits that never share a picture (first paper, section 5.2: 5 % of the data train the model)."""
+"""Few-shot splits that share no image (first paper, section 5.2: 5 % of the data are used for training)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
-def split(
+def split_groups(
     groups: Sequence[str], *, few_shot: int, validation: int, test: int, seed: int, sample: int
 ) -> dict[str, Split]:
-    """Which split each group of rows belongs to; a group that is not in the answer belongs to none.
+    """Assign groups of rows to splits; groups that no split needs are left out of the result.
 
-    Groups are ordered by the hash of (seed, group), so neither the order of the rows nor the other groups
-    move one within that order, and are then dealt out whole: from its end to test until that has its rows, from
-    its beginning to validation. What is left is ordered anew with `sample` and fills train. So every few-shot
-    sample is measured on the same test rows, and a larger one contains the smaller. A split can exceed its number
-    by the rest of its last group.
+    Groups are sorted by the hash of (seed, group), so the order does not depend on other rows. Whole groups are taken
+    from its end until test has its number of rows, and from its beginning for validation. The remaining groups are
+    sorted again with `sample` for train. Every few-shot sample is therefore evaluated on the same test rows, and a
+    larger one contains the smaller. A split can exceed its number by less than its last group.
 
     Args:
-        groups: the group of each row. Rows that share a picture share their group.
-        few_shot, validation, test: rows wanted in train, validation and test, 0 or more.
-        seed: another seed gives another order.
-        sample: another one gives another few-shot sample beside the same validation and test rows.
+        groups: the group of each row. Rows that share an image share their group.
+        few_shot, validation, test: number of rows in train, validation and test.
+        seed: selects the order of the groups.
+        sample: selects the few-shot sample; validation and test do not depend on it.
 
     Raises:
         DataError: there are too few rows for the three splits.
@@ -39,12 +38,12 @@ def split(
         return sorted(sizes, key=lambda group: hashlib.sha256("/".join(map(str, (*salt, group))).encode()).digest())
 
     result: dict[str, Split] = {}
-    dealt: list[tuple[Split, int, list[str]]] = [
+    requests: list[tuple[Split, int, list[str]]] = [
         ("test", test, order(seed)[::-1]),
         ("validation", validation, order(seed)),
         ("train", few_shot, order(seed, sample)),
     ]
-    for name, rows, ordered in dealt:
+    for name, rows, ordered in requests:
         filled = 0
         remaining = (group for group in ordered if group not in result)
         while filled < rows:

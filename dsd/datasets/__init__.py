@@ -1,52 +1,44 @@
-"""The benchmarks, one file each, and the table of them by `kind`."""
+"""Benchmarks, one module each, and the table DATASETS of them by `kind`.
+
+A module of this package adds a benchmark to the table by a constant BENCHMARK, or several by BENCHMARKS. The other
+modules hold what benchmarks share: `protocol` (start here to add one), `annotations`, `published` (real images),
+`classification`, `synthetic`, `relations` (Visual Genome), and the readers `parquet`, `webdataset` and `raw_files`.
+"""
 
 from __future__ import annotations
 
+import pkgutil
+from importlib import import_module
 from typing import Any
 
-from dsd.datasets import (
-    cifar10,
-    comvg,
-    fgvc_aircraft,
-    folder,
-    refcocog,
-    scenes_cls,
-    scenes_com,
-    scenes_ref,
-    scenes_vqa,
-    stl10,
-    visual_genome,
-    vqav2,
-    winoground,
-)
-from dsd.datasets.raw import Benchmark, RawExample
+from dsd.datasets.annotations import RawExample
+from dsd.datasets.protocol import Benchmark
 from dsd.errors import DataError, unknown
 
-__all__ = ["DATASETS", "Benchmark", "RawExample", "benchmark"]
-
-DATASETS: dict[str, Benchmark[Any]] = {
-    "scenes-com": scenes_com.BENCHMARK,
-    "scenes-ref": scenes_ref.BENCHMARK,
-    "scenes-vqa": scenes_vqa.BENCHMARK,
-    "scenes-cls": scenes_cls.BENCHMARK,
-    "comvg": comvg.BENCHMARK,
-    "visual-genome": visual_genome.BENCHMARK,
-    "refcocog": refcocog.BENCHMARK,
-    "vqav2": vqav2.BENCHMARK,
-    "winoground": winoground.BENCHMARK,
-    "cifar10": cifar10.BENCHMARK,
-    "stl10": stl10.BENCHMARK,
-    "fgvc-aircraft": fgvc_aircraft.BENCHMARK,
-    "folder": folder.BENCHMARK,
-}
+__all__ = ["DATASETS", "Benchmark", "RawExample", "benchmark", "discover"]
 
 
 def benchmark(kind: str) -> Benchmark[Any]:
-    """The benchmark of a kind.
+    """Return the benchmark of a kind.
 
     Raises:
-        DataError: no such kind; says which there are.
+        DataError: there is no such kind; lists the kinds.
     """
     if kind not in DATASETS:
         raise DataError(unknown("kind of dataset", kind, DATASETS))
     return DATASETS[kind]
+
+
+def discover() -> dict[str, Benchmark[Any]]:
+    """Import every module of this package and return their benchmarks by kind."""
+    table: dict[str, Benchmark[Any]] = {}
+    for info in pkgutil.iter_modules(__path__, f"{__name__}."):
+        module = import_module(info.name)
+        single = [module.BENCHMARK] if hasattr(module, "BENCHMARK") else []
+        for entry in [*single, *getattr(module, "BENCHMARKS", ())]:
+            assert entry.kind not in table, f"{info.name}: a second benchmark of kind {entry.kind}"
+            table[entry.kind] = entry
+    return table
+
+
+DATASETS = discover()  # last: modules of this package import the names above

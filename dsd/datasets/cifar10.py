@@ -1,10 +1,11 @@
-"""CIFAR-10: 32 × 32 pictures of ten classes."""
+"""CIFAR-10: 32 × 32 images of ten classes."""
 
 from __future__ import annotations
 
-from dsd.datasets.classified import PARQUET, classified
+from dsd.datasets.classification import PARQUET, classification
 
-BENCHMARK = classified(
+BENCHMARK = classification(
+    "cifar10",
     PARQUET,
     citation="Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
     licence="none stated by its authors",

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+from dsd.data.hub import Location, Repository
 from dsd.datasets import webdataset
-from dsd.datasets.classified import Format, Labelled, classified
-from dsd.datasets.repository import Place, Repository
+from dsd.datasets.classification import Format, Labels, classification
 from dsd.errors import DataError
 
 CLASSES = "classnames.txt"
 
 
-def _read(repository: Repository, file: str) -> Labelled:
+def _read_labels(repository: Repository, file: str) -> Labels:
     path = repository.root / CLASSES
     try:
         names = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise DataError(f"{path}: not UTF-8") from None
-    labels = webdataset.labels(repository, file)
-    return Labelled(tuple(name.strip() for name in names), {Place(file, key): n for key, n in labels.items()})
+    numbers = {Location(file, key): n for key, n in webdataset.read_labels(repository, file).items()}
+    return Labels(tuple(name.strip() for name in names), numbers)
 
 
-BENCHMARK = classified(
-    Format(_read, webdataset.pictures, beside=(CLASSES,)),
+BENCHMARK = classification(
+    "fgvc-aircraft",
+    Format(_read_labels, webdataset.read_images, extra=(CLASSES,)),
     citation="Maji et al., Fine-Grained Visual Classification of Aircraft, 2013",
     licence="non-commercial research only",
     training=6_667,

@@ -1,17 +1,17 @@
-"""The user's own pictures: a CSV in their folder tells which text is right for which picture.
+"""The user's own images: a CSV in their folder says which text matches which image.
 
-A row is one candidate: `image` (a path in the folder), `text`, and `label`, 1 if they belong together and 0 if not. The
-rows of a picture are one example, several texts for one picture:
+A row is one candidate: `image` (a path in the folder), `text`, and `label`, 1 if they match and 0 if not. The rows of
+an image are one example, with several texts for one image:
 
     image,text,label
     dogs/1.jpg,a dog asleep,1
     dogs/1.jpg,a dog awake,0
 
-With a column `id`, the rows of an id are one example, which may then also be several pictures for one text. Either way
-one of its rows is right. There may be two more columns, in which the rows of an example agree: `category`, and `split`
-(train, validation or test), which stands for `few_shot` and `validation` of the params: these must then be 0.
+With a column `id`, the rows of an id are one example, which can also have several images for one text. Exactly one row
+of an example has label 1. Two more optional columns must be equal in all rows of an example: `category`, and `split`
+(train, validation or test). With a column `split`, `few_shot` and `validation` must be 0.
 
-Commas delimit, and it is UTF-8. DVC sees changes of the folder where it is listed under `deps` of the stage `download`.
+The table is UTF-8 with commas. DVC notices changes of the folder if it is in the `deps` of the stage `download`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from typing import NamedTuple
 
 from dsd.config import FolderDataset
 from dsd.data.splits import SPLITS, Split
-from dsd.datasets.raw import Benchmark, Expected, RawExample
-from dsd.datasets.selection import Content, deal, examples, keep, stem
+from dsd.datasets.annotations import RawExample
+from dsd.datasets.protocol import Benchmark, Expected
+from dsd.datasets.published import Content, assign_splits, file_stem, store_images
 from dsd.errors import DataError, ImageError, ParamsError, unknown
 
 REQUIRED = ("image", "text", "label")
 OPTIONAL = ("id", "split", "category")
-DELIMITERS = ";\t|:"  # that are told from the comma
+DELIMITERS = ";\t|:"  # recognised in the error for a table without commas
 
 
 class Line(NamedTuple):
-    """A row of the table, and the number of the line that it ends on."""
+    """A row of the table, with the number of its last line."""
 
     number: int
     id: str
@@ -47,42 +48,43 @@ class Line(NamedTuple):
 
 
 class Grouped(NamedTuple):
-    """An example's id and that of its pictures; see `dsd.datasets.selection.Item`."""
+    """The ids of an example and of its group of images; see `published.Item`."""
 
     id: str
     group: str
 
 
 def _download(row: FolderDataset, *, seed: int, folder: Path, workers: int) -> None:
-    """See `dsd.datasets.raw.Download`.
+    """Implement `protocol.Download`.
 
     Raises:
-        ParamsError, DataError: see `deal` and `keep`; no such folder or table, few-shot shares beside a column `split`,
-            and what is wrong with a line.
+        ParamsError, DataError: see `assign_splits` and `store_images`; or the folder or table is missing, shares are
+            given besides a column `split`, or a line is invalid.
     """
     name, root = folder.name, Path(row.source)
     if not root.is_dir():
-        raise DataError(f"datasets.{name}.source: {row.source} is no folder")
+        raise DataError(f"datasets.{name}.source: {row.source} is not a folder")
     table = root / _inside(root, row.table, f"datasets.{name}.table")
     lines = list(_lines(root, table))
     by_id: dict[str, list[Line]] = {}
     for line in lines:
         by_id.setdefault(line.id, []).append(line)
-    found = [_example(table, row, some) for some in by_id.values()]
-    groups = _groups(found)
+    examples = [_example(table, row, of_example) for of_example in by_id.values()]
+    groups = _groups(examples)
     given = {f"{row.kind}/{line.id}": line.split for line in lines if line.split}
     if given and (row.few_shot or row.validation):
         key = "few_shot" if row.few_shot else "validation"
-        raise ParamsError(f"datasets.{name}.{key}: {table} has a column split, which says it; must be 0")
-    tests = [Grouped(e.id, groups[e.images[0]]) for e in found if given.get(e.id, "test") == "test"]
-    learned_from = {id: split for id, split in given.items() if split != "test"}
-    splits = deal(name, row, None, tests, seed=seed) | learned_from
-    taken = [replace(example, split=splits[example.id]) for example in found if example.id in splits]
-    keep(row, folder, taken, _pictures(root, table, lines, {image for e in taken for image in e.images}))
+        raise ParamsError(f"datasets.{name}.{key}: must be 0, because {table} has a column split")
+    tests = [Grouped(e.id, groups[e.images[0]]) for e in examples if given.get(e.id, "test") == "test"]
+    learning = {id: split for id, split in given.items() if split != "test"}
+    splits = assign_splits(name, row, None, tests, seed=seed) | learning
+    selected = [replace(example, split=splits[example.id]) for example in examples if example.id in splits]
+    stems = {image for example in selected for image in example.images}
+    store_images(folder, selected, _images(root, table, lines, stems), row.missing)
 
 
 def _lines(root: Path, table: Path) -> Iterator[Line]:
-    """The rows of the table, each checked by itself."""
+    """Read the rows of the table and check each by itself."""
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
@@ -98,12 +100,12 @@ def _lines(root: Path, table: Path) -> Iterator[Line]:
         raise DataError(f"{table}:{reader.line_num}: not CSV: {error}") from None
 
 
-def _header(table: Path, found: Sequence[str]) -> list[str]:
-    header, known = [column.strip() for column in found], (*REQUIRED, *OPTIONAL)
+def _header(table: Path, names: Sequence[str]) -> list[str]:
+    header, known = [column.strip() for column in names], (*REQUIRED, *OPTIONAL)
     for column in REQUIRED:
         if column not in header:
             with suppress(csv.Error):
-                delimiter = csv.Sniffer().sniff(",".join(found), DELIMITERS).delimiter
+                delimiter = csv.Sniffer().sniff(",".join(names), DELIMITERS).delimiter
                 raise DataError(f"{table}:1: delimited by {delimiter!r}, must be by ','")
             raise DataError(f"{table}:1: no column {column!r} (columns: {', '.join(header) or 'none'})")
     for column in header:
@@ -133,7 +135,7 @@ def _line(root: Path, where: str, number: int, header: Sequence[str], values: Se
 
 
 def _inside(root: Path, path: str, where: str) -> str:
-    """The path in its plain form; it stays in the folder, by no way out and by no link."""
+    """Normalise a path and check that neither `..` nor a link leaves the folder."""
     plain = PurePosixPath(path)
     if plain.is_absolute() or not plain.parts or ".." in plain.parts or "\0" in path:
         raise DataError(f"{where}: {path!r} must be a path in the folder {root}")
@@ -143,11 +145,11 @@ def _inside(root: Path, path: str, where: str) -> str:
 
 
 def _example(table: Path, row: FolderDataset, lines: Sequence[Line]) -> RawExample:
-    """An example of its rows; its images are stems of file names, and its split is left open."""
+    """Build an example from its rows, with file stems as images; the split is only a placeholder."""
     first, where = lines[0], f"{table}:{lines[0].number}: example {lines[0].id!r}"
-    seen: dict[tuple[str, str], int] = {}
+    numbers: dict[tuple[str, str], int] = {}
     for line in lines:
-        before = seen.setdefault((line.image, line.text), line.number)
+        before = numbers.setdefault((line.image, line.text), line.number)
         if before != line.number:
             raise DataError(f"{table}:{line.number}: repeats line {before}")
         for key in ("split", "category"):
@@ -158,17 +160,17 @@ def _example(table: Path, row: FolderDataset, lines: Sequence[Line]) -> RawExamp
     images, texts = ([*dict.fromkeys(getattr(line, key) for line in lines)] for key in ("image", "text"))
     right = [(images.index(line.image), texts.index(line.text)) for line in lines if line.right]
     if len(lines) == 1:
-        raise DataError(f"{where} has one row, which leaves nothing to choose")
+        raise DataError(f"{where} has only one row; at least two candidates are needed")
     if len(images) > 1 and len(texts) > 1:
-        raise DataError(f"{where} has {len(images)} images and {len(texts)} texts; there must be one of either")
+        raise DataError(f"{where} has {len(images)} images and {len(texts)} texts; one of the two must be single")
     if len(right) != 1:
         raise DataError(f"{where} has {len(right)} rows with label 1, must have one")
-    stems = tuple(stem(image) for image in images)
+    stems = tuple(file_stem(image) for image in images)
     return RawExample(f"{row.kind}/{first.id}", "test", stems, tuple(texts), tuple(right), first.category)
 
 
-def _groups(found: Sequence[RawExample]) -> dict[str, str]:
-    """Of each picture the first, by name, of all those that examples link it with."""
+def _groups(examples: Sequence[RawExample]) -> dict[str, str]:
+    """Return the group of each image: the first name among the images that examples connect it with."""
     parent: dict[str, str] = {}
 
     def first(image: str) -> str:
@@ -176,31 +178,31 @@ def _groups(found: Sequence[RawExample]) -> dict[str, str]:
             image = parent[image]
         return image
 
-    for example in found:
+    for example in examples:
         for image in example.images:
             one, other = sorted((first(image), first(example.images[0])))
             parent[other] = one
     return {image: first(image) for image in list(parent)}
 
 
-def _pictures(root: Path, table: Path, lines: Sequence[Line], wanted: Collection[str]) -> Iterator[tuple[str, Content]]:
-    """(stem, content) of the wanted pictures, each once."""
+def _images(root: Path, table: Path, lines: Sequence[Line], stems: Collection[str]) -> Iterator[tuple[str, Content]]:
+    """Yield (stem, content) of the images with these stems, each once."""
     for line in {line.image: line for line in reversed(lines)}.values():
-        if stem(line.image) in wanted:
+        if file_stem(line.image) in stems:
             try:
-                yield stem(line.image), (root / line.image).read_bytes()
+                yield file_stem(line.image), (root / line.image).read_bytes()
             except OSError as error:
-                yield stem(line.image), ImageError(f"{table}:{line.number}: {line.image}: {error.strerror}")
+                yield file_stem(line.image), ImageError(f"{table}:{line.number}: {line.image}: {error.strerror}")
 
 
 def _remote(name: str, row: FolderDataset) -> int:
-    """Nothing, if the table is there and can be read."""
+    """Return 0; raise DataError if the table is not readable."""
     _expected(row)
     return 0
 
 
 def _expected(row: FolderDataset) -> Expected:
-    """What the table has, whatever its splits."""
+    """Count the examples of the table, whatever its splits."""
     root = Path(row.source)
     by_id: dict[str, set[str]] = {}
     for line in _lines(root, root / row.table):
@@ -210,11 +212,12 @@ def _expected(row: FolderDataset) -> Expected:
 
 
 BENCHMARK = Benchmark(
+    "folder",
     _download,
-    examples,
     "recall",
     citation="the user's own",
     licence="the user's own",
     expected=_expected,
     remote=_remote,
+    seeded=False,
 )

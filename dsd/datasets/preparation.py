@@ -1,4 +1,4 @@
-"""From raw files to the examples and pictures that all else reads."""
+"""Preparation: decode and resize the images of a downloaded dataset, and write its examples with their splits."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dsd.config import Params
+from dsd.config import DatasetParams, ImageParams
 from dsd.data.examples import MatchingExample, write_examples
-from dsd.data.image_table import Picture, PictureWriter
+from dsd.data.image_table import ImageTableWriter, StoredImage
 from dsd.data.images import Quarantine, image_id, load_image, resize, to_array
 from dsd.data.splits import SPLITS
-from dsd.datasets import RawExample, benchmark
-from dsd.datasets.raw import IMAGES
-from dsd.errors import DataError, ImageError, ParamsError, unknown
+from dsd.datasets import benchmark
+from dsd.datasets.annotations import IMAGES, RawExample
+from dsd.errors import DataError, ImageError
 from dsd.metrics import METRICS
 from dsd.progress import progress
 from dsd.store import write_atomic
@@ -27,64 +27,60 @@ from dsd.store import write_atomic
 AHEAD = 256  # files that are decoded before the first of them is written
 
 
-def prepare(name: str, params: Params, source: Path, target: Path) -> dict[str, int]:
-    """Prepare a dataset: decode, resize and identify its pictures, and write its examples with their splits.
+def prepare(
+    name: str, row: DatasetParams, source: Path, target: Path, *, images: ImageParams, seed: int, workers: int
+) -> dict[str, int]:
+    """Decode, resize and identify the images of dataset `name`, and write its examples with their splits.
 
-    Leaves images.parquet, examples.parquet, quarantine.json and, last, summary.json in `target`; the same
-    input gives the same bytes. A picture is stored at `images.parity` pixels a side, or at
-    `images.resolution` where parity is null. One that cannot be read is quarantined, and what needs it is
-    dropped. A picture that comes up again under another name is stored once, and examples of train or
-    validation that share one with a later split are left out.
+    Writes images.parquet, examples.parquet, quarantine.json and, last, summary.json to `target`; the same input gives
+    the same bytes. An image is stored at `images.parity` pixels a side, or at `images.resolution` if parity is null.
+    Unreadable images are quarantined, and their examples dropped. Copies of an image under other names are stored
+    once, and examples of train or validation that share an image with a later split are left out.
 
     Args:
         source: the folder that the dataset was downloaded to.
 
     Returns:
-        What summary.json says: examples by split (train, validation, test), `images` stored, `repeated` and
+        The content of summary.json: examples by split (train, validation, test), `images` stored, `repeated` and
         `quarantined` files, examples `dropped` for a quarantined file, examples `shared` with a later split.
 
     Raises:
-        ParamsError: no such dataset.
-        DataError: annotations that cannot be read or make no sense, a split without examples, or a test split that
-            lacks a category which its metrics need.
+        DataError: the annotations are missing or invalid, no example of a split is left, or the test split lacks a
+            category that its metrics need.
     """
-    if name not in params.datasets:
-        raise ParamsError(unknown("dataset", name, params.datasets))
-    row = params.datasets[name]
-    raw = list(benchmark(row.kind).examples(source, row, seed=params.seed))
+    kind = benchmark(row.kind)
+    raw = list(kind.examples(source, seed=seed))
     for example in raw:
         _check(name, example)
     (target / "summary.json").unlink(missing_ok=True)
 
-    side = params.images.parity or params.images.resolution
-    decode = partial(_decode, source / IMAGES, params.images.max_pixels, side)
+    decode = partial(_decode, source / IMAGES, images.max_pixels, images.parity or images.resolution)
     files, quarantine = list(dict.fromkeys(file for example in raw for file in example.images)), Quarantine()
     ids: dict[str, str] = {}
-    with PictureWriter(target / "images.parquet") as writer:
-        decoded = _in_threads(decode, files, params.runtime.workers)
-        for file, found in progress(decoded, total=len(files), desc=name):
-            if isinstance(found, ImageError):
-                quarantine.add(file, str(found).removeprefix(f"{source / IMAGES / file}: "))
+    with ImageTableWriter(target / "images.parquet") as writer:
+        for file, image in progress(_in_threads(decode, files, workers), total=len(files), desc=name):
+            if isinstance(image, ImageError):
+                quarantine.add(file, str(image).removeprefix(f"{source / IMAGES / file}: "))
             else:
-                ids[file] = found.id
-                writer.add(found)
+                ids[file] = image.id
+                writer.add(image)
     quarantine.write(target / "quarantine.json")
 
-    whole = [(e.split, _matching(e, ids)) for e in raw if all(file in ids for file in e.images)]
-    apart = _apart(whole)
-    counts = Counter(split for split, _ in apart)
+    readable = [(e.split, _matching(e, ids)) for e in raw if all(file in ids for file in e.images)]
+    disjoint = _disjoint(readable)
+    counts = Counter(split for split, _ in disjoint)
     for split in SPLITS:
         if not counts[split] and any(example.split == split for example in raw):
             raise DataError(f"{source}: no example is left for {split}, {len(quarantine)} files quarantined")
-    _check_categories(name, row.kind, [example for split, example in apart if split == "test"])
-    write_examples(target / "examples.parquet", apart)
+    _check_categories(name, kind.metrics, [example for split, example in disjoint if split == "test"])
+    write_examples(target / "examples.parquet", disjoint)
     summary: dict[str, int] = {
         **{str(split): counts[split] for split in SPLITS},
         "images": len(set(ids.values())),
         "repeated": len(ids) - len(set(ids.values())),
         "quarantined": len(quarantine),
-        "dropped": len(raw) - len(whole),
-        "shared": len(whole) - len(apart),
+        "dropped": len(raw) - len(readable),
+        "shared": len(readable) - len(disjoint),
     }
     write_atomic(target / "summary.json", json.dumps(summary, indent=2).encode())
     return summary
@@ -95,44 +91,44 @@ def _check(name: str, example: RawExample) -> None:
     if not images or not texts:
         raise DataError(f"{name}: example {example.id}: {images} images and {texts} texts, needs both")
     if images * texts == 1:
-        raise DataError(f"{name}: example {example.id}: one image and one text leave nothing to choose")
+        raise DataError(f"{name}: example {example.id}: one image and one text are only one candidate")
     if not all(text.strip() for text in example.texts):
         raise DataError(f"{name}: example {example.id}: a text is empty")
     if not example.answer and example.split == "train":
-        raise DataError(f"{name}: example {example.id}: no right pair, and nothing to learn from it")
+        raise DataError(f"{name}: example {example.id}: no right pair, so it cannot be trained on")
     if not all(0 <= i < images and 0 <= t < texts for i, t in example.answer):
         raise DataError(
             f"{name}: example {example.id}: answer {example.answer} outside {images} images × {texts} texts"
         )
 
 
-def _check_categories(name: str, kind: str, test: Sequence[MatchingExample]) -> None:
-    """Before anything is scored: every metric needs an example."""
+def _check_categories(name: str, metrics: str, test: Sequence[MatchingExample]) -> None:
+    """Check, before anything is scored, that every metric has an example."""
     if test:
         try:
-            METRICS[benchmark(kind).metrics](np.ones(len(test), dtype=int), [example.category for example in test])
+            METRICS[metrics](np.ones(len(test), dtype=int), [example.category for example in test])
         except ValueError as error:
             raise DataError(f"{name}: the test split: {error}; raise datasets.{name}.test") from None
 
 
-def _decode(folder: Path, max_pixels: int, side: int, file: str) -> Picture | ImageError:
+def _decode(folder: Path, max_pixels: int, side: int, file: str) -> StoredImage | ImageError:
     try:
         image = resize(load_image(folder / file, max_pixels=max_pixels), parity=None, resolution=side)
     except ImageError as error:
         return error
     png = io.BytesIO()
     image.save(png, "PNG")
-    return Picture(image_id(to_array(image)), png.getvalue())
+    return StoredImage(image_id(to_array(image)), png.getvalue())
 
 
 def _in_threads(
-    decode: Callable[[str], Picture | ImageError], files: Sequence[str], workers: int
-) -> Iterator[tuple[str, Picture | ImageError]]:
-    """(file, what it decodes to), in order. Pillow decodes outside the interpreter's lock: threads do."""
+    decode: Callable[[str], StoredImage | ImageError], files: Sequence[str], workers: int
+) -> Iterator[tuple[str, StoredImage | ImageError]]:
+    """Yield (file, decoded image) in order. Threads suffice: Pillow releases the interpreter's lock."""
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(files), AHEAD):
-            some = files[start : start + AHEAD]
-            yield from zip(some, pool.map(decode, some), strict=True)
+            batch = files[start : start + AHEAD]
+            yield from zip(batch, pool.map(decode, batch), strict=True)
 
 
 def _matching(example: RawExample, ids: dict[str, str]) -> MatchingExample:
@@ -140,12 +136,12 @@ def _matching(example: RawExample, ids: dict[str, str]) -> MatchingExample:
     return MatchingExample(example.id, images, example.texts, example.answer, example.category)
 
 
-def _apart(rows: Sequence[tuple[str, MatchingExample]]) -> list[tuple[str, MatchingExample]]:
-    """The rows without those that share a picture with a later split: the test set loses none."""
+def _disjoint(rows: Sequence[tuple[str, MatchingExample]]) -> list[tuple[str, MatchingExample]]:
+    """Drop the examples that share an image with a later split; the test loses none."""
     later: set[str] = set()
     kept: set[str] = set()
     for split in reversed(SPLITS):
-        mine = [example for name, example in rows if name == split and not later.intersection(example.images)]
-        kept.update(example.id for example in mine)
-        later.update(image for example in mine for image in example.images)
+        examples = [example for name, example in rows if name == split and not later.intersection(example.images)]
+        kept.update(example.id for example in examples)
+        later.update(image for example in examples for image in example.images)
     return [(split, example) for split, example in rows if example.id in kept]

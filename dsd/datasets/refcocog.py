@@ -1,11 +1,11 @@
-"""RefCOCOg: one image, several referring expressions; which one is of something in it? (1 × candidates)
+"""RefCOCOg: one image, several referring expressions; which one refers to an object in it? (1 × candidates)
 
-A row is an object with its expressions, of which one is drawn. The others come from the expressions of the split's
-other pictures, the pool of the first paper's section 5.2: those of the same picture, of whatever object in it, are just
-as true of the picture as a whole.
+A row is an object with its expressions, one of which is chosen at random. The other candidates are expressions of
+other images of the split (first paper, section 5.2). Those of the same image are excluded, whatever object they refer
+to: they are also true of the image as a whole.
 
-The home of the data has no training files: those of its validation stand for them. They show pictures of the test too,
-which are not trained on.
+The repository has no training files, so those of its validation are used. Those that share an image with the test are
+not trained on.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from random import Random
 from typing import NamedTuple
 
 from dsd.config import RefcocogDataset
+from dsd.data.hub import Location, fetch_repository, repository_size
 from dsd.data.splits import Split
 from dsd.datasets import parquet
-from dsd.datasets.raw import Benchmark, Expected, RawExample
-from dsd.datasets.repository import Place, fetch, remote
-from dsd.datasets.selection import apart, deal, examples, keep, stem
+from dsd.datasets.annotations import RawExample
+from dsd.datasets.protocol import Benchmark, Expected
+from dsd.datasets.published import assign_splits, file_stem, store_images, without_test_images
 from dsd.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -38,113 +39,118 @@ class Columns:
     file_name: str
 
 
-class Referred(NamedTuple):
-    """An object; its group is its picture's number, which is what the picture's file is named after."""
+class Referent(NamedTuple):
+    """An object; its group is the number of its image, which also names the image's file."""
 
     id: str
     group: str
-    place: Place
+    location: Location
     expressions: tuple[str, ...]
 
 
 class Pool:
-    """Expressions in an order that does not hang on that of the rows, and the pictures that each is true of."""
+    """Distinct expressions, in an order that does not depend on that of the rows, with the images they are true of."""
 
-    def __init__(self, rows: Sequence[Referred]) -> None:
-        self._pictures: dict[str, set[str]] = defaultdict(set)
-        spelled: dict[str, str] = {}
-        for text, picture in sorted((text, row.group) for row in rows for text in row.expressions):
-            self._pictures[_words(text)].add(picture)
-            spelled.setdefault(_words(text), text)
-        self._texts = list(spelled.values())
-        self._own = Counter(picture for pictures in self._pictures.values() for picture in pictures)
+    def __init__(self, referents: Sequence[Referent]) -> None:
+        self._images: dict[str, set[str]] = defaultdict(set)
+        spelling: dict[str, str] = {}
+        for text, image in sorted((text, item.group) for item in referents for text in item.expressions):
+            self._images[_words(text)].add(image)
+            spelling.setdefault(_words(text), text)
+        self._texts = list(spelling.values())
+        self._per_image = Counter(image for images in self._images.values() for image in images)
 
-    def draw(self, rng: Random, picture: str, count: int) -> list[str]:
-        """So many expressions, all different, of objects in other pictures; fewer where there are no more."""
-        drawn = rng.sample(self._texts, min(len(self._texts), count + self._own[picture]))
-        return [text for text in drawn if picture not in self._pictures[_words(text)]][:count]
+    def sample(self, rng: Random, image: str, count: int) -> list[str]:
+        """Choose `count` different expressions of other images, fewer if there are no more."""
+        texts = rng.sample(self._texts, min(len(self._texts), count + self._per_image[image]))
+        return [text for text in texts if image not in self._images[_words(text)]][:count]
 
 
 def _words(text: str) -> str:
-    """Expressions of the same words are the same, however they are spelled."""
+    """Normalise case, spaces and punctuation: expressions of the same words are the same."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def _picture(file_name: str) -> str:
-    """The number of the picture, without that of the object which stands behind it in the original annotations."""
+def _image_number(file_name: str) -> str:
+    """Return the image's number, without the object's number that the original annotations append."""
     return re.sub(r"(_\d{12})_\d+$", r"\1", PurePosixPath(file_name).stem)
 
 
 def _download(row: RefcocogDataset, *, seed: int, folder: Path, workers: int) -> None:
-    """See `dsd.datasets.raw.Download`.
+    """Implement `protocol.Download`.
 
     Raises:
-        ParamsError, DataError: see `repository.fetch`, `parquet.rows`, `deal` and `keep`; and too few expressions
-            for so many candidates.
+        ParamsError, DataError: see `fetch_repository`, `read_rows`, `assign_splits` and `store_images`; or there are
+            too few expressions for the number of candidates.
     """
     name = folder.name
-    repository = fetch(name, row, workers=workers)
+    repository = fetch_repository(name, row, workers=workers)
 
-    def read(files: Sequence[str]) -> list[Referred]:
-        return [
-            Referred(f"{row.kind}/{place.path}", _picture(columns.file_name), place, columns.answer)
+    def read(files: Sequence[str]) -> list[Referent]:
+        referents = [
+            Referent(f"{row.kind}/{location.path}", _image_number(columns.file_name), location, columns.answer)
             for file in files
-            for n, columns in enumerate(parquet.rows(repository, file, Columns))
-            for place in [Place(file, n, IMAGE)]
+            for n, columns in enumerate(parquet.read_rows(repository, file, Columns))
+            for location in [Location(file, n, IMAGE)]
         ]
+        return _with_expressions(name, referents)
 
-    testing = _told(name, read(repository.test))
-    training = None if repository.train is None else apart(name, _told(name, read(repository.train)), testing)
-    splits = deal(name, row, training, testing, seed=seed)
-    found: list[RawExample] = []
-    places: dict[str, Place] = {}
+    testing = read(repository.test)
+    training = None if repository.train is None else without_test_images(name, read(repository.train), testing)
+    splits = assign_splits(name, row, training, testing, seed=seed)
+    examples: list[RawExample] = []
+    locations: dict[str, Location] = {}
     pools = _pools(training, testing, splits)
-    for referred in (*(training or ()), *testing):
-        if split := splits.get(referred.id):
-            found.append(_example(name, row, referred, split, pools[split], seed))
-            places.setdefault(referred.group, referred.place)
-    keep(row, folder, found, parquet.pictures(repository, {place: stem(group) for group, place in places.items()}))
+    for item in (*(training or ()), *testing):
+        if split := splits.get(item.id):
+            examples.append(_example(name, row, item, split, pools[split], seed))
+            locations.setdefault(item.group, item.location)
+    wanted = {location: file_stem(group) for group, location in locations.items()}
+    store_images(folder, examples, parquet.read_images(repository, wanted), row.missing)
 
 
 def _pools(
-    training: Sequence[Referred] | None, testing: Sequence[Referred], splits: Mapping[str, Split]
+    training: Sequence[Referent] | None, testing: Sequence[Referent], splits: Mapping[str, Split]
 ) -> dict[Split, Pool]:
-    """Disjoint ones, which do not hang on how many objects are learned from, nor on which."""
-    learned_from = testing if training is None else training
+    """Return disjoint pools, which depend neither on the size nor on the sample of the few-shot split."""
+    learning = testing if training is None else training
     return {
-        "train": Pool([one for one in learned_from if splits.get(one.id) in (None, "train")]),
-        "validation": Pool([one for one in learned_from if splits.get(one.id) == "validation"]),
-        "test": Pool([one for one in testing if training is not None or splits.get(one.id) == "test"]),
+        "train": Pool([item for item in learning if splits.get(item.id) in (None, "train")]),
+        "validation": Pool([item for item in learning if splits.get(item.id) == "validation"]),
+        "test": Pool([item for item in testing if training is not None or splits.get(item.id) == "test"]),
     }
 
 
-def _told(name: str, rows: Sequence[Referred]) -> list[Referred]:
-    told = [row._replace(expressions=tuple(filter(_words, row.expressions))) for row in rows]
-    kept = [row for row in told if row.expressions]
-    if len(kept) < len(rows):
-        log.warning("%s: %d objects have no expression: left out", name, len(rows) - len(kept))
+def _with_expressions(name: str, referents: Sequence[Referent]) -> list[Referent]:
+    """Drop expressions without words, and objects without expressions."""
+    cleaned = [item._replace(expressions=tuple(filter(_words, item.expressions))) for item in referents]
+    kept = [item for item in cleaned if item.expressions]
+    if len(kept) < len(referents):
+        log.warning("%s: %d objects have no expression: left out", name, len(referents) - len(kept))
     return kept
 
 
-def _example(name: str, row: RefcocogDataset, referred: Referred, split: Split, pool: Pool, seed: int) -> RawExample:
-    rng = Random(f"{referred.id}/{seed}")
-    true = rng.choice(referred.expressions)
-    texts = [true, *pool.draw(rng, referred.group, row.candidates - 1)]
+def _example(name: str, row: RefcocogDataset, item: Referent, split: Split, pool: Pool, seed: int) -> RawExample:
+    rng = Random(f"{item.id}/{seed}")
+    true = rng.choice(item.expressions)
+    texts = [true, *pool.sample(rng, item.group, row.candidates - 1)]
     if len(texts) < row.candidates:
         raise DataError(
             f"datasets.{name}.candidates: {row.candidates}, but {split} has only {len(texts) - 1} expressions of other "
-            f"pictures than {referred.group}"
+            f"images than {item.group}"
         )
     rng.shuffle(texts)
-    return RawExample(referred.id, split, (stem(referred.group),), tuple(texts), ((0, texts.index(true)),), "object")
+    return RawExample(item.id, split, (file_stem(item.group),), tuple(texts), ((0, texts.index(true)),), "object")
 
 
 BENCHMARK = Benchmark(
+    "refcocog",
     _download,
-    examples,
     "recall",
     citation="Mao et al., CVPR 2016; Yu et al., Modeling Context in Referring Expressions, ECCV 2016",
-    licence="annotations: Apache-2.0; pictures: COCO's, from Flickr, under the terms of each",
+    licence="annotations: Apache-2.0; images: COCO's, from Flickr, under the terms of each",
     expected=lambda row: Expected(7573, row.test or 5023, 1, row.candidates),
-    remote=remote,
+    remote=repository_size,
+    repository=lambda row: row,
+    seeded=False,
 )

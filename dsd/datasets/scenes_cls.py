@@ -1,4 +1,4 @@
-"""scenes-cls: one thing; which of 96 classes of colour and shape? Stands in for CIFAR-10 (1 × classes)."""
+"""scenes-cls: one thing; which of 96 classes of colour and shape? Embedded counterpart of CIFAR-10 (1 × classes)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from random import Random
 
 from dsd.config import DrawnDataset
 from dsd.data.splits import Split
-from dsd.datasets.drawn import Item, embedded, picture
-from dsd.datasets.raw import RawExample
+from dsd.datasets.annotations import RawExample
+from dsd.datasets.synthetic import Item, image_name, synthetic
 from dsd.scenes.captions import a
 from dsd.scenes.world import COLOURS, SHAPES, Noun, sample_single
 
@@ -16,19 +16,20 @@ CLASSES = [Noun(colour, shape) for colour, shape in product(COLOURS, SHAPES)]
 
 
 def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Item:
-    """A picture with one example; classes take turns, so that each has as many examples as another."""
+    """Make an image with one example; the class follows from the index, so all classes are equally frequent."""
     true = index % len(CLASSES)
     scene = sample_single(Random(name), name, CLASSES[true])
     assert row.template is not None
     texts = tuple(row.template.format(a(noun)) for noun in CLASSES)
-    example = RawExample(name, split, (picture(index),), texts, ((0, true),), CLASSES[true].shape)
-    return Item({picture(index): scene}, [example])
+    example = RawExample(name, split, (image_name(index),), texts, ((0, true),), CLASSES[true].shape)
+    return Item({image_name(index): scene}, [example])
 
 
-BENCHMARK = embedded(
+BENCHMARK = synthetic(
+    "scenes-cls",
     compose,
     requires={"template": None},
     metrics="recall",
     candidates=lambda row: (1, len(CLASSES)),
-    citation="drawn, after CIFAR-10: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
+    citation="synthetic, after CIFAR-10: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
 )

@@ -1,15 +1,15 @@
-"""scenes-com: two images, one sentence; which image is it true of? Stands in for ComVG (2 × 1).
+"""scenes-com: two images, one sentence; which image is it true of? Embedded counterpart of ComVG (2 × 1).
 
-A sentence has one positive image and, for each slot, a negative one: a fresh layout of the triplet with that
-slot mutated. Positive and negative images are sampled alike, so that no image gives itself away:
+A sentence has one positive image and, for each slot, a negative one: a new layout of the triplet with that slot
+mutated. Positive and negative images are sampled in the same way, so the image alone does not reveal the answer:
 
-- every scene shows its own triplet and is clearly none of the other predicate that the sentence comes with;
+- every scene shows its own triplet, and the other predicate that the sentence is paired with is clearly false;
 - the number of distractors, the sizes and the background do not depend on the triplet;
-- a distractor often has the colour or the shape that is missing from the mutated noun, so that the words of
-  the sentence, looked for one at a time, are found in both images.
+- a distractor often has the colour or the shape that the mutated noun lacks, so that each single word of the sentence
+  is true of both images.
 
-In the few-shot split an example also has the mutated sentence, which is true of the negative image (2 × 2): a prompt
-that only learned which images score high would gain nothing between the two sentences of one image.
+In the few-shot split an example also has the mutated sentence, which is true of the negative image (2 × 2). A prompt
+that only learns which images score high does not improve the choice between the two sentences of one image.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from random import Random
 
 from dsd.config import DrawnDataset
 from dsd.data.splits import Split
-from dsd.datasets.drawn import Item, arguable, distractors, embedded, picture, rename, rivals
-from dsd.datasets.raw import RawExample
+from dsd.datasets.annotations import RawExample
+from dsd.datasets.synthetic import Item, arguable, distractors, image_name, rename, rivals, synthetic
 from dsd.scenes.captions import TEMPLATES, sentence
 from dsd.scenes.mutation import SLOTS, hard_noun, mutate, valid_negative
 from dsd.scenes.world import PREDICATES, Noun, Scene, Triplet, holds, random_noun, sample_scene
 
-DECOY = 0.75  # how often a distractor that is there takes on what is missing
+DECOY = 0.75  # probability that a distractor gets an attribute of the missing noun
 
 
 def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Item:
-    """A sentence: four pictures and three examples."""
+    """Make a sentence with four images and three examples."""
     rng = Random(name)
     original = _triplet(rng)
     others = rivals(original.predicate)
@@ -39,7 +39,7 @@ def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Item:
     }
     template = rng.choice(TEMPLATES)
 
-    # (missing, shown) of a negative image; the other way round in an image with both nouns of the sentence.
+    # (missing, shown) nouns of a negative image; reversed in an image with both nouns of the sentence.
     swaps = {
         "subject": (original.subject, mutated["subject"].subject),
         "object": (original.object, mutated["object"].object),
@@ -56,18 +56,18 @@ def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Item:
     for slot in SLOTS:
         positive, negative = (partial(holds, scenes[role]) for role in ("positive", slot))
         assert valid_negative(original, mutated[slot], true_of_positive=positive, true_of_negative=negative)
-        images = picture(index, "positive"), picture(index, slot)
+        images = image_name(index, "positive"), image_name(index, slot)
         true = Random(f"{name}/{slot}").randrange(2)
         texts: tuple[str, ...] = (sentence(original, template),)
         answer: tuple[tuple[int, int], ...] = ((true, 0),)
         if split == "train":
             texts, answer = (*texts, sentence(mutated[slot], template)), (*answer, (1 - true, 1))
         examples.append(RawExample(f"{name}/{slot}", split, images[::-1] if true else images, texts, answer, slot))
-    return Item({picture(index, role): scene for role, scene in scenes.items()}, examples)
+    return Item({image_name(index, role): scene for role, scene in scenes.items()}, examples)
 
 
 def _triplet(rng: Random) -> Triplet:
-    """Predicates are as frequent here as among the mutated triplets: each counts by the rivals it has."""
+    """Sample a triplet; predicates are weighted by their rivals, so mutated triplets have the same frequencies."""
     subject, predicates = random_noun(rng), list(PREDICATES)
     predicate = rng.choices(predicates, weights=[len(rivals(predicate)) for predicate in predicates])[0]
     return Triplet(subject, predicate, random_noun(rng, {subject}))
@@ -83,10 +83,10 @@ def _scene(rng: Random, seed: str, triplet: Triplet, rival: str, exclude: set[No
 def _with_decoys(
     scene: Scene, triplet: Triplet, missing: Noun, shown: Noun, *, exclude: Set[Noun], rng: Random
 ) -> Scene:
-    """Gives distractors the colour or the shape that `missing` has and `shown`, in its place, has not."""
-    lost = [name for name in ("colour", "shape") if getattr(missing, name) != getattr(shown, name)]
-    rng.shuffle(lost)
-    for noun, attribute in zip(distractors(scene, triplet), lost, strict=False):
+    """Give distractors the colour or shape that `missing` has and `shown`, which replaces it, has not."""
+    differing = [name for name in ("colour", "shape") if getattr(missing, name) != getattr(shown, name)]
+    rng.shuffle(differing)
+    for noun, attribute in zip(distractors(scene, triplet), differing, strict=False):
         if rng.random() < DECOY:
             taken = exclude | {thing.noun for thing in scene.things}
             decoy = noun
@@ -96,10 +96,11 @@ def _with_decoys(
     return scene
 
 
-BENCHMARK = embedded(
+BENCHMARK = synthetic(
+    "scenes-com",
     compose,
     examples=len(SLOTS),
     metrics="slots",
     candidates=lambda row: (2, 1),
-    citation="drawn, after Compositional Visual Genome: Jiang et al., ComCLIP, 2022 (arXiv:2211.13854)",
+    citation="synthetic, after Compositional Visual Genome: Jiang et al., ComCLIP, 2022 (arXiv:2211.13854)",
 )

@@ -1,8 +1,8 @@
-"""scenes-ref: one image, several referring expressions; which one is true? Stands in for RefCOCOg (1 × 10).
+"""scenes-ref: one image, several referring expressions; which one is true? Embedded counterpart of RefCOCOg (1 × 10).
 
-The candidates are cells of a small grid subjects × predicates × objects, chosen evenly, and the true one is
-chosen evenly among them before its scene is sampled. So the texts alone say nothing about which is true,
-while the false ones are mutations of the true one, and of each other, in one to three slots.
+The candidates are sampled uniformly from a small grid subjects × predicates × objects, and the true one uniformly
+from them, before its scene is sampled. The texts alone therefore do not reveal the answer, and the false ones are
+mutations of the true one, and of each other, in one to three slots.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from random import Random
 
 from dsd.config import DrawnDataset
 from dsd.data.splits import Split
-from dsd.datasets.drawn import Item, arguable, distractors, embedded, picture, rename, rivals
-from dsd.datasets.raw import RawExample
+from dsd.datasets.annotations import RawExample
+from dsd.datasets.synthetic import Item, arguable, distractors, image_name, rename, rivals, synthetic
 from dsd.scenes.captions import REFERRING, referring
 from dsd.scenes.mutation import hard_noun
 from dsd.scenes.world import PREDICATES, Noun, Scene, Triplet, holds, random_noun, sample_scene
 
-NAMED = 0.5  # how often a further thing in the scene is one that the other candidates name
-ATTEMPTS = 100  # scenes tried for a grid before another grid is drawn
-MOST = 64  # candidates: a grid of four values a slot
+NAMED = 0.5  # probability that a further thing gets a noun of another candidate
+ATTEMPTS = 100  # scenes sampled for a grid before another grid is sampled
+MAX_CANDIDATES = 64  # a grid of four values per slot
 
 
 def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Item:
-    """A picture with one example."""
+    """Make an image with one example."""
     rng = Random(name)
     assert row.candidates is not None
     scene = None
@@ -35,12 +35,12 @@ def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Item:
         scene = _scene(rng, name, candidates, candidates[true])
     template = rng.choice(REFERRING)
     texts = tuple(referring(triplet, template) for triplet in candidates)
-    example = RawExample(name, split, (picture(index),), texts, ((0, true),), candidates[true].predicate)
-    return Item({picture(index): scene}, [example])
+    example = RawExample(name, split, (image_name(index),), texts, ((0, true),), candidates[true].predicate)
+    return Item({image_name(index): scene}, [example])
 
 
 def _candidates(rng: Random, count: int) -> list[Triplet]:
-    """`count` cells, in random order, of the smallest such grid; no noun is both subject and object."""
+    """Return `count` random cells of the smallest sufficient grid; no noun is both subject and object."""
     sides = [1, 1, 1]
     while prod(sides) < count:
         sides[rng.choice([i for i in range(3) if sides[i] == min(sides)])] += 1
@@ -54,7 +54,7 @@ def _candidates(rng: Random, count: int) -> list[Triplet]:
 
 
 def _similar(rng: Random, count: int, taken: set[Noun]) -> list[Noun]:
-    """`count` nouns that are mutations of one another, none of them in `taken`, to which they are added."""
+    """Return `count` nouns that are mutations of one another and not in `taken`, and add them to `taken`."""
     nouns = [random_noun(rng, taken)]
     while len(nouns) < count:
         noun = hard_noun(rng.choice(nouns), rng)
@@ -65,7 +65,7 @@ def _similar(rng: Random, count: int, taken: set[Noun]) -> list[Noun]:
 
 
 def _scene(rng: Random, seed: str, candidates: list[Triplet], true: Triplet) -> Scene | None:
-    """Three or four things of which `true` holds and no other candidate even arguably, or None."""
+    """Sample three or four things of which `true` holds and no other candidate is arguable; None after `ATTEMPTS`."""
     nouns = {noun for triplet in candidates for noun in (triplet.subject, triplet.object)}
     for _ in range(ATTEMPTS):
         scene = sample_scene(rng, seed, true, distractors=rng.choice((1, 2)), exclude=nouns)
@@ -80,10 +80,11 @@ def _scene(rng: Random, seed: str, candidates: list[Triplet], true: Triplet) -> 
     return None
 
 
-BENCHMARK = embedded(
+BENCHMARK = synthetic(
+    "scenes-ref",
     compose,
-    requires={"candidates": (2, MOST)},
+    requires={"candidates": (2, MAX_CANDIDATES)},
     metrics="recall",
-    candidates=lambda row: (1, row.candidates or MOST),
-    citation="drawn, after RefCOCOg: Mao et al., CVPR 2016; Yu et al., ECCV 2016",
+    candidates=lambda row: (1, row.candidates or MAX_CANDIDATES),
+    citation="synthetic, after RefCOCOg: Mao et al., CVPR 2016; Yu et al., ECCV 2016",
 )

@@ -1,9 +1,8 @@
-"""scenes-vqa: one image, one question with thirteen candidate answers. Stands in for VQAv2 (1 × answers).
+"""scenes-vqa: one image, one question with thirteen candidate answers. Embedded counterpart of VQAv2 (1 × answers).
 
-Which kind of question is asked, and what its answer is, is drawn first and evenly; scenes and questions of
-the pretraining world are then sampled until one has that answer. The candidates are made up in the same way
-whatever the question: yes, no, four colours, four shapes, three numbers. So neither the question's wording
-nor the set of candidates gives the answer away.
+The type of question and its answer are sampled first, uniformly; scenes and questions of the pretraining distribution
+are then sampled until one has that answer. The candidates are the same mixture for every question: yes, no, four
+colours, four shapes, three numbers. Neither the wording nor the candidates therefore reveal the answer.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from random import Random
 
 from dsd.config import DrawnDataset
 from dsd.data.splits import Split
-from dsd.datasets.drawn import Item, arguable, embedded, picture
-from dsd.datasets.raw import RawExample
+from dsd.datasets.annotations import RawExample
+from dsd.datasets.synthetic import Item, arguable, image_name, synthetic
 from dsd.scenes.captions import NUMBERS, Question, a, answered, open_question, referring
 from dsd.scenes.mutation import hard_noun
 from dsd.scenes.world import COLOURS, SHAPES, Scene, Triplet, holds, random_triplet, sample_scene
@@ -26,25 +25,25 @@ CHOICES = 4  # colours, and shapes, among the candidates
 
 
 def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Item:
-    """A picture with one example."""
+    """Make an image with one example."""
     rng = Random(name)
     assert row.binary is not None
     scene, question = _binary(rng, name) if rng.random() < row.binary else _open(rng, name)
     answers = _answers(rng, scene, question.category)
     true = answers.index(question.answer)
     texts = tuple(answered(question.question, answer) for answer in answers)
-    example = RawExample(name, split, (picture(index),), texts, ((0, true),), question.category)
-    return Item({picture(index): scene}, [example])
+    example = RawExample(name, split, (image_name(index),), texts, ((0, true),), question.category)
+    return Item({image_name(index): scene}, [example])
 
 
 def _binary(rng: Random, seed: str) -> tuple[Scene, Question]:
-    """Half relations, half presence; the scene is sampled before the answer matters, so it tells nothing."""
+    """Ask for a relation or for the presence of a thing; the scene is sampled independently of the answer."""
     answer = rng.choice(("yes", "no"))
     triplet = random_triplet(rng)
     scene = _sample(rng, seed, triplet)
     nouns = [thing.noun for thing in scene.things]
     if rng.random() < 0.5:
-        # Some pair is in this relation whatever the answer: which pair is the question.
+        # Some pair has this relation whatever the answer is.
         pairs = [Triplet(subject, triplet.predicate, obj) for subject, obj in permutations(nouns, 2)]
         yes, no = [t for t in pairs if holds(scene, t)], [t for t in pairs if not arguable(scene, t)]
         return scene, Question(referring(rng.choice(yes if answer == "yes" else no), RELATION), answer, "binary")
@@ -71,10 +70,10 @@ def _sample(rng: Random, seed: str, triplet: Triplet, things: int | None = None)
 
 
 def _answers(rng: Random, scene: Scene, category: str) -> list[str]:
-    """The candidates, in random order.
+    """Return the candidates, in random order.
 
-    Only the kind that is asked for looks at the scene: its other colours (or shapes) are the hardest to tell
-    from the right one. In a yes-or-no question they would say what is there.
+    The colours (or shapes) of the scene are candidates only if the question asks for a colour (or shape): they are the
+    hardest to tell from the right one. In a yes-or-no question they would reveal what is there.
     """
     answers = ["yes", "no", *COUNTS]
     for kind in ("colour", "shape"):
@@ -85,10 +84,11 @@ def _answers(rng: Random, scene: Scene, category: str) -> list[str]:
     return answers
 
 
-BENCHMARK = embedded(
+BENCHMARK = synthetic(
+    "scenes-vqa",
     compose,
     requires={"binary": (0, 1)},
     metrics="answers",
     candidates=lambda row: (1, 2 + len(COUNTS) + 2 * CHOICES),
-    citation="drawn, after VQAv2: Goyal et al., Making the V in VQA Matter, CVPR 2017",
+    citation="synthetic, after VQAv2: Goyal et al., Making the V in VQA Matter, CVPR 2017",
 )

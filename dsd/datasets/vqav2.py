@@ -1,12 +1,12 @@
-"""VQAv2: one image, one question with every answer that is frequent; which one is right? (1 × answers)
+"""VQAv2: one image, one question with every frequent answer; which answer is right? (1 × answers)
 
-The answers are the most frequent ones of the questions that may be trained on, 3,129 in the published conversion to
-classes, and each question is matched with all of them: "Is the sky blue? yes". So its kind does not show in its
-candidates.
+The candidates are the most frequent answers to the questions outside the test (3,129 in the published conversion to a
+classification task). Every question is matched with all of them ("Is the sky blue? yes"), so the candidates do not
+reveal the type of question.
 
-A question may have another answer than these. The published conversion counts it as answered wrong by everyone, and so
-does its example here, which has no right pair. To offer its answer with the others would give it away, and to leave it
-out would flatter. In the few-shot split it is left out: nothing can be learned from it.
+If a question has another answer, no pair is right, and every method counts as wrong, as in the published conversion.
+Adding its answer as a candidate would reveal it, and skipping the question would raise the accuracy. In the few-shot
+split such questions are left out.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from dsd.config import Vqav2Dataset
+from dsd.data.hub import Location, Repository, fetch_repository, repository_size
 from dsd.datasets import parquet
-from dsd.datasets.raw import Benchmark, Expected, RawExample
-from dsd.datasets.repository import Place, Repository, fetch, remote
-from dsd.datasets.selection import apart, deal, examples, keep, stem
+from dsd.datasets.annotations import RawExample
+from dsd.datasets.protocol import Benchmark, Expected
+from dsd.datasets.published import assign_splits, file_stem, store_images, without_test_images
 from dsd.errors import DataError, ParamsError
 
 log = logging.getLogger(__name__)
@@ -39,82 +40,88 @@ class Columns:
     answer_type: Literal["yes/no", "number", "other"]
 
 
-class Asked(NamedTuple):
-    """A question; its group is its picture, after which the file is named."""
+class Question(NamedTuple):
+    """A question with its answer; its group is the number of its image, which also names the image's file."""
 
     id: str
     group: str
-    place: Place
-    question: str
+    location: Location
+    text: str
     answer: str
     category: str
 
 
 def _download(row: Vqav2Dataset, *, seed: int, folder: Path, workers: int) -> None:
-    """See `dsd.datasets.raw.Download`.
+    """Implement `protocol.Download`.
 
     Raises:
-        ParamsError, DataError: see `repository.fetch`, `parquet.rows`, `deal` and `keep`; and fewer answers than
-            the row asks for.
+        ParamsError, DataError: see `fetch_repository`, `read_rows`, `assign_splits` and `store_images`; or there are
+            fewer answers than the row requires.
     """
     name = folder.name
-    repository = fetch(name, row, workers=workers)
+    repository = fetch_repository(name, row, workers=workers)
     testing = _read(repository, row, repository.test)
-    training = None if repository.train is None else apart(name, _read(repository, row, repository.train), testing)
-    splits = deal(name, row, training, testing, seed=seed)
-    learned_from = [asked for asked in (testing if training is None else training) if splits.get(asked.id) != "test"]
-    answers = _answers(name, row, learned_from)
+    training = (
+        None
+        if repository.train is None
+        else without_test_images(name, _read(repository, row, repository.train), testing)
+    )
+    splits = assign_splits(name, row, training, testing, seed=seed)
+    learning = [item for item in (testing if training is None else training) if splits.get(item.id) != "test"]
+    answers = _answers(name, row, learning)
 
-    found: list[RawExample] = []
-    places: dict[str, Place] = {}
+    examples: list[RawExample] = []
+    locations: dict[str, Location] = {}
     unanswerable: Counter[str] = Counter()
-    for asked in (*(training or ()), *testing):
-        split = splits.get(asked.id)
+    for item in (*(training or ()), *testing):
+        split = splits.get(item.id)
         if split is None:
             continue
-        right = tuple((0, n) for n in [answers.get(asked.answer)] if n is not None)
-        if not right:
+        answer = ((0, answers[item.answer]),) if item.answer in answers else ()
+        if not answer:
             unanswerable[split] += 1
-        if right or split != "train":
-            texts = tuple(f"{asked.question} {answer}" for answer in answers)
-            found.append(RawExample(asked.id, split, (stem(asked.group),), texts, right, asked.category))
-            places.setdefault(asked.group, asked.place)
+        if answer or split != "train":
+            texts = tuple(f"{item.text} {candidate}" for candidate in answers)
+            examples.append(RawExample(item.id, split, (file_stem(item.group),), texts, answer, item.category))
+            locations.setdefault(item.group, item.location)
     for key, count in unanswerable.items():
-        fate = "left out" if key == "train" else "wrong whatever is said"
-        log.warning("%s: the answers of %d %s questions are not among %d: %s", name, count, key, len(answers), fate)
-    keep(row, folder, found, parquet.pictures(repository, {place: stem(group) for group, place in places.items()}))
+        result = "left out" if key == "train" else "counted as wrong"
+        log.warning("%s: the answers of %d %s questions are not among %d: %s", name, count, key, len(answers), result)
+    wanted = {location: file_stem(group) for group, location in locations.items()}
+    store_images(folder, examples, parquet.read_images(repository, wanted), row.missing)
 
 
-def _read(repository: Repository, row: Vqav2Dataset, files: Sequence[str]) -> list[Asked]:
-    """The questions of the files, each once; another row of the same must say the same."""
-    found: dict[int, tuple[Columns, Place]] = {}
+def _read(repository: Repository, row: Vqav2Dataset, files: Sequence[str]) -> list[Question]:
+    """Read the questions of the files, each once; repeated rows must be equal."""
+    rows: dict[int, tuple[Columns, Location]] = {}
     repeated = 0
     for file in files:
-        for n, columns in enumerate(parquet.rows(repository, file, Columns)):
-            first, place = found.setdefault(columns.question_id, (columns, Place(file, n, IMAGE)))
-            repeated += place != (file, n, IMAGE)
+        for n, columns in enumerate(parquet.read_rows(repository, file, Columns)):
+            first, location = rows.setdefault(columns.question_id, (columns, Location(file, n, IMAGE)))
+            repeated += location != (file, n, IMAGE)
             if first != columns:
                 raise DataError(
-                    f"{repository.root / file}, row {n}: question {columns.question_id} is another in {place.file}"
+                    f"{repository.root / file}, row {n}: question {columns.question_id} differs from that in "
+                    f"{location.file}"
                 )
     if repeated:
         log.warning("%s: %d rows repeat a question", repository.name, repeated)
     return [
-        Asked(
+        Question(
             f"{row.kind}/{number}",
             f"{columns.image_id:012d}",
-            place,
+            location,
             columns.question,
             columns.multiple_choice_answer,
             "binary" if columns.answer_type == "yes/no" else "other",
         )
-        for number, (columns, place) in found.items()
+        for number, (columns, location) in rows.items()
     ]
 
 
-def _answers(name: str, row: Vqav2Dataset, rows: Sequence[Asked]) -> dict[str, int]:
-    """The most frequent answers, each with its place among the candidates; equally frequent ones stand by name."""
-    counts = Counter(asked.answer for asked in rows)
+def _answers(name: str, row: Vqav2Dataset, questions: Sequence[Question]) -> dict[str, int]:
+    """Return the index of each candidate answer; most frequent first, equally frequent ones in alphabetical order."""
+    counts = Counter(item.answer for item in questions)
     if len(counts) < row.answers:
         raise ParamsError(
             f"datasets.{name}.answers: {row.answers}, but the questions outside the test have {len(counts)} answers"
@@ -124,11 +131,13 @@ def _answers(name: str, row: Vqav2Dataset, rows: Sequence[Asked]) -> dict[str, i
 
 
 BENCHMARK = Benchmark(
+    "vqav2",
     _download,
-    examples,
     "answers",
     citation="Goyal et al., Making the V in VQA Matter, CVPR 2017",
-    licence="annotations: CC BY 4.0; pictures: COCO's, from Flickr, under the terms of each",
+    licence="annotations: CC BY 4.0; images: COCO's, from Flickr, under the terms of each",
     expected=lambda row: Expected(214_354, row.test or 214_354, 1, row.answers),
-    remote=remote,
+    remote=repository_size,
+    repository=lambda row: row,
+    seeded=False,
 )

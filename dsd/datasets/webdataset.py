@@ -1,6 +1,6 @@
-"""Tars of samples: what stands before the first dot of a member's name is the sample's key, the rest says which part.
+"""Read WebDataset tars: a member's name up to the first dot is the key of its sample, the rest names the part.
 
-They are read member by member, in memory, and never unpacked; nothing is compressed, so nothing can swell.
+Members are read one by one into memory and never unpacked to disk. Compressed tars are refused, so none can expand.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from dsd.datasets.repository import Place, Repository
-from dsd.datasets.selection import Content
+from dsd.data.hub import Location, Repository
+from dsd.datasets.published import Content
 from dsd.errors import DataError, ImageError
 
-PICTURES = ("webp", "jpg", "jpeg", "png")
+IMAGE_PARTS = ("webp", "jpg", "jpeg", "png")
 LARGEST = 64 * 2**20  # bytes of a member
 
 
@@ -25,38 +25,38 @@ class Member(NamedTuple):
     info: tarfile.TarInfo
 
 
-def labels(repository: Repository, file: str) -> dict[str, int]:
-    """The number in `<key>.cls` of every sample, by key.
+def read_labels(repository: Repository, file: str) -> dict[str, int]:
+    """Read the number in `<key>.cls` of each sample, by key.
 
     Raises:
-        DataError: no tar, or a sample without a picture, without a number, or there twice.
+        DataError: the file is not a tar, or a sample has no image or not exactly one number.
     """
-    found: dict[str, int] = {}
-    shown: set[str] = set()
+    labels: dict[str, int] = {}
+    with_image: set[str] = set()
     where = repository.root / file
-    with _opened(repository, file) as tar:
+    with _open(repository, file) as tar:
         for member in _members(repository, file, tar):
             if member.part == "cls":
                 text = _read(tar, member).strip()
-                if not text.isdigit() or member.key in found:
+                if not text.isdigit() or member.key in labels:
                     raise DataError(f"{where}: {member.info.name}: must be one number a sample, found {text[:20]!r}")
-                found[member.key] = int(text)
-            elif member.part in PICTURES:
-                shown.add(member.key)
-    for key in sorted(shown ^ set(found)):
-        raise DataError(f"{where}: sample {key!r} has no {'.cls' if key in shown else 'picture'}")
-    return found
+                labels[member.key] = int(text)
+            elif member.part in IMAGE_PARTS:
+                with_image.add(member.key)
+    for key in sorted(with_image ^ set(labels)):
+        raise DataError(f"{where}: sample {key!r} has no {'.cls' if key in with_image else 'image'}")
+    return labels
 
 
-def pictures(repository: Repository, wanted: Mapping[Place, str]) -> Iterator[tuple[str, Content]]:
-    """(name, content) of the picture of every sample, tar by tar."""
+def read_images(repository: Repository, wanted: Mapping[Location, str]) -> Iterator[tuple[str, Content]]:
+    """Yield (name, content) of the image at each location, tar by tar."""
     files: dict[str, dict[str, str]] = defaultdict(dict)
-    for place, name in wanted.items():
-        files[place.file][str(place.row)] = name
+    for location, name in wanted.items():
+        files[location.file][str(location.row)] = name
     for file, names in sorted(files.items()):
-        with _opened(repository, file) as tar:
+        with _open(repository, file) as tar:
             for member in _members(repository, file, tar):
-                if member.key in names and member.part in PICTURES:
+                if member.key in names and member.part in IMAGE_PARTS:
                     content = _read(tar, member)
                     where = f"{repository.root / file}: {member.info.name}"
                     yield names.pop(member.key), content or ImageError(f"{where}: empty")
@@ -78,10 +78,10 @@ def _read(tar: tarfile.TarFile, member: Member) -> bytes:
 
 
 @contextmanager
-def _opened(repository: Repository, file: str) -> Iterator[tarfile.TarFile]:
+def _open(repository: Repository, file: str) -> Iterator[tarfile.TarFile]:
     path = repository.root / file
     try:
         with tarfile.open(path, "r:") as tar:
             yield tar
     except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path}: does not read as a tar: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"{path}: not readable as a tar: {' '.join(str(error).split())[:200]}") from None

@@ -1,6 +1,6 @@
 """Winoground: two images and two captions of the same words; which goes with which? (2 × 2)
 
-There is nothing to learn from: all rows are a test. The repository is gated: its terms are accepted on its page.
+All rows are test examples. The repository is gated: accept its terms on its page.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsd.config import WinogroundDataset
+from dsd.data.hub import Location, fetch_repository, repository_size
 from dsd.datasets import parquet
-from dsd.datasets.raw import Benchmark, Expected, RawExample
-from dsd.datasets.repository import Place, fetch, remote
-from dsd.datasets.selection import deal, examples, keep, stem
+from dsd.datasets.annotations import RawExample
+from dsd.datasets.protocol import Benchmark, Expected
+from dsd.datasets.published import assign_splits, file_stem, store_images
 from dsd.errors import DataError, ParamsError
 
 IMAGES = ("image_0", "image_1")
@@ -29,7 +30,7 @@ class Columns:
 
 class Square(NamedTuple):
     id: str
-    places: tuple[Place, ...]
+    locations: tuple[Location, ...]
     columns: Columns
 
     @property
@@ -38,53 +39,55 @@ class Square(NamedTuple):
 
 
 def _download(row: WinogroundDataset, *, seed: int, folder: Path, workers: int) -> None:
-    """See `dsd.datasets.raw.Download`.
+    """Implement `protocol.Download`.
 
     Raises:
-        ParamsError, DataError: see `repository.fetch`, `parquet.rows`, `deal` and `keep`; training rows are asked
-            for, or two rows have the same id.
+        ParamsError, DataError: see `fetch_repository`, `read_rows`, `assign_splits` and `store_images`; or the row has
+            training settings, or two rows of the file have the same id.
     """
     name = folder.name
-    for key, value, right in (
+    for key, value, required in (
         ("few_shot", row.few_shot, 0),
         ("validation", row.validation, 0),
         ("files.train", row.files.train, None),
     ):
-        if value != right:
-            needed = "null" if right is None else right
-            raise ParamsError(f"datasets.{name}.{key}: Winoground is a test alone, must be {needed}, found {value}")
-    repository = fetch(name, row, workers=workers)
+        if value != required:
+            needed = "null" if required is None else required
+            raise ParamsError(f"datasets.{name}.{key}: Winoground has only a test, must be {needed}, found {value}")
+    repository = fetch_repository(name, row, workers=workers)
     squares = [
-        Square(f"{row.kind}/{columns.id}", tuple(Place(file, n, image) for image in IMAGES), columns)
+        Square(f"{row.kind}/{columns.id}", tuple(Location(file, n, image) for image in IMAGES), columns)
         for file in repository.test
-        for n, columns in enumerate(parquet.rows(repository, file, Columns))
+        for n, columns in enumerate(parquet.read_rows(repository, file, Columns))
     ]
     if len({square.id for square in squares}) < len(squares):
         raise DataError(f"datasets.{name}.files.test: {row.files.test} has rows with the same id")
-    splits = deal(name, row, None, squares, seed=seed)
-    taken = [square for square in squares if square.id in splits]
-    found = [
+    splits = assign_splits(name, row, None, squares, seed=seed)
+    selected = [square for square in squares if square.id in splits]
+    examples = [
         RawExample(
             square.id,
             "test",
-            tuple(stem(place.path) for place in square.places),
+            tuple(file_stem(location.path) for location in square.locations),
             (square.columns.caption_0, square.columns.caption_1),
             ((0, 0), (1, 1)),
             square.columns.collapsed_tag,
         )
-        for square in taken
+        for square in selected
     ]
-    wanted = {place: stem(place.path) for square in taken for place in square.places}
-    keep(row, folder, found, parquet.pictures(repository, wanted))
+    wanted = {location: file_stem(location.path) for square in selected for location in square.locations}
+    store_images(folder, examples, parquet.read_images(repository, wanted), row.missing)
 
 
 BENCHMARK = Benchmark(
+    "winoground",
     _download,
-    examples,
     "winoground",
     citation="Thrush et al., Winoground: Probing Vision and Language Models for Visio-Linguistic Compositionality, "
     "CVPR 2022",
-    licence="Meta's research licence, to be accepted on the repository's page; pictures: Getty Images",
+    licence="Meta's research licence, to be accepted on the repository's page; images: Getty Images",
     expected=lambda row: Expected(0, row.test or 400, 2, 2),
-    remote=remote,
+    remote=repository_size,
+    repository=lambda row: row,
+    seeded=False,
 )

@@ -14,7 +14,7 @@ import numpy as np
 from cachetools import LRUCache
 
 from dsd.data.examples import MatchingExample, read_examples
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.data.images import resize, to_array
 from dsd.models import Clip, StableDiffusion
 from dsd.progress import progress
@@ -111,7 +111,7 @@ def read_all(prepared: Path) -> Iterator[MatchingExample]:
 
 
 def diffusion_encodings(
-    backbone: StableDiffusion, images: Pictures, texts: Sequence[str], resolution: int, store: Store, kept: int
+    backbone: StableDiffusion, images: ImageTable, texts: Sequence[str], resolution: int, store: Store, kept: int
 ) -> tuple[Encodings, Encodings]:
     """Latents [C, r, r] by image id; hidden states [M, D], content mask [M] and truncation by text.
 
@@ -138,7 +138,7 @@ def diffusion_encodings(
 
 
 def contrastive_encodings(
-    clip: Clip, images: Pictures, texts: Sequence[str], store: Store, kept: int
+    clip: Clip, images: ImageTable, texts: Sequence[str], store: Store, kept: int
 ) -> tuple[Encodings, Encodings]:
     """Features [F] by image id and by text: the inputs of CLIP's projections."""
 

@@ -15,7 +15,7 @@ import torch
 
 from dsd.config import ContrastiveMethod, NoiseParams, Params, noise_of, prompted
 from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.engine.encodings import Arrays, Encodings, all_texts, contrastive_encodings, diffusion_encodings, read_all
 from dsd.engine.engine import Engine, fill
 from dsd.errors import DataError
@@ -64,8 +64,8 @@ class Session:
         return noise_of(self.params, self.name)
 
     @cached_property
-    def images(self) -> Pictures:
-        return Pictures(self.folders.prepared / "images.parquet")
+    def images(self) -> ImageTable:
+        return ImageTable(self.folders.prepared / "images.parquet")
 
     @cached_property
     def texts(self) -> list[str]:

@@ -36,7 +36,7 @@ def evaluate_variant(name: str, split: str, params: Params, data: Path, folder: 
     trained, scored = folder / "train", folder / "score"
     if not (prepared / "summary.json").exists():
         benchmark(row.kind).download(row, seed=params.seed, folder=raw, workers=params.runtime.workers)
-        prepare(name, params, raw, prepared)
+        prepare(name, row, raw, prepared, images=params.images, seed=params.seed, workers=params.runtime.workers)
         shutil.rmtree(raw)
     session = Session(name, params, Folders(prepared, cached, trained))
     encode(session)

@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dsd.config import BackboneParams
-from dsd.data.hub import reaching
+from dsd.data.hub import hub_errors
 from dsd.errors import CheckpointError
 from dsd.store import digest, file_digest
 
@@ -139,7 +139,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _fetch(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The files of a repository on the hub, as a folder named by its commit; what was fetched is not fetched again."""
-    with reaching(source, revision, kind=CheckpointError):
+    with hub_errors(source, revision, error=CheckpointError):
         kept = snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=list(VARIANTS))
     return Path(kept)
 
@@ -153,7 +153,7 @@ def remote(row: BackboneParams) -> int:
     source, patterns = _read_of(row)
     if _is_local(source):
         return 0
-    with reaching(source, row.revision, kind=CheckpointError):
+    with hub_errors(source, row.revision, error=CheckpointError):
         info = HfApi().model_info(source, revision=row.revision, files_metadata=True)
         if info.gated:  # all may read what there is, and not all what is in it
             HfApi().auth_check(source)
@@ -175,7 +175,7 @@ def commit(row: BackboneParams) -> str | None:
     source, _ = _read_of(row)
     if _is_local(source):
         return None
-    with reaching(source, None, kind=CheckpointError):
+    with hub_errors(source, None, error=CheckpointError):
         return str(HfApi().model_info(source).sha)
 
 
@@ -190,7 +190,7 @@ def component_config(row: BackboneParams, component: str) -> dict[str, Any]:
     if _is_local(source):
         path = Path(source) / name
     else:
-        with reaching(source, row.revision, kind=CheckpointError):
+        with hub_errors(source, row.revision, error=CheckpointError):
             path = Path(hf_hub_download(source, name, revision=row.revision))
     try:
         return dict(json.loads(path.read_text()))

@@ -91,7 +91,7 @@ def quality(params: Params, target: Path) -> Results:
     with TemporaryDirectory() as folder:
         raw, prepared, cached, scored = (Path(folder) / part for part in ("raw", "prepared", "cached", "scored"))
         benchmark(row.kind).download(row, seed=changed.seed, folder=raw, workers=changed.runtime.workers)
-        prepare(name, changed, raw, prepared)
+        prepare(name, row, raw, prepared, images=changed.images, seed=changed.seed, workers=changed.runtime.workers)
         session = Session(name, changed, Folders(prepared, cached, cached))
         encode(session)
         score(session, scored, split="test")

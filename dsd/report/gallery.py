@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dsd.data.examples import MatchingExample
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.report.heatmaps import HeatMaps, overlay
 from dsd.report.inputs import DatasetResults
 
@@ -100,7 +100,7 @@ def gallery(dataset: DatasetResults, method: str, count: int, seed: int, prepare
     """Sampled answers of a method: `count` each, or a third of it where every example has a single image."""
     if not any(len(example.images) > 1 for example in dataset.examples):
         count = max(1, count // 3)
-    images, correct_n = Pictures(prepared / "images.parquet"), dataset.ranks[method] == 1
+    images, correct_n = ImageTable(prepared / "images.parquet"), dataset.ranks[method] == 1
     totals = int(correct_n.sum()), int((~correct_n).sum())
 
     def cards(places: Sequence[int]) -> list[Card]:
@@ -123,7 +123,7 @@ def _card(
     dataset: DatasetResults,
     example: MatchingExample,
     scores_IT: NDArray[np.float64],
-    images: Pictures,
+    images: ImageTable,
     heat: HeatMaps | None,
 ) -> Card:
     places = [(i, t) for i in range(len(example.images)) for t in range(len(example.texts))]
@@ -147,7 +147,7 @@ def noisy_example(dataset: DatasetResults, prepared: Path, heat: HeatMaps) -> No
     """The first test example, so that it is not hand-picked."""
     example = dataset.examples[0]
     place, text = example.answer[0]
-    image = Pictures(prepared / "images.parquet")[example.images[place]]
+    image = ImageTable(prepared / "images.parquet")[example.images[place]]
     levels = [
         (level, uri(Image.fromarray(heatmap.picture), MAP_SIDE), _words(heatmap))
         for level, heatmap in heat.by_level(dataset.name, image, example.texts[text]).items()

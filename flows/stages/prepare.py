@@ -1,4 +1,4 @@
-"""Stage prepare: examples with their splits, and the pictures at the size that the models see."""
+"""Stage prepare: examples with their splits, and images at the parity resolution."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ def prepare(params: Params) -> dict[str, Details]:
     from dsd.datasets import preparation
 
     def dataset(name: str) -> Details:
-        return {**preparation.prepare(name, params, DATA / "download" / name, DATA / "prepare" / name)}
+        row, source, target = params.datasets[name], DATA / "download" / name, DATA / "prepare" / name
+        workers = params.runtime.workers
+        return {
+            **preparation.prepare(name, row, source, target, images=params.images, seed=params.seed, workers=workers)
+        }
 
     return each(unit(dataset), params.datasets)
 

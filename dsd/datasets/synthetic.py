@@ -1,8 +1,8 @@
-"""What the embedded benchmarks share: how their scenes are named, proven, painted and annotated.
+"""What the embedded benchmarks share: naming, rendering and annotating synthetic scenes.
 
-An item is what a benchmark samples at once: a picture or a sentence, with all examples about it. It is made
-from its name alone (`<kind>/<seed>/<index>`), so neither the order of the work nor the number of workers
-moves it, and no item is a scene of pretraining.
+An item is what a benchmark samples at once: an image or a sentence, with all examples about it. It depends only on its
+name (`<kind>/<seed>/<index>`), so neither the order of the work nor the number of workers changes it, and no item is a
+scene of the pretraining data.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsd.config import DrawnDataset
-from dsd.data.splits import Split, split
-from dsd.datasets.raw import ANNOTATIONS, IMAGES, Benchmark, Expected, RawExample, annotated, write_annotations
+from dsd.data.splits import Split, split_groups
+from dsd.datasets.annotations import ANNOTATIONS, IMAGES, RawExample, write_annotations
+from dsd.datasets.protocol import Benchmark, Expected
 from dsd.errors import ParamsError
 from dsd.progress import progress
 from dsd.scenes.corpus import NATIVE
@@ -28,7 +29,7 @@ from dsd.store import write_atomic
 
 
 class Item(NamedTuple):
-    """Scenes by picture file name, and the examples that are asked about them."""
+    """Scenes by image file name, and the examples about them."""
 
     scenes: dict[str, Scene]
     examples: list[RawExample]
@@ -37,11 +38,12 @@ class Item(NamedTuple):
 # Makes an item of a split from its name and index; the examples' ids start with the name.
 Compose = Callable[[str, int, Split, DrawnDataset], Item]
 
-# The optional fields of a dataset's row that a kind needs, with the least and the most that each number may be.
+# The optional fields of a dataset's row that a kind requires, with the limits of a number.
 Requires = Mapping[str, tuple[int, int] | None]
 
 
-def embedded(
+def synthetic(
+    kind: str,
     compose: Compose,
     *,
     metrics: str,
@@ -50,26 +52,31 @@ def embedded(
     examples: int = 1,
     requires: Requires | None = None,
 ) -> Benchmark[DrawnDataset]:
-    """A benchmark of painted scenes, `examples` to an item, each of so many candidates: images and texts."""
+    """Return a benchmark of rendered scenes.
+
+    Args:
+        candidates: numbers of images and texts per example.
+        examples: number of examples per item.
+    """
     return Benchmark(
+        kind,
         partial(_download, compose, examples, requires or {}),
-        annotated,
         metrics,
         citation,
-        licence="none needed: drawn here",
+        licence="not needed: rendered by dsd",
         expected=lambda row: Expected(row.size, row.test, *candidates(row)),
         remote=lambda name, row: 0,
     )
 
 
-def picture(index: int, role: str = "") -> str:
-    """The file name of an item's picture."""
+def image_name(index: int, role: str = "") -> str:
+    """Return the file name of an item's image."""
     return f"{index:06d}{'-' if role else ''}{role}.png"
 
 
-# Relations as loosely as anyone might put them, as tests of (subject, object, subject is painted later).
-# What `dsd.scenes.world.PREDICATES` calls true is true here too; a diagonal is both left and above.
-_LOOSELY: dict[str, Callable[[Thing, Thing, bool], bool]] = {
+# The most lenient reading of each relation, as tests of (subject, object, subject is painted later).
+# It includes everything that `dsd.scenes.world.PREDICATES` calls true; a diagonal is both left and above.
+_LENIENT: dict[str, Callable[[Thing, Thing, bool], bool]] = {
     "left of": lambda a, b, later: _towards(b.x - a.x, b.y - a.y),
     "right of": lambda a, b, later: _towards(a.x - b.x, b.y - a.y),
     "above": lambda a, b, later: _towards(b.y - a.y, b.x - a.x),
@@ -89,43 +96,43 @@ def _within(a: Thing, b: Thing, distance: float) -> bool:
 
 
 def arguable(scene: Scene, triplet: Triplet) -> bool:
-    """Whether anyone might call the triplet true of the scene. A text counts as false only where this is."""
+    """Whether the triplet is true of the scene on a lenient reading. Only texts for which this fails count as false."""
     subject, obj = scene.thing(triplet.subject), scene.thing(triplet.object)
     if subject is None or obj is None or subject is obj:
         return False
-    return _LOOSELY[triplet.predicate](subject, obj, scene.things.index(subject) > scene.things.index(obj))
+    return _LENIENT[triplet.predicate](subject, obj, scene.things.index(subject) > scene.things.index(obj))
 
 
 def rivals(predicate: str) -> list[str]:
-    """The predicates that can be clearly false where this one is true, and the reverse.
+    """Return the predicates that can be clearly false when this one is true, and the reverse.
 
-    What is painted inside a thing is arguably in front of it, so these two never stand against each other.
+    A thing inside another is arguably in front of it, so these two are never rivals.
     """
     either = {"inside", "in front of"}
     return [other for other in PREDICATES if other != predicate and {other, predicate} != either]
 
 
 def distractors(scene: Scene, triplet: Triplet) -> list[Noun]:
-    """The nouns of the scene that are not in the triplet, in paint order."""
+    """Return the nouns of the scene that are not in the triplet, in paint order."""
     return [thing.noun for thing in scene.things if thing.noun not in (triplet.subject, triplet.object)]
 
 
 def rename(scene: Scene, nouns: Mapping[Noun, Noun]) -> Scene:
-    """The same layout with other names, and so other colours and shapes, for some of the things."""
+    """Replace nouns of the scene, and with them colours and shapes; the layout stays."""
     return replace(scene, things=tuple(replace(t, noun=nouns.get(t.noun, t.noun)) for t in scene.things))
 
 
 def _items(row: DrawnDataset, dataset: str, seed: int, examples: int) -> list[tuple[str, int, Split]]:
-    """(name, index, split) of the items that a split asks for; the others are never painted."""
+    """Return (name, index, split) of the items in a split; the others are never rendered."""
     few_shot, validation = round(row.few_shot * row.size), round(row.validation * row.size)
     wanted, groups = few_shot + validation + row.test, row.size // examples
     if wanted > groups * examples:
         raise ParamsError(
             f"datasets.{dataset}.size: {groups * examples} examples are fewer than the {few_shot} few-shot, "
-            f"{validation} validation and {row.test} test ones asked for"
+            f"{validation} validation and {row.test} test ones"
         )
     names = [f"{row.kind}/{seed}/{index}" for index in range(groups)]
-    splits = split(
+    splits = split_groups(
         [name for name in names for _ in range(examples)],
         few_shot=few_shot,
         validation=validation,
@@ -136,7 +143,7 @@ def _items(row: DrawnDataset, dataset: str, seed: int, examples: int) -> list[tu
     return [(name, index, splits[name]) for index, name in enumerate(names) if name in splits]
 
 
-def _paint(compose: Compose, row: DrawnDataset, images: Path, item: tuple[str, int, Split]) -> Item:
+def _render_item(compose: Compose, row: DrawnDataset, images: Path, item: tuple[str, int, Split]) -> Item:
     composed = compose(*item, row)
     for name, scene in composed.scenes.items():
         png = io.BytesIO()
@@ -155,10 +162,10 @@ def _download(
     folder: Path,
     workers: int,
 ) -> None:
-    """Paints the pictures of all three splits in place of a download; see `dsd.datasets.raw.Download`.
+    """Implement `protocol.Download` by rendering the images of all three splits.
 
     Raises:
-        ParamsError: a field that the kind needs is missing or out of range, or size is too small.
+        ParamsError: a field that the kind requires is missing or out of range, or size is too small.
     """
     for field, limits in requires.items():
         value, needed = getattr(row, field), f"{limits[0]} to {limits[1]}" if limits else "one"
@@ -167,15 +174,15 @@ def _download(
             raise ParamsError(f"datasets.{folder.name}.{field}: {row.kind} needs {needed}, {found}")
     items, images = _items(row, folder.name, seed, examples), folder / IMAGES
     (folder / ANNOTATIONS).unlink(missing_ok=True)
-    work = partial(_paint, compose, row, images)
+    work = partial(_render_item, compose, row, images)
     if workers == 1:
         composed = list(progress(map(work, items), total=len(items), desc=folder.name))
     else:
-        # Not forked: whoever calls may run threads.
+        # Spawned, not forked: the caller may have threads.
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             composed = list(progress(pool.map(work, items, chunksize=8), total=len(items), desc=folder.name))
-    painted = {name for item in composed for name in item.scenes}
+    names = {name for item in composed for name in item.scenes}
     for stale in images.glob("*.png"):
-        if stale.name not in painted:
+        if stale.name not in names:
             stale.unlink()
     write_annotations(folder, [example for item in composed for example in item.examples])

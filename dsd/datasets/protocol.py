@@ -1,0 +1,61 @@
+"""What a benchmark provides: its download, and the facts that estimates, metrics and the report need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from dsd.data.hub import RepositoryRow
+from dsd.datasets.annotations import RawExample, read_annotations
+
+Row = TypeVar("Row", contravariant=True)  # the type of a row of `datasets` of this kind
+
+
+class Download(Protocol[Row]):
+    def __call__(self, row: Row, *, seed: int, folder: Path, workers: int) -> None:
+        """Write images and annotations to `folder`, the annotations last: they mark a complete download."""
+
+
+class Expected(NamedTuple):
+    """Estimated size of a dataset, before it is downloaded."""
+
+    learning: int  # number of examples of which few_shot and validation are shares
+    test: int  # number of test examples
+    images: int  # per example
+    texts: int  # per example
+    shared: bool = False  # whether all examples have the same texts
+
+
+@dataclass(frozen=True)
+class Benchmark(Generic[Row]):
+    """A kind of dataset.
+
+    Attributes:
+        metrics: a key of `dsd.metrics.METRICS`.
+        licence: licence of the data.
+        expected: estimates the size of a row's dataset.
+        remote: bytes of the files to fetch for a dataset's name and row, without images that have their own URLs;
+            raises DataError if they are not accessible.
+        repository: the row, if it names a repository on the Hub.
+        seeded: whether example ids contain `seed`, so that a download of another seed is refused.
+    """
+
+    kind: str
+    download: Download[Row]
+    metrics: str
+    citation: str
+    licence: str
+    expected: Callable[[Row], Expected]
+    remote: Callable[[str, Row], int]
+    repository: Callable[[Row], RepositoryRow | None] = lambda row: None
+    seeded: bool = True
+
+    def examples(self, folder: Path, *, seed: int) -> Iterator[RawExample]:
+        """Read the examples of all splits that `download` wrote to `folder`.
+
+        Raises:
+            DataError: the annotations are missing, broken, or of another kind or seed.
+        """
+        return read_annotations(folder, f"{self.kind}/{seed}/" if self.seeded else f"{self.kind}/")
