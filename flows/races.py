@@ -1,4 +1,4 @@
-"""Beside the stages: evidence at every draw, and what each schedule would have asked for of it. Some hours."""
+"""`make races`, outside of the DAG: compare the schedules on evidence at every draw. It takes some hours."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from flows.stages.common import Details, each, main, unit
 
 @flow(name="races", persist_result=False)
 def run() -> None:
-    """Runs what is missing of the races of params.yaml; goes on where it was stopped."""
+    """Run the missing races of params.yaml; a stopped run is resumed."""
     from dsd.engine.tracks import Folders
-    from dsd.experiments import races
-    from dsd.experiments import scaling as growth
+    from dsd.experiments import races, scaling
 
     params = load()
 
@@ -23,7 +22,7 @@ def run() -> None:
         return races.run(name, params, folders, DATA / "draws" / name, DATA / "races")
 
     each(unit(dataset), params.races.datasets)
-    growth.grow(params, DATA / "races")
+    scaling.grow(params, DATA / "races")
 
 
 if __name__ == "__main__":

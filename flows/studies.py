@@ -1,4 +1,4 @@
-"""Beside the stages: searches, other few-shot samples and shares, and what changes the forward pass. Some hours."""
+"""`make studies`, outside of the DAG: train and score variants of params.yaml. It takes some hours."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from flows.stages.common import Details, each, main, unit
 
 @flow(name="studies", persist_result=False)
 def run() -> None:
-    """Runs what is missing of the studies of params.yaml, or of those named as arguments; goes on where it stopped."""
-    from dsd.experiments import studies as study
+    """Run the missing variants of the studies in params.yaml, or of those named as arguments; resume a stopped run."""
+    from dsd.experiments import studies
 
-    params, asked, target = load(), sys.argv[1:], DATA / "studies"
-    for name in asked:
+    params, names, target = load(), sys.argv[1:], DATA / "studies"
+    for name in names:
         if name not in params.studies:
             raise DsdError(unknown("study", name, params.studies))
-    pieces = {
+    missing = {
         f"{name}: {variant}, {dataset}": (name, variant, dataset)
-        for name in asked or params.studies
-        for variant, dataset in study.missing(name, params, target)
+        for name in names or params.studies
+        for variant, dataset in studies.missing(name, params, target)
     }
 
     def piece(label: str) -> Details:
-        name, variant, dataset = pieces[label]
-        study.run(name, variant, dataset, params, target, DATA / "unfinished" / name)
+        name, variant, dataset = missing[label]
+        studies.run(name, variant, dataset, params, target, DATA / "unfinished" / name)
         return {}
 
-    each(unit(piece), pieces)
+    each(unit(piece), missing)
     shutil.rmtree(DATA / "unfinished", ignore_errors=True)
 
 

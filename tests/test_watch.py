@@ -28,12 +28,13 @@ from dsd.data.examples import MatchingExample, write_examples
 from dsd.errors import DsdError
 from flows import tracking
 from flows.cli import app
+from flows.registry.attempts import KILLED
 from flows.registry.registry import CHAMPION, Registry
 from flows.reproduce import free_port
 from flows.stores import DATABASE, MLFLOW
 from flows.watch import tick as watching
 from flows.watch.clone import clone, last_line
-from flows.watch.tick import KILLED, alone, tick
+from flows.watch.tick import tick, tick_lock
 from tests.conftest import ROOT
 from tests.hubserver import COMMIT, Hub, connected, files_of
 
@@ -364,22 +365,22 @@ def test_two_ticks_at_once_evaluate_once(watched: Path) -> None:
         for n in range(2)
     ]
     said = sorted((process.communicate()[0] for process in processes), key=len)
-    assert said[0] in ("another tick is at work\n", "nothing new\n")
+    assert said[0] in ("another tick is running\n", "nothing new\n")
     assert said[1].startswith("a: evaluated, version 1\n")
     assert Path("evaluations").read_text() == "one\n" and len(Registry().versions()) == 1
 
 
 def test_who_inherits_the_lock_has_it_too(tmp_path: Path) -> None:
     """A run that outlives its tick keeps the next one out."""
-    with alone(tmp_path / "lock") as lock:
+    with tick_lock(tmp_path / "lock") as lock:
         assert lock is not None
         child = subprocess.Popen([sys.executable, "-c", "input()"], pass_fds=[lock], stdin=subprocess.PIPE)
-        with alone(tmp_path / "lock") as second:
+        with tick_lock(tmp_path / "lock") as second:
             assert second is None
-    with alone(tmp_path / "lock") as while_it_lives:
+    with tick_lock(tmp_path / "lock") as while_it_lives:
         assert while_it_lives is None
     child.communicate(b"\n")
-    with alone(tmp_path / "lock") as after:
+    with tick_lock(tmp_path / "lock") as after:
         assert after is not None
 
 
@@ -519,11 +520,11 @@ def test_a_tick_that_is_killed_takes_its_run_with_it_and_the_next_goes_on(watche
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
     waits = Path(f"{small_project}.waits")
     until(waits.exists)
-    assert tick().lines == ["another tick is at work"]
+    assert tick().lines == ["another tick is running"]
     process.kill()
     process.wait()
     Path(f"{small_project}.go").touch()
-    until(lambda: tick().lines != ["another tick is at work"])
+    until(lambda: tick().lines != ["another tick is running"])
     assert [version.name for version in Registry().versions()] == ["a"]
     assert sorted(run.info.status for run in attempts()) == ["FAILED", "FINISHED"]
     assert small_project.read_text() == "evaluate evaluate "

@@ -1,4 +1,4 @@
-"""Stage evaluate: from evidence to scores, and to metrics with their intervals."""
+"""Stage evaluate: evidence to scores, and scores to metrics with intervals, ablations, claims and studies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def evaluate(params: Params) -> dict[str, Details]:
 
     target = DATA / "evaluate"
     results: dict[str, evaluation.Results] = {}
-    taken_apart: dict[str, ablations.Ablations] = {}
+    ablated: dict[str, ablations.Ablations] = {}
     data: dict[str, claims.Answers] = {}
 
     def dataset(name: str) -> Details:
@@ -27,7 +27,7 @@ def evaluate(params: Params) -> dict[str, Details]:
         results[name], hits = evaluation.evaluate(name, params, prepared, scored, target)
         variants = ablations.ablate(name, params, prepared, scored)
         examples = read_examples(prepared / "examples.parquet", "test")
-        taken_apart[name] = ablations.with_intervals(params, examples, variants)
+        ablated[name] = ablations.with_intervals(params, examples, variants)
         kind = params.datasets[name].kind
         raced = replay.read_hits(DATA / "races" / f"{name}.json", HEADLINES[benchmark(kind).metrics], examples)
         data[name] = claims.Answers(kind, examples, {**hits, **raced}, variants)
@@ -35,7 +35,7 @@ def evaluate(params: Params) -> dict[str, Details]:
 
     details = each(unit(dataset), params.datasets)
     evaluation.write_metrics(results, target)
-    ablations.write(taken_apart, target)
+    ablations.write(ablated, target)
     claims.write(*claims.judge(params, data), target)
     variants.write({study: variants.compare(params, study, DATA / "studies", data) for study in params.studies}, target)
     return details

@@ -1,4 +1,4 @@
-"""Stage prepare: examples with their splits, and the pictures at the size that the models see."""
+"""Stage prepare: split the examples, and resize the images to the resolution of the models."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Stage score: one U-Net pass per (pair, draw), kept as evidence."""
+"""Stage score: compute the evidence of every (pair, draw)."""
 
 from __future__ import annotations
 
 from functools import partial
 
 from dsd.config import Params
-from flows import DATA
+from flows import DATA, executors
 from flows.stages.common import Details, each, main, prune, stage, unit
 
 
@@ -15,7 +15,6 @@ def score(params: Params) -> dict[str, Details]:
 
     from dsd.engine import score as scoring
     from dsd.engine.tracks import Folders
-    from flows.executors import ahead
 
     def dataset(name: str) -> Details:
         folders = Folders(*(DATA / part / name for part in ("prepare", "cache", "train")))
@@ -25,10 +24,10 @@ def score(params: Params) -> dict[str, Details]:
             cores = torch.get_num_threads()
             opened = partial(scoring.Worker, name, params, folders, target, split="test", cores=cores)
             missing = scoring.missing(name, params, folders, target, split="test")
-            computed = ahead(missing, opened, params.runtime, f"score {name}")
+            computed = executors.compute(missing, opened, params.runtime, f"score {name}")
         counts = scoring.score(name, params, *folders, target, split="test")
         counts["computed"] += computed
-        # Races stay here: what one asks for next depends on what it was told, and all of them fill the same batches.
+        # Races run in this process: their requests depend on earlier results, and all of them share batches.
         return counts | {"raced": scoring.score_raced(name, params, folders, DATA / "races", target, split="test")}
 
     prune(DATA / "score", params.datasets)
