@@ -129,16 +129,17 @@ def promote(as_json: Json = False) -> None:
       dsd promote --json
     """
     from dsd.config import load
+    from flows.registry.leaderboard import PAGE
     from flows.registry.promote import promote as register_and_judge
     from flows.registry.registry import BACKBONE
 
-    version, verdict, page = register_and_judge(load())
+    version, verdict = register_and_judge(load())
     if as_json:
         terminal.print_json({"version": version.number, **asdict(verdict)})
     else:
         print(f"{BACKBONE} version {version.number}: {'promoted' if verdict.promoted else 'not promoted'}")
         print(verdict.reason)
-        print(f"leaderboard: {page}")
+        print(f"leaderboard: {PAGE}")
 
 
 @app.command()

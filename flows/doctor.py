@@ -87,11 +87,11 @@ def checks() -> list[Check]:
         import dsd.estimate  # noqa: F401
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry
     settings = Check("params.yaml", _settings, "run from the project's folder, and correct the key that it names")
-    specific: list[Check] = []
+    dependent: list[Check] = []
     with suppress(DsdError):
         params = load()
-        specific = [*_machine(params), *_outside(params.backbones, params.datasets)]
-    return [*_installed(), settings, *specific, *_stores(), *_project()]
+        dependent = [*_machine(params), *_outside(params.backbones, params.datasets)]
+    return [*_installed(), settings, *dependent, *_stores(), *_project()]
 
 
 def _settings() -> str:
@@ -115,16 +115,11 @@ def _python() -> str:
 
 
 def package(name: str, extra: str | None = None) -> str:
-    """The version of a package, and that of constraints.txt if it differs.
-
-    Raises:
-        DsdError: the package is missing and belongs to no extra, or dsd does not work with this version.
-    """
-    version = installed(name)
-    if version is None and extra is not None:
+    """The version of a package, and that of constraints.txt if it differs."""
+    if (version := installed(name)) is None:
+        if extra is None:
+            raise DsdError("not installed")
         return f"not installed (extra `{extra}`)"
-    if version is None:
-        raise DsdError("not installed")
     if name == "fastapi" and Version(version) >= Version("0.151") and (installed("prefect") or "").startswith("3.8."):
         raise DsdError(f"{version}, with which every flow of prefect 3.8 fails; install a version below 0.151")
     requirement = required(name)
@@ -219,9 +214,8 @@ def _checkpoint(params: Params) -> str:
         parts = ("vae", "unet", *family.encoders, "scheduler") if issubclass(family, StableDiffusion) else ()
         require(folder, row.family, parts, weights=one_file(row) is None)
         if family_of(folder) is None:
-            raise CheckpointError(
-                f"{folder}: no checkpoint of family {row.family} (no unet/, no config.json of a CLIP)"
-            )
+            line = f"no checkpoint of family {row.family} (no unet/, no config.json of a CLIP)"
+            raise CheckpointError(f"{folder}: {line}")
         if parts:
             result += f", predicts {prediction_of(folder, row)}"
     else:

@@ -112,11 +112,7 @@ def compute(missing: Mapping[str, int], opened: Callable[[], Worker], runtime: R
 
 
 def share(nodes: Sequence[Node], actors: int, gpu: bool) -> int:
-    """The most cores that each of the actors can have, each on one node and, if `gpu`, with a GPU of its own.
-
-    Raises:
-        DsdError: the nodes have no room for them.
-    """
+    """The most cores that every actor can have, on one node and, if `gpu`, with a GPU of its own."""
     for cores in range(max((node.cores for node in nodes), default=0), 0, -1):
         if room(nodes, cores, gpu) >= actors:
             return cores
@@ -163,11 +159,7 @@ def cluster() -> Any:
 
 
 def probe(address: str) -> None:
-    """Check that a cluster answers: Ray itself takes minutes to time out.
-
-    Raises:
-        DsdError: no cluster answers.
-    """
+    """Check that a cluster answers: Ray itself takes minutes to time out."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()

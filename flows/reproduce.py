@@ -76,15 +76,13 @@ def reproduce() -> str:
         DsdError: params.yaml is invalid, or the Prefect server does not start.
         DvcException: a stage failed, or this is not a DVC project.
     """
-    started = datetime.now(UTC).replace(microsecond=0)
-    clock = time.monotonic()
+    started, clock = datetime.now(UTC).replace(microsecond=0), time.monotonic()
     params = load()
     repair_rwlock()
     with Repo(fs=AtomicFiles()) as repo:
         names = {stage.name for stage in repo.index.stages if not stage.frozen}
         empty = not any(out.exists for out in repo.index.outs if out.persist)  # no stage can resume
-        stale = bool(repo.status())
-        if stale:
+        if stale := bool(repo.status()):
             with cache_in_use(Path(repo.cache.local.path).parent.parent):
                 run(repo)
     from flows.tracking import publish
@@ -96,8 +94,8 @@ def reproduce() -> str:
     total, records = time.monotonic() - clock, finished(since=started)
     orchestration = total - sum(record["seconds"] for record in records)
     if empty and {record["stage"] for record in records} == names:  # `make bench` reports whole reproductions only
-        whole = {"seconds": total, "orchestration": orchestration}
-        write_atomic(DATA / "reproduction.json", json.dumps(whole, indent=2).encode())
+        record = json.dumps({"seconds": total, "orchestration": orchestration}, indent=2)
+        write_atomic(DATA / "reproduction.json", record.encode())
     return f"orchestration: {orchestration:.0f} s of {total:.0f} s\n{report}"
 
 
@@ -114,11 +112,7 @@ def cache_folder() -> Path:
 
 
 def remote_address() -> str | None:
-    """The name and address of DVC's default remote, if any; a remote that does not exist yet must have a parent folder.
-
-    Raises:
-        DsdError: the remote cannot be reached.
-    """
+    """The name and address of DVC's default remote, if any; raise DsdError if it cannot be reached or created."""
     with _open_repo() as repo:
         name = repo.config["core"].get("remote")
         if name is None:
@@ -136,11 +130,7 @@ def remote_address() -> str | None:
 
 @contextlib.contextmanager
 def _open_repo() -> Iterator[Repo]:
-    """Open the DVC repository of this folder.
-
-    Raises:
-        DsdError: there is none, or DVC fails.
-    """
+    """Open the DVC repository of this folder; turn the errors of DVC into one line."""
     try:
         with Repo() as repo:
             yield repo
@@ -162,10 +152,7 @@ def run(repo: Repo) -> None:
 
 
 class AtomicFiles(LocalFileSystem):
-    """A local file system for DVC that writes dvc.lock atomically.
-
-    DVC's own writes it in place while it is being formatted, so that a kill leaves half of it.
-    """
+    """A file system that writes dvc.lock atomically; DVC's own writes it in place, where a kill would truncate it."""
 
     def open(self, path: str, mode: str = "r", **options: Any) -> Any:
         return write_whole(Path(path)) if mode == "w+" else super().open(path, mode, **options)
@@ -232,8 +219,8 @@ def server() -> Iterator[None]:
     log = Path(os.environ["PREFECT_HOME"]) / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     port = str(free_port())
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
     address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
     # In a session of its own it does not receive a Ctrl-C for the stage, and can record how the stage ends.
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -271,11 +258,7 @@ def free_port() -> int:
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Wait until the server answers.
-
-    Raises:
-        DsdError: it has ended, or does not answer in time.
-    """
+    """Wait until the server answers; raise DsdError if it ends or does not answer in time."""
     deadline = time.monotonic() + STARTUP_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:

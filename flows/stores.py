@@ -47,11 +47,7 @@ def redacted(address: str) -> str:
 
 @contextmanager
 def store_errors(setting: str, address: str) -> Iterator[None]:
-    """Turn the errors of a store's driver into one line.
-
-    Raises:
-        DsdError: the store cannot be reached, opened or written to.
-    """
+    """Turn the errors of a store's driver into a DsdError, in one line."""
     try:
         yield
     except (ImportError, SQLAlchemyError, OSError, ValueError) as error:
@@ -76,11 +72,7 @@ def store_error(setting: str, address: str, error: BaseException) -> DsdError:
 
 
 def check(setting: str, address: str, seconds: int = SECONDS) -> None:
-    """Check that a store can be reached; this changes nothing in it.
-
-    Raises:
-        DsdError: see `store_errors`.
-    """
+    """Check that a store can be reached, opened and written to; raise DsdError, in one line, if not."""
     if is_server(address):
         return _check_server(setting, address, seconds)
     with store_errors(setting, address):
@@ -117,11 +109,7 @@ def _check_server(setting: str, address: str, seconds: int) -> None:
 
 
 def _sqlite_exists(url: URL) -> bool:
-    """Whether a SQLite file exists; otherwise it can be created.
-
-    Raises:
-        OSError: its folder does not exist or is not writable.
-    """
+    """Whether a SQLite file exists; raise OSError if it cannot be created either."""
     if not url.database or url.database == ":memory:":
         return True
     folder = Path(url.database).parent
@@ -153,13 +141,7 @@ async def _check_async(url: URL, seconds: int) -> None:
 
 @contextmanager
 def exclusive(setting: str, address: str) -> Iterator[None]:
-    """Hold our advisory lock of a PostgreSQL database, on which processes of all machines wait.
-
-    Other stores are only checked.
-
-    Raises:
-        DsdError: see `store_errors`.
-    """
+    """Hold our advisory lock of a PostgreSQL database, on which processes of all machines wait; check other stores."""
     if is_server(address) or not address.startswith("postgresql"):
         check(setting, address)
         yield

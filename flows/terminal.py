@@ -83,11 +83,7 @@ def print_leaderboard(board: Board) -> None:
 
 
 def save_heatmap(heatmap: Heatmap, path: Path) -> None:
-    """Save the image, and next to it a copy per word overlaid with that word's heat map, as one image file.
-
-    Raises:
-        DsdError: the path cannot be written, or has no image suffix.
-    """
+    """Save the image, and next to it a copy per word overlaid with that word's heat map, as one image file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.2 * (len(heatmap.words) + 1), 2.5), layout="constrained")

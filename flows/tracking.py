@@ -10,10 +10,10 @@ import csv
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import pyarrow.parquet as pq
@@ -65,30 +65,17 @@ class Runs:
         # Without the lock, processes that open a new database at once all create its tables, and all but one crash.
         with locked():
             self.client = MlflowClient(tracking_uri=uri())
-            self.experiment = self._experiment()
+            if (experiment := self.client.get_experiment_by_name(EXPERIMENT)) is not None:
+                self.experiment = str(experiment.experiment_id)
+            else:
+                location = None if is_server(uri()) else artifacts().as_uri()  # a server has its own location
+                self.experiment = str(self.client.create_experiment(EXPERIMENT, artifact_location=location))
 
-    def _experiment(self) -> str:
-        experiment = self.client.get_experiment_by_name(EXPERIMENT)
-        if experiment is not None:
-            return str(experiment.experiment_id)
-        location = None if is_server(uri()) else artifacts().as_uri()  # a server has its own location
-        return str(self.client.create_experiment(EXPERIMENT, artifact_location=location))
-
-    def find(self, kind: str, key: str) -> list[Run]:
-        """The runs of a kind and key, the newest first."""
-        where = f"tags.`dsd.kind` = '{kind}' and tags.`dsd.key` = '{key}'"
-        newest = ["attributes.start_time DESC"]
-        return list(self.client.search_runs([self.experiment], where, order_by=newest))
-
-    def every(self, kind: str) -> list[Run]:
-        """All runs of a kind, the newest first."""
-        where, newest = f"tags.`dsd.kind` = '{kind}'", ["attributes.start_time DESC"]
-        runs: list[Run] = []
-        token: str | None = None
-        while token is None or token:
-            page = self.client.search_runs([self.experiment], where, order_by=newest, page_token=token)
-            runs, token = [*runs, *page], page.token or ""
-        return runs
+    def find(self, kind: str, key: str | None = None) -> list[Run]:
+        """The runs of a kind, or of a kind and key, the newest first."""
+        where = f"tags.`dsd.kind` = '{kind}'" + (f" and tags.`dsd.key` = '{key}'" if key else "")
+        search = partial(self.client.search_runs, [self.experiment], where, order_by=["attributes.start_time DESC"])
+        return all_pages(search)
 
     def finished(self, kind: str, key: str) -> Run | None:
         """The finished run of a kind and key, if any; delete unfinished ones, which a killed publication left."""
@@ -106,24 +93,29 @@ class Runs:
         return str(self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id)
 
 
+def all_pages(search: Callable[..., Any]) -> list[Any]:
+    """All results of one of MLflow's searches."""
+    results: list[Any] = []
+    token: str | None = None
+    while token is None or token:
+        page = search(page_token=token)
+        results, token = [*results, *page], page.token or ""
+    return results
+
+
 def publish(params: Params, data: Path) -> int:
     """Add every result, curve and report of `data` that MLflow does not have yet; return their number."""
-    runs = Runs()
+    runs, new = Runs(), 0
     metrics = json.loads((data / "evaluate" / "metrics.json").read_text())
-    rows = {method: params.methods[method] for methods in metrics.values() for method in methods}
-    backbones = {method: params.backbones[backbone_of(params, method)] for method in rows}
     with locked():
-        new = [
-            _publish_result(runs, data, dataset, method, intervals, rows[method], backbones[method])
-            for dataset, methods in metrics.items()
-            for method, intervals in methods.items()
-        ]
+        for dataset, methods in metrics.items():
+            for method, intervals in methods.items():
+                backbone = params.backbones[backbone_of(params, method)]
+                new += _publish_result(runs, data, dataset, method, intervals, params.methods[method], backbone)
         for dataset in metrics:
             for method in trained(params):
-                settings = training_settings(params, dataset, method)
-                new.append(_publish_curve(runs, data, dataset, method, settings))
-        new.append(_publish_report(runs, data))
-    return sum(new)
+                new += _publish_curve(runs, data, dataset, method, training_settings(params, dataset, method))
+        return new + _publish_report(runs, data)
 
 
 def _publish_result(
@@ -152,7 +144,10 @@ def _publish_result(
 
 def log_metrics(client: MlflowClient, run: str, values: Mapping[str, float]) -> None:
     now = int(time.time() * 1000)
-    metrics = [Metric(name, value, now, 0) for name, value in values.items()]
+    _send(client, run, [Metric(name, value, now, 0) for name, value in values.items()])
+
+
+def _send(client: MlflowClient, run: str, metrics: Sequence[Metric]) -> None:
     for start in range(0, len(metrics), BATCH):
         client.log_batch(run, metrics=metrics[start : start + BATCH])
 
@@ -281,14 +276,11 @@ class TrainingRun:
         if metrics and self._status != "RUNNING":
             self._runs.client.update_run(self._run, "RUNNING")
             self._status = "RUNNING"
-        for start in range(0, len(metrics), BATCH):
-            self._runs.client.log_batch(self._run, metrics=metrics[start : start + BATCH])
+        _send(self._runs.client, self._run, metrics)
         self._pending, self._flushed = [], time.monotonic()
 
     @mlflow_errors()
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._flush()
         status = "FINISHED" if kind is None else "FAILED"
         if self._status != status:

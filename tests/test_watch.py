@@ -129,7 +129,7 @@ def checkpoint(folder: Path, name: str, content: str = "") -> Path:
 
 
 def attempts(status: str | None = None) -> list[Run]:
-    found = tracking.Runs().every("attempt")
+    found = tracking.Runs().find("attempt")
     return [run for run in found if status in (None, run.info.status)]
 
 
@@ -508,7 +508,7 @@ def test_the_whole_dag_on_tiny_models(tmp_path: Path, monkeypatch: pytest.Monkey
         assert f"Stage '{stage}' didn't change, skipping" in log.read_text()
     [version] = Registry().versions()
     assert version.row.family == "stable-diffusion" and len(version.metrics["scenes-com"]) == 8
-    assert [run.data.tags["dsd.dataset"] for run in tracking.Runs().every("training")] == ["scenes-com"] * 4
+    assert [run.data.tags["dsd.dataset"] for run in tracking.Runs().find("training")] == ["scenes-com"] * 4
     assert Registry().prompt("models:/dsd-prompt-scenes-com@champion", Path(".watch")).exists()
     assert "★ other" in Path("data/leaderboard/index.html").read_text()
 

@@ -26,7 +26,7 @@ class Attempts:
     def __init__(self, runs: Runs) -> None:
         self._runs = runs
         self._workspace = f"{socket.gethostname()}:{Path().resolve()}"
-        self._all = runs.every(ATTEMPT)
+        self._all = runs.find(ATTEMPT)
 
     def settle(self) -> None:
         """Mark the attempts of killed ticks as failed; call this only while no other tick runs."""
@@ -35,7 +35,7 @@ class Attempts:
         for run in killed:
             self.fail(run.info.run_id, KILLED)
         if killed:
-            self._all = self._runs.every(ATTEMPT)
+            self._all = self._runs.find(ATTEMPT)
 
     def failed(self) -> dict[str, list[Run]]:
         """The failed attempts by evaluation key, the newest first."""

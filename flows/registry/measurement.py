@@ -20,12 +20,7 @@ if TYPE_CHECKING:  # it imports mlflow.pyfunc and starlette
 
 
 class Measurement:
-    """The results in the workspace `root`, and the checkpoint and the params that they were measured with.
-
-    Raises:
-        DataError: the workspace has no results.
-        CheckpointError: the checkpoint is no longer available.
-    """
+    """The results in the workspace `root`, and the checkpoint and the params that they were measured with."""
 
     def __init__(self, params: Params, root: Path) -> None:
         file = root / "data" / "evaluate" / "metrics.json"
@@ -67,11 +62,7 @@ class Measurement:
         return {name: file for name, file in files.items() if file.exists()}
 
     def served(self) -> tuple[Settings, Path | None]:
-        """The settings and the prompt file of the served model.
-
-        Raises:
-            DataError: no prompt was trained for `serving.prompt`.
-        """
+        """The settings and the prompt file of the served model."""
         from flows.serving.settings import Settings
 
         settings = Settings.of(self.params, self.digest)

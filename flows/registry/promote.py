@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from dsd.config import Params
 from dsd.report.leaderboard import write
@@ -14,15 +14,7 @@ if TYPE_CHECKING:
     from dsd.evaluation.gate import Verdict
 
 
-class Promotion(NamedTuple):
-    """The registered version, its verdict, and the page of the leaderboard."""
-
-    version: Version
-    verdict: Verdict
-    page: Path
-
-
-def promote(params: Params, page: Path = PAGE) -> Promotion:
+def promote(params: Params, page: Path = PAGE) -> tuple[Version, Verdict]:
     """Register the results of this workspace as the challenger, and compare it with the champion.
 
     Raises:
@@ -34,4 +26,4 @@ def promote(params: Params, page: Path = PAGE) -> Promotion:
         verdict = registry.challenge(params, version)
     finally:  # the page also shows why a version cannot be compared
         write(board(params, registry), page)
-    return Promotion(version, verdict, page)
+    return version, verdict

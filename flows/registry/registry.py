@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from dsd.config import BackboneParams, Params, backbone_of, prompted, raced
 from dsd.errors import DataError, DsdError
 from dsd.store import digest, file_digest
 from flows.registry.measurement import Measurement
-from flows.tracking import Runs, locked, log_metrics
+from flows.tracking import Runs, all_pages, locked, log_metrics
 
 if TYPE_CHECKING:  # it imports scipy
     from dsd.evaluation.gate import Ranks, Verdict
@@ -186,11 +187,7 @@ class Registry:
         self.client.set_model_version_tag(BACKBONE, str(version.number), "dsd.verdict", verdict)
 
     def ranks(self, version: Version, method: str) -> dict[str, Ranks]:
-        """The ranks of a method on the test examples of each dataset, measured with a version.
-
-        Raises:
-            DataError: the version was not measured by that method.
-        """
+        """The ranks of a method on the test examples of each dataset; raise DataError if a version has none."""
         from dsd.evaluation.gate import Ranks
 
         with TemporaryDirectory() as folder:
@@ -202,11 +199,7 @@ class Registry:
         return {name: Ranks(**{**row, "ranks": row["ranks"][method]}) for name, row in stored.items()}
 
     def prompt(self, reference: str, target: Path) -> Path:
-        """Download a registered prompt, `models:/dsd-prompt-<dataset>@<alias>` or `…/<version>`, into a folder.
-
-        Raises:
-            DsdError: there is no such prompt.
-        """
+        """Download a registered prompt, `models:/dsd-prompt-<dataset>@<alias>` or `…/<version>`, into a folder."""
         from dsd.models.prompts import PROMPT  # it imports torch
 
         try:
@@ -273,11 +266,7 @@ class Registry:
                 self.client.delete_registered_model_alias(model, CHALLENGER)
 
     def _all(self, model: str) -> list[ModelVersion]:
-        versions: list[ModelVersion] = []
-        token: str | None = None
-        while token is None or token:
-            page = self.client.search_model_versions(f"name = '{model}'", page_token=token)
-            versions, token = [*versions, *page], page.token or ""
+        versions = all_pages(partial(self.client.search_model_versions, f"name = '{model}'"))
         return sorted(versions, key=lambda version: -int(version.version))
 
     def _aliases(self, model: str) -> dict[str, str]:

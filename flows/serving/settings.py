@@ -57,11 +57,7 @@ class Settings(Bounds):
         )
 
     def matcher(self, prompt: Path | None) -> Matcher:
-        """Open the checkpoint and the prompt.
-
-        Raises:
-            CheckpointError: one of them differs from what was registered.
-        """
+        """Open the checkpoint and the prompt; raise CheckpointError if they differ from the registered ones."""
         from dsd.matcher import Matcher
         from dsd.models import device_of, load_diffusion  # they import torch
         from dsd.models.prompts import AttentionPrompt

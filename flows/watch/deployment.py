@@ -31,7 +31,7 @@ def promote() -> State:
     """Run `dsd promote` as the last step of a pipeline; the state has the verdict and the reason."""
     from flows.registry.promote import promote as register_and_judge  # it imports matplotlib, which few ticks need
 
-    version, verdict, _ = register_and_judge(load())
+    version, verdict = register_and_judge(load())
     word = "promoted" if verdict.promoted else "not promoted"
     return Completed(message=f"version {version.number}: {word}: {verdict.reason}")
 
@@ -42,11 +42,7 @@ def serve(cron: str) -> None:
 
 
 def deploy(cron: str, pool: str) -> str:
-    """Deploy the watch of this workspace to a work pool; return the name of the deployment.
-
-    Raises:
-        DsdError: there is no such pool.
-    """
+    """Deploy the watch of this workspace to a work pool; return the name of the deployment."""
     here = watch.from_source(source=str(Path().resolve()), entrypoint="flows/watch/deployment.py:watch")
     try:
         here.deploy(

@@ -55,11 +55,7 @@ def checkpoints(params: Params, versions: Sequence[Version], errors: dict[str, s
 
 
 def _in_folder(source: FolderSource, tested: BackboneParams, key: Key) -> Iterator[Checkpoint]:
-    """The checkpoints of a folder, which may not exist.
-
-    Raises:
-        CheckpointError: after all others, if the hub does not return the config of a file.
-    """
+    """The checkpoints of a folder, which may not exist; at the end raise the error of a config on the hub."""
     file, missing = HOME / f"{digest(source)}.json", None
     # A cache by `signature`: reading all files of all checkpoints at each tick would be slow.
     stored: dict[str, list[str]] = json.loads(file.read_text()) if file.exists() else {}
@@ -91,8 +87,7 @@ def _in_folder(source: FolderSource, tested: BackboneParams, key: Key) -> Iterat
 def _identify(row: BackboneParams) -> list[str]:
     """The family and the digest of a checkpoint, and why it cannot be opened ("" if it can).
 
-    Raises:
-        CheckpointError: the hub does not return its config, which may be a network error.
+    Raise CheckpointError if the hub does not return its config, since that may be a network error.
     """
     from dsd.models.checkpoint import family_of, locate  # it imports torch
 
@@ -109,11 +104,7 @@ def _identify(row: BackboneParams) -> list[str]:
 
 
 def _on_hub(source: HubSource, tested: BackboneParams, key: Key) -> Checkpoint:
-    """The checkpoint of a repository at the current commit of its branch.
-
-    Raises:
-        CheckpointError: the repository is not available, or has no diffusion model in the diffusers layout.
-    """
+    """The checkpoint of a repository at the current commit of its branch."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError
 
