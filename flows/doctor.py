@@ -37,7 +37,7 @@ ACCESS = "correct its row, or get access (docs/benchmarks.md); set HF_HUB_OFFLIN
 
 @dataclass(frozen=True)
 class Check:
-    """A check: `run` returns what it has found, and raises DsdError if that is a problem."""
+    """A check: `run` returns its result, and raises DsdError if there is a problem."""
 
     name: str
     run: Callable[[], str]
@@ -151,14 +151,14 @@ def constrained(name: str) -> str | None:
 
 
 def _machine(params: Params) -> Iterator[Check]:
-    row, runtime = params.backbones[params.backbone], params.runtime
+    tested, row, runtime = partial(_checkpoint, params), params.backbones[params.backbone], params.runtime
     yield Check("device", partial(_device, runtime), "set runtime.device in params.yaml to auto or cpu")
-    attention = partial(_attention, row, runtime, partial(_opens, params))
+    attention = partial(_attention, row, runtime, tested)
     yield Check("attention", attention, "set runtime.attention in params.yaml to sdpa")
     for name in params.backbones:
         selected = params.model_copy(update={"backbone": name})
         yield Check(f"checkpoint {name}", partial(_checkpoint, selected), ACCESS)
-    yield Check("disk", partial(_disk, params), "free disk space, or use fewer examples (datasets in params.yaml)")
+    yield Check("disk", partial(_disk, params, tested), "free disk space, or use fewer examples (datasets in params.yaml)")
 
 
 def _device(runtime: RuntimeParams) -> str:
@@ -178,7 +178,7 @@ def _gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
-def _attention(row: BackboneParams, runtime: RuntimeParams, opens: Callable[[], bool]) -> str:
+def _attention(row: BackboneParams, runtime: RuntimeParams, checkpoint: Callable[[], str]) -> str:
     """Try the attention backend on the device, with the shapes of the U-Net; only its first layer is allocated."""
     import torch
     from diffusers import UNet2DConditionModel
@@ -188,7 +188,7 @@ def _attention(row: BackboneParams, runtime: RuntimeParams, opens: Callable[[], 
     from dsd.models.checkpoint import DTYPES, component_config
 
     backend = runtime.attention
-    if not opens():
+    if not _passes(checkpoint):
         return f"{backend}, not checked: the checkpoint does not open"
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(component_config(row, "unet"))
@@ -225,20 +225,19 @@ def _checkpoint(params: Params) -> str:
     return result
 
 
-def _opens(params: Params) -> bool:
-    """Whether the check of the checkpoint under test passes."""
+def _passes(check: Callable[[], str]) -> bool:
     try:
-        return bool(_checkpoint(params))
+        return bool(check())
     except DsdError:
         return False
 
 
-def _disk(params: Params) -> str:
+def _disk(params: Params, checkpoint: Callable[[], str]) -> str:
     """Check the space for a run from scratch; results of earlier runs are not subtracted."""
     from dsd.estimate import needs
 
     free = shutil.disk_usage(".").free
-    if not _opens(params):
+    if not _passes(checkpoint):
         return f"{_gigabytes(free)} free; need not estimated: checkpoint {params.backbone} does not open"
     (disk,) = (need for need in needs(params, free) if need.what == "disk")
     if disk.problem:

@@ -56,15 +56,12 @@ class Attempts:
         }
         return self._runs.start(f"{name}: attempt {number}", ATTEMPT, key, tags)
 
-    def finish(self, run: str) -> None:
-        self._runs.client.set_terminated(run)
-
-    def stop(self, run: str) -> None:
-        self._runs.client.set_terminated(run, "KILLED")
+    def end(self, run: str, status: str) -> None:
+        self._runs.client.set_terminated(run, status)
 
     def fail(self, run: str, reason: str, log: Path | None = None) -> None:
         """Record a failure with its reason, and the log if the file exists."""
         self._runs.client.set_tag(run, "dsd.reason", reason)
-        self._runs.client.set_terminated(run, "FAILED")
+        self.end(run, "FAILED")
         if log is not None and log.exists():
             self._runs.client.log_artifact(run, str(log))

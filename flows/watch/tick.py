@@ -127,10 +127,10 @@ class _Tick:
             self._report.fail(f"{checkpoint.name}: failed: {error}")
             self._attempts.fail(attempt, str(error), target / ERRORS)
         except BaseException:
-            self._attempts.stop(attempt)
+            self._attempts.end(attempt, "KILLED")
             raise
         else:
-            self._attempts.finish(attempt)
+            self._attempts.end(attempt, "FINISHED")
             shutil.rmtree(target)
             self._report.lines.append(f"{checkpoint.name}: evaluated, version {version.number}")
 
