@@ -30,7 +30,8 @@ from dsd.config import load
 from dsd.data.examples import read_examples
 from dsd.data.image_table import ImageTable
 from dsd.models.checkpoint import locate
-from flows.serving import server as serving
+from flows.serving.service import save
+from flows.serving.settings import Settings
 
 CLIENTS, REQUESTS, TEXTS = 16, 12, 10  # requests of each client, and texts of each request
 Question = tuple[bytes, list[str]]  # a picture's file, texts
@@ -43,7 +44,7 @@ def throughput(rounds: int = 3) -> tuple[float, float]:
     Both encode each picture once, and each text once in all.
     """
     params, shares, waited = load(), [], list[float]()
-    asked, settings = questions(), serving.Settings.of(params, locate(params.backbones[params.backbone])[1])
+    asked, settings = questions(), Settings.of(params, locate(params.backbones[params.backbone])[1])
     matcher = settings.matcher(None)
     problems = [([matcher.picture(file)], texts) for file, texts in asked]
     matcher.score_many(problems[:CLIENTS])  # warm
@@ -72,14 +73,14 @@ def questions() -> list[Question]:
 
 
 @contextmanager
-def server(settings: serving.Settings) -> Iterator[int]:
+def server(settings: Settings) -> Iterator[int]:
     """`dsd serve` on a free port of this machine."""
     with socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        serving.save(settings, None, model)
+        save(settings, None, model)
         dsd = [sys.executable, "-c", "from flows.cli import app; app()"]
         process = subprocess.Popen([*dsd, "serve", "--model", str(model), "--port", str(port)])
         try:

@@ -7,6 +7,8 @@ before there were versions stays valid. tests/test_golden.py fails when results 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from dsd.store import digest
 
 LATENTS = 1  # dsd/data/images.py and datasets/preparation.py (resizing), encode_images of dsd/models
@@ -55,3 +57,12 @@ def versioned(kind: str, key: str) -> str:
 def dependencies(kind: str) -> set[str]:
     """The kind itself and all that results of this kind are computed from."""
     return {kind}.union(*(dependencies(name) for name in INPUTS.get(kind, ())))
+
+
+def moved_versions(before: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
+    """How the code that scores depend on differs between two records, such as ["evidence 1 → 2"].
+
+    A kind that is not in a record has version 1.
+    """
+    pairs = {kind: (before.get(kind, 1), now.get(kind, 1)) for kind in dependencies("scores")}
+    return [f"{kind} {a} → {b}" for kind, (a, b) in sorted(pairs.items()) if a != b]

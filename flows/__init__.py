@@ -1,7 +1,7 @@
-"""The orchestration: one flow a DVC stage, and what runs over all of them.
+"""Orchestration: one Prefect flow per DVC stage, and the tools that operate them.
 
-Importing it puts the settings of prefect, dvc, mlflow and ray into the environment, where each looks while it is
-imported itself; what a user has set stays as it is.
+Importing this package sets the environment variables that configure prefect, dvc, mlflow and ray, which they read when
+they are imported. Variables that the user has set are kept.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ DATA = Path("data")
 SETTINGS = {
     "PREFECT_HOME": str(Path(".prefect").resolve()),
     "PREFECT_LOGGING_LEVEL": "WARNING",
-    # A server that a stage starts for itself takes 12 s on an idle machine; the default limit is 20 s.
+    # An ephemeral server starts in 12 s on an idle machine; the default limit is 20 s.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "600",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # of a few kilobytes
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # for a few kilobytes
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
@@ -27,3 +27,8 @@ SETTINGS = {
 
 for _name, _value in SETTINGS.items():
     os.environ.setdefault(_name, _value)
+
+
+def absolute(path: str) -> str:
+    """The absolute path of an existing file or folder; any other string, such as a hub id, unchanged."""
+    return str(Path(path).resolve()) if Path(path).exists() else path

@@ -1,36 +1,58 @@
-"""The command `dsd`: what one person at a terminal wants of the project."""
+"""The command `dsd`."""
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from dsd import __version__
 from dsd.errors import DsdError
+from flows import terminal
 
-if TYPE_CHECKING:
-    from dsd.config import Params
-    from dsd.matcher import Heatmap
-    from dsd.report.leaderboard import Board
-    from dsd.statistics import Interval
+MAX_PIXELS = 40_000_000  # the limit of dsd.matcher, which imports torch
 
-MAX_PIXELS = 40_000_000  # as the matcher has it
 
-app = typer.Typer(
-    help="""Text-to-image diffusion models as image-text matchers.
+class Commands(TyperGroup):
+    """Print a user error or a warning as one line; a defect keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            return super().invoke(ctx)
+        except DsdError as error:
+            sys.exit(f"dsd: {error}")
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dsd {__version__}")
+        raise typer.Exit
+
+
+# \b keeps the line breaks of the paragraph that follows it.
+@app.callback()
+def dsd(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Text-to-image diffusion models as image-text matchers.
 
     \b
     Examples:
@@ -38,36 +60,24 @@ app = typer.Typer(
       dsd reproduce
       dsd match photo.png --text "a red circle" --text "a blue square"
 
-    Each command's --help has more.
-    """,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """A user's mistake, or a warning to a user, is one line; a defect keeps its traceback."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        yield
-    except DsdError as error:
-        sys.exit(f"dsd: {error}")
+    See `dsd COMMAND --help` for each command.
+    """
 
 
 @app.command()
 def reproduce(
     preset: Annotated[
         Path | None,
-        typer.Option(help="Put these settings into params.yaml first, such as presets/paper-comvg-sd2.yaml."),
+        typer.Option(help="Write these settings into params.yaml first, e.g. presets/paper-comvg-sd2.yaml."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would need, and whether it is there; change nothing.")
+        bool, typer.Option("--dry-run", help="Print what the run needs and what is missing; change nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; of --dry-run alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; only with --dry-run.")] = False,
 ) -> None:
-    """Bring everything up to date with params.yaml, the code and the data, and say where the report is.
+    """Run every stage whose params, code or data have changed, and print the path of the report.
+
+    With --dry-run the exit status is 1 if something is missing.
 
     \b
     Examples:
@@ -75,48 +85,61 @@ def reproduce(
       dsd reproduce --preset presets/paper-comvg-sd2.yaml --dry-run
       dsd reproduce --dry-run --json
     """
-    with one_line_errors():
-        if as_json and not dry_run:
-            raise DsdError("--json: only with --dry-run; what a reproduction finds is in data/evaluate/metrics.json")
-        if dry_run:
-            from dsd.config import load
-            from flows import presets
+    if as_json and not dry_run:
+        raise DsdError("--json: only with --dry-run; the results of a run are in data/evaluate/metrics.json")
+    if dry_run:
+        sys.exit(_dry_run(preset, as_json=as_json))
+    if preset is not None:
+        from flows import presets
 
-            sys.exit(tell(presets.applied(preset, commits=presets.today)[1] if preset else load(), as_json=as_json))
-        if preset is not None:
-            from flows import presets
-
-            presets.put(preset)
+        presets.put(preset)
     from flows import reproduce as reproduction
 
     reproduction.main()
 
 
-@app.command()
-def promote(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Enter this workspace's results into the registry, and let them challenge the champion's.
+def _dry_run(preset: Path | None, *, as_json: bool) -> bool:
+    """Print what a reproduction needs; return whether something is missing."""
+    from dsd.config import load
+    from dsd.estimate import needs
+    from flows import presets
 
-    Both are compared on the same examples by a paired test, as `gate` in params.yaml says; a tie keeps the champion.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry
+    params = presets.applied(preset, commits=presets.today)[1] if preset else load()
+    needed = list(needs(params, free=shutil.disk_usage(".").free))
+    problems = [f"{need.what}: {need.problem}" for need in needed if need.problem]
+    if as_json:
+        terminal.print_json([need._asdict() for need in needed])
+    else:
+        terminal.print_needs(needed)
+        for problem in problems:
+            print(f"dsd: {problem}", file=sys.stderr)
+    return bool(problems)
+
+
+@app.command()
+def promote(as_json: Json = False) -> None:
+    """Register this workspace's results and compare them with the champion's.
+
+    The gate runs a paired test on the same examples, with the settings `gate` in params.yaml. A tie keeps the champion.
 
     \b
     Examples:
       dsd promote
       dsd promote --json
     """
-    with one_line_errors():
-        from dsd.config import load
-        from flows.registry.promote import promote as enter
-        from flows.registry.registry import BACKBONE
+    from dsd.config import load
+    from flows.registry.leaderboard import PAGE
+    from flows.registry.promote import promote as register_and_judge
+    from flows.registry.registry import BACKBONE
 
-        version, verdict, page = enter(load())
+    version, verdict = register_and_judge(load())
     if as_json:
-        show_json({"version": version.number, **asdict(verdict)})
+        terminal.print_json({"version": version.number, **asdict(verdict)})
     else:
         print(f"{BACKBONE} version {version.number}: {'promoted' if verdict.promoted else 'not promoted'}")
         print(verdict.reason)
-        print(f"leaderboard: {page}")
+        print(f"leaderboard: {PAGE}")
 
 
 @app.command()
@@ -124,40 +147,36 @@ def serve(
     model: Annotated[
         str, typer.Option(help="A registered version: a name with an alias or a number.")
     ] = "models:/dsd-backbone@champion",
-    host: Annotated[
-        str, typer.Option(help="The address to listen on; 0.0.0.0 is every one of this machine.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is all interfaces.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 5000,
 ) -> None:
-    """Answer requests over HTTP with the champion: images and texts to scores, and heat maps where they are asked for.
+    """Serve the champion over HTTP: images and texts in, scores and optional heat maps out.
 
-    Requests are as MLflow's own server takes them; `serving` in params.yaml bounds them.
+    Requests have the format of MLflow's own server. Their limits are set by `serving` in params.yaml.
 
     \b
     Examples:
       dsd serve
       dsd serve --model models:/dsd-backbone/3 --port 8080
     """
-    with one_line_errors():
-        from flows.serving.server import serve as answer
+    from flows.serving.server import serve as run_server
 
-        answer(model, host, port)
+    run_server(model, host, port)
 
 
 @app.command()
 def watch(
-    once: Annotated[
-        bool, typer.Option("--once", help="One tick, now and in this process; no server is needed.")
-    ] = False,
+    once: Annotated[bool, typer.Option("--once", help="Run one tick in this process, without a server.")] = False,
     pool: Annotated[
         str | None,
-        typer.Option(help="Let the workers of this Prefect work pool tick, at the server of PREFECT_API_URL."),
+        typer.Option(help="Deploy to this Prefect work pool of the server at PREFECT_API_URL, and exit."),
     ] = None,
 ) -> None:
-    """Evaluate every new checkpoint of `watch.sources` by itself, at the times of `watch.cron` in params.yaml.
+    """Evaluate every new checkpoint of `watch.sources` at the times of `watch.cron` in params.yaml.
 
-    Each runs in a clone of its own, is entered into the registry and challenges the champion; the leaderboard says what
-    came of it. Without --pool it ticks until it is ended, at the server of PREFECT_API_URL or under one of its own.
+    Each checkpoint is evaluated in a clone of this workspace, registered, and compared with the champion. See the
+    results with `dsd leaderboard`. Without --once and --pool the command runs until it is stopped, on the server at
+    PREFECT_API_URL or on one that it starts.
 
     \b
     Examples:
@@ -165,43 +184,43 @@ def watch(
       dsd watch
       dsd watch --pool dsd
     """
-    with one_line_errors():
-        if once:
-            from flows.watch.tick import tick
+    if once:
+        from flows.watch.tick import tick
 
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-            told = tick()
-            print("\n".join(told.lines))
-            sys.exit(told.failed > 0)
-        from dsd.config import load
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        report = tick()
+        print("\n".join(report.lines))
+        sys.exit(report.failed > 0)
+    from dsd.config import load
 
-        cron = load().watch.cron
-        if pool is not None:
-            if "PREFECT_API_URL" not in os.environ:
-                raise DsdError("PREFECT_API_URL: not set; --pool needs a server (http://127.0.0.1:4200/api, say)")
-            from flows.watch.deployment import deploy
+    cron = load().watch.cron
+    if pool is not None:
+        if "PREFECT_API_URL" not in os.environ:
+            raise DsdError("PREFECT_API_URL: not set; --pool needs a server, e.g. http://127.0.0.1:4200/api")
+        from flows.watch.deployment import deploy
 
-            print(f"{deploy(cron, pool)}: in the work pool {pool}, at {cron}")
-            return
-        # The runs of this workspace may have a server of their own, whose database is theirs.
-        with TemporaryDirectory(prefix="dsd-watch-") as home:
-            os.environ["PREFECT_HOME"] = home
-            from flows.reproduce import server
+        print(f"{deploy(cron, pool)}: in the work pool {pool}, at {cron}")
+        return
+    # A reproduction in this workspace may start a server on the database of the default PREFECT_HOME.
+    with TemporaryDirectory(prefix="dsd-watch-") as home:
+        os.environ["PREFECT_HOME"] = home
+        from flows.reproduce import server
 
-            with server():
-                from flows.watch.deployment import serve
+        with server():
+            from flows.watch.deployment import serve
 
-                serve(cron)
+            serve(cron)
 
 
 @app.command()
 def leaderboard(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
     html: Annotated[
-        Path | None, typer.Option(help="Write the page here; `promote` and `watch` keep data/leaderboard/index.html.")
+        Path | None,
+        typer.Option(help="Write the page to this file; `promote` and `watch` update data/leaderboard/index.html."),
     ] = None,
 ) -> None:
-    """Show all measured checkpoints, the champion, what the gate said of each, and those that failed.
+    """Show all registered checkpoints with their scores and verdicts, the champion, and the checkpoints that failed.
 
     \b
     Examples:
@@ -209,95 +228,24 @@ def leaderboard(
       dsd leaderboard --json
       dsd leaderboard --html leaderboard.html
     """
-    with one_line_errors():
-        from dsd.config import load
-        from dsd.report.leaderboard import write
-        from flows.registry.leaderboard import board
-        from flows.registry.registry import Registry
+    from dsd.config import load
+    from dsd.report.leaderboard import write
+    from flows.registry.leaderboard import board
+    from flows.registry.registry import Registry
 
-        found = board(load(), Registry())
-        if html is not None:
-            print(f"page: {write(found, html)}")
+    current = board(load(), Registry())
+    if html is not None:
+        print(f"page: {write(current, html)}")
     if as_json:
-        show_json(asdict(found))
+        terminal.print_json(asdict(current))
     elif html is None:
-        tell_board(found)
+        terminal.print_leaderboard(current)
 
 
-def tell_board(found: Board) -> None:
-    """Prints the leaderboard as tables that fit a terminal; what has no rows is left out."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from dsd.report.leaderboard import failures
-    from dsd.report.tables import NONE, count, interval, percent
-
-    console = Console(highlight=False, markup=False)
-
-    def table(title: str | None, headings: Iterable[str], rows: Iterable[Sequence[str]]) -> None:
-        shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, title=title, title_justify="left")
-        for heading in headings:
-            shown.add_column(heading, overflow="fold")
-        for row in rows:
-            shown.add_row(*row)
-        if shown.rows:
-            console.print(shown)
-
-    def value(score: Interval | None) -> str:
-        return NONE if score is None else f"{percent(score.value)} %\n{interval(score)}\nn = {count(score.n)}"
-
-    names = (f"{dataset}\n{metric}" for dataset, metric in found.metrics.items())
-    headings = ["checkpoint", *names, "mean", "verdict"]
-    for title, entries in ((None, found.ranked), ("measured with other params", found.others)):
-        rows = (
-            (
-                f"{entry.label}\nversion {entry.number}",
-                *(value(entry.scores.get(name)) for name in found.metrics),
-                f"{percent(entry.mean)} %" if entry.scores else NONE,
-                f"{entry.verdict or NONE}\n{entry.when:%Y-%m-%d}",
-            )
-            for entry in entries
-        )
-        table(title, headings, rows)
-    failed = failures(found)
-    table(failed.caption, failed.head, ((row.head, *(cell.text for cell in row.cells)) for row in failed.rows))
-    if not found.entries and not found.failures:
-        console.print("nothing was measured yet; `dsd promote` enters this workspace's results, `dsd watch` new ones")
-
-
-def tell(params: Params, *, as_json: bool) -> int:
-    """Prints what a reproduction would need; returns 1 where something stands against it."""
-    from dsd.estimate import needs
-
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # how often it tries is no news
-    wanted = list(needs(params, free=shutil.disk_usage(".").free))
-    problems = [f"{need.what}: {need.problem}" for need in wanted if need.problem]
-    if as_json:
-        show_json([need._asdict() for need in wanted])
-        return bool(problems)
-    rows = []
-    for need in wanted:
-        much = "" if need.problem and not need.amount else amount(need.amount, need.unit)
-        rows.append((need.what, need.where, much, "missing" if need.problem else ""))
-    show(("what", "of", "how much", ""), rows, number="how much")
-    for problem in problems:
-        print(f"dsd: {problem}", file=sys.stderr)
-    return bool(problems)
-
-
-def amount(value: float, unit: str) -> str:
-    """Bytes with the prefix that leaves one to three digits before the point."""
-    if unit != "bytes":
-        return f"{value:,.1f} h" if unit == "h" else f"{value:,.0f}"
-    power = min(4, int(math.log10(value) // 3)) if value >= 1 else 0
-    return f"{value / 1000**power:.1f} {('', 'k', 'M', 'G', 'T')[power]}B"
-
-
-# \b keeps the lines of the paragraph that follows it as they are.
 @app.command()
 def match(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures to score.")],
-    texts: Annotated[list[str], typer.Option("--text", help="A text; may be given again.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files to score.")],
+    texts: Annotated[list[str], typer.Option("--text", help="A text to score; repeatable.")],
     checkpoint: Annotated[
         str, typer.Option(help="A checkpoint in the diffusers layout: a folder or a hub id.")
     ] = "models/embedded",
@@ -309,133 +257,92 @@ def match(
     ] = None,
     method: Annotated[str, typer.Option(help="cross-attention or denoising.")] = "cross-attention",
     heatmap: Annotated[
-        Path | None, typer.Option(help="Draw here where each word of the best match looks in its picture.")
+        Path | None, typer.Option(help="Save the heat map of each word of the best match to this image file.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Score pictures against texts: which text fits a picture best, or which picture a single text?
+    """Score images against texts, and mark the best text of each image, or the best image for a single text.
 
-    Higher is better; scores are comparable within one command only.
+    Higher is better. Scores are comparable within one command only.
 
     \b
     Examples:
       dsd match photo.png --text "a red circle" --text "a blue square"
       dsd match one.png two.png --text "a red circle" --json
-      dsd match photo.png --text "a red circle" --heatmap where.png
+      dsd match photo.png --text "a red circle" --heatmap heatmap.png
     """
-    with one_line_errors():
-        read(images)
-        from dsd.matcher import Matcher
+    check_images(images)
+    from dsd.matcher import Matcher
 
-        with TemporaryDirectory() as folder:
-            if prompt is not None and prompt.startswith("models:/"):
-                from flows.registry.registry import Registry
+    with TemporaryDirectory() as folder:
+        if prompt is not None and prompt.startswith("models:/"):
+            from flows.registry.registry import Registry
 
-                prompt = str(Registry().prompt(prompt, Path(folder)))
-            matcher = Matcher.from_pretrained(checkpoint, prompt=prompt, method=method)
-        scores = matcher.score(images, texts).tolist()
-        best = best_matches(scores)
-        if heatmap is not None:
-            i, t = max(best, key=lambda place: scores[place[0]][place[1]])
-            draw(matcher.heatmap(images[i], texts[t]), heatmap)
-    found = [
+            prompt = str(Registry().prompt(prompt, Path(folder)))
+        matcher = Matcher.from_pretrained(checkpoint, prompt=prompt, method=method)
+    scores = matcher.score(images, texts).tolist()
+    best = best_matches(scores)
+    if heatmap is not None:
+        i, t = max(best, key=lambda pair: scores[pair[0]][pair[1]])
+        terminal.save_heatmap(matcher.heatmap(images[i], texts[t]), heatmap)
+    matches = [
         {"image": str(image), "text": text, "score": scores[i][t], "best": (i, t) in best}
         for i, image in enumerate(images)
         for t, text in enumerate(texts)
     ]
     if as_json:
-        show_json(found)
+        terminal.print_json(matches)
     else:
-        rows = ((f["image"], f["text"], f"{f['score']:.5f}", "best" if f["best"] else "") for f in found)
-        show(("image", "text", "score", ""), rows, number="score")
+        rows = ((m["image"], m["text"], f"{m['score']:.5f}", "best" if m["best"] else "") for m in matches)
+        terminal.print_table(("image", "text", "score", ""), rows, number="score")
+
+
+def check_images(images: Iterable[Path]) -> None:
+    """Exit with a line per image that cannot be read, before the checkpoint is opened."""
+    from dsd.data.images import load_image
+
+    errors = []
+    for image in images:
+        try:
+            load_image(image, max_pixels=MAX_PIXELS)
+        except DsdError as error:
+            errors.append(f"dsd: {error}")
+    if errors:
+        sys.exit("\n".join(errors))
+
+
+def best_matches(scores: list[list[float]]) -> list[tuple[int, int]]:
+    """The (image, text) indices of the best text per image, or of the best image for a single text."""
+    if len(scores[0]) == 1:
+        return [(max(range(len(scores)), key=lambda i: scores[i][0]), 0)]
+    return [(i, max(range(len(row)), key=row.__getitem__)) for i, row in enumerate(scores)]
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Look at what is installed, what there is to compute with and what can be reached, and say what to mend.
+def doctor(as_json: Json = False) -> None:
+    """Check the installation, the device, the checkpoints, the datasets and the stores; print a remedy per problem.
 
-    It takes some seconds, starts nothing and changes nothing. The exit status is 1 if something stands in the way.
+    The command takes some seconds and changes nothing. The exit status is 1 if there is a problem.
 
     \b
     Examples:
       dsd doctor
       dsd doctor --json
     """
-    from flows import doctor as doctors
+    from flows import doctor as diagnosis
 
-    found = doctors.examine(doctors.checks())
-    problems = [finding for finding in found if finding.remedy]
+    findings = diagnosis.examine(diagnosis.checks())
+    problems = [finding for finding in findings if finding.remedy]
     if as_json:
-        show_json([finding._asdict() for finding in found])
+        terminal.print_json([finding._asdict() for finding in findings])
     else:
         rows: list[tuple[str, ...]] = []
-        for finding in found:
+        for finding in findings:
             rows.append((finding.check, "problem" if finding.remedy else "ok", finding.found))
             rows += [("", "", f"→ {finding.remedy}")] if finding.remedy else []
-        show(("check", "", "found"), rows)
-        print(f"\nproblems: {len(problems)}" if problems else "\nnothing stands in the way")
+        terminal.print_table(("check", "", "found"), rows)
+        print(f"\nproblems: {len(problems)}" if problems else "\nno problems")
     sys.exit(bool(problems))
-
-
-def read(images: Iterable[Path]) -> None:
-    """Ends the command with a line for each picture that cannot be read, before a checkpoint is opened for them."""
-    from dsd.data.images import load_image
-
-    mistakes = []
-    for image in images:
-        try:
-            load_image(image, max_pixels=MAX_PIXELS)
-        except DsdError as error:
-            mistakes.append(f"dsd: {error}")
-    if mistakes:
-        sys.exit("\n".join(mistakes))
-
-
-def best_matches(scores: list[list[float]]) -> list[tuple[int, int]]:
-    """The best text of each picture, or the best picture of a single text, as (picture, text) places."""
-    if len(scores[0]) == 1:
-        return [(max(range(len(scores)), key=lambda i: scores[i][0]), 0)]
-    return [(i, max(range(len(row)), key=row.__getitem__)) for i, row in enumerate(scores)]
-
-
-def show(headings: Sequence[str], rows: Iterable[Sequence[str]], number: str = "") -> None:
-    """Prints a table as wide as the terminal; the column of numbers is never broken."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for heading in headings:
-        aligned = "right" if heading == number else "left"
-        table.add_column(heading, justify=aligned, overflow="fold", no_wrap=heading in ("", number))
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False, markup=False).print(table)
-
-
-def show_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
-
-
-def draw(heatmap: Heatmap, path: Path) -> None:
-    """The picture, and over it where each word looks, side by side as one image file.
-
-    Raises:
-        DsdError: the path is none that an image can be written to.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.2 * (len(heatmap.words) + 1), 2.5), layout="constrained")
-    axes = figure.subplots(1, len(heatmap.words) + 1)
-    for place in axes:
-        place.imshow(heatmap.picture)
-        place.axis("off")
-    for place, word, map_RR in zip(axes[1:], heatmap.words, heatmap.maps, strict=True):
-        place.imshow(map_RR, cmap="inferno", alpha=0.6, vmin=0, vmax=1)
-        place.set_title(word)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise DsdError(f"--heatmap {path}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What is installed, what there is to compute with, and what can be reached: what stands in the way of a run here.
+"""`dsd doctor`: checks of the installation, the device, the checkpoints, the datasets and the stores.
 
-Every check asks for little and starts nothing. They run side by side, each for so long and no longer.
+The checks read little and change nothing. They run concurrently, with a time limit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,29 +23,29 @@ from typing import NamedTuple
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from dsd.config import DrawnDataset, Params, load
+from dsd.config import BackboneParams, DatasetParams, Params, RuntimeParams, load
 from dsd.errors import CheckpointError, DsdError, unknown
 from flows import DATA, stores
 
-SECONDS = 15.0  # that all checks have, from the start on
+SECONDS = 15.0  # the time limit of all checks together
 CONSTRAINTS = Path("constraints.txt")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "prefect", "fastapi", "dvc", "mlflow")
-EXTRAS = {"ray": "ray", "xformers": "gpu", "psycopg2-binary": "postgres"}  # by the extra that installs them
-INSTALL = "run `make reproduce`, which installs what constraints.txt has, or `pip install -c constraints.txt`"
-ACCESS = "correct its row, or get access (docs/benchmarks.md); set HF_HUB_OFFLINE=1 where the hub's cache has all of it"
+EXTRAS = {"ray": "ray", "xformers": "gpu", "psycopg2-binary": "postgres"}  # package → the extra that installs it
+INSTALL = "run `make reproduce`, which installs the versions of constraints.txt, or `pip install -c constraints.txt`"
+ACCESS = "correct its row, or get access (docs/benchmarks.md); set HF_HUB_OFFLINE=1 if the hub's cache is complete"
 
 
 @dataclass(frozen=True)
 class Check:
-    """Something to look at: the function says what there is, and raises DsdError where it stands in the way."""
+    """A check: `run` returns its result, and raises DsdError if there is a problem."""
 
     name: str
-    look: Callable[[], str]
+    run: Callable[[], str]
     remedy: str
 
 
 class Finding(NamedTuple):
-    """What a check found; with a remedy where it stands in the way."""
+    """The result of a check; a problem has a remedy."""
 
     check: str
     found: str
@@ -53,43 +53,45 @@ class Finding(NamedTuple):
 
 
 def examine(checks: Sequence[Check], seconds: float = SECONDS) -> list[Finding]:
-    """The findings of all checks, in their order; none takes longer than so many seconds."""
-    found: dict[str, Finding] = {}
+    """The findings of all checks, in order; a check that exceeds the time limit is a problem."""
+    findings: dict[str, Finding] = {}
 
-    def look(check: Check) -> None:
-        found[check.name] = _finding(check)
+    def run(check: Check) -> None:
+        findings[check.name] = _finding(check)
 
     deadline = monotonic() + seconds
-    threads = [Thread(target=look, args=(check,), daemon=True) for check in checks]
+    threads = [Thread(target=run, args=(check,), daemon=True) for check in checks]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(max(0.0, deadline - monotonic()))
     late = f"no answer within {seconds:g} s"
-    return [found.get(check.name, Finding(check.name, late, check.remedy)) for check in checks]
+    return [findings.get(check.name, Finding(check.name, late, check.remedy)) for check in checks]
 
 
 def _finding(check: Check) -> Finding:
     try:
-        return Finding(check.name, check.look())
+        return Finding(check.name, check.run())
     except DsdError as error:
         return Finding(check.name, str(error), check.remedy)
     except ImportError as error:
-        return Finding(check.name, f"cannot be told: {error}", INSTALL)
+        return Finding(check.name, f"cannot be checked: {error}", INSTALL)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return Finding(check.name, f"the check itself failed: {reason}", "a defect of dsd: report it with this line")
 
 
 def checks() -> list[Check]:
-    """Everything there is to look at here; what depends on params.yaml only where it can be read."""
-    with suppress(ImportError):  # here and not in the threads: its modules are loaded by one at a time
+    """All checks; without a valid params.yaml, those that do not depend on it."""
+    with suppress(ImportError):  # imported here, since the threads would import its modules at the same time
         import dsd.estimate  # noqa: F401
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # how often it tries is no news
-    settings = Check("params.yaml", _settings, "run from the project's folder, and mend the key that it names")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry
+    settings = Check("params.yaml", _settings, "run from the project's folder, and correct the key that it names")
+    dependent: list[Check] = []
     with suppress(DsdError):
-        return [*_installed(), settings, *_machine(load()), *_outside(load()), *_stores(), *_project()]
-    return [*_installed(), settings, *_stores(), *_project()]
+        params = load()
+        dependent = [*_machine(params), *_outside(params.backbones, params.datasets)]
+    return [*_installed(), settings, *dependent, *_stores(), *_project()]
 
 
 def _settings() -> str:
@@ -98,7 +100,7 @@ def _settings() -> str:
 
 
 def _installed() -> Iterator[Check]:
-    yield Check("Python", _python, "make another environment: make reproduce PYTHON=python3.11")
+    yield Check("Python", _python, "create another environment: make reproduce PYTHON=python3.11")
     for name in PACKAGES:
         yield Check(name, partial(package, name), INSTALL)
     for name, extra in EXTRAS.items():
@@ -108,26 +110,21 @@ def _installed() -> Iterator[Check]:
 def _python() -> str:
     version = platform.python_version()
     if not Version("3.11") <= Version(version) < Version("3.14"):
-        raise DsdError(f"{version}, but 3.11 to 3.13 are what dsd is for")
+        raise DsdError(f"{version}, but dsd needs 3.11 to 3.13")
     return version
 
 
 def package(name: str, extra: str | None = None) -> str:
-    """The version of a package, and that of constraints.txt where it is another.
-
-    Raises:
-        DsdError: it is missing and belongs to no extra, or dsd does not work with this version.
-    """
-    version = installed(name)
-    if version is None and extra is not None:
+    """The version of a package, and that of constraints.txt if it differs."""
+    if (version := installed(name)) is None:
+        if extra is None:
+            raise DsdError("not installed")
         return f"not installed (extra `{extra}`)"
-    if version is None:
-        raise DsdError("not installed")
     if name == "fastapi" and Version(version) >= Version("0.151") and (installed("prefect") or "").startswith("3.8."):
-        raise DsdError(f"{version}, with which every flow of prefect 3.8 dies; below 0.151 none does")
-    wanted = required(name)
-    if wanted is not None and not wanted.specifier.contains(version, prereleases=True):
-        raise DsdError(f"{version}, but dsd needs {wanted.specifier}")
+        raise DsdError(f"{version}, with which every flow of prefect 3.8 fails; install a version below 0.151")
+    requirement = required(name)
+    if requirement is not None and not requirement.specifier.contains(version, prereleases=True):
+        raise DsdError(f"{version}, but dsd needs {requirement.specifier}")
     tested = constrained(name)
     return version if tested in (None, version.partition("+")[0]) else f"{version} (tested with {tested})"
 
@@ -140,12 +137,12 @@ def installed(name: str) -> str | None:
 
 
 def required(name: str) -> Requirement | None:
-    """What dsd asks of a package, with or without an extra; None where it asks nothing, or is not installed itself."""
+    """dsd's requirement of a package, extras included; None if it has none or is not installed itself."""
     try:
-        declared = [Requirement(line) for line in metadata.requires("dsd") or ()]
+        requirements = [Requirement(line) for line in metadata.requires("dsd") or ()]
     except metadata.PackageNotFoundError:
         return None
-    return next((found for found in declared if found.name == name and found.specifier), None)
+    return next((r for r in requirements if r.name == name and r.specifier), None)
 
 
 def constrained(name: str) -> str | None:
@@ -154,19 +151,22 @@ def constrained(name: str) -> str | None:
 
 
 def _machine(params: Params) -> Iterator[Check]:
-    yield Check("device", partial(_device, params), "set runtime.device in params.yaml to auto or cpu")
-    yield Check("attention", partial(_attention, params), "set runtime.attention in params.yaml to sdpa")
+    tested, row, runtime = partial(_checkpoint, params), params.backbones[params.backbone], params.runtime
+    yield Check("device", partial(_device, runtime), "set runtime.device in params.yaml to auto or cpu")
+    attention = partial(_attention, row, runtime, tested)
+    yield Check("attention", attention, "set runtime.attention in params.yaml to sdpa")
     for name in params.backbones:
-        yield Check(f"checkpoint {name}", partial(_checkpoint, params, name), ACCESS)
-    yield Check("disk", partial(_disk, params), "make room, or have fewer examples (datasets in params.yaml)")
+        selected = params.model_copy(update={"backbone": name})
+        yield Check(f"checkpoint {name}", partial(_checkpoint, selected), ACCESS)
+    yield Check("disk", partial(_disk, params, tested), "free disk space, or use fewer examples (datasets in params.yaml)")
 
 
-def _device(params: Params) -> str:
+def _device(runtime: RuntimeParams) -> str:
     import torch
 
     from dsd.models import device_of
 
-    device = device_of(params.runtime.device)
+    device = device_of(runtime.device)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return f"{torch.cuda.get_device_name(device)}, {_gigabytes(free)} of {_gigabytes(total)} free"
@@ -178,8 +178,8 @@ def _gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
-def _attention(params: Params) -> str:
-    """Tried on the device with the shapes of the U-Net at hand, of which no more is made than its first layer."""
+def _attention(row: BackboneParams, runtime: RuntimeParams, checkpoint: Callable[[], str]) -> str:
+    """Try the attention backend on the device, with the shapes of the U-Net; only its first layer is allocated."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -187,100 +187,99 @@ def _attention(params: Params) -> str:
     from dsd.models.attention import AttentionState, install
     from dsd.models.checkpoint import DTYPES, component_config
 
-    row, backend = params.backbones[params.backbone], params.runtime.attention
-    if not _opens(params):
-        return f"{backend}, to be tried once checkpoint {params.backbone} opens"
+    backend = runtime.attention
+    if not _passes(checkpoint):
+        return f"{backend}, not checked: the checkpoint does not open"
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(component_config(row, "unet"))
-    unet.conv_in.to(DTYPES[row.dtype]).to_empty(device=device_of(params.runtime.device))
+    unet.conv_in.to(DTYPES[row.dtype]).to_empty(device=device_of(runtime.device))
     install(unet, AttentionState(), backend)
     return f"{backend} runs in {row.dtype}"
 
 
-def _checkpoint(params: Params, name: str) -> str:
-    """What its configuration tells; of a local one also whether every part is there, weights unread."""
+def _checkpoint(params: Params) -> str:
+    """Check the configuration of `params.backbone`, and that a local checkpoint is complete; no weights are read."""
     from huggingface_hub import constants
 
     from dsd.estimate import UNet
     from dsd.models import FAMILIES, StableDiffusion
     from dsd.models.checkpoint import family_of, folder_of, one_file, prediction_of, remote, require
 
-    row = params.backbones[name]
+    row = params.backbones[params.backbone]
     if row.family not in FAMILIES:
         raise CheckpointError(unknown("family", row.family, FAMILIES))
-    kind, told = FAMILIES[row.family], row.source
+    family, result = FAMILIES[row.family], row.source
     if Path(row.source).exists() or constants.HF_HUB_OFFLINE:
         folder = folder_of(row)
-        parts = ("vae", "unet", *kind.encoders, "scheduler") if issubclass(kind, StableDiffusion) else ()
+        parts = ("vae", "unet", *family.encoders, "scheduler") if issubclass(family, StableDiffusion) else ()
         require(folder, row.family, parts, weights=one_file(row) is None)
         if family_of(folder) is None:
-            raise CheckpointError(
-                f"{folder}: no checkpoint of family {row.family} (no unet/, no config.json of a CLIP)"
-            )
+            line = f"no checkpoint of family {row.family} (no unet/, no config.json of a CLIP)"
+            raise CheckpointError(f"{folder}: {line}")
         if parts:
-            told += f", predicts {prediction_of(folder, row)}"
+            result += f", predicts {prediction_of(folder, row)}"
     else:
-        told += f", {_gigabytes(remote(row))} on the hub"
-    if issubclass(kind, StableDiffusion):
-        unet = UNet.of(params.model_copy(update={"backbone": name}))
-        told += f", {unet.layers} layers of cross-attention"
-    return told
+        result += f", {_gigabytes(remote(row))} on the hub"
+    if issubclass(family, StableDiffusion):
+        result += f", {UNet.of(params).layers} layers of cross-attention"
+    return result
 
 
-def _opens(params: Params) -> bool:
-    """Whether the checkpoint under test does; why it does not, its own check says."""
+def _passes(check: Callable[[], str]) -> bool:
     try:
-        return bool(_checkpoint(params, params.backbone))
+        return bool(check())
     except DsdError:
         return False
 
 
-def _disk(params: Params) -> str:
-    """For everything from the start: what an earlier run has left here counts again."""
+def _disk(params: Params, checkpoint: Callable[[], str]) -> str:
+    """Check the space for a run from scratch; results of earlier runs are not subtracted."""
     from dsd.estimate import needs
 
     free = shutil.disk_usage(".").free
-    if not _opens(params):
-        return f"{_gigabytes(free)} free; what a run needs is told once checkpoint {params.backbone} opens"
-    (wanted,) = (need for need in needs(params, free) if need.what == "disk")
-    if wanted.problem:
-        raise DsdError(f"a run needs up to {_gigabytes(wanted.amount)}, which is {wanted.problem}")
-    return f"{_gigabytes(free)} free, a run needs up to {_gigabytes(wanted.amount)}"
+    if not _passes(checkpoint):
+        return f"{_gigabytes(free)} free; need not estimated: checkpoint {params.backbone} does not open"
+    (disk,) = (need for need in needs(params, free) if need.what == "disk")
+    if disk.problem:
+        raise DsdError(f"a run needs up to {_gigabytes(disk.amount)}, which is {disk.problem}")
+    return f"{_gigabytes(free)} free, a run needs up to {_gigabytes(disk.amount)}"
 
 
-def _outside(params: Params) -> Iterator[Check]:
-    """What has to come from elsewhere: the rows of the hub, of addresses and of the user's own folders."""
-    yield Check("hub", partial(_hub, params), "log in with `hf auth login`, or set HF_TOKEN")
-    for name, row in params.datasets.items():
-        if not isinstance(row, DrawnDataset):
-            yield Check(f"dataset {name}", partial(_dataset, params, name), ACCESS)
+def _outside(backbones: Mapping[str, BackboneParams], datasets: Mapping[str, DatasetParams]) -> Iterator[Check]:
+    """Checks of what has to be fetched: from the hub, from other addresses, and from the user's own folders."""
+    used = any(map(_on_hub, (*backbones.values(), *datasets.values())))
+    yield Check("hub", partial(_hub, used), "log in with `hf auth login`, or set HF_TOKEN")
+    for name, row in datasets.items():
+        if not row.kind.startswith("scenes-"):
+            yield Check(f"dataset {name}", partial(_dataset, name, row), ACCESS)
 
 
-def _hub(params: Params) -> str:
-    """Who asks; whether that suffices, the rows tell."""
+def _on_hub(row: BackboneParams | DatasetParams) -> bool:
+    """Whether a row names a repository on the hub, not a local folder; other rows have no key `revision`."""
+    values = row.model_dump()
+    return "revision" in values and not Path(values["source"]).exists()
+
+
+def _hub(used: bool) -> str:
+    """The endpoint and whether there is a token; the checks of the rows try the access."""
     from huggingface_hub import constants, get_token
 
-    from dsd.datasets import benchmark
-
-    datasets = [benchmark(row.kind).repository(row) for row in params.datasets.values()]
-    sources = [row.source for row in (*params.backbones.values(), *datasets) if row is not None]
-    if all(Path(source).exists() for source in sources):
-        return "nothing in params.yaml is on it"
+    if not used:
+        return "not used by params.yaml"
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set: what is in the cache will have to do"
-    return f"{constants.ENDPOINT}, {'with a token' if get_token() else 'without a token: what is open to all'}"
+        return "HF_HUB_OFFLINE is set: only the cache is used"
+    return f"{constants.ENDPOINT}, {'with a token' if get_token() else 'without a token: only public repositories'}"
 
 
-def _dataset(params: Params, name: str) -> str:
+def _dataset(name: str, row: DatasetParams) -> str:
     from huggingface_hub import constants
 
     from dsd.datasets import benchmark
 
-    row = params.datasets[name]
     if (DATA / "download" / name / "annotations.jsonl").exists():
         return "downloaded"
-    if constants.HF_HUB_OFFLINE and benchmark(row.kind).repository(row):
-        return "HF_HUB_OFFLINE is set: not asked"
+    if constants.HF_HUB_OFFLINE and _on_hub(row):
+        return "HF_HUB_OFFLINE is set: not checked"
     size = benchmark(row.kind).remote(name, row)
     return f"{row.kind}, {_gigabytes(size)} to fetch" if size else f"{row.kind}, nothing to fetch"
 
@@ -294,16 +293,16 @@ def _stores() -> Iterator[Check]:
 
 def _store(setting: str, address: str | None) -> str:
     if address is None:
-        return "a server and database of this workspace, with each run"
-    stores.reach(setting, address, seconds=int(SECONDS) - 5)
-    return stores.shown(address)
+        return "a server for each run, with a database in this workspace"
+    stores.check(setting, address, seconds=int(SECONDS) - 5)
+    return stores.redacted(address)
 
 
 def _project() -> Iterator[Check]:
     yield Check("Git", _git, "clone the project, or `git init` and commit: DVC and presets need it")
-    yield Check("DVC", _dvc, "run from the folder that has dvc.yaml; `dvc doctor` says more")
-    yield Check("DVC cache", _cache, "make room for it elsewhere: `dvc cache dir PATH`")
-    yield Check("DVC remote", _remote, "correct it with `dvc remote modify`; “Stores” in docs/operations.md")
+    yield Check("DVC", _dvc, "run from the folder of dvc.yaml; see also `dvc doctor`")
+    yield Check("DVC cache", _cache, "move it to another disk: `dvc cache dir PATH`")
+    yield Check("DVC remote", _remote, "correct it with `dvc remote modify`; see “Stores” in docs/operations.md")
 
 
 def _git() -> str:
@@ -318,27 +317,27 @@ def _git() -> str:
     except FileNotFoundError:
         raise DsdError("git is not installed") from None
     changed = len(git("status", "--porcelain").splitlines())
-    return f"{commit} ({branch}), {f'not committed: {changed}' if changed else 'all committed'}"
+    return f"{commit} ({branch}), {f'uncommitted files: {changed}' if changed else 'all committed'}"
 
 
 def _dvc() -> str:
-    from flows.reproduce import waiting
+    from flows.reproduce import stale_stages
 
-    stages = waiting()
+    stages = stale_stages()
     return f"to run: {', '.join(stages)}" if stages else "everything is up to date"
 
 
 def _cache() -> str:
-    from flows.reproduce import cache
+    from flows.reproduce import cache_folder
 
-    folder = cache()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(there, os.W_OK):
-        raise DsdError(f"{folder}: nothing may be written to {there}")
-    return f"{folder}, {_gigabytes(shutil.disk_usage(there).free)} free"
+    folder = cache_folder()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise DsdError(f"{folder}: {existing} is not writable")
+    return f"{folder}, {_gigabytes(shutil.disk_usage(existing).free)} free"
 
 
 def _remote() -> str:
-    from flows.reproduce import remote
+    from flows.reproduce import remote_address
 
-    return remote() or "none (`dvc remote add -d NAME ADDRESS`)"
+    return remote_address() or "none (`dvc remote add -d NAME ADDRESS`)"

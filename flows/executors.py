@@ -1,7 +1,7 @@
-"""Who computes the shards of a stage: its process, or actors of a Ray cluster ahead of it. The only importer of ray.
+"""The executor of the shards of a stage: its own process, or actors of a Ray cluster.
 
-Actors compute what is missing; then the stage runs as ever, and finds it there. A shard is named by its content and
-written whole, so that one which is computed twice, because its actor died before it could say so, is there once.
+Actors compute the missing shards first. Then the stage runs as usual, and finds them in its store. A shard is named by
+its content key and written atomically, so a shard that is computed twice, because an actor died, is stored once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dsd.errors import DsdError
 from dsd.progress import progress
 
 RETRIES = 3  # of a shard whose actor has died
-CODE = Path(__file__).resolve().parent.parent  # where the actors import from
+CODE = Path(__file__).resolve().parent.parent  # the import path of the actors
 
 
 class Worker(Protocol):
@@ -27,16 +27,16 @@ class Worker(Protocol):
 
     @property
     def shards(self) -> Container[str]:
-        """The keys that it knows of."""
+        """The keys of all shards of the stage."""
         ...
 
     def __call__(self, key: str) -> None: ...
 
 
 class Actor:
-    """A worker in a process of its own, in the workspace of the stage and with a share of a machine's cores.
+    """A worker in a process of its own, in the stage's workspace and with a share of a machine's cores.
 
-    A user's mistake is part of the answer: an exception would come to the stage as one of Ray's.
+    User errors are returned as part of the result: Ray would wrap an exception.
     """
 
     def __init__(self, opened: Callable[[], Worker], workspace: str, threads: int) -> None:
@@ -44,12 +44,12 @@ class Actor:
         self._worker: Worker | None = None
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[str]]:
-        key, mistake = str(batch["key"][0]), ""
+        key, problem = str(batch["key"][0]), ""
         try:
             self._compute(key)
         except DsdError as error:
-            mistake = str(error)
-        return {"key": [key], "mistake": [mistake]}
+            problem = str(error)
+        return {"key": [key], "error": [problem]}
 
     def _compute(self, key: str) -> None:
         place = f"{socket.gethostname()}: {self._workspace}"
@@ -59,10 +59,10 @@ class Actor:
             torch.set_num_threads(self._threads)
             if not Path(self._workspace).is_dir():
                 raise DsdError(f"{place}: no such folder; all machines need the workspace under one path")
-            os.chdir(self._workspace)  # where the places that params name are looked for
+            os.chdir(self._workspace)  # paths in params are relative to it
             self._worker = self._opened()
         if key not in self._worker.shards:
-            raise DsdError(f"{place}: asks for other shards; all machines need the same data, checkpoints and code")
+            raise DsdError(f"{place}: has other shards; all machines need the same data, checkpoints and code")
         self._worker(key)
 
 
@@ -71,23 +71,23 @@ class Node(NamedTuple):
     gpus: int
 
 
-def ahead(missing: Mapping[str, int], opened: Callable[[], Worker], runtime: RuntimeParams, title: str) -> int:
-    """Has actors compute the missing shards, of which each has so many rows; returns how many rows they are.
+def compute(missing: Mapping[str, int], opened: Callable[[], Worker], runtime: RuntimeParams, title: str) -> int:
+    """Compute the missing shards, given with their numbers of rows, on a Ray cluster; return the total of rows.
 
     Raises:
-        DsdError: a user's mistake, here or in an actor; no ray, no cluster or no room in it.
+        DsdError: a user error, here or in an actor; ray is not installed; no cluster, or one without enough room.
     """
     if not missing:
         return 0
     ray = cluster()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    found = [Node(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
-    gpu = runtime.device != "cpu" and any(node.gpus for node in found)
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [Node(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in resources]
+    gpu = runtime.device != "cpu" and any(node.gpus for node in nodes)
     actors = min(runtime.actors, len(missing))
-    threads = share(found, actors, gpu)
-    rows = ray.data.from_items([{"key": key} for key in missing], override_num_blocks=len(missing))
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of max_task_retries
-        done = rows.map_batches(
+    threads = share(nodes, actors, gpu)
+    shards = ray.data.from_items([{"key": key} for key in missing], override_num_blocks=len(missing))
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # about max_task_retries
+        results = shards.map_batches(
             Actor,
             fn_constructor_args=(opened, str(Path.cwd()), threads),
             batch_size=1,
@@ -98,26 +98,21 @@ def ahead(missing: Mapping[str, int], opened: Callable[[], Worker], runtime: Run
         )
     bar = progress(total=sum(missing.values()), desc=title, unit="row", unit_scale=True)
     try:
-        for row in done.iter_rows():
-            if row["mistake"]:
-                raise DsdError(row["mistake"])
-            bar.update(missing[row["key"]])
+        for result in results.iter_rows():
+            if result["error"]:
+                raise DsdError(result["error"])
+            bar.update(missing[result["key"]])
     except ray.exceptions.RayActorError as error:
         reason = " ".join(str(error).split())[:300]
-        raise DsdError(
-            f"{title}: actors keep dying, {RETRIES + 1} times at one shard or at their start: {reason}"
-        ) from None
+        line = f"{title}: actors keep dying, {RETRIES + 1} times at one shard or at startup: {reason}"
+        raise DsdError(line) from None
     finally:
         bar.close()
     return sum(missing.values())
 
 
 def share(nodes: Sequence[Node], actors: int, gpu: bool) -> int:
-    """The most cores that each of so many actors can have, every one on one node and, if so, with a GPU of its own.
-
-    Raises:
-        DsdError: there is no room for them.
-    """
+    """The most cores that every actor can have, on one node and, if `gpu`, with a GPU of its own."""
     for cores in range(max((node.cores for node in nodes), default=0), 0, -1):
         if room(nodes, cores, gpu) >= actors:
             return cores
@@ -128,12 +123,12 @@ def share(nodes: Sequence[Node], actors: int, gpu: bool) -> int:
 
 
 def room(nodes: Sequence[Node], cores: int, gpu: bool) -> int:
+    """The number of actors with this many cores that fit on the nodes."""
     return sum(min(node.cores // cores, node.gpus) if gpu else node.cores // cores for node in nodes)
 
 
 def cluster() -> Any:
-    """The package ray, connected: to the cluster that RAY_ADDRESS names, else to one of this machine's own, which ends
-    with this process.
+    """The package ray, connected to the cluster at RAY_ADDRESS, else to a local one that stops with this process.
 
     Raises:
         DsdError: ray is not installed, or there is no such cluster.
@@ -164,11 +159,7 @@ def cluster() -> Any:
 
 
 def probe(address: str) -> None:
-    """Ray itself takes minutes to find out that nobody is there.
-
-    Raises:
-        DsdError: nobody is.
-    """
+    """Check that a cluster answers: Ray itself takes minutes to time out."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()

@@ -10,6 +10,6 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent() -> None:
-    """On Linux, ends this process when its parent ends, even by kill -9; elsewhere it lives on."""
+    """End this process when its parent ends, even by kill -9; this works on Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,9 +1,10 @@
-"""The whole reproduction: `dvc repro` under one Prefect server, then MLflow, then where the report is."""
+"""The whole reproduction: `dvc repro` with one Prefect server, then publication to MLflow."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import logging
 import os
@@ -19,30 +20,29 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from dvc import dvcfile
 from dvc.exceptions import DvcException
+from dvc.fs import LocalFileSystem
 from dvc.repo import Repo
 from dvc.stage.exceptions import StageCmdFailedError
-from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
 
 from dsd.config import load
 from dsd.errors import DsdError
 from dsd.store import write_atomic
 from flows import DATA
 from flows.process import die_with_parent
-from flows.stores import DATABASE, PREFECT, reach, shown
+from flows.stores import DATABASE, PREFECT, check, redacted
 
 LOG = logging.getLogger("dvc")
-LOG.setLevel(logging.ERROR)  # that a stage is frozen is no news
+LOG.setLevel(logging.ERROR)  # it warns about frozen stages
 for _name in ("dvc", "dvc_data", "dvc_objects"):
-    logging.getLogger(_name).propagate = False  # prefect would print it a second time
-RWLOCK = Path(".dvc") / "tmp" / "rwlock"  # which paths DVC's processes are at work on
-STARTUP_SECONDS = 600  # some 5 s on an idle machine; a server that has died is noticed at once
+    logging.getLogger(_name).propagate = False  # prefect would print each message a second time
+RWLOCK = Path(".dvc") / "tmp" / "rwlock"  # the paths that DVC's processes use
+STARTUP_SECONDS = 600  # the limit; a server starts in 5 s on an idle machine
 
 
 def main() -> None:
-    """Runs the reproduction as a command; a stage that fails has said why itself."""
-    # dvc.yaml says `python`, which is to be the one that runs here.
+    """Run the reproduction as a command; a failed stage prints its own error."""
+    # The commands in dvc.yaml call `python`, which must be this interpreter.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -57,35 +57,33 @@ def main() -> None:
 
 
 def failure(error: Exception) -> str | None:
-    """The line that a failed run ends with: "" where a stage has said it, None where it is a defect of ours."""
-    from flows.stages.common import mistake  # it imports prefect, which takes a while
+    """The last line of a failed run: "" if a stage has printed it, None for a defect."""
+    from flows.stages.common import error_line  # it imports prefect, which takes seconds
 
     cause = error.__cause__
-    # One that ended by itself; of one that was killed DVC knows the signal.
+    # A stage that was killed has another status, which DVC's message names.
     if isinstance(cause, StageCmdFailedError) and str(cause).endswith("exited with 1"):
         return ""
-    if (line := mistake(error)) is None and isinstance(error, DvcException):
+    if (line := error_line(error)) is None and isinstance(error, DvcException):
         line = f"{error}{f': {cause}' if cause else ''}"
     return line if line is None else " ".join(line.split())
 
 
 def reproduce() -> str:
-    """Brings the workspace up to date; returns what to tell the user.
+    """Run the stages that are not up to date, and publish the results; return the message for the user.
 
     Raises:
-        DsdError: params.yaml is not what it should be, or the Prefect server does not start.
-        DvcException: a stage failed, or DVC cannot work here.
+        DsdError: params.yaml is invalid, or the Prefect server does not start.
+        DvcException: a stage failed, or this is not a DVC project.
     """
-    started = datetime.now(UTC).replace(microsecond=0)
-    clock = time.monotonic()
+    started, clock = datetime.now(UTC).replace(microsecond=0), time.monotonic()
     params = load()
-    mend()
-    with Repo() as repo:
-        every = {stage.name for stage in repo.index.stages if not stage.frozen}
-        empty = not any(out.exists for out in repo.index.outs if out.persist)  # nothing that a stage could go on with
-        stale = bool(repo.status())
-        if stale:
-            with at_work(Path(repo.cache.local.path).parent.parent):
+    repair_rwlock()
+    with Repo(fs=AtomicFiles()) as repo:
+        names = {stage.name for stage in repo.index.stages if not stage.frozen}
+        empty = not any(out.exists for out in repo.index.outs if out.persist)  # no stage can resume
+        if stale := bool(repo.status()):
+            with cache_in_use(Path(repo.cache.local.path).parent.parent):
                 run(repo)
     from flows.tracking import publish
 
@@ -93,58 +91,46 @@ def reproduce() -> str:
     report = f"report: {DATA / 'report' / 'index.html'}"
     if not stale:
         return f"everything is up to date\n{report}"
-    total, stages = time.monotonic() - clock, finished(since=started)
-    orchestration = total - sum(record["seconds"] for record in stages)
-    if empty and {record["stage"] for record in stages} == every:  # a whole one, which `make bench` reports
-        whole = {"seconds": total, "orchestration": orchestration}
-        write_atomic(DATA / "reproduction.json", json.dumps(whole, indent=2).encode())
+    total, records = time.monotonic() - clock, finished(since=started)
+    orchestration = total - sum(record["seconds"] for record in records)
+    if empty and {record["stage"] for record in records} == names:  # `make bench` reports whole reproductions only
+        record = json.dumps({"seconds": total, "orchestration": orchestration}, indent=2)
+        write_atomic(DATA / "reproduction.json", record.encode())
     return f"orchestration: {orchestration:.0f} s of {total:.0f} s\n{report}"
 
 
-def waiting() -> list[str]:
-    """The stages that a reproduction would run, in their order.
-
-    Raises:
-        DsdError: DVC cannot work here.
-    """
-    with _dvc() as repo:
+def stale_stages() -> list[str]:
+    """The stages that a reproduction would run, in order."""
+    with _open_repo() as repo:
         return list(repo.status())
 
 
-def cache() -> Path:
-    """The folder of DVC's cache, which need not be there yet.
-
-    Raises:
-        DsdError: DVC cannot work here.
-    """
-    with _dvc() as repo:
+def cache_folder() -> Path:
+    """The folder of DVC's cache, which may not exist yet."""
+    with _open_repo() as repo:
         return Path(repo.cache.local.path)
 
 
-def remote() -> str | None:
-    """The address of DVC's default remote, None where there is none; an empty one is as good as another.
-
-    Raises:
-        DsdError: it cannot be reached, or DVC cannot work here.
-    """
-    with _dvc() as repo:
+def remote_address() -> str | None:
+    """The name and address of DVC's default remote, if any; raise DsdError if it cannot be reached or created."""
+    with _open_repo() as repo:
         name = repo.config["core"].get("remote")
         if name is None:
             return None
-        address = shown(str(repo.config["remote"].get(name, {}).get("url", "")))
+        address = redacted(str(repo.config["remote"].get(name, {}).get("url", "")))
         try:
-            there = repo.cloud.get_remote()
-            known = there.fs.exists(there.path) or there.fs.exists(there.fs.parent(there.path))
-        except Exception as error:  # each kind of remote has its own family of errors
+            remote = repo.cloud.get_remote()
+            exists = remote.fs.exists(remote.path) or remote.fs.exists(remote.fs.parent(remote.path))
+        except Exception as error:  # each kind of remote raises errors of its own
             raise DsdError(f"{name} {address}: {' '.join(str(error).split())[:200]}") from None
-        if not known:
-            raise DsdError(f"{name} {address}: no such folder, nor one to make it in")
+        if not exists:
+            raise DsdError(f"{name} {address}: no such folder, and no parent to create it in")
         return f"{name} {address}"
 
 
 @contextlib.contextmanager
-def _dvc() -> Iterator[Repo]:
-    """The repository here; what keeps DVC from working is one line."""
+def _open_repo() -> Iterator[Repo]:
+    """Open the DVC repository of this folder; turn the errors of DVC into one line."""
     try:
         with Repo() as repo:
             yield repo
@@ -153,8 +139,8 @@ def _dvc() -> Iterator[Repo]:
 
 
 def run(repo: Repo) -> None:
-    """`dvc repro` as one Prefect flow, whose server the stages share."""
-    LOG.setLevel(logging.INFO)  # which stage runs
+    """Run `dvc repro` as one Prefect flow, whose server the stages share."""
+    LOG.setLevel(logging.INFO)  # it logs the running stage
     with server():
         from prefect import flow
 
@@ -165,20 +151,23 @@ def run(repo: Repo) -> None:
         dag()
 
 
+class AtomicFiles(LocalFileSystem):
+    """A file system that writes dvc.lock atomically; DVC's own writes it in place, where a kill would truncate it."""
+
+    def open(self, path: str, mode: str = "r", **options: Any) -> Any:
+        return write_whole(Path(path)) if mode == "w+" else super().open(path, mode, **options)
+
+
 @contextlib.contextmanager
-def modify_yaml(path: str, fs: Any = None) -> Iterator[Any]:
-    """DVC's own function writes dvc.lock in place and takes its time: a kill would cut it short. This one does not."""
-    file = Path(path)
-    data = parse_yaml_for_update(file.read_text(), path) if file.exists() else {}
-    yield data
-    write_atomic(file, dumps_yaml(data).encode())
+def write_whole(path: Path) -> Iterator[io.StringIO]:
+    """A text buffer that is written to a file when the block ends without an error."""
+    buffer = io.StringIO()
+    yield buffer
+    write_atomic(path, buffer.getvalue().encode())
 
 
-dvcfile.modify_yaml = modify_yaml
-
-
-def mend() -> None:
-    """Removes DVC's list of the paths in use where a kill has cut it short: with it DVC fails ever after."""
+def repair_rwlock() -> None:
+    """Remove DVC's list of the paths in use if a kill has truncated it; DVC fails on a truncated one."""
     with contextlib.suppress(FileNotFoundError):
         try:
             json.loads(RWLOCK.read_text())
@@ -187,71 +176,69 @@ def mend() -> None:
 
 
 @contextlib.contextmanager
-def at_work(cache: Path) -> Iterator[None]:
-    """In the block DVC's cache, which other workspaces may share, is in use; who finds it idle mends it first."""
+def cache_in_use(cache: Path) -> Iterator[None]:
+    """Mark DVC's cache, which workspaces may share, as in use; repair it first if no other process uses it."""
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / ".lock").open("a") as lock:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mend_cache(cache)
+            repair_cache(cache)
         fcntl.flock(lock, fcntl.LOCK_SH)
         yield
 
 
-def mend_cache(cache: Path) -> None:
-    """Removes what a kill or a full disk leaves half written, and what DVC fails on: empty folders in its memory."""
+def repair_cache(cache: Path) -> None:
+    """Remove partial files, left by a kill or a full disk, and empty folders of the run cache, on which DVC fails."""
     for place in ("files/md5", "files/md5/*", "runs/*/*"):
         for file in cache.glob(f"{place}/.*.tmp"):
             file.unlink()
-    for folder in cache.glob("runs/*/*"):  # a folder for each stage with its dependencies
+    for folder in cache.glob("runs/*/*"):  # a folder per stage and dependencies
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def finished(since: datetime) -> list[dict[str, Any]]:
-    """The timings of the stages that finished since then."""
+    """The timings of the stages that have finished since then."""
     records = (json.loads(path.read_text()) for path in sorted((DATA / "timings").glob("*.json")))
     return [record for record in records if datetime.fromisoformat(record["finished"]) >= since]
 
 
 @contextlib.contextmanager
 def server() -> Iterator[None]:
-    """A Prefect server on a free port of this machine, unless the user has named one in PREFECT_API_URL.
+    """Run a Prefect server on a free port of this machine, unless PREFECT_API_URL names one.
 
     Raises:
-        DsdError: it does not answer, its database cannot be reached, or it has ended before the work was done.
+        DsdError: the server does not answer or ends too early, or its database cannot be reached.
     """
     if PREFECT in os.environ:
-        reach(PREFECT, os.environ[PREFECT])
+        check(PREFECT, os.environ[PREFECT])
         yield
         return
     if DATABASE in os.environ:
-        reach(DATABASE, os.environ[DATABASE])
+        check(DATABASE, os.environ[DATABASE])
     log = Path(os.environ["PREFECT_HOME"]) / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     port = str(free_port())
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
     address = f"http://127.0.0.1:{port}"
-    # In a session of its own it is spared the Ctrl-C that is meant for the stage, and records how that ends.
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    # In a session of its own it does not receive a Ctrl-C for the stage, and can record how the stage ends.
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, start_new_session=True, preexec_fn=die_with_parent
         )
     try:
         os.environ[PREFECT] = f"{address}/api"
-        import flows.stages.common  # noqa: F401  (it imports prefect, which takes a while, as the server does)
+        import flows.stages.common  # noqa: F401  (it imports prefect, which takes seconds, while the server starts)
 
-        wait(process, f"{address}/api/health", log)
-        print(f"Prefect shows the run at {address}", flush=True)
+        wait_until_ready(process, f"{address}/api/health", log)
+        print(f"Prefect UI: {address}", flush=True)
         yield
     except Exception as error:
-        from flows.stages.common import mistake
+        from flows.stages.common import error_line
 
         if process.poll() is not None and not isinstance(error, DsdError):
-            raise DsdError(
-                f"the Prefect server has ended in mid-run; {log} says why, and the next run goes on"
-            ) from error
-        if isinstance(error, httpx.HTTPError) and (line := mistake(error)):  # while it is known where the server is
+            raise DsdError(f"the Prefect server has ended during the run; see {log}, then run again") from error
+        if isinstance(error, httpx.HTTPError) and (line := error_line(error)):  # it reads the address, removed below
             raise DsdError(line) from error
         raise
     finally:
@@ -270,12 +257,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Returns when the server answers.
-
-    Raises:
-        DsdError: it has ended, or does not answer in time.
-    """
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Wait until the server answers; raise DsdError if it ends or does not answer in time."""
     deadline = time.monotonic() + STARTUP_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
@@ -283,7 +266,7 @@ def wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
                 return
         except OSError:
             time.sleep(0.1)
-    raise DsdError(f"the Prefect server does not answer; {log} says why")
+    raise DsdError(f"the Prefect server does not answer; see {log}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""MLflow: every result once, whether it was computed or came out of DVC's cache.
+"""MLflow: every result once, whether it was computed or restored from DVC's cache.
 
-An entry is found by its tag `dsd.key`, a digest of what it shows, so publishing is an upsert. A run in which
-a publication was killed is removed by the next; a lock lets several processes publish at once.
+The tag `dsd.key` of a run is a digest of its content, so publishing is an upsert. The next publication deletes a run
+that a killed one left unfinished. A lock serializes the publications of several processes.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import csv
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import pyarrow.parquet as pq
@@ -24,74 +24,61 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
 from sqlalchemy.exc import SQLAlchemyError
 
-from dsd.config import BackboneParams, ContrastiveMethod, Params, backbone_of, trained
+from dsd.config import BackboneParams, MethodParams, Params, backbone_of, trained
 from dsd.store import digest, file_digest
-from flows.stores import MLFLOW, alone, artifacts, refusal, served, told, uri
+from flows.stores import MLFLOW, artifacts, exclusive, is_server, store_error, store_errors, uri
 
-logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what fails there is told in one line
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # `store_error` reports its errors in one line
 
 EXPERIMENT = "dsd"
 FLUSH_SECONDS = 1.0
-BATCH = 1000  # metrics that MLflow takes in one call
-Intervals = Mapping[str, Mapping[str, float]]  # of one method on one dataset, by metric: value, low, high, n
+BATCH = 1000  # metrics per request, MLflow's limit
+Intervals = Mapping[str, Mapping[str, float]]  # metric → value, low, high, n
 
 
 @contextmanager
 def locked() -> Iterator[None]:
-    """Alone in this workspace, and at a PostgreSQL database also among all machines."""
-    with told(MLFLOW, uri()):
+    """Exclude other processes of this workspace, and for a PostgreSQL database those of all machines."""
+    with store_errors(MLFLOW, uri()):
         artifacts().mkdir(exist_ok=True)
-    with FileLock(artifacts() / ".lock"), alone(MLFLOW, uri()), _reaching():
+    with FileLock(artifacts() / ".lock"), exclusive(MLFLOW, uri()), mlflow_errors():
         yield
 
 
 @contextmanager
-def _reaching() -> Iterator[None]:
-    """What MLflow raises where its store fails it, as one line; what it says of our use of it is a defect of ours."""
+def mlflow_errors() -> Iterator[None]:
+    """Turn the errors of MLflow's store into one line; an invalid request is a defect and keeps its traceback."""
     try:
         yield
     except MlflowException as error:
         if error.error_code == ErrorCode.Name(INVALID_PARAMETER_VALUE):
             raise
-        raise refusal(MLFLOW, uri(), error.__cause__ or error) from error
+        raise store_error(MLFLOW, uri(), error.__cause__ or error) from error
     except SQLAlchemyError as error:
-        raise refusal(MLFLOW, uri(), error) from error
+        raise store_error(MLFLOW, uri(), error) from error
 
 
 class Runs:
     """The runs of this project's experiment."""
 
     def __init__(self) -> None:
-        # Processes that open a fresh database together all try to create its tables, and all but one crash.
+        # Without the lock, processes that open a new database at once all create its tables, and all but one crash.
         with locked():
             self.client = MlflowClient(tracking_uri=uri())
-            self.experiment = self._experiment()
+            if (experiment := self.client.get_experiment_by_name(EXPERIMENT)) is not None:
+                self.experiment = str(experiment.experiment_id)
+            else:
+                location = None if is_server(uri()) else artifacts().as_uri()  # a server has its own location
+                self.experiment = str(self.client.create_experiment(EXPERIMENT, artifact_location=location))
 
-    def _experiment(self) -> str:
-        found = self.client.get_experiment_by_name(EXPERIMENT)
-        if found is not None:
-            return str(found.experiment_id)
-        location = None if served(uri()) else artifacts().as_uri()  # a server knows where its artifacts go
-        return str(self.client.create_experiment(EXPERIMENT, artifact_location=location))
-
-    def find(self, kind: str, key: str) -> list[Run]:
-        """The runs of a kind and key, the newest first."""
-        where = f"tags.`dsd.kind` = '{kind}' and tags.`dsd.key` = '{key}'"
-        newest = ["attributes.start_time DESC"]
-        return list(self.client.search_runs([self.experiment], where, order_by=newest))
-
-    def every(self, kind: str) -> list[Run]:
-        """All runs of a kind, the newest first."""
-        where, newest = f"tags.`dsd.kind` = '{kind}'", ["attributes.start_time DESC"]
-        found: list[Run] = []
-        token: str | None = None
-        while token is None or token:
-            page = self.client.search_runs([self.experiment], where, order_by=newest, page_token=token)
-            found, token = [*found, *page], page.token or ""
-        return found
+    def find(self, kind: str, key: str | None = None) -> list[Run]:
+        """The runs of a kind, or of a kind and key, the newest first."""
+        where = f"tags.`dsd.kind` = '{kind}'" + (f" and tags.`dsd.key` = '{key}'" if key else "")
+        search = partial(self.client.search_runs, [self.experiment], where, order_by=["attributes.start_time DESC"])
+        return all_pages(search)
 
     def finished(self, kind: str, key: str) -> Run | None:
-        """The finished run of a kind and key, if there is one; what a killed publication left is removed."""
+        """The finished run of a kind and key, if any; delete unfinished ones, which a killed publication left."""
         done = None
         for run in self.find(kind, key):
             if run.info.status == "FINISHED":
@@ -101,31 +88,39 @@ class Runs:
         return done
 
     def start(self, name: str, kind: str, key: str, tags: Mapping[str, str]) -> str:
-        """A new run; returns its id."""
+        """Create a run; return its id."""
         tags = {"dsd.kind": kind, "dsd.key": key, **tags}
         return str(self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id)
 
 
+def all_pages(search: Callable[..., Any]) -> list[Any]:
+    """All results of one of MLflow's searches."""
+    results: list[Any] = []
+    token: str | None = None
+    while token is None or token:
+        page = search(page_token=token)
+        results, token = [*results, *page], page.token or ""
+    return results
+
+
 def publish(params: Params, data: Path) -> int:
-    """Enters every result, curve and report of `data` that MLflow does not have yet; returns how many."""
-    runs = Runs()
+    """Add every result, curve and report of `data` that MLflow does not have yet; return their number."""
+    runs, new = Runs(), 0
     metrics = json.loads((data / "evaluate" / "metrics.json").read_text())
     with locked():
-        new = [
-            _publish_result(runs, params, data, dataset, method, intervals)
-            for dataset, methods in metrics.items()
-            for method, intervals in methods.items()
-        ]
-        new += [
-            _publish_curve(runs, params, data, dataset, method) for dataset in metrics for method in trained(params)
-        ]
-        new += [_publish_report(runs, data)]
-    return sum(new)
+        for dataset, methods in metrics.items():
+            for method, intervals in methods.items():
+                backbone = params.backbones[backbone_of(params, method)]
+                new += _publish_result(runs, data, dataset, method, intervals, params.methods[method], backbone)
+        for dataset in metrics:
+            for method in trained(params):
+                new += _publish_curve(runs, data, dataset, method, training_settings(params, dataset, method))
+        return new + _publish_report(runs, data)
 
 
-def _publish_result(runs: Runs, params: Params, data: Path, dataset: str, method: str, intervals: Intervals) -> bool:
-    row = params.methods[method]
-    backbone = params.backbones[backbone_of(params, method)]
+def _publish_result(
+    runs: Runs, data: Path, dataset: str, method: str, intervals: Intervals, row: MethodParams, backbone: BackboneParams
+) -> bool:
     table = data / "evaluate" / "scores" / f"{dataset}.parquet"
     scores = pq.read_table(table, filters=[("method", "=", method)]).to_pylist()
     key = digest(dataset, method, intervals, row, backbone, scores)
@@ -149,7 +144,10 @@ def _publish_result(runs: Runs, params: Params, data: Path, dataset: str, method
 
 def log_metrics(client: MlflowClient, run: str, values: Mapping[str, float]) -> None:
     now = int(time.time() * 1000)
-    metrics = [Metric(name, value, now, 0) for name, value in values.items()]
+    _send(client, run, [Metric(name, value, now, 0) for name, value in values.items()])
+
+
+def _send(client: MlflowClient, run: str, metrics: Sequence[Metric]) -> None:
     for start in range(0, len(metrics), BATCH):
         client.log_batch(run, metrics=metrics[start : start + BATCH])
 
@@ -158,13 +156,13 @@ def _identity(backbone: BackboneParams) -> str:
     """The digest of a local checkpoint, the revision of one on the hub."""
     if not Path(backbone.source).exists():
         return str(backbone.revision)
-    from dsd.models.checkpoint import locate  # it loads torch, which only a new entry is worth
+    from dsd.models.checkpoint import locate  # it imports torch
 
     return locate(backbone)[1]
 
 
 def bars(title: str, intervals: Intervals) -> Any:
-    """A matplotlib figure of one method's metrics on one dataset, with their intervals."""
+    """A matplotlib figure of metrics with their intervals."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.5 + 0.9 * len(intervals), 3), layout="constrained")
@@ -177,90 +175,92 @@ def bars(title: str, intervals: Intervals) -> Any:
     return figure
 
 
-def _publish_curve(runs: Runs, params: Params, data: Path, dataset: str, method: str) -> bool:
-    """Replays the curve of a training: nothing is new in it unless it came out of DVC's cache."""
+def _publish_curve(runs: Runs, data: Path, dataset: str, method: str, settings: Mapping[str, Any]) -> bool:
+    """Log the curve of a training; this adds nothing unless the training was restored from DVC's cache."""
     folder = data / "train" / dataset / method
     summary = folder / "summary.json"
     if not summary.exists():
         return False
     key = json.loads(summary.read_text())["key"]
-    with (folder / "curve.csv").open(newline="") as file, Live(dataset, method, key, params, runs) as live:
+    with (folder / "curve.csv").open(newline="") as file, TrainingRun(dataset, method, key, settings, runs) as run:
         for row in csv.DictReader(file):
-            live.log({name: float(value) for name, value in row.items()})
-    return live.new
+            run.log({name: float(value) for name, value in row.items()})
+    return run.new
 
 
 def _publish_report(runs: Runs, data: Path) -> bool:
-    """One run for a set of results: a page that shows the same results in another way replaces the first."""
+    """Log the page, in one run per set of results; another page of the same results replaces the first."""
     page = data / "report" / "index.html"
     if not page.exists():
         return False
     key, content = digest(file_digest(data / "evaluate" / "metrics.json")), file_digest(page)
-    found = runs.finished("report", key)
-    if found is not None and found.data.tags.get("dsd.page") == content:
+    existing = runs.finished("report", key)
+    if existing is not None and existing.data.tags.get("dsd.page") == content:
         return False
-    run = found.info.run_id if found is not None else runs.start("report", "report", key, {})
+    run = existing.info.run_id if existing is not None else runs.start("report", "report", key, {})
     runs.client.log_artifact(run, str(page))
     runs.client.set_tag(run, "dsd.page", content)
     runs.client.set_terminated(run)
-    return found is None
+    return existing is None
 
 
-class Live:
-    """The curve of one training, while it goes on.
+def training_settings(params: Params, dataset: str, method: str) -> dict[str, Any]:
+    """The settings that MLflow shows for the training of a method."""
+    row = params.methods[method]
+    sections: dict[str, Any] = {"training": params.training[method]}
+    if row.scorer != "contrastive":
+        sections["prompt"] = params.prompt
+    elif row.tuned == "context":
+        sections["context"] = params.context
+    values = {f"{name}.{key}": value for name, part in sections.items() for key, value in part.model_dump().items()}
+    return {"dataset": dataset, "method": method, "seed": params.seed, **values}
 
-    `key` is the digest of what the training starts from. A training that was killed goes on in its own run,
-    and a row that the run has already is not entered again. Rows that differ from the run's (from the same
-    start, but by other code) begin a new run.
+
+class TrainingRun:
+    """The run of a training, which logs the curve while it trains.
+
+    `key` is the digest of the training's inputs. A training that was killed resumes its run, in which rows are logged
+    once. If a row differs from the run's, because the code has changed, a new run starts.
     """
 
-    def __init__(self, dataset: str, method: str, key: str, params: Params, runs: Runs | None = None) -> None:
+    def __init__(
+        self, dataset: str, method: str, key: str, settings: Mapping[str, Any], runs: Runs | None = None
+    ) -> None:
         self._runs = runs or Runs()
         self._dataset, self._method, self._key = dataset, method, key
-        row = params.methods[method]
-        sections: dict[str, Any] = {"training": params.training[method]}
-        if not isinstance(row, ContrastiveMethod):
-            sections["prompt"] = params.prompt
-        elif row.tuned == "context":
-            sections["context"] = params.context
-        settings = {"dataset": dataset, "method": method, "seed": params.seed}
-        settings |= {
-            f"{name}.{key}": value for name, section in sections.items() for key, value in section.model_dump().items()
-        }
         self._params = [Param(name, str(value)) for name, value in settings.items()]
+        self._losses: dict[int, float] = {}  # of the steps that the run has already
         self.new = False
         self._rows: list[Mapping[str, float]] = []
         self._pending: list[Mapping[str, float]] = []
         self._flushed = time.monotonic()
 
-    @_reaching()
+    @mlflow_errors()
     def __enter__(self) -> Self:
-        found = self._runs.find("training", self._key)
-        self._known: dict[int, float] = {}
-        if not found:
+        existing = self._runs.find("training", self._key)
+        if not existing:
             self._start()
             return self
-        self._run = found[0].info.run_id
-        self._status = found[0].info.status
+        self._run, self._status = existing[0].info.run_id, existing[0].info.status
         history = self._runs.client.get_metric_history(self._run, "loss")
-        self._known = {metric.step: metric.value for metric in history}
+        self._losses = {metric.step: metric.value for metric in history}
         return self
 
     def _start(self) -> None:
         tags = {"dsd.dataset": self._dataset, "dsd.method": self._method}
         self._run = self._runs.start(f"train {self._method} on {self._dataset}", "training", self._key, tags)
         self._runs.client.log_batch(self._run, params=self._params)
-        self._known, self._status, self.new = {}, "RUNNING", True
+        self._losses, self._status, self.new = {}, "RUNNING", True
         self._pending = list(self._rows)
 
-    @_reaching()
+    @mlflow_errors()
     def log(self, row: Mapping[str, float]) -> None:
-        """Enters a row of the curve, soon: rows go in batches, at most one a second."""
+        """Log a row of the curve; rows are sent in batches, at most one per second."""
         self._rows.append(row)
-        known = self._known.get(int(row["step"]))
-        if known is None:
+        loss = self._losses.get(int(row["step"]))
+        if loss is None:
             self._pending.append(row)
-        elif known != row["loss"]:
+        elif loss != row["loss"]:
             self._start()
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self._flush()
@@ -276,14 +276,11 @@ class Live:
         if metrics and self._status != "RUNNING":
             self._runs.client.update_run(self._run, "RUNNING")
             self._status = "RUNNING"
-        for start in range(0, len(metrics), BATCH):
-            self._runs.client.log_batch(self._run, metrics=metrics[start : start + BATCH])
+        _send(self._runs.client, self._run, metrics)
         self._pending, self._flushed = [], time.monotonic()
 
-    @_reaching()
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    @mlflow_errors()
+    def __exit__(self, kind: object, *_: object) -> None:
         self._flush()
         status = "FINISHED" if kind is None else "FAILED"
         if self._status != status:

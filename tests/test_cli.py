@@ -1,8 +1,10 @@
-"""The command line: tables, JSON, heat maps, and one line for each mistake."""
+"""The command line: tables, JSON, heat maps, and one line per user error."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,15 +14,16 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from dsd import matcher
+from dsd import __version__, matcher
 from dsd.errors import CheckpointError
 from dsd.estimate import Need
 from dsd.matcher import Heatmap
 from flows.cli import app
+from tests.conftest import ROOT
 
 
 class Fake:
-    """A matcher that likes the text "right" and the picture b.png."""
+    """A matcher that prefers the text "right" and the image b.png."""
 
     @classmethod
     def from_pretrained(cls, path_or_id: str, prompt: Path | None = None, method: str = "") -> Self:
@@ -37,7 +40,7 @@ class Fake:
 
 @pytest.fixture(autouse=True)
 def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Two pictures in the current folder, and no model."""
+    """Two images in the current folder, and no model."""
     monkeypatch.setattr(matcher, "Matcher", Fake)
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "b.png"):
@@ -50,7 +53,7 @@ def run(*arguments: str, code: int = 0) -> Any:
     return result
 
 
-def test_table_marks_the_best_text_of_each_picture() -> None:
+def test_table_marks_the_best_text_of_each_image() -> None:
     lines = run("a.png", "b.png", "--text", "wrong", "--text", "right").output.splitlines()
     assert [line.split() for line in lines if "best" in line] == [
         ["a.png", "right", "1.00000", "best"],
@@ -58,9 +61,9 @@ def test_table_marks_the_best_text_of_each_picture() -> None:
     ]
 
 
-def test_a_single_text_has_one_best_picture() -> None:
-    found = json.loads(run("a.png", "b.png", "--text", "right", "--json").output)
-    assert [(row["image"], row["best"]) for row in found] == [("a.png", False), ("b.png", True)]
+def test_a_single_text_has_one_best_image() -> None:
+    matches = json.loads(run("a.png", "b.png", "--text", "right", "--json").output)
+    assert [(row["image"], row["best"]) for row in matches] == [("a.png", False), ("b.png", True)]
 
 
 def test_heatmap_is_written(tmp_path: Path) -> None:
@@ -82,9 +85,9 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
     assert len(result.output.splitlines()) == 1
 
 
-def test_every_picture_that_cannot_be_read_has_a_line(tmp_path: Path) -> None:
+def test_every_image_that_cannot_be_read_has_a_line(tmp_path: Path) -> None:
     Path("broken.png").write_bytes(Path("a.png").read_bytes()[:40])
-    Path("text.png").write_text("no picture")
+    Path("text.png").write_text("no image")
     result = run("absent.png", "a.png", "broken.png", "text.png", "--text", "right", "--checkpoint", "absent", code=1)
     names = [line.split(": ")[:2] for line in result.output.splitlines()]
     assert names == [["dsd", "absent.png"], ["dsd", "broken.png"], ["dsd", "text.png"]]
@@ -119,3 +122,17 @@ def test_json_is_of_a_dry_run_alone() -> None:
     done = CliRunner().invoke(app, ["reproduce", "--json"])
     assert (done.exit_code, done.output.splitlines()) == (1, [done.output.strip()])
     assert done.output.startswith("dsd: --json: only with --dry-run")
+
+
+def test_version() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"dsd {__version__}\n")
+
+
+def test_the_version_is_cheap() -> None:
+    script = (
+        "import sys; from flows.cli import app; app(['--version'], standalone_mode=False); "
+        "print({'torch', 'prefect', 'mlflow', 'dvc', 'yaml'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"dsd {__version__}\nset()\n"

@@ -1,4 +1,4 @@
-"""The doctor: what it finds, that it says what to do, and that one check cannot spoil or delay the others."""
+"""`dsd doctor`: its findings and remedies, and that one check does not affect or delay another."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_one_check_neither_spoils_nor_delays_another() -> None:
         Finding("hangs", "no answer within 0.3 s", "wait"),
         Finding("problem", "too small", "make it larger"),
         Finding("defect", "the check itself failed: ZeroDivisionError: division by zero", found[2].remedy),
-        Finding("import", "cannot be told: No module named 'x'", doctor.INSTALL),
+        Finding("import", "cannot be checked: No module named 'x'", doctor.INSTALL),
         Finding("fine", "there"),
     ]
     assert found[2].remedy is not None and "defect of dsd" in found[2].remedy
@@ -63,7 +63,7 @@ def look(checks: Any, name: str) -> Finding:
 
 @pytest.fixture
 def versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
-    """What is said to be installed."""
+    """The versions that importlib.metadata reports."""
     found = {"prefect": "3.8.8", "fastapi": "0.150.0", "torch": "2.13.0+cu130", "diffusers": "0.42.0"}
 
     def version(name: str) -> str:
@@ -155,6 +155,10 @@ def test_a_folder_that_is_no_clip(params: Params, tmp_path: Path) -> None:
     assert "no checkpoint of family clip" in look(doctor._machine(clip), "checkpoint embedded-clip").found
 
 
+def outside(params: Params) -> list[Check]:
+    return list(doctor._outside(params.backbones, params.datasets))
+
+
 def on_hub(params: Params, name: str) -> Params:
     changed = params.backbones["embedded"].model_copy(update={"source": f"owner/{name}", "revision": COMMIT})
     return with_row(params, changed)
@@ -170,22 +174,22 @@ def test_rows_of_the_hub(params: Params, models: Path, tmp_path: Path, monkeypat
         for name, line in (("vanished", "neither a folder here nor at"), ("gated", "is gated: accept its terms")):
             found = look(doctor._machine(on_hub(params, name)), "checkpoint embedded")
             assert line in found.found and found.remedy == doctor.ACCESS
-        assert "without a token" in look(doctor._outside(on_hub(params, "there")), "hub").found
+        assert "without a token" in look(outside(on_hub(params, "there")), "hub").found
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        assert "with a token" in look(doctor._outside(on_hub(params, "there")), "hub").found
+        assert "with a token" in look(outside(on_hub(params, "there")), "hub").found
 
 
 def test_offline_is_no_failure_where_nothing_is_on_the_hub(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for name in ("checkpoint embedded", "checkpoint embedded-clip"):
         assert look(doctor._machine(params), name).remedy is None
-    assert look(doctor._outside(params), "hub") == Finding("hub", "nothing in params.yaml is on it")
-    assert "HF_HUB_OFFLINE is set" in look(doctor._outside(on_hub(params, "there")), "hub").found
+    assert look(outside(params), "hub") == Finding("hub", "not used by params.yaml")
+    assert "HF_HUB_OFFLINE is set" in look(outside(on_hub(params, "there")), "hub").found
     there = on_hub(params, "there")
     assert look(doctor._machine(there), "checkpoint embedded").remedy == doctor.ACCESS
-    for name in ("attention", "disk"):  # one problem is told once
+    for name in ("attention", "disk"):  # one problem is reported once
         found = look(doctor._machine(there), name)
-        assert found.remedy is None and "once checkpoint embedded opens" in found.found
+        assert found.remedy is None and "does not open" in found.found
 
 
 def test_disk(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +248,7 @@ def test_where_there_is_no_project(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_of_the_shipped_project_stands_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_project_has_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     found = {finding.check: finding for finding in examine(doctor.checks(), seconds=60)}
     assert not [finding for finding in found.values() if "itself failed" in finding.found]
@@ -256,7 +260,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     fine, bad = Check("one", lambda: "there", ""), Check("two", fail(DsdError("a long line " * 9)), "mend it")
     monkeypatch.setattr(doctor, "checks", lambda: [fine])
     done = CliRunner().invoke(cli.app, ["doctor"])
-    assert (done.exit_code, done.output.splitlines()[-1]) == (0, "nothing stands in the way")
+    assert (done.exit_code, done.output.splitlines()[-1]) == (0, "no problems")
     monkeypatch.setattr(doctor, "checks", lambda: [fine, bad])
     done = CliRunner().invoke(cli.app, ["doctor"], env={"COLUMNS": "80"})
     lines = done.output.splitlines()

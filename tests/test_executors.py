@@ -25,8 +25,8 @@ from dsd.models.checkpoint import digest_of
 from dsd.scorers.evidence import INDEX
 from dsd.store import Store
 from dsd.training.loop import train
-from flows.executors import Actor, Node, ahead, probe, share
-from flows.stages.common import mistake
+from flows.executors import Actor, Node, compute, probe, share
+from flows.stages.common import error_line
 from tests.workers import Deadly, Defective, Dies, Stubborn
 
 NAME = "scenes-com"
@@ -179,19 +179,19 @@ def test_a_cluster_without_room_is_one_line(gpu: bool, room: str) -> None:
 def test_a_missing_package_is_one_line(lean: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(DsdError, match=r"^runtime\.executor: .* pip install 'dsd\[ray\]', or use local$"):
-        ahead({"key": 1}, pytest.fail, lean.runtime, "score")
-    assert ahead({}, pytest.fail, lean.runtime, "score") == 0  # nothing to do needs none
+        compute({"key": 1}, pytest.fail, lean.runtime, "score")
+    assert compute({}, pytest.fail, lean.runtime, "score") == 0  # nothing to do needs none
 
 
 def test_an_actor_tells_a_mistake_and_works_in_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path.parent)
     threads = torch.get_num_threads()
     tell = Actor(Stubborn, str(tmp_path), threads)
-    assert tell({"key": ["known"]}) == {"key": ["known"], "mistake": ["model.safetensors: cut short"]}
+    assert tell({"key": ["known"]}) == {"key": ["known"], "error": ["model.safetensors: cut short"]}
     assert Path.cwd() == tmp_path
-    (other,) = tell({"key": ["unknown"]})["mistake"]
+    (other,) = tell({"key": ["unknown"]})["error"]
     assert other.endswith("all machines need the same data, checkpoints and code")
-    (absent,) = Actor(Stubborn, str(tmp_path / "absent"), threads)({"key": ["known"]})["mistake"]
+    (absent,) = Actor(Stubborn, str(tmp_path / "absent"), threads)({"key": ["known"]})["error"]
     assert absent.endswith("absent: no such folder; all machines need the workspace under one path")
 
 
@@ -219,7 +219,7 @@ def test_a_killed_actor_costs_nothing_but_its_work(
     target, marker = tmp_path / "scored", tmp_path / "marker"
     missing = lacking(lean, folders, target)
     opened = partial(Dies, NAME, lean, folders, target, split="test", cores=2, marker=marker, when=when)
-    assert ahead(missing, opened, lean.runtime, "score") == sum(missing.values())
+    assert compute(missing, opened, lean.runtime, "score") == sum(missing.values())
     assert marker.exists()
     assert lacking(lean, folders, target) == {}
     counts = scoring.score(NAME, lean, *folders, target, split="test")
@@ -240,18 +240,18 @@ def test_a_cluster_that_does_not_answer_is_one_line(address: str) -> None:
 @pytest.mark.ray
 def test_an_actors_mistake_is_the_stages(nodes: Any, lean: Params) -> None:
     with pytest.raises(DsdError, match=r"^model\.safetensors: cut short$"):
-        ahead({"known": 1}, Stubborn, lean.runtime, "score")
+        compute({"known": 1}, Stubborn, lean.runtime, "score")
 
 
 @pytest.mark.ray
 def test_a_shard_that_kills_its_actors_is_given_up(nodes: Any, lean: Params) -> None:
     with pytest.raises(DsdError, match=r"^score: actors keep dying, 4 times") as error:
-        ahead({"known": 1}, Deadly, lean.runtime, "score")
+        compute({"known": 1}, Deadly, lean.runtime, "score")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.ray
 def test_a_defect_is_no_users_mistake(nodes: Any, lean: Params) -> None:
     with pytest.raises(Exception, match="ZeroDivisionError") as error:
-        ahead({"known": 1}, Defective, lean.runtime, "score")
-    assert mistake(error.value) is None
+        compute({"known": 1}, Defective, lean.runtime, "score")
+    assert error_line(error.value) is None

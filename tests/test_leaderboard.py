@@ -110,7 +110,7 @@ def test_an_empty_board_is_a_page(tmp_path: Path) -> None:
 
 def test_the_command_shows_the_registry(watched: Path, dag: Dag) -> None:  # noqa: F811
     run = CliRunner().invoke(app, ["leaderboard"])
-    assert run.exit_code == 0 and run.output.startswith("nothing was measured yet; `dsd promote` enters")
+    assert run.exit_code == 0 and run.output.startswith("no checkpoint is registered; run `dsd promote`")
     for name in ("a", "b", "c"):
         checkpoint(watched, name)
     dag.right = {"a": 100, "b": 180}

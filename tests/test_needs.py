@@ -31,7 +31,7 @@ from dsd.schedules import SCHEDULES
 from dsd.schedules.race import Race
 from dsd.scorers.evidence import normalises, requests
 from dsd.scorers.fusion import fitting_examples
-from flows import cli, presets
+from flows import cli, presets, terminal
 from tests.conftest import ROOT
 from tests.raced import few
 from tests.real import UNET
@@ -170,7 +170,7 @@ def test_a_dry_run_prints_a_table_and_changes_nothing(
 
 @pytest.mark.parametrize(("value", "unit", "told"), [(0, "bytes", "0.0 B"), (2.5e9, "bytes", "2.5 GB")])
 def test_amounts(value: float, unit: str, told: str) -> None:
-    assert cli.amount(value, unit) == told
+    assert terminal.amount(value, unit) == told
 
 
 def test_the_table_of_presets_is_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -305,5 +305,5 @@ def test_match_takes_a_registered_prompt(measured: Params) -> None:
 
 
 def test_promoting_nothing_is_one_line(workspace: Path) -> None:
-    with pytest.raises(DataError, match=r"metrics.json: nothing has been measured here; run `dsd reproduce` first"):
+    with pytest.raises(DataError, match=r"metrics.json: no results in this workspace; run `dsd reproduce` first"):
         Registry().register(load(), Path())

@@ -38,9 +38,11 @@ from dsd.matcher import Matcher
 from dsd.models.prompts import PROMPT, AttentionPrompt
 from flows import tracking
 from flows.registry.registry import BACKBONE, CHAMPION, Registry
-from flows.serving import server as serving
-from flows.serving.server import Service, Settings, application
-from tests.conftest import read_settings, write_settings
+from flows.serving import Service, server
+from flows.serving.schema import parse_json
+from flows.serving.server import application, serve
+from flows.serving.service import Refused, save
+from flows.serving.settings import Settings
 from tests.tiny import small
 
 ROOT = Path(__file__).parent.parent
@@ -173,10 +175,10 @@ def test_both_servers_give_the_same_answers(
 
 
 def test_sixteen_clients_get_what_one_gets(service: Service) -> None:
-    asked = [serving.read(json.dumps({"inputs": [row(n % 5, TEXTS[: 1 + n % 3])]}).encode()) for n in range(48)]
-    alone = [service.ask(rows)[0].result()["scores"] for rows in asked[:15]]
+    asked = [parse_json(json.dumps({"inputs": [row(n % 5, TEXTS[: 1 + n % 3])]}).encode()) for n in range(48)]
+    alone = [service.submit(rows)[0].result()["scores"] for rows in asked[:15]]
     with ThreadPoolExecutor(16) as clients:
-        together = list(clients.map(lambda rows: service.ask(rows)[0].result()["scores"], asked))
+        together = list(clients.map(lambda rows: service.submit(rows)[0].result()["scores"], asked))
     for n, scores in enumerate(together):
         np.testing.assert_allclose(scores, alone[n % 15], atol=1e-5)
 
@@ -201,14 +203,14 @@ BAD = {
     "an empty text": ([row(texts=["a red circle", " "])], "row 1: text 2 of 2 is empty"),
     "a long text": ([row(texts=["a red circle " * 20])], "longer than the model's 24 tokens"),
     "a very long text": ([row(texts=["a" * 1_000_000])], "longer than the model's 24 tokens"),
-    "too many texts": ([row(texts=["a"] * 65)], "row 1: 65 texts; give 64 at most"),
-    "too many pictures": ([row(texts=["a"])] * 33, "33 images; ask for 1 to 32 at once"),
+    "too many texts": ([row(texts=["a"] * 65)], "row 1: 65 texts; send 64 at most"),
+    "too many pictures": ([row(texts=["a"])] * 33, "33 images; send 1 to 32 per request"),
     "a number for a text": ([row(texts=[1])], "texts"),
     "a text for texts": ([row(texts="a red circle")], "texts"),
     "a number for a picture": ([row(image=1)], "image"),
     "no texts": ([{"image": coded(picture(0))}], "texts"),
     "a word for heatmap": ([row(heatmap="very")], "heatmap"),
-    "nothing": ([], "0 images; ask for 1 to 32 at once"),
+    "nothing": ([], "0 images; send 1 to 32 per request"),
 }
 
 
@@ -273,7 +275,7 @@ def test_garbage_is_refused_in_one_line(body: bytes, web: TestClient) -> None:
 
 def test_a_long_request_is_refused_before_it_is_read(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "settings", service.settings.model_copy(update={"max_bytes": 1000}))
-    monkeypatch.setattr(serving, "read", lambda body: pytest.fail("was read"))
+    monkeypatch.setattr(server, "parse_json", lambda body: pytest.fail("was read"))
     with TestClient(application(service)) as client:
         for content in (b"x" * 1001, iter([b"x" * 600, b"x" * 600])):
             response = client.post("/invocations", content=content)
@@ -282,7 +284,7 @@ def test_a_long_request_is_refused_before_it_is_read(service: Service, monkeypat
 
 def test_pictures_of_a_table_are_bounded_too(service: Service, model: PyFuncModel, monkeypatch: Any) -> None:
     monkeypatch.setattr(service, "settings", service.settings.model_copy(update={"max_bytes": 1000}))
-    with pytest.raises(serving.Refused, match="bytes of images; send 1000 at most"):
+    with pytest.raises(Refused, match="bytes of images; send 1000 at most"):
         model.predict(pd.DataFrame([row()]))
 
 
@@ -343,7 +345,7 @@ def test_a_prompt_travels_with_its_version(models: Path, registered: Path, tmp_p
     params = with_prompt(small(models), tmp_path)
     trained = tmp_path / "data" / "train" / "scenes-com" / "dsd" / PROMPT
     identity = Registry().alias(CHAMPION).digest
-    serving.save(Settings.of(params, identity), trained, tmp_path / "model")
+    save(Settings.of(params, identity), trained, tmp_path / "model")
     expected = Matcher.from_pretrained(
         models / "embedded", prompt=trained, device="cpu", levels=(0.2, 0.6), draws_per_level=2, parity=24
     ).score(picture(0), TEXTS)
@@ -360,20 +362,20 @@ def test_a_checkpoint_that_has_changed_is_refused(command: str | None, models: P
     shutil.copytree(models / "embedded", place)
     params = small(tmp_path)
     identity = Matcher.from_pretrained(place).backbone.digest
-    serving.save(Settings.of(params, identity), None, tmp_path / "model")
+    save(Settings.of(params, identity), None, tmp_path / "model")
     config = place / "unet" / "config.json"
     config.write_text(config.read_text() + " ")
     with pytest.raises(CheckpointError, match=f"embedded: is not the checkpoint of digest {identity}, but"):
         if command:
-            serving.serve(str(tmp_path / "model"), "127.0.0.1", 1)
+            serve(str(tmp_path / "model"), "127.0.0.1", 1)
         mlflow.pyfunc.load_model(str(tmp_path / "model"))
 
 
 def test_a_version_that_is_not_there_is_one_line(registered: Path) -> None:
     with pytest.raises(
-        DsdError, match=r"--model models:/dsd-backbone@loser: .*; `dsd promote` enters versions"
+        DsdError, match=r"--model models:/dsd-backbone@loser: .*; `dsd promote` registers versions"
     ) as told:
-        serving.serve(f"models:/{BACKBONE}@loser", "127.0.0.1", 1)
+        serve(f"models:/{BACKBONE}@loser", "127.0.0.1", 1)
     assert "\n" not in str(told.value)
 
 
@@ -391,9 +393,9 @@ def test_a_version_that_is_not_there_is_one_line(registered: Path) -> None:
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
-    content = read_settings(ROOT)
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
     content["serving"] |= changes
-    write_settings(content, tmp_path)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ParamsError) as told:
         load(tmp_path / "params.yaml")
     assert said in str(told.value)

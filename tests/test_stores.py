@@ -18,7 +18,7 @@ from sqlalchemy.exc import OperationalError
 
 from dsd.errors import DsdError
 from flows import reproduce, stores, tracking
-from flows.stores import DATABASE, MLFLOW, PREFECT, alone, artifacts, reach, uri
+from flows.stores import DATABASE, MLFLOW, PREFECT, artifacts, check, exclusive, uri
 from tests.conftest import ROOT
 from tests.postgres import Postgres
 from tests.test_pipeline import environment, fill
@@ -33,7 +33,7 @@ def prefects(url: str) -> str:
 def refused(setting: str, address: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv(setting, address)
     with pytest.raises(DsdError) as error:
-        reach(setting, uri() if setting == MLFLOW else address, seconds=1)
+        check(setting, uri() if setting == MLFLOW else address, seconds=1)
     line = str(error.value)
     assert line.startswith(f"{setting}: ") and "\n" not in line and "s3cret" not in line
     return line
@@ -43,12 +43,12 @@ def refused(setting: str, address: str, monkeypatch: pytest.MonkeyPatch) -> str:
     ("setting", "address", "reason"),
     [
         (MLFLOW, f"postgresql://dsd:s3cret@{NOBODY}/x", "Connection refused"),
-        (MLFLOW, "postgresql://dsd:s3cret@h:port/x", "no address of a database (dialect+driver://"),
+        (MLFLOW, "postgresql://dsd:s3cret@h:port/x", "not the address of a database (dialect+driver://"),
         (MLFLOW, "postgresql+pg8000://dsd:s3cret@h/x", "its driver pg8000 is not installed; install it"),
-        (MLFLOW, "sqlite:////nosuch/folder/x.db", "/nosuch/folder: no folder that one may write to"),
-        (MLFLOW, f"http://dsd:s3cret@{NOBODY}", "no server answers there ([Errno 111] Connection refused); start it"),
+        (MLFLOW, "sqlite:////nosuch/folder/x.db", "/nosuch/folder: not a writable folder"),
+        (MLFLOW, f"http://dsd:s3cret@{NOBODY}", "no server answers ([Errno 111] Connection refused); start it"),
         (MLFLOW, "nonsense://dsd:s3cret@h", "neither a server (http://…) nor a database (postgresql://…)"),
-        (PREFECT, f"http://{NOBODY}/api", "no server answers there"),
+        (PREFECT, f"http://{NOBODY}/api", "no server answers"),
         (DATABASE, f"postgresql+asyncpg://dsd:s3cret@{NOBODY}/x", "Connect call failed"),
         (DATABASE, f"postgresql://dsd:s3cret@{NOBODY}/x", "Prefect needs postgresql+asyncpg://"),
     ],
@@ -70,8 +70,8 @@ def test_what_a_server_refuses(postgres: Postgres, monkeypatch: pytest.MonkeyPat
         assert 'database "absent" does not exist' in refused(setting, change(absent), monkeypatch)
         assert "password authentication failed for user" in refused(setting, change(wrong), monkeypatch)
     monkeypatch.setenv(MLFLOW, postgres())
-    reach(MLFLOW, uri())
-    reach(DATABASE, prefects(postgres()))
+    check(MLFLOW, uri())
+    check(DATABASE, prefects(postgres()))
 
 
 def test_a_file_that_is_locked_or_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,16 +81,16 @@ def test_a_file_that_is_locked_or_no_database(tmp_path: Path, monkeypatch: pytes
         other.execute("create table one (n)")
         other.execute("begin immediate")
         line = refused(MLFLOW, f"sqlite:///{tmp_path}/locked.db", monkeypatch)
-    assert line.endswith("database is locked: another program writes to it; end that, and run again")
+    assert line.endswith("database is locked: another program writes to it; stop that program, and run again")
 
 
 def test_what_fails_in_mid_run_is_one_line_too(workspace: Path) -> None:
     locked = OperationalError("insert", {}, sqlite3.OperationalError("database is locked"))
-    with pytest.raises(DsdError, match="database is locked: another program"), tracking._reaching():
+    with pytest.raises(DsdError, match="database is locked: another program"), tracking.mlflow_errors():
         raise MlflowException("SQL and its parameters", TEMPORARILY_UNAVAILABLE) from locked
-    with pytest.raises(DsdError, match="database is locked: another program"), tracking._reaching():
+    with pytest.raises(DsdError, match="database is locked: another program"), tracking.mlflow_errors():
         raise locked
-    with pytest.raises(MlflowException), tracking._reaching():
+    with pytest.raises(MlflowException), tracking.mlflow_errors():
         raise MlflowException.invalid_parameter_value("a defect of ours")
 
 
@@ -101,24 +101,24 @@ def test_a_folder_that_is_not_there(workspace: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_asking_makes_no_file(workspace: Path) -> None:
-    reach(MLFLOW, uri())
+    check(MLFLOW, uri())
     assert not (workspace / "mlflow.db").exists()
 
 
 def test_a_default_that_fails_says_that_it_is_one(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (workspace / "mlflow.db").write_bytes(b"x" * 2000)
     with pytest.raises(DsdError, match=re.escape("MLFLOW_TRACKING_URI (not set): sqlite:///")):
-        reach(MLFLOW, uri())
+        check(MLFLOW, uri())
 
 
 def test_artifacts_are_ours_unless_a_server_keeps_them(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert artifacts() == workspace / "mlartifacts"
     monkeypatch.setenv(MLFLOW, "postgresql://h/x")
-    assert artifacts() == workspace / "mlartifacts" and not stores.served(uri())
+    assert artifacts() == workspace / "mlartifacts" and not stores.is_server(uri())
     monkeypatch.setenv(MLFLOW, "sqlite:////elsewhere/mlflow.db")
-    assert artifacts() == Path("/elsewhere/mlartifacts") and not stores.served(uri())
+    assert artifacts() == Path("/elsewhere/mlartifacts") and not stores.is_server(uri())
     monkeypatch.setenv(MLFLOW, "https://h")
-    assert stores.served(uri())
+    assert stores.is_server(uri())
 
 
 def test_only_one_at_a_time_is_at_a_database(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,10 +126,10 @@ def test_only_one_at_a_time_is_at_a_database(postgres: Postgres, monkeypatch: py
     order = []
 
     def other() -> None:
-        with alone(MLFLOW, uri()):
+        with exclusive(MLFLOW, uri()):
             order.append("other")
 
-    with alone(MLFLOW, uri()):
+    with exclusive(MLFLOW, uri()):
         thread = Thread(target=other)
         thread.start()
         thread.join(0.2)
@@ -140,7 +140,7 @@ def test_only_one_at_a_time_is_at_a_database(postgres: Postgres, monkeypatch: py
 
 def test_a_mistake_within_is_left_alone(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MLFLOW, postgres())
-    with pytest.raises(FileNotFoundError), alone(MLFLOW, uri()):
+    with pytest.raises(FileNotFoundError), exclusive(MLFLOW, uri()):
         Path("/nosuch/file").read_bytes()
 
 

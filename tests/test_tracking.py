@@ -16,7 +16,7 @@ from mlflow.entities import Run
 
 from dsd.config import Params, load
 from flows import tracking
-from flows.tracking import Live, publish
+from flows.tracking import TrainingRun, publish, training_settings
 
 CURVE = [{"step": step, "loss": 1 / step, "accuracy": 0.5} for step in range(1, 8)]
 METHODS = ("dsd", "clip-finetune")
@@ -137,12 +137,16 @@ def test_processes_that_publish_at_once(data: Path) -> None:
     assert [len(entries(kind)) for kind in ("result", "training", "report")] == [1, 2, 1]
 
 
+def training(method: str, key: str, params: Params) -> TrainingRun:
+    return TrainingRun("scenes-com", method, key, training_settings(params, "scenes-com", method))
+
+
 def train(params: Params, rows: list[dict[str, float]], fail_at: int | None = None) -> None:
-    with Live("scenes-com", "dsd", "key", params) as live:
+    with training("dsd", "key", params) as run:
         for row in rows:
             if row["step"] == fail_at:
                 raise KeyboardInterrupt
-            live.log(row)
+            run.log(row)
 
 
 def test_a_resumed_training_is_one_run(data: Path) -> None:
@@ -163,7 +167,7 @@ def test_a_resumed_training_is_one_run(data: Path) -> None:
 
 def test_rows_appear_while_training_goes_on(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.0)
-    with Live("scenes-com", "clip-prompt", "key", load()) as live:
+    with training("clip-prompt", "key", load()) as live:
         live.log(CURVE[0])
         [run] = entries("training")
         assert (run.info.status, len(curve(run))) == ("RUNNING", 1)
@@ -172,7 +176,7 @@ def test_rows_appear_while_training_goes_on(data: Path, monkeypatch: pytest.Monk
 
 def test_a_training_that_mlflow_followed_is_not_published_again(data: Path) -> None:
     params = load()
-    with Live("scenes-com", "dsd", "key of dsd on scenes-com", params) as live:
+    with training("dsd", "key of dsd on scenes-com", params) as live:
         for row in CURVE:
             live.log(row)
     publish(params, data)

@@ -28,13 +28,14 @@ from dsd.data.examples import MatchingExample, write_examples
 from dsd.errors import DsdError
 from flows import tracking
 from flows.cli import app
+from flows.registry.attempts import KILLED
 from flows.registry.registry import CHAMPION, Registry
 from flows.reproduce import free_port
 from flows.stores import DATABASE, MLFLOW
 from flows.watch import tick as watching
 from flows.watch.clone import clone, last_line
-from flows.watch.tick import KILLED, alone, tick
-from tests.conftest import ROOT, read_settings, write_settings
+from flows.watch.tick import tick, tick_lock
+from tests.conftest import ROOT
 from tests.hubserver import COMMIT, Hub, connected, files_of
 
 REF = "scenes-ref"
@@ -51,9 +52,9 @@ class Dag:
 
     def clone(self, target: Path, name: str, row: BackboneParams) -> Path:
         target.mkdir(parents=True, exist_ok=True)
-        settings = read_settings()
+        settings = yaml.safe_load(Path("params.yaml").read_text())
         settings["backbones"][name] = row.model_dump(mode="json")
-        write_settings({**settings, "backbone": name}, target)
+        (target / "params.yaml").write_text(yaml.safe_dump({**settings, "backbone": name}))
         (target / "dvc.lock").write_text("schema: '2.0'\n")
         return target
 
@@ -89,13 +90,13 @@ def questions(folder: Path, seed: int) -> None:
 def watched(workspace: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A workspace with one dataset and nothing in its sources; its folder of checkpoints."""
     shutil.copy(database, workspace)
-    settings = read_settings()
+    settings = yaml.safe_load(Path("params.yaml").read_text())
     settings["datasets"] = {REF: settings["datasets"][REF]}
     settings["gate"]["datasets"] = {REF: settings["gate"]["datasets"][REF]}
     settings["evaluate"]["resamples"] = 100
     settings |= {"studies": {}}
     settings["races"]["datasets"] = {}
-    write_settings(settings)
+    write(settings)
     return workspace / "checkpoints"
 
 
@@ -107,12 +108,16 @@ def dag(monkeypatch: pytest.MonkeyPatch) -> Dag:
     return found
 
 
+def write(settings: dict[str, Any]) -> None:
+    Path("params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
 def change(**changes: Any) -> None:
-    write_settings({**read_settings(), **changes})
+    write({**yaml.safe_load(Path("params.yaml").read_text()), **changes})
 
 
 def watch_settings(**changes: Any) -> None:
-    found = read_settings()["watch"]
+    found = yaml.safe_load(Path("params.yaml").read_text())["watch"]
     change(watch={**found, **changes})
 
 
@@ -124,7 +129,7 @@ def checkpoint(folder: Path, name: str, content: str = "") -> Path:
 
 
 def attempts(status: str | None = None) -> list[Run]:
-    found = tracking.Runs().every("attempt")
+    found = tracking.Runs().find("attempt")
     return [run for run in found if status in (None, run.info.status)]
 
 
@@ -170,7 +175,7 @@ def test_other_files_and_other_params_are_another_evaluation(watched: Path, dag:
     tick()
     assert dag.ran == ["a", "a"]
     watch_settings(cron="0 4 * * *", sources={"checkpoints": watch_sources()["checkpoints"]})
-    change(runtime={**read_settings()["runtime"], "batch_size": 1})
+    change(runtime={**yaml.safe_load(Path("params.yaml").read_text())["runtime"], "batch_size": 1})
     assert tick().lines == ["nothing new"]
     change(seed=1)
     tick()
@@ -178,7 +183,7 @@ def test_other_files_and_other_params_are_another_evaluation(watched: Path, dag:
 
 
 def watch_sources() -> dict[str, Any]:
-    return dict(read_settings()["watch"]["sources"])
+    return dict(yaml.safe_load(Path("params.yaml").read_text())["watch"]["sources"])
 
 
 def test_after_a_change_of_params_the_champion_is_first_and_then_all_others(watched: Path, dag: Dag) -> None:
@@ -360,22 +365,22 @@ def test_two_ticks_at_once_evaluate_once(watched: Path) -> None:
         for n in range(2)
     ]
     said = sorted((process.communicate()[0] for process in processes), key=len)
-    assert said[0] in ("another tick is at work\n", "nothing new\n")
+    assert said[0] in ("another tick is running\n", "nothing new\n")
     assert said[1].startswith("a: evaluated, version 1\n")
     assert Path("evaluations").read_text() == "one\n" and len(Registry().versions()) == 1
 
 
 def test_who_inherits_the_lock_has_it_too(tmp_path: Path) -> None:
     """A run that outlives its tick keeps the next one out."""
-    with alone(tmp_path / "lock") as lock:
+    with tick_lock(tmp_path / "lock") as lock:
         assert lock is not None
         child = subprocess.Popen([sys.executable, "-c", "input()"], pass_fds=[lock], stdin=subprocess.PIPE)
-        with alone(tmp_path / "lock") as second:
+        with tick_lock(tmp_path / "lock") as second:
             assert second is None
-    with alone(tmp_path / "lock") as while_it_lives:
+    with tick_lock(tmp_path / "lock") as while_it_lives:
         assert while_it_lives is None
     child.communicate(b"\n")
-    with alone(tmp_path / "lock") as after:
+    with tick_lock(tmp_path / "lock") as after:
         assert after is not None
 
 
@@ -503,7 +508,7 @@ def test_the_whole_dag_on_tiny_models(tmp_path: Path, monkeypatch: pytest.Monkey
         assert f"Stage '{stage}' didn't change, skipping" in log.read_text()
     [version] = Registry().versions()
     assert version.row.family == "stable-diffusion" and len(version.metrics["scenes-com"]) == 8
-    assert [run.data.tags["dsd.dataset"] for run in tracking.Runs().every("training")] == ["scenes-com"] * 4
+    assert [run.data.tags["dsd.dataset"] for run in tracking.Runs().find("training")] == ["scenes-com"] * 4
     assert Registry().prompt("models:/dsd-prompt-scenes-com@champion", Path(".watch")).exists()
     assert "★ other" in Path("data/leaderboard/index.html").read_text()
 
@@ -515,11 +520,11 @@ def test_a_tick_that_is_killed_takes_its_run_with_it_and_the_next_goes_on(watche
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
     waits = Path(f"{small_project}.waits")
     until(waits.exists)
-    assert tick().lines == ["another tick is at work"]
+    assert tick().lines == ["another tick is running"]
     process.kill()
     process.wait()
     Path(f"{small_project}.go").touch()
-    until(lambda: tick().lines != ["another tick is at work"])
+    until(lambda: tick().lines != ["another tick is running"])
     assert [version.name for version in Registry().versions()] == ["a"]
     assert sorted(run.info.status for run in attempts()) == ["FAILED", "FINISHED"]
     assert small_project.read_text() == "evaluate evaluate "
@@ -607,9 +612,9 @@ def project(workspace: Path) -> Path:
     git("commit", "-qm", "start")
     dvc("repro", "-q")
     (workspace / "own").mkdir()
-    settings = read_settings()
+    settings = yaml.safe_load(Path("params.yaml").read_text())
     settings["datasets"]["mine"] = {"source": "own"}
-    write_settings(settings)
+    write(settings)
     return workspace
 
 
@@ -626,9 +631,9 @@ def row(name: str) -> BackboneParams:
 def test_a_clone_has_the_commit_the_params_and_the_data(project: Path) -> None:
     before = git("status", "--porcelain")
     target = clone(Path(".watch/key"), "new", row("/checkpoints/new"))
-    settings = read_settings(target)
+    settings = yaml.safe_load((target / "params.yaml").read_text())
     assert settings["backbone"] == "new" and settings["backbones"]["new"]["digest"] == "d"
-    own = read_settings()
+    own = yaml.safe_load(Path("params.yaml").read_text())
     assert {**settings, "backbones": own["backbones"], "backbone": own["backbone"]} == own
     assert (target / "data/step/done").exists() and (target / "own").resolve() == project / "own"
     assert subprocess.run(["git", "rev-parse", "HEAD"], cwd=target, capture_output=True, text=True).stdout == git(
@@ -646,7 +651,7 @@ def test_a_clone_that_is_whole_is_gone_on_with_on_the_commit_of_now(project: Pat
     git("commit", "-qm", "mended")
     clone(Path(".watch/key"), "new", row("/checkpoints/new"))
     assert (target / "mended.py").exists() and (target / "data" / "partial").exists()
-    assert read_settings(target)["backbone"] == "new"
+    assert yaml.safe_load((target / "params.yaml").read_text())["backbone"] == "new"
     (target / ".git" / "ready").unlink()  # killed while it was made
     clone(Path(".watch/key"), "new", row("/checkpoints/new"))
     assert not (target / "data" / "partial").exists() and (target / "data/step/done").exists()

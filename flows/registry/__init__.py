@@ -1,1 +1,1 @@
-"""The model registry, the gate and the leaderboard."""
+"""The model registry and the leaderboard."""

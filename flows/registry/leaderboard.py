@@ -1,40 +1,45 @@
-"""What the leaderboard shows, from the tracking store."""
+"""The content of the leaderboard, read from the tracking store."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+
+from mlflow.entities import Run
 
 from dsd.config import Params
 from dsd.datasets import benchmark
 from dsd.metrics import HEADLINES
-from dsd.report.leaderboard import Board, Entry, Failure, write
+from dsd.report.leaderboard import Board, Entry, Failure
 from dsd.statistics import Difference, Interval
 from flows import DATA
+from flows.registry.attempts import Attempts
 from flows.registry.registry import CHAMPION, Registry, Version, evaluation_key
-from flows.watch.tick import Attempts
 
 PAGE = DATA / "leaderboard" / "index.html"
-
-
-def draw(params: Params, registry: Registry, target: Path = PAGE) -> Path:
-    """Writes the page and returns its path."""
-    return write(board(params, registry), target)
 
 
 def board(params: Params, registry: Registry) -> Board:
     """All measured checkpoints by the gate's method, and those that failed and were not measured since."""
     metrics = {name: HEADLINES[benchmark(row.kind).metrics] for name, row in params.datasets.items()}
     versions, champion = registry.versions(), registry.alias(CHAMPION)
-    first = champion and champion.number
-    entries = [_entry(params, version, metrics, champion=version.number == first) for version in versions]
-    return Board(
-        params.gate.method, metrics, params.evaluate.confidence, entries, _failures(params, registry, versions)
-    )
+    entries = [
+        _entry(
+            version,
+            params.gate.method,
+            metrics,
+            champion=champion is not None and version.number == champion.number,
+            now=version.key == evaluation_key(params, version.digest),
+        )
+        for version in versions
+    ]
+    failures = _failures(Attempts(registry.runs).failed().values(), versions, params.watch.attempts)
+    return Board(params.gate.method, metrics, params.evaluate.confidence, entries, failures)
 
 
-def _entry(params: Params, version: Version, metrics: dict[str, str], *, champion: bool) -> Entry:
-    found = {name: methods.get(params.gate.method, {}) for name, methods in version.metrics.items()}
+def _entry(version: Version, method: str, metrics: Mapping[str, str], *, champion: bool, now: bool) -> Entry:
+    results = {name: methods.get(method, {}) for name, methods in version.metrics.items()}
     return Entry(
         number=version.number,
         name=version.name,
@@ -43,8 +48,8 @@ def _entry(params: Params, version: Version, metrics: dict[str, str], *, champio
         commit=version.commit,
         when=version.created,
         champion=champion,
-        now=version.key == evaluation_key(params, version.digest),
-        scores={name: Interval(**found[name][m]) for name, m in metrics.items() if m in found.get(name, {})},
+        now=now,
+        scores={name: Interval(**results[name][m]) for name, m in metrics.items() if m in results.get(name, {})},
         differences={
             name: Difference(**{**row["difference"], "p": row["p"]}) for name, row in version.compared.items()
         },
@@ -54,15 +59,15 @@ def _entry(params: Params, version: Version, metrics: dict[str, str], *, champio
     )
 
 
-def _failures(params: Params, registry: Registry, versions: list[Version]) -> list[Failure]:
+def _failures(failed: Iterable[list[Run]], versions: list[Version], allowed: int) -> list[Failure]:
+    """A failure per checkpoint, given up after the allowed number of attempts."""
     measured = {version.digest: version.created for version in reversed(versions)}
-    found = []
-    for runs in Attempts(registry.runs).failed().values():
-        last, attempts = runs[0], len(runs)
+    failures = []
+    for attempts in failed:
+        last = attempts[0]
         tags = last.data.tags
         when = datetime.fromtimestamp(last.info.start_time / 1000, UTC)
         if measured.get(tags["dsd.digest"], when) <= when:
-            source, reason = tags["dsd.source"], tags["dsd.reason"]
-            given_up = attempts >= params.watch.attempts
-            found.append(Failure(Path(source).name, source, reason, attempts, given_up, when))
-    return found
+            source, number = tags["dsd.source"], len(attempts)
+            failures.append(Failure(Path(source).name, source, tags["dsd.reason"], number, number >= allowed, when))
+    return failures

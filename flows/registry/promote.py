@@ -1,36 +1,29 @@
-"""`dsd promote`: a workspace's results into the registry, before the gate, and onto the leaderboard."""
+"""`dsd promote`: register a workspace's results, run the gate, and update the leaderboard."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from dsd.config import Params
-from flows.registry.leaderboard import PAGE, draw
+from dsd.report.leaderboard import write
+from flows.registry.leaderboard import PAGE, board
 from flows.registry.registry import Registry, Version
 
 if TYPE_CHECKING:
     from dsd.evaluation.gate import Verdict
 
 
-class Promotion(NamedTuple):
-    """What was entered, what the gate said of it, and the leaderboard with both."""
-
-    version: Version
-    verdict: Verdict
-    page: Path
-
-
-def promote(params: Params, page: Path = PAGE) -> Promotion:
-    """Enters the results of this workspace as the challenger, and lets it challenge the champion.
+def promote(params: Params, page: Path = PAGE) -> tuple[Version, Verdict]:
+    """Register the results of this workspace as the challenger, and compare it with the champion.
 
     Raises:
-        DsdError: nothing was measured here, or it cannot be compared; see `Registry.register`, `gate.judge`.
+        DsdError: there are no results, or they cannot be compared; see `Registry.register` and `gate.judge`.
     """
     registry = Registry()
     version = registry.register(params, Path())
     try:
         verdict = registry.challenge(params, version)
-    finally:  # who cannot be compared is shown with the reason
-        draw(params, registry, page)
-    return Promotion(version, verdict, page)
+    finally:  # the page also shows why a version cannot be compared
+        write(board(params, registry), page)
+    return version, verdict

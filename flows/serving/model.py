@@ -1,4 +1,4 @@
-"""What MLflow runs wherever it loads a registered version: the code of that version's model."""
+"""The code of a registered version's model, which MLflow runs wherever it loads one."""
 
 from mlflow.models import set_model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsd.config import Params
-from flows import DATA
+from flows import DATA, executors
 from flows.stages.common import Details, each, main, prune, stage, unit
 
 
@@ -11,14 +11,13 @@ from flows.stages.common import Details, each, main, prune, stage, unit
 def cache(params: Params) -> dict[str, Details]:
     from dsd.engine import cache
     from dsd.engine.session import Folders, Session
-    from flows.executors import ahead
 
     def dataset(name: str) -> Details:
         def session() -> Session:
             return Session(name, params, Folders.of(DATA, name))
 
         if params.runtime.executor == "ray":
-            ahead(cache.missing(session()), lambda: cache.Worker(session()), params.runtime, f"encode {name}")
+            executors.compute(cache.missing(session()), lambda: cache.Worker(session()), params.runtime, f"encode {name}")
         return {**cache.encode(session())}
 
     prune(DATA / "cache", params.datasets)

@@ -1,4 +1,4 @@
-"""What the stages share: the params each may read, its units of work, their timings, and how it fails."""
+"""Common parts of the stages: the params that each may read, its units of work, timings and error messages."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from prefect.cache_policies import NO_CACHE
 
 from dsd.config import Params, load
 from dsd.errors import DsdError
-from dsd.store import write_atomic
+from dsd.store import libraries, write_atomic
+from dsd.versions import VERSIONS
 from flows import DATA
 from flows.process import die_with_parent
 
-FULL = 2**20  # bytes: with fewer of them free no database gets on
+FULL = 2**20  # bytes: with less free space the disk counts as full
 Details = dict[str, Any]
 Stage: TypeAlias = Flow[[], None]
 
-# What went wrong is in Prefect's record of the run; the terminal gets it once, from `main`.
+# Prefect stores errors with the run; on the terminal `main` prints them once.
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
     logging.getLogger(_name).propagate = False
-logging.raiseExceptions = False  # that such a record did not reach a server which is going away is no news
+logging.raiseExceptions = False  # of log records that do not reach a server that is shutting down
 
 
 def declared(name: str) -> set[str]:
@@ -59,9 +60,9 @@ def params(name: str) -> Params:
 
 
 def unit(function: Callable[[str], Mapping[str, Any]], **options: Any) -> Task[[str], Details]:
-    """A function of a dataset's name as a Prefect task; its result also says how many seconds it worked.
+    """Make a Prefect task of a function of a dataset's name; its result includes the seconds that it took.
 
-    DVC decides what is computed again, so no result is cached or kept. `options` are those of `prefect.task`.
+    No result is cached or stored, since DVC decides what to recompute. `options` are those of `prefect.task`.
     """
 
     @functools.wraps(function)
@@ -74,15 +75,15 @@ def unit(function: Callable[[str], Mapping[str, Any]], **options: Any) -> Task[[
 
 
 def each(work: Callable[[str], Details], names: Iterable[str]) -> dict[str, Details]:
-    """The results of the work on every name, one after the other: each by itself fills the machine."""
+    """The result for each name; the names are processed in sequence, since one of them fills the machine."""
     return {name: work(name) for name in names}
 
 
 def stage(body: Callable[[Params], Mapping[str, Details]]) -> Stage:
-    """The flow of the stage that the function is named after.
+    """Make the flow of a stage of a function with the stage's name.
 
-    The function gets the stage's params and returns the details of its units; they go into
-    data/timings/<stage>.json, which no stage but the report depends on.
+    The function takes the stage's params and returns the details of its units. They are written to
+    data/timings/<stage>.json, on which only the report depends.
     """
     name = body.__name__
 
@@ -94,6 +95,8 @@ def stage(body: Callable[[Params], Mapping[str, Details]]) -> Stage:
             "seconds": round(sum(detail["seconds"] for detail in details.values()), 3),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": device(),
+            "versions": VERSIONS,
+            "libraries": libraries(),
             "details": details,
         }
         write_atomic(DATA / "timings" / f"{name}.json", json.dumps(record, indent=2).encode())
@@ -102,47 +105,45 @@ def stage(body: Callable[[Params], Mapping[str, Details]]) -> Stage:
 
 
 def main(run: Stage) -> None:
-    """Runs a stage as a command: a user's mistake ends it with one line and exit status 1."""
-    if "DVC_STAGE" in os.environ:  # a stage that outlived a killed DVC would get in the way of the next
+    """Run a stage as a command; a user error ends it with one line and exit status 1."""
+    if "DVC_STAGE" in os.environ:  # a stage that outlives a killed DVC would run at the same time as the next one
         die_with_parent()
     try:
         run()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        line = mistake(error)
+        line = error_line(error)
         if line is None:
             raise
         sys.exit(f"{run.name}: {line}")
 
 
-def mistake(error: BaseException | None) -> str | None:
-    """What a user has to mend, from an exception or its cause; None where it is a defect of ours."""
+def error_line(error: BaseException | None) -> str | None:
+    """The message of a user error, from an exception or its causes; None for a defect."""
     while error is not None:
         if isinstance(error, DsdError):
             return str(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            # What fails to write, rather than to open, knows no name; the disk need not be that of this folder.
+            # An error on writing has no file name, and the full disk may be another one.
             free = f"{Path.cwd()} has {shutil.disk_usage('.').free} bytes free"
-            return (
-                f"{error.filename}: disk full, {free}" if error.filename else f"disk full: {free}, other disks may not"
-            )
+            return f"{error.filename}: disk full, {free}" if error.filename else f"disk full: {free}, check other disks"
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return f"{error.filename or Path.cwd()}: {os.strerror(error.errno)}; it has to be writable"
+            return f"{error.filename or Path.cwd()}: {os.strerror(error.errno)}; must be writable"
         if isinstance(error, sqlite3.OperationalError):  # locked, read-only, on a full disk
-            return f"the database of MLflow, mlflow.db unless MLFLOW_TRACKING_URI names another: {error}"
+            return f"MLflow's database, mlflow.db unless MLFLOW_TRACKING_URI names another: {error}"
         if isinstance(error, httpx.HTTPError):
             server = os.environ.get("PREFECT_API_URL", "")
             if server and str(error.request.url).startswith(server):
                 left = shutil.disk_usage(".").free
                 why = f"disk full, {Path.cwd()} has {left} bytes free" if left < FULL else str(error)
-                return f"the Prefect server at {server} does not answer as it should: {why}"
+                return f"the Prefect server at {server} does not answer: {why}"
         error = error.__cause__
     return None
 
 
 def prune(folder: Path, names: Iterable[str]) -> None:
-    """Removes what is not of these names, those that params.yaml has: DVC keeps all of a persistent output."""
+    """Remove everything in a folder except these names; DVC keeps all files of a persistent output."""
     keep = set(names)
     for path in folder.glob("*"):
         if path.name not in keep:
@@ -150,15 +151,15 @@ def prune(folder: Path, names: Iterable[str]) -> None:
 
 
 def device() -> str:
-    """What this process has computed on: the GPU if it used one, else the processor."""
-    torch = sys.modules.get("torch")  # a stage that has not imported it has used no GPU
+    """The device that this process has computed on: the GPU if it used one, else the processor."""
+    torch = sys.modules.get("torch")  # without it the stage has used no GPU
     if torch is not None and torch.cuda.is_initialized():
         return str(torch.cuda.get_device_name())
     return f"{processor()}, {os.cpu_count()} cores"
 
 
 def processor() -> str:
-    """The processor's model name where Linux tells it, else its architecture."""
+    """The processor's model name on Linux, else its architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

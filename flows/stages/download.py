@@ -1,4 +1,4 @@
-"""Stage download: the raw pictures and annotations of every dataset, as its publisher gives them."""
+"""Stage download: fetch or draw the images and annotations of every dataset."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from flows import DATA
 from flows.stages.common import Details, each, main, prune, stage, unit
 
 
-def outside(task: Any, run: Any, state: Any) -> bool:
-    """Whether a failure may be the outside world's, and trying again may help; a user's mistake stays one."""
+def is_transient(task: Any, run: Any, state: Any) -> bool:
+    """Whether a failed download is retried: a user error is final, any other error may be temporary."""
     error = state.result(raise_on_failure=False)
     print(f"download: {run.name}: {error}", file=sys.stderr)
     return not isinstance(error, DsdError)
@@ -29,7 +29,7 @@ def download(params: Params) -> dict[str, Details]:
         return {}
 
     prune(DATA / "download", params.datasets)
-    work = unit(dataset, retries=3, retry_delay_seconds=[2, 10, 60], retry_condition_fn=outside)
+    work = unit(dataset, retries=3, retry_delay_seconds=[2, 10, 60], retry_condition_fn=is_transient)
     return each(work, params.datasets)
 
 

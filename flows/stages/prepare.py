@@ -1,4 +1,4 @@
-"""Stage prepare: examples with their splits, and images at the parity resolution."""
+"""Stage prepare: split the examples, and resize the images to the resolution of the models."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ def prepare(params: Params) -> dict[str, Details]:
     from dsd.datasets import preparation
 
     def dataset(name: str) -> Details:
-        row, source, target = params.datasets[name], DATA / "download" / name, DATA / "prepare" / name
-        workers = params.runtime.workers
-        return {
-            **preparation.prepare(name, row, source, target, images=params.images, seed=params.seed, workers=workers)
-        }
+        source, target, workers = DATA / "download" / name, DATA / "prepare" / name, params.runtime.workers
+        row, images = params.datasets[name], params.images
+        return {**preparation.prepare(name, row, source, target, images=images, seed=params.seed, workers=workers)}
 
     return each(unit(dataset), params.datasets)
 

@@ -1,4 +1,4 @@
-"""Stage pretrain (frozen): the embedded checkpoints, from nothing but drawn scenes."""
+"""Stage pretrain (frozen): train the embedded checkpoints from scratch on drawn scenes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage report: one page of tables, figures and heat maps; every result in MLflow, once."""
+"""Stage report: write the page of tables, figures and heat maps, and publish every result to MLflow once."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsd.config import Params
-from flows import DATA
+from flows import DATA, executors
 from flows.stages.common import Details, each, main, prune, stage, unit
 
 
@@ -13,7 +13,6 @@ def score(params: Params) -> dict[str, Details]:
 
     from dsd.engine import score
     from dsd.engine.session import Folders, Session
-    from flows.executors import ahead
 
     def dataset(name: str) -> Details:
         session, target = Session(name, params, Folders.of(DATA, name)), DATA / "score" / name
@@ -25,7 +24,7 @@ def score(params: Params) -> dict[str, Details]:
                 own = Session(name, params, Folders.of(DATA, name), cores=cores)
                 return score.Worker(own, target, split="test")
 
-            computed = ahead(score.missing(session, target, split="test"), worker, params.runtime, f"score {name}")
+            computed = executors.compute(score.missing(session, target, split="test"), worker, params.runtime, f"score {name}")
         counts = score.score(session, target, split="test")
         counts["computed"] += computed
         # Not on Ray: what a race requests next depends on earlier values, and all races fill the same batches.

@@ -1,4 +1,4 @@
-"""Stage train: what each method learns of every dataset, from its few-shot split; curves live in MLflow."""
+"""Stage train: train each method on the few-shot split of every dataset, and log the curves to MLflow."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from flows.stages.common import params as params_of
 def train(params: Params) -> dict[str, Details]:
     from dsd.engine.session import Folders, Session
     from dsd.training import loop
-    from flows.tracking import Live, Runs
+    from flows.tracking import Runs, TrainingRun, training_settings
 
-    runs = Runs()  # here, so that opening the database does not count as training
+    runs = Runs()  # opening the database does not count as training time
 
-    def learn(name: str, method: str) -> Details:
+    def fit(name: str, method: str) -> Details:
         session = Session(name, params, Folders.of(DATA, name))
+        key, settings = loop.training_key(session, method), training_settings(params, name, method)
         row: dict[str, float] = {}
-        with Live(name, method, loop.training_key(session, method), params, runs) as live:
+        with TrainingRun(name, method, key, settings, runs) as run:
             for row in loop.train(session, method, DATA / "train" / name / method):
-                live.log(row)
+                run.log(row)
         return dict(row)
 
     def dataset(name: str) -> Details:
-        (DATA / "train" / name).mkdir(parents=True, exist_ok=True)  # also where nothing learns: DVC looks for it
+        (DATA / "train" / name).mkdir(parents=True, exist_ok=True)  # DVC expects it even if no method is trained
         prune(DATA / "train" / name, trained(params))
-        return {method: learn(name, method) for method in trained(params)}
+        return {method: fit(name, method) for method in trained(params)}
 
     prune(DATA / "train", params.datasets)
     return each(unit(dataset), params.datasets)
 
 
 def follow() -> None:
-    """Takes part in every step, in a process that `accelerate launch` has started beside the one that is the stage."""
+    """Take part in every training step, in a process of `accelerate launch` that is not the first, the stage itself."""
     from dsd.engine.session import Folders, Session
     from dsd.training.loop import train
 

@@ -1,1 +1,1 @@
-"""Every new checkpoint evaluated by itself."""
+"""Automatic evaluation of new checkpoints."""

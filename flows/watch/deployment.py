@@ -1,4 +1,4 @@
-"""What Prefect runs of the registry: the watch at its times, here or in a work pool, and the gate where one asks."""
+"""The Prefect flows of the watch and of the gate, and the deployment of the watch."""
 
 from __future__ import annotations
 
@@ -14,39 +14,35 @@ from dsd.errors import DsdError
 from flows.watch.tick import tick
 
 NAME = "watch"
-# A tick that comes while another is at work would find nothing to do when that has ended.
+# A run that is due while another one runs is cancelled: it would find nothing new.
 ALONE = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
 
 
 @flow(name=NAME, persist_result=False)
 def watch() -> State:
-    """One tick; its state says what came of it, and fails where a checkpoint or a source did."""
-    told = tick()
-    print("\n".join(told.lines), flush=True)
-    return (Failed if told.failed else Completed)(message="; ".join(told.lines))
+    """Run one tick; the state has the report, and is failed if a checkpoint or a source failed."""
+    report = tick()
+    print("\n".join(report.lines), flush=True)
+    return (Failed if report.failed else Completed)(message="; ".join(report.lines))
 
 
 @flow(name="promote", persist_result=False)
 def promote() -> State:
-    """`dsd promote` as a flow, for a pipeline that ends with it; its state has the verdict and the reason."""
-    from flows.registry.promote import promote as enter  # it loads what draws, which few ticks need
+    """Run `dsd promote` as the last step of a pipeline; the state has the verdict and the reason."""
+    from flows.registry.promote import promote as register_and_judge  # it imports matplotlib, which few ticks need
 
-    version, verdict, _ = enter(load())
+    version, verdict = register_and_judge(load())
     word = "promoted" if verdict.promoted else "not promoted"
     return Completed(message=f"version {version.number}: {word}: {verdict.reason}")
 
 
 def serve(cron: str) -> None:
-    """Ticks in processes that this one starts, until it is ended."""
+    """Run ticks in subprocesses until this process is stopped."""
     watch.serve(name=NAME, cron=cron, global_limit=ALONE, print_starting_message=False)
 
 
 def deploy(cron: str, pool: str) -> str:
-    """Enters the watch of this workspace into a work pool, whose workers tick here; returns the deployment's name.
-
-    Raises:
-        DsdError: there is no such pool.
-    """
+    """Deploy the watch of this workspace to a work pool; return the name of the deployment."""
     here = watch.from_source(source=str(Path().resolve()), entrypoint="flows/watch/deployment.py:watch")
     try:
         here.deploy(
@@ -55,7 +51,7 @@ def deploy(cron: str, pool: str) -> str:
             cron=cron,
             concurrency_limit=ALONE,
             print_next_steps=False,
-            ignore_warnings=True,  # that one might as well serve it
+            ignore_warnings=True,  # it recommends `serve` for local code
         )
     except (ObjectNotFound, ValueError) as error:
         raise DsdError(f"--pool {pool}: {' '.join(str(error).split())[:200]}") from None

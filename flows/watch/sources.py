@@ -1,28 +1,31 @@
-"""What the sources of `watch` have: each checkpoint with its row of `backbones` and the key of its evaluation."""
+"""The checkpoints of `watch.sources`, each with its row of `backbones` and the key of its evaluation."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dsd.config import BackboneParams, FolderSource, HubSource, Params
 from dsd.errors import CheckpointError, DsdError
 from dsd.store import digest, write_atomic
+from flows import absolute
 from flows.registry.registry import Version, evaluation_key
 
 HOME = Path(".watch")
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")  # files that are checkpoints too, but `locate` refuses them
-NO_DIFFUSION = "no diffusion model in the diffusers layout (there is no unet/)"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")  # checkpoint files that `locate` refuses
+NO_DIFFUSION = "no diffusion model in the diffusers layout (no unet/)"
+Key = Callable[[str], str]  # the evaluation key of a checkpoint's digest
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that a source has, and why it cannot be opened ("" if it may be).
+    """A checkpoint of a source; `problem` is why it cannot be opened, or "".
 
-    The key is that of its evaluation; of one that cannot be opened it is made of its files' names, sizes and times.
+    key: of its evaluation; of a checkpoint that cannot be opened, its `signature`.
     """
 
     name: str
@@ -31,146 +34,111 @@ class Checkpoint:
     problem: str = ""
 
 
-def checkpoints(params: Params, versions: Sequence[Version], unseen: dict[str, str]) -> list[Checkpoint]:
-    """Those of all sources, each key once; a source that cannot be looked at gets a line in `unseen`."""
-    found: dict[str, Checkpoint] = {}
+def checkpoints(params: Params, versions: Sequence[Version], errors: dict[str, str]) -> list[Checkpoint]:
+    """The checkpoints of all sources, one per key; `errors` gets a line for each source that cannot be read."""
+    tested, key = params.backbones[params.backbone], partial(evaluation_key, params)
+    by_key: dict[str, Checkpoint] = {}
     for name, source in params.watch.sources.items():
         try:
-            if isinstance(source, FolderSource):
-                there: Iterable[Checkpoint] = _in_folder(params, source)
-            elif isinstance(source, HubSource):
-                there = [_on_hub(params, source)]
+            listed: Iterable[Checkpoint]
+            if source.kind == "folder":
+                listed = _in_folder(source, tested, key)
+            elif source.kind == "hub":
+                listed = [_on_hub(source, tested, key)]
             else:
-                there = _registered(params, versions)
-            for checkpoint in there:
-                found.setdefault(checkpoint.key, checkpoint)
+                listed = _registered(versions, tested, key)
+            for checkpoint in listed:
+                by_key.setdefault(checkpoint.key, checkpoint)
         except DsdError as error:
-            unseen[name] = str(error)
-    return list(found.values())
+            errors[name] = str(error)
+    return list(by_key.values())
 
 
-def _in_folder(params: Params, source: FolderSource) -> Iterator[Checkpoint]:
-    """Every checkpoint of a folder, which need not be there.
-
-    Raises:
-        CheckpointError: when all others are told, that the hub does not give the config of a file.
-    """
-    known, missing = _Digests(HOME / f"{digest(source)}.json"), None
+def _in_folder(source: FolderSource, tested: BackboneParams, key: Key) -> Iterator[Checkpoint]:
+    """The checkpoints of a folder, which may not exist; at the end raise the error of a config on the hub."""
+    file, missing = HOME / f"{digest(source)}.json", None
+    # A cache by `signature`: reading all files of all checkpoints at each tick would be slow.
+    stored: dict[str, list[str]] = json.loads(file.read_text()) if file.exists() else {}
+    used: dict[str, list[str]] = {}
     for path in sorted(Path(source.path).resolve().glob("[!.]*")):
-        row = _row(params, source=str(path), family="stable-diffusion")
+        row = _row(tested, source=str(path), family="stable-diffusion")
         if path.suffix in (".safetensors", *PICKLES):
-            row = row.model_copy(update={"config": local(source.config), "revision": source.revision})
+            config = source.config and absolute(source.config)
+            row = row.model_copy(update={"config": config, "revision": source.revision})
         elif not (path / "unet").is_dir():
             continue
+        signed = signature(row)
         try:
-            found = known.look_up(row)
+            family, identity, problem = used[signed] = stored.get(signed) or _identify(row)
         except CheckpointError as error:
             missing = error
             continue
-        if found.problem:
-            yield Checkpoint(path.name, row, signature(row), found.problem)
+        if problem:
+            yield Checkpoint(path.name, row, signed, problem)
         else:
-            row = row.model_copy(update={"family": found.family, "digest": found.digest})
-            yield Checkpoint(path.name, row, evaluation_key(params, found.digest))
-    known.save()
+            row = row.model_copy(update={"family": family, "digest": identity})
+            yield Checkpoint(path.name, row, key(identity))
+    if used != stored:
+        write_atomic(file, json.dumps(used, indent=1).encode())
     if missing is not None:
         raise missing
 
 
-def _on_hub(params: Params, source: HubSource) -> Checkpoint:
-    """The checkpoint of a repository at the commit that its branch is at now.
+def _identify(row: BackboneParams) -> list[str]:
+    """The family and the digest of a checkpoint, and why it cannot be opened ("" if it can).
 
-    Raises:
-        CheckpointError: the repository cannot be had, or has no diffusion model in the diffusers layout.
+    Raise CheckpointError if the hub does not return its config, since that may be a network error.
     """
+    from dsd.models.checkpoint import family_of, locate  # it imports torch
+
+    try:
+        folder, identity = locate(row)
+    except CheckpointError as error:
+        remote = row.config is not None and not Path(row.config).is_dir()
+        if remote and Path(row.source).suffix not in PICKLES:
+            raise
+        return ["", "", str(error)]
+    family = str(family_of(folder))
+    known = family in ("stable-diffusion", "stable-diffusion-xl")
+    return [family, identity, "" if known else f"{folder}: {NO_DIFFUSION}"]
+
+
+def _on_hub(source: HubSource, tested: BackboneParams, key: Key) -> Checkpoint:
+    """The checkpoint of a repository at the current commit of its branch."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError
 
     place = f"{source.source}@{source.revision}"
     try:
-        told = HfApi().model_info(source.source, revision=source.revision)
+        info = HfApi().model_info(source.source, revision=source.revision)
     except (HFValidationError, HTTPError, OSError) as error:
-        raise CheckpointError(f"{place}: the hub does not give it ({' '.join(str(error).split())[:160]})") from None
-    parts = {file.rfilename.partition("/")[0] for file in told.siblings or []}
+        raise CheckpointError(f"{place}: not available on the hub ({' '.join(str(error).split())[:160]})") from None
+    parts = {file.rfilename.partition("/")[0] for file in info.siblings or []}
     if "unet" not in parts:
         raise CheckpointError(f"{place}: {NO_DIFFUSION}")
     family = "stable-diffusion-xl" if "text_encoder_2" in parts else "stable-diffusion"
-    identity = f"{source.source}@{told.sha}"  # what `locate` says of it
-    row = _row(params, source=source.source, revision=told.sha, family=family, digest=identity)
-    return Checkpoint(source.source.rpartition("/")[2], row, evaluation_key(params, identity))
+    identity = f"{source.source}@{info.sha}"  # the digest that `locate` returns for it
+    row = _row(tested, source=source.source, revision=info.sha, family=family, digest=identity)
+    return Checkpoint(source.source.rpartition("/")[2], row, key(identity))
 
 
-def _registered(params: Params, versions: Sequence[Version]) -> Iterator[Checkpoint]:
-    """Every checkpoint that was measured, as its newest version has it."""
+def _registered(versions: Sequence[Version], tested: BackboneParams, key: Key) -> Iterator[Checkpoint]:
+    """Every registered checkpoint, in its newest version."""
     for version in {version.digest: version for version in reversed(versions)}.values():
-        own = {"dtype": params.backbones[params.backbone].dtype}
-        row = version.row.model_copy(
-            update={**own, **{key: local(getattr(version.row, key)) for key in ("config", "lora")}}
-        )
-        yield Checkpoint(version.name, row, evaluation_key(params, version.digest))
+        paths = {name: path and absolute(path) for name in ("config", "lora") for path in [getattr(version.row, name)]}
+        row = version.row.model_copy(update={"dtype": tested.dtype, **paths})
+        yield Checkpoint(version.name, row, key(version.digest))
 
 
-def _row(params: Params, **own: Any) -> BackboneParams:
-    """The row of a new checkpoint: what describes it is its own, the arithmetic that of `backbone`."""
+def _row(tested: BackboneParams, **own: Any) -> BackboneParams:
+    """The row of a new checkpoint, with the dtype of the backbone under test."""
     described = dict.fromkeys(("revision", "config", "prediction", "lora", "digest"))
-    return params.backbones[params.backbone].model_copy(update={**described, **own})
-
-
-def local(path: str | None) -> str | None:
-    """A path of this workspace as one that holds everywhere; what is none stays as it is."""
-    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+    return tested.model_copy(update={**described, **own})
 
 
 def signature(row: BackboneParams) -> str:
-    """A digest of the row, and of the names, sizes and times of its files."""
+    """A digest of the row, and of the names, sizes and modification times of its files."""
     files: list[Path] = []
     for place in {Path(row.source), Path(row.config or row.source)}:
         files += (file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
     return digest(row, [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files) if f.exists()])
-
-
-class _Found(NamedTuple):
-    """What a checkpoint is, or why it is none."""
-
-    family: str
-    digest: str
-    problem: str
-
-
-class _Digests:
-    """What was found by `signature`: to read all files of all checkpoints at each tick takes long."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._known: dict[str, list[str]] = json.loads(file.read_text()) if file.exists() else {}
-        self._seen: dict[str, list[str]] = {}
-
-    def look_up(self, row: BackboneParams) -> _Found:
-        """What is at a row's source.
-
-        Raises:
-            CheckpointError: the hub does not give its config, which may be the network's fault.
-        """
-        key = signature(row)
-        self._seen[key] = self._known.get(key) or list(self._read(row))
-        return _Found(*self._seen[key])
-
-    @staticmethod
-    def _read(row: BackboneParams) -> _Found:
-        from dsd.models.checkpoint import family_of, locate  # it loads torch
-
-        try:
-            folder, identity = locate(row)
-        except CheckpointError as error:
-            remote = row.config is not None and not Path(row.config).is_dir()
-            if remote and Path(row.source).suffix not in PICKLES:
-                raise
-            return _Found("", "", str(error))
-        family = str(family_of(folder))
-        known = family in ("stable-diffusion", "stable-diffusion-xl")
-        return _Found(family, identity, "" if known else f"{folder}: {NO_DIFFUSION}")
-
-    def save(self) -> None:
-        """Keeps what was asked for, and no more."""
-        if self._seen != self._known:
-            write_atomic(self._file, json.dumps(self._seen, indent=1).encode())

@@ -1,6 +1,6 @@
-"""What `dsd watch` does at a tick: every checkpoint that was not yet evaluated with these params is, by the whole DAG.
+"""A tick of `dsd watch`: run the whole DAG for every checkpoint that was not yet evaluated with these params.
 
-All state is in the tracking store: what was evaluated is a version of the registry by its key, and what failed is a
+All state is in the tracking store. An evaluated checkpoint is a version of the registry with its key; a failed one is a
 run of the kind `attempt`.
 """
 
@@ -9,31 +9,23 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dsd.config import load
 from dsd.errors import CheckpointError, DsdError
+from flows.registry.attempts import Attempts
 from flows.registry.registry import CHAMPION, KEPT_OUT, NOT_COMPARED, PROMOTED, Registry, evaluation_key
 from flows.stores import artifacts
-from flows.tracking import Runs
 from flows.watch.clone import ERRORS, clone, reproduce
 from flows.watch.sources import HOME, Checkpoint, checkpoints
 
-if TYPE_CHECKING:
-    from mlflow.entities import Run
-
-ATTEMPT = "attempt"
-KILLED = "killed in mid-run"
-
 
 @dataclass
-class Told:
-    """What came of a tick, in lines, and how many checkpoints and sources failed."""
+class TickReport:
+    """The result of a tick in lines, and the number of checkpoints and sources that failed."""
 
     lines: list[str] = field(default_factory=list)
     failed: int = 0
@@ -43,21 +35,22 @@ class Told:
         self.failed += 1
 
 
-def tick() -> Told:
-    """Evaluates what is new, enters it and lets it challenge the champion; nothing while another tick is at work.
+def tick() -> TickReport:
+    """Evaluate and register new checkpoints, and compare them with the champion; do nothing while another tick runs.
 
     Raises:
-        DsdError: params.yaml is not what it should be, or no clone of the workspace can be made.
+        DsdError: params.yaml is invalid, or the workspace cannot be cloned.
     """
-    with alone(artifacts() / ".watch") as lock:
-        return Told(["another tick is at work"]) if lock is None else _Tick(lock).run()
+    with tick_lock(artifacts() / ".watch") as lock:
+        return TickReport(["another tick is running"]) if lock is None else _Tick(lock).run()
 
 
 @contextmanager
-def alone(file: Path) -> Iterator[int | None]:
-    """The lock of a file, or None while another process has it; a child that inherits the descriptor has it too.
+def tick_lock(file: Path) -> Iterator[int | None]:
+    """The descriptor of a file with a lock on it, or None while another process holds the lock.
 
-    So a run that outlives its killed tick by some seconds keeps the next tick out of its clone.
+    A child process that inherits the descriptor holds the lock too: a run that outlives its killed tick by some seconds
+    keeps the next tick out of its clone.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
@@ -72,67 +65,24 @@ def alone(file: Path) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-class Attempts:
-    """The attempts at checkpoints, which are runs of the tracking store.
-
-    One that failed counts, one that was stopped does not. One of this workspace that still runs when no tick does was
-    killed, and counts: it may be its checkpoint that takes the machine down each time.
-    """
-
-    def __init__(self, runs: Runs) -> None:
-        self._runs = runs
-        self._where = f"{socket.gethostname()}:{Path().resolve()}"
-        self._every = runs.every(ATTEMPT)
-
-    def settle(self) -> None:
-        """Ends the attempts of killed ticks; only while no other tick is at work."""
-        left = [
-            run for run in self._every if run.info.status == "RUNNING" and run.data.tags["dsd.where"] == self._where
-        ]
-        for run in left:
-            self.fail(run.info.run_id, KILLED)
-        if left:
-            self._every = self._runs.every(ATTEMPT)
-
-    def failed(self) -> dict[str, list[Run]]:
-        """By key the attempts that failed, the newest first."""
-        found: dict[str, list[Run]] = {}
-        for run in self._every:
-            if run.info.status == "FAILED":
-                found.setdefault(run.data.tags["dsd.key"], []).append(run)
-        return found
-
-    def start(self, checkpoint: Checkpoint) -> str:
-        number = len(self.failed().get(checkpoint.key, ())) + 1
-        row = checkpoint.row
-        tags = {"source": row.source, "revision": row.revision or "", "digest": row.digest or "", "where": self._where}
-        named = {f"dsd.{name}": value for name, value in tags.items()}
-        return self._runs.start(f"{checkpoint.name}: attempt {number}", ATTEMPT, checkpoint.key, named)
-
-    def fail(self, run: str, reason: str) -> None:
-        self._runs.client.set_tag(run, "dsd.reason", reason)
-        self._runs.client.set_terminated(run, "FAILED")
-
-
 class _Tick:
     def __init__(self, lock: int) -> None:
         self._lock = lock
-        self._params, self._registry, self._told = load(), Registry(), Told()
+        self._params, self._registry, self._report = load(), Registry(), TickReport()
         self._attempts = Attempts(self._registry.runs)
 
-    def run(self) -> Told:
+    def run(self) -> TickReport:
         self._attempts.settle()
         new = self._new()
-        self._clear(new)
-        changed = self._judge()
+        self._remove_other_clones(new)
+        if self._judge():
+            self._write_page()
         for checkpoint in new:
             self._evaluate(checkpoint)
             self._judge()
-            self._draw()
-        if changed and not new:
-            self._draw()
-        self._told.lines = self._told.lines or ["nothing new"]
-        return self._told
+            self._write_page()
+        self._report.lines = self._report.lines or ["nothing new"]
+        return self._report
 
     def _new(self) -> list[Checkpoint]:
         """What is neither evaluated nor given up."""
@@ -142,49 +92,47 @@ class _Tick:
         unseen: dict[str, str] = {}
         found = checkpoints(self._params, versions, unseen)
         for name, reason in unseen.items():
-            self._told.fail(f"watch.sources.{name}: not looked at: {reason}")
+            self._report.fail(f"watch.sources.{name}: not looked at: {reason}")
         first = self._champion()
         return sorted((c for c in found if c.key not in known), key=lambda c: c.row.digest != first)
 
     def _champion(self) -> str | None:
-        """Its digest: it always comes first, since the others are compared with it."""
+        """The champion's digest: it is evaluated first, since the others are compared with it."""
         champion = self._registry.alias(CHAMPION)
         return None if champion is None else champion.digest
 
-    def _clear(self, new: list[Checkpoint]) -> None:
-        """Removes the clones that nothing goes on with."""
+    def _remove_other_clones(self, new: list[Checkpoint]) -> None:
+        """Remove the clones that no attempt will resume."""
         keep = {checkpoint.key for checkpoint in new}
         for path in HOME.glob("*/"):
             if path.name not in keep:
                 shutil.rmtree(path)
 
     def _evaluate(self, checkpoint: Checkpoint) -> None:
-        """One attempt; what fails is recorded with its reason, and its clone is kept for the next.
+        """Run one attempt; a failure is recorded with its reason, and its clone is kept for the next attempt.
 
         Raises:
-            DsdError: no clone of the workspace can be made.
+            DsdError: the workspace cannot be cloned.
         """
         target = HOME / checkpoint.key
         if not checkpoint.problem:
             clone(target, f"{checkpoint.name}-{checkpoint.key[:8]}", checkpoint.row)
-        client, attempt = self._registry.client, self._attempts.start(checkpoint)
+        attempt = self._attempts.start(checkpoint.name, checkpoint.key, checkpoint.row)
         try:
             if checkpoint.problem:
                 raise CheckpointError(checkpoint.problem)
             reproduce(target, self._lock)
             version = self._registry.register(load(target / "params.yaml"), target)
         except DsdError as error:
-            self._told.fail(f"{checkpoint.name}: failed: {error}")
-            self._attempts.fail(attempt, str(error))
-            if (target / ERRORS).exists():
-                client.log_artifact(attempt, str(target / ERRORS))
+            self._report.fail(f"{checkpoint.name}: failed: {error}")
+            self._attempts.fail(attempt, str(error), target / ERRORS)
         except BaseException:
-            client.set_terminated(attempt, "KILLED")
+            self._attempts.end(attempt, "KILLED")
             raise
         else:
-            client.set_terminated(attempt)
+            self._attempts.end(attempt, "FINISHED")
             shutil.rmtree(target)
-            self._told.lines.append(f"{checkpoint.name}: evaluated, version {version.number}")
+            self._report.lines.append(f"{checkpoint.name}: evaluated, version {version.number}")
 
     def _judge(self) -> bool:
         """Lets each version that has no verdict yet challenge the champion; says whether the registry has changed."""
@@ -198,11 +146,12 @@ class _Tick:
             except DsdError as error:
                 word, reason = NOT_COMPARED, str(error)
             if (word, reason) != (version.verdict, version.reason):
-                self._told.lines.append(f"{version.name}: version {version.number} {word}: {reason}")
+                self._report.lines.append(f"{version.name}: version {version.number} {word}: {reason}")
                 changed = True
         return changed
 
-    def _draw(self) -> None:
-        from flows.registry.leaderboard import draw  # it loads what draws
+    def _write_page(self) -> None:
+        from dsd.report.leaderboard import write  # it imports matplotlib
+        from flows.registry.leaderboard import PAGE, board
 
-        draw(self._params, self._registry)
+        write(board(self._params, self._registry), PAGE)
