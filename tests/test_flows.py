@@ -35,15 +35,16 @@ from flows import reproduce
 from flows.stages import common as stages
 from flows.stages.common import declared, each, main, params, prune, stage, unit
 from flows.stages.download import is_transient
+from tests.conftest import read_settings, write_settings
 
 
 @pytest.fixture
 def one_dataset(workspace: Path) -> Path:
     """The workspace with a single dataset, and two stages of its own beside those of the project."""
-    settings = yaml.safe_load(Path("params.yaml").read_text())
+    settings = read_settings()
     settings["datasets"] = {"scenes-com": settings["datasets"]["scenes-com"]}
     settings["studies"], settings["races"]["datasets"] = {}, {}
-    Path("params.yaml").write_text(yaml.safe_dump(settings))
+    write_settings(settings)
     pipeline = yaml.safe_load(Path("dvc.yaml").read_text())
     pipeline["stages"] |= {"work": {"params": ["seed", "datasets"]}, "fail": {"params": ["seed"]}}
     Path("dvc.yaml").write_text(yaml.safe_dump(pipeline))
@@ -287,8 +288,8 @@ def test_only_a_reproduction_from_nothing_is_recorded_as_whole(small_dag: list[A
     record = Path("data/reproduction.json")
     assert set(json.loads(record.read_text())) == {"seconds", "orchestration"}
     record.unlink()
-    settings = yaml.safe_load(Path("params.yaml").read_text())
-    Path("params.yaml").write_text(yaml.safe_dump({**settings, "seed": 1}))
+    settings = read_settings()
+    write_settings({**settings, "seed": 1})
     assert reproduce.reproduce().startswith("orchestration: ")  # it went on with what it had kept
     assert not record.exists()
 

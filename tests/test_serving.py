@@ -43,6 +43,7 @@ from flows.serving.schema import parse_json
 from flows.serving.server import application, serve
 from flows.serving.service import Refused, save
 from flows.serving.settings import Settings
+from tests.conftest import read_settings, write_settings
 from tests.tiny import small
 
 ROOT = Path(__file__).parent.parent
@@ -393,9 +394,9 @@ def test_a_version_that_is_not_there_is_one_line(registered: Path) -> None:
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content = read_settings(ROOT)
     content["serving"] |= changes
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+    write_settings(content, tmp_path)
     with pytest.raises(ParamsError) as told:
         load(tmp_path / "params.yaml")
     assert said in str(told.value)

@@ -35,7 +35,7 @@ from flows.stores import DATABASE, MLFLOW
 from flows.watch import tick as watching
 from flows.watch.clone import clone, last_line
 from flows.watch.tick import tick, tick_lock
-from tests.conftest import ROOT
+from tests.conftest import ROOT, read_settings, write_settings
 from tests.hubserver import COMMIT, Hub, connected, files_of
 
 REF = "scenes-ref"
@@ -52,9 +52,9 @@ class Dag:
 
     def clone(self, target: Path, name: str, row: BackboneParams) -> Path:
         target.mkdir(parents=True, exist_ok=True)
-        settings = yaml.safe_load(Path("params.yaml").read_text())
+        settings = read_settings()
         settings["backbones"][name] = row.model_dump(mode="json")
-        (target / "params.yaml").write_text(yaml.safe_dump({**settings, "backbone": name}))
+        write_settings({**settings, "backbone": name}, target)
         (target / "dvc.lock").write_text("schema: '2.0'\n")
         return target
 
@@ -90,13 +90,13 @@ def questions(folder: Path, seed: int) -> None:
 def watched(workspace: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A workspace with one dataset and nothing in its sources; its folder of checkpoints."""
     shutil.copy(database, workspace)
-    settings = yaml.safe_load(Path("params.yaml").read_text())
+    settings = read_settings()
     settings["datasets"] = {REF: settings["datasets"][REF]}
     settings["gate"]["datasets"] = {REF: settings["gate"]["datasets"][REF]}
     settings["evaluate"]["resamples"] = 100
     settings |= {"studies": {}}
     settings["races"]["datasets"] = {}
-    write(settings)
+    write_settings(settings)
     return workspace / "checkpoints"
 
 
@@ -108,16 +108,12 @@ def dag(monkeypatch: pytest.MonkeyPatch) -> Dag:
     return found
 
 
-def write(settings: dict[str, Any]) -> None:
-    Path("params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-
-
 def change(**changes: Any) -> None:
-    write({**yaml.safe_load(Path("params.yaml").read_text()), **changes})
+    write_settings({**read_settings(), **changes})
 
 
 def watch_settings(**changes: Any) -> None:
-    found = yaml.safe_load(Path("params.yaml").read_text())["watch"]
+    found = read_settings()["watch"]
     change(watch={**found, **changes})
 
 
@@ -175,7 +171,7 @@ def test_other_files_and_other_params_are_another_evaluation(watched: Path, dag:
     tick()
     assert dag.ran == ["a", "a"]
     watch_settings(cron="0 4 * * *", sources={"checkpoints": watch_sources()["checkpoints"]})
-    change(runtime={**yaml.safe_load(Path("params.yaml").read_text())["runtime"], "batch_size": 1})
+    change(runtime={**read_settings()["runtime"], "batch_size": 1})
     assert tick().lines == ["nothing new"]
     change(seed=1)
     tick()
@@ -183,7 +179,7 @@ def test_other_files_and_other_params_are_another_evaluation(watched: Path, dag:
 
 
 def watch_sources() -> dict[str, Any]:
-    return dict(yaml.safe_load(Path("params.yaml").read_text())["watch"]["sources"])
+    return dict(read_settings()["watch"]["sources"])
 
 
 def test_after_a_change_of_params_the_champion_is_first_and_then_all_others(watched: Path, dag: Dag) -> None:
@@ -612,9 +608,9 @@ def project(workspace: Path) -> Path:
     git("commit", "-qm", "start")
     dvc("repro", "-q")
     (workspace / "own").mkdir()
-    settings = yaml.safe_load(Path("params.yaml").read_text())
+    settings = read_settings()
     settings["datasets"]["mine"] = {"source": "own"}
-    write(settings)
+    write_settings(settings)
     return workspace
 
 
@@ -631,9 +627,9 @@ def row(name: str) -> BackboneParams:
 def test_a_clone_has_the_commit_the_params_and_the_data(project: Path) -> None:
     before = git("status", "--porcelain")
     target = clone(Path(".watch/key"), "new", row("/checkpoints/new"))
-    settings = yaml.safe_load((target / "params.yaml").read_text())
+    settings = read_settings(target)
     assert settings["backbone"] == "new" and settings["backbones"]["new"]["digest"] == "d"
-    own = yaml.safe_load(Path("params.yaml").read_text())
+    own = read_settings()
     assert {**settings, "backbones": own["backbones"], "backbone": own["backbone"]} == own
     assert (target / "data/step/done").exists() and (target / "own").resolve() == project / "own"
     assert subprocess.run(["git", "rev-parse", "HEAD"], cwd=target, capture_output=True, text=True).stdout == git(
@@ -651,7 +647,7 @@ def test_a_clone_that_is_whole_is_gone_on_with_on_the_commit_of_now(project: Pat
     git("commit", "-qm", "mended")
     clone(Path(".watch/key"), "new", row("/checkpoints/new"))
     assert (target / "mended.py").exists() and (target / "data" / "partial").exists()
-    assert yaml.safe_load((target / "params.yaml").read_text())["backbone"] == "new"
+    assert read_settings(target)["backbone"] == "new"
     (target / ".git" / "ready").unlink()  # killed while it was made
     clone(Path(".watch/key"), "new", row("/checkpoints/new"))
     assert not (target / "data" / "partial").exists() and (target / "data/step/done").exists()

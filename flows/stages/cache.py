@@ -17,7 +17,8 @@ def cache(params: Params) -> dict[str, Details]:
             return Session(name, params, Folders.of(DATA, name))
 
         if params.runtime.executor == "ray":
-            executors.compute(cache.missing(session()), lambda: cache.Worker(session()), params.runtime, f"encode {name}")
+            missing = cache.missing(session())
+            executors.compute(missing, lambda: cache.Worker(session()), params.runtime, f"encode {name}")
         return {**cache.encode(session())}
 
     prune(DATA / "cache", params.datasets)

@@ -24,7 +24,8 @@ def score(params: Params) -> dict[str, Details]:
                 own = Session(name, params, Folders.of(DATA, name), cores=cores)
                 return score.Worker(own, target, split="test")
 
-            computed = executors.compute(score.missing(session, target, split="test"), worker, params.runtime, f"score {name}")
+            missing = score.missing(session, target, split="test")
+            computed = executors.compute(missing, worker, params.runtime, f"score {name}")
         counts = score.score(session, target, split="test")
         counts["computed"] += computed
         # Not on Ray: what a race requests next depends on earlier values, and all races fill the same batches.
