@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -78,6 +78,11 @@ class _Dataset(_Params):
     validation: Share
     draws_per_level: Positive | None = Field(default=None)
 
+    if TYPE_CHECKING:  # a field of each kind
+
+        @property
+        def kind(self) -> str: ...
+
 
 class DrawnDataset(_Dataset):
     """A benchmark of drawn scenes, of which there are `size`: `few_shot` and `validation` are shares of these.
@@ -93,7 +98,7 @@ class DrawnDataset(_Dataset):
     template: Template | None = Field(default=None)
 
 
-class _Published(_Dataset):
+class PublishedDataset(_Dataset):
     """A benchmark as its publisher gives it: `few_shot` and `validation` are shares of its training examples.
 
     test: how many examples of its test split are taken, at random by `seed`; null is all of them.
@@ -114,7 +119,7 @@ class FilesParams(_Params):
     test: str
 
 
-class _Repository(_Published):
+class RepositoryDataset(PublishedDataset):
     """A dataset on the hub, `source` at `revision` (a commit); or a folder with the same files, and revision null."""
 
     source: str
@@ -122,24 +127,24 @@ class _Repository(_Published):
     files: FilesParams
 
 
-class ClassifiedDataset(_Repository):
+class ClassifiedDataset(RepositoryDataset):
     """Pictures of classes; the texts are their names in the template."""
 
     kind: Literal["cifar10", "stl10", "fgvc-aircraft"]
     template: Template
 
 
-class RefcocogDataset(_Repository):
+class RefcocogDataset(RepositoryDataset):
     kind: Literal["refcocog"]
     candidates: Annotated[int, Field(ge=2)]  # expressions to choose from
 
 
-class Vqav2Dataset(_Repository):
+class Vqav2Dataset(RepositoryDataset):
     kind: Literal["vqav2"]
     answers: Annotated[int, Field(ge=2)]  # the most frequent ones of the training files are the candidates
 
 
-class WinogroundDataset(_Repository):
+class WinogroundDataset(RepositoryDataset):
     kind: Literal["winoground"]
 
 
@@ -159,7 +164,7 @@ class VisualGenomeParams(_Params):
     relationship_aliases: UrlParams
 
 
-class ComvgDataset(_Published):
+class ComvgDataset(PublishedDataset):
     """The public list of ComVG for testing. Where `annotations` are given, `size` examples of our own mutation of
     Visual Genome, on other pictures, are what `few_shot` and `validation` are shares of.
 
@@ -173,7 +178,7 @@ class ComvgDataset(_Published):
     size: Positive | None
 
 
-class VisualGenomeDataset(_Published):
+class VisualGenomeDataset(PublishedDataset):
     """`size` examples of our own mutation of Visual Genome, in the splits that `few_shot`, `validation` and `test`
     ask for; the addresses of pictures are those of its image data."""
 
@@ -183,7 +188,7 @@ class VisualGenomeDataset(_Published):
     test: Positive
 
 
-class FolderDataset(_Published):
+class FolderDataset(PublishedDataset):
     """The user's own pictures: `table` is a CSV in the folder `source`; see `dsd.datasets.folder`."""
 
     kind: Literal["folder"]
