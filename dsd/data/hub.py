@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
@@ -28,35 +28,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import filter_repo_objects
 
+from dsd.config import RepositoryDataset
 from dsd.errors import DataError, DsdError, ParamsError
 from dsd.store import file_digest
 
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 SHOWN = 5  # files that an error lists
-
-
-class FilePatterns(Protocol):
-    @property
-    def train(self) -> str | None: ...
-
-    @property
-    def test(self) -> str: ...
-
-
-class RepositoryRow(Protocol):
-    """A row of `datasets` whose `source` is a Hub repository at `revision`, or a local folder with the same files."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def source(self) -> str: ...
-
-    @property
-    def revision(self) -> str | None: ...
-
-    @property
-    def files(self) -> FilePatterns: ...
 
 
 class Location(NamedTuple):
@@ -89,7 +66,7 @@ class Repository:
         return (*(self.train or ()), *self.test)
 
 
-def fetch_repository(name: str, row: RepositoryRow, *, workers: int, extra: Sequence[str] = ()) -> Repository:
+def fetch_repository(name: str, row: RepositoryDataset, *, workers: int, extra: Sequence[str] = ()) -> Repository:
     """Fetch the files that match `row.files`, and the `extra` ones, unless they are in the cache.
 
     Raises:
@@ -125,7 +102,7 @@ def fetch_repository(name: str, row: RepositoryRow, *, workers: int, extra: Sequ
     return repository
 
 
-def repository_size(name: str, row: RepositoryRow, *, extra: Sequence[str] = ()) -> int:
+def repository_size(name: str, row: RepositoryDataset, *, extra: Sequence[str] = ()) -> int:
     """Return the bytes that `fetch_repository` downloads into an empty cache. Raises what it raises."""
     if _is_local(name, row):
         return 0
@@ -137,7 +114,7 @@ def repository_size(name: str, row: RepositoryRow, *, extra: Sequence[str] = ())
     return sum(sizes[file] for file in filter_repo_objects(sizes, allow_patterns=[*_patterns(row).values(), *extra]))
 
 
-def latest_commit(name: str, row: RepositoryRow) -> str | None:
+def latest_commit(name: str, row: RepositoryDataset) -> str | None:
     """Return the current commit of the repository, None for a local folder.
 
     Raises:
@@ -149,12 +126,12 @@ def latest_commit(name: str, row: RepositoryRow) -> str | None:
         return str(HfApi().dataset_info(row.source).sha)
 
 
-def _patterns(row: RepositoryRow) -> dict[str, str]:
+def _patterns(row: RepositoryDataset) -> dict[str, str]:
     patterns = {"train": row.files.train, "test": row.files.test}
     return {key: pattern for key, pattern in patterns.items() if pattern is not None}
 
 
-def _is_local(name: str, row: RepositoryRow) -> bool:
+def _is_local(name: str, row: RepositoryDataset) -> bool:
     folder, key = Path(row.source).is_dir(), f"datasets.{name}.revision"
     if row.revision is None and not folder:
         raise ParamsError(f"{key}: null, and {row.source} is not a local folder; pin it to a commit of the repository")
@@ -165,7 +142,7 @@ def _is_local(name: str, row: RepositoryRow) -> bool:
     return folder
 
 
-def _check(file: Path, row: RepositoryRow) -> None:
+def _check(file: Path, row: RepositoryDataset) -> None:
     """Compare a large file with its SHA-256, which is its name in the cache; the client checks only the size."""
     if not file.is_symlink():
         return
@@ -176,7 +153,7 @@ def _check(file: Path, row: RepositoryRow) -> None:
         raise DataError(f"{file}: its SHA-256 differs from that in {row.source}; removed, run again to fetch it")
 
 
-def _dataset_errors(name: str, row: RepositoryRow) -> AbstractContextManager[None]:
+def _dataset_errors(name: str, row: RepositoryDataset) -> AbstractContextManager[None]:
     return hub_errors(row.source, row.revision, error=DataError, row=f"datasets.{name}", prefix="datasets/")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from dsd.data.hub import RepositoryRow
+from dsd.config import RepositoryDataset
 from dsd.datasets.annotations import RawExample, read_annotations
 
 Row = TypeVar("Row", contravariant=True)  # the type of a row of `datasets` of this kind
@@ -49,7 +49,7 @@ class Benchmark(Generic[Row]):
     licence: str
     expected: Callable[[Row], Expected]
     remote: Callable[[str, Row], int]
-    repository: Callable[[Row], RepositoryRow | None] = lambda row: None
+    repository: Callable[[Row], RepositoryDataset | None] = lambda row: None
     seeded: bool = True
 
     def examples(self, folder: Path, *, seed: int) -> Iterator[RawExample]:

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 from PIL import Image
 
+from dsd.config import PublishedDataset
 from dsd.data.downloads import fetch_all
 from dsd.data.images import FORMATS
 from dsd.data.splits import Split, split_groups
@@ -25,25 +26,6 @@ log = logging.getLogger(__name__)
 
 Content = bytes | ImageError  # an image file, or the reason why it is missing
 SHOWN = 3  # missing images that a message lists
-
-
-class PublishedRow(Protocol):
-    """The split settings of a row of `datasets`."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def few_shot(self) -> float: ...
-
-    @property
-    def validation(self) -> float: ...
-
-    @property
-    def sample(self) -> int: ...
-
-    @property
-    def test(self) -> int | None: ...
 
 
 class Item(Protocol):
@@ -69,7 +51,7 @@ def without_test_images(name: str, training: Sequence[SomeItem], testing: Sequen
 
 
 def assign_splits(
-    name: str, row: PublishedRow, training: Sequence[Item] | None, testing: Sequence[Item], *, seed: int
+    name: str, row: PublishedDataset, training: Sequence[Item] | None, testing: Sequence[Item], *, seed: int
 ) -> dict[str, Split]:
     """Return the split of each selected item by id; see `dsd.data.splits.split_groups`.
 

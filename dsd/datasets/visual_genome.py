@@ -30,11 +30,11 @@ from itertools import chain, count, islice
 from pathlib import Path
 from random import Random
 
-from dsd.config import VisualGenomeDataset
+from dsd.config import PublishedDataset, VisualGenomeDataset
 from dsd.data.splits import Split, split_groups
 from dsd.datasets.annotations import ANNOTATIONS, RawExample
 from dsd.datasets.protocol import Benchmark, Expected
-from dsd.datasets.published import PublishedRow, fetch_images
+from dsd.datasets.published import fetch_images
 from dsd.datasets.raw_files import prune_raw, raw_size
 from dsd.datasets.relations import Genome, Relation, Word, annotation_files, read_genome
 from dsd.errors import DataError, ParamsError
@@ -158,7 +158,7 @@ def _with_article(noun: str) -> str:
 
 
 def mutated_examples(
-    genome: Genome, row: PublishedRow, size: int, test: int, *, seed: int, key: str, without: Set[int] = frozenset()
+    genome: Genome, row: PublishedDataset, size: int, test: int, *, seed: int, key: str, without: Set[int] = frozenset()
 ) -> list[RawExample]:
     """Return the examples of the row's splits, out of `size` mutations.
 

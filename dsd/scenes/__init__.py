@@ -1,1 +1,1 @@
-"""The embedded world: drawn scenes of coloured shapes whose every fact is known exactly."""
+"""The synthetic world: rendered scenes of coloured shapes, in which every relation is known exactly."""

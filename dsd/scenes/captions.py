@@ -1,4 +1,4 @@
-"""What is said of a scene: captions, referring expressions, questions with answers; and the corpus of pretraining."""
+"""Texts about scenes: captions, referring expressions, questions with answers; and the scenes of pretraining."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dsd.scenes.world import (
 
 NUMBERS = ("one", "two", "three", "four")
 
-# {s} and {o} stand for a noun with its article, {p} for the predicate.
+# {s} and {o} are nouns, with an article unless it is in the template; {p} is the predicate.
 TEMPLATES = ("{s} {p} {o}", "{s} is {p} {o}", "a picture of {s} {p} {o}", "there is {s} {p} {o}")
 REFERRING = ("the {s} {p} the {o}", "the {s} that is {p} the {o}")
 CLASS_TEMPLATE = "a photo of {s}"
@@ -38,7 +38,7 @@ class Question(NamedTuple):
 
 
 def answered(question: str, answer: str) -> str:
-    """Question and candidate answer as the one text that is matched with the image."""
+    """Join a question and a candidate answer to the text that is matched with the image."""
     return f"{question} {answer}"
 
 
@@ -58,30 +58,30 @@ def class_text(noun: Noun) -> str:
     return CLASS_TEMPLATE.format(s=a(noun))
 
 
-def _only(scene: Scene, attribute: str) -> list[Noun]:
-    """The nouns whose colour (or shape) no other thing in the scene has: what a question may ask about."""
+def _unique(scene: Scene, attribute: str) -> list[Noun]:
+    """Return the nouns whose colour (or shape) is unique in the scene: a question may ask about them."""
     values = [getattr(thing.noun, attribute) for thing in scene.things]
     return [thing.noun for thing in scene.things if values.count(getattr(thing.noun, attribute)) == 1]
 
 
 def open_question(scene: Scene, rng: Random) -> Question | None:
-    """A question whose answer is a colour, a shape or a number; None where the scene allows none of the kind drawn."""
+    """Sample a question for a colour, a shape or a number; None if the scene allows none of the sampled kind."""
     kind = rng.choice(("colour", "shape", "number"))
     if kind == "number":
         return Question("how many things are there ?", NUMBERS[len(scene.things) - 1], kind)
     if kind == "colour":
-        nouns = _only(scene, "shape")
-        return (
-            Question(f"what colour is the {(noun := rng.choice(nouns)).shape} ?", noun.colour, kind) if nouns else None
-        )
-    nouns = _only(scene, "colour")
-    return (
-        Question(f"what shape is the {(noun := rng.choice(nouns)).colour} thing ?", noun.shape, kind) if nouns else None
-    )
+        if not (nouns := _unique(scene, "shape")):
+            return None
+        noun = rng.choice(nouns)
+        return Question(f"what colour is the {noun.shape} ?", noun.colour, kind)
+    if not (nouns := _unique(scene, "colour")):
+        return None
+    noun = rng.choice(nouns)
+    return Question(f"what shape is the {noun.colour} thing ?", noun.shape, kind)
 
 
 def binary_question(scene: Scene, rng: Random, answer: str) -> Question:
-    """A yes-or-no question with the asked-for answer: a relation, or whether a thing is there."""
+    """Sample a yes-or-no question with the given answer, about a relation or the presence of a thing."""
     true = facts(scene)
     if true and rng.random() < 0.5:
         triplet = rng.choice(true)
@@ -94,7 +94,7 @@ def binary_question(scene: Scene, rng: Random, answer: str) -> Question:
 
 
 def caption(scene: Scene, rng: Random) -> str:
-    """One true text about the scene, in the mixture that the embedded checkpoints are pretrained on."""
+    """Sample a true text about the scene, from the mixture that the embedded checkpoints are pretrained on."""
     if len(scene.things) == 1:
         return class_text(scene.things[0].noun)
     roll, true = rng.random(), facts(scene)
@@ -103,9 +103,8 @@ def caption(scene: Scene, rng: Random) -> str:
     if true and roll < 0.75:
         return referring(rng.choice(true), rng.choice(REFERRING))
     if roll < 0.85:
-        question = (
-            open_question(scene, rng) if rng.random() < 0.6 else binary_question(scene, rng, rng.choice(("yes", "no")))
-        )
+        is_open = rng.random() < 0.6
+        question = open_question(scene, rng) if is_open else binary_question(scene, rng, rng.choice(("yes", "no")))
         if question is not None:
             return question.text
     nouns = [a(thing.noun) for thing in scene.things]
@@ -114,7 +113,7 @@ def caption(scene: Scene, rng: Random) -> str:
 
 
 def pretraining_scene(seed: int, index: int) -> tuple[Scene, Random]:
-    """Scene number `index` of the pretraining world and the generator that goes on to caption it."""
+    """Sample scene number `index` of pretraining; the returned generator is to be used for its captions."""
     name = f"pretrain/{seed}/{index}"
     rng = Random(name)
     if rng.random() < 0.2:
@@ -123,7 +122,7 @@ def pretraining_scene(seed: int, index: int) -> tuple[Scene, Random]:
 
 
 def vocabulary() -> list[str]:
-    """Every word that a text of this world can hold."""
+    """Return all words of the texts of this module."""
     words = {"thing", "things", "yes", "no", "?", *COLOURS, *SHAPES, *NUMBERS}
     for text in (*TEMPLATES, *REFERRING, CLASS_TEMPLATE, "an", "left right of above below inside in front larger than",
                  "how many are there", "what colour is the", "what shape", "and"):  # fmt: skip

@@ -1,6 +1,6 @@
-"""The pictures and texts of pretraining, drawn once and kept as memory-mapped arrays.
+"""Images and captions for pretraining, rendered once and stored as memory-mapped arrays.
 
-Shapes: N pictures, R resolution of the diffusion model, P resolution of CLIP (the parity size), K captions a picture.
+Shapes: N images, R resolution of the diffusion model, P resolution of CLIP (the parity size), K captions per image.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from dsd.scenes.captions import caption, pretraining_scene
 from dsd.scenes.render import render
 from dsd.store import write_atomic
 
-NATIVE = 128  # side of a drawn picture, in pixels: the "photo" that both models see a resized version of
+NATIVE = 128  # side of a rendered image in pixels, before it is resized for either model
 
 
 @dataclass(frozen=True)
 class Corpus:
     """`direct` [N,R,R,3] and `parity` [N,R,R,3] (through P×P) and `small` [N,P,P,3], uint8; `captions` [N][K].
 
-    `things` [N] says how many things a picture shows.
+    `things` [N] is the number of things in each image.
     """
 
     direct: np.ndarray
@@ -36,24 +36,22 @@ class Corpus:
     things: list[int]
 
 
-def _draw(index: int, seed: int, captions: int, parity: int, resolution: int) -> tuple[np.ndarray, ...]:
+def _sample(index: int, seed: int, captions: int, parity: int, resolution: int) -> tuple[np.ndarray, ...]:
     scene, rng = pretraining_scene(seed, index)
-    picture = render(scene, NATIVE)
+    image = render(scene, NATIVE)
     texts = [caption(scene, rng) for _ in range(captions)]
-    images = (
-        resize(picture, parity=None, resolution=resolution),
-        resize(picture, parity=parity, resolution=resolution),
-        resize(picture, parity=None, resolution=parity),
+    views = (
+        resize(image, parity=None, resolution=resolution),
+        resize(image, parity=parity, resolution=resolution),
+        resize(image, parity=None, resolution=parity),
     )
-    return (*(np.asarray(image) for image in images), np.array(json.dumps([texts, len(scene.things)])))
+    return (*(np.asarray(view) for view in views), np.array(json.dumps([texts, len(scene.things)])))
 
 
 def build(root: Path, *, seed: int, size: int, captions: int, parity: int, resolution: int, workers: int) -> Corpus:
-    """Draws the corpus into `root`, or reads it where its marker says that this very corpus is there."""
-    marker, recipe = (
-        root / "corpus.json",
-        dict(seed=seed, size=size, captions=captions, parity=parity, resolution=resolution),
-    )
+    """Render the corpus into `root`, unless the marker there has the same recipe, and open it."""
+    marker = root / "corpus.json"
+    recipe = dict(seed=seed, size=size, captions=captions, parity=parity, resolution=resolution)
     if not (marker.exists() and json.loads(marker.read_text())["recipe"] == recipe):
         root.mkdir(parents=True, exist_ok=True)
         sides = {"direct": resolution, "parity": resolution, "small": parity}
@@ -63,17 +61,17 @@ def build(root: Path, *, seed: int, size: int, captions: int, parity: int, resol
         }
         texts, things = [], []
         with ProcessPoolExecutor(workers) as pool:
-            draw = partial(_draw, seed=seed, captions=captions, parity=parity, resolution=resolution)
-            drawn = progress(pool.map(draw, range(size), chunksize=64), total=size, desc="corpus")
-            for index, (*images, row) in enumerate(drawn):
+            sample = partial(_sample, seed=seed, captions=captions, parity=parity, resolution=resolution)
+            samples = progress(pool.map(sample, range(size), chunksize=64), total=size, desc="corpus")
+            for index, (*images, row) in enumerate(samples):
                 for array, image in zip(arrays.values(), images, strict=True):
                     array[index] = image
-                said, count = json.loads(str(row))
-                texts.append(said)
+                of_image, count = json.loads(str(row))
+                texts.append(of_image)
                 things.append(count)
         for array in arrays.values():
             array.flush()
         write_atomic(marker, json.dumps({"recipe": recipe, "captions": texts, "things": things}).encode())
     loaded = {name: np.load(root / f"{name}.npy", mmap_mode="r") for name in ("direct", "parity", "small")}
-    told = json.loads(marker.read_text())
-    return Corpus(**loaded, captions=told["captions"], things=told["things"])
+    content = json.loads(marker.read_text())
+    return Corpus(**loaded, captions=content["captions"], things=texts_and_counts["things"])

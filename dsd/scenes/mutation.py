@@ -1,7 +1,6 @@
-"""Negatives by mutation of one slot of a triplet, as ComVG makes them (first paper, section 5.1).
+"""Negatives by mutation of one slot of a triplet, as in ComVG (first paper, section 5.1).
 
-A triplet is any (subject, predicate, object); its nouns are strings in real annotations and `Noun` in the
-drawn world.
+A triplet is any (subject, predicate, object); its nouns are strings in real annotations and `Noun` in synthetic scenes.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dsd.scenes.world import COLOURS, SHAPES, Noun
 Slot = Literal["subject", "predicate", "object"]
 SLOTS: tuple[Slot, ...] = ("subject", "predicate", "object")  # in the order of a triplet
 
-# How often a noun of the drawn world changes its colour only, its shape only, or both.
+# Probabilities that a synthetic noun changes its colour only, its shape only, or both.
 HARD: dict[tuple[str, ...], float] = {("colour",): 0.4, ("shape",): 0.4, ("colour", "shape"): 0.2}
 ATTEMPTS = 1000
 
@@ -32,15 +31,14 @@ def mutate(
     predicates: Sequence[str],
     rng: Random,
 ) -> tuple[N, str, N]:
-    """The triplet with another value in one slot, the other two as they were.
+    """Replace the value of one slot.
 
     Args:
-        nouns: proposes another noun for the one given; proposals that equal either noun of the triplet are
-            refused.
-        predicates: what a mutated predicate is chosen from, evenly; the triplet's own is left out.
+        nouns: proposes another noun for the given one; proposals that equal either noun of the triplet are rejected.
+        predicates: candidates for the predicate, sampled uniformly without the triplet's own.
 
     Raises:
-        DataError: there is no other value to choose.
+        DataError: there is no other value.
     """
     subject, predicate, obj = triplet
     if slot == "predicate":
@@ -57,7 +55,7 @@ def mutate(
 
 
 def hard_noun(noun: Noun, rng: Random) -> Noun:
-    """Another noun of the drawn world, with the colour, the shape or (less often) both changed."""
+    """Return another synthetic noun, with the colour, the shape or (less often) both changed."""
     changed = rng.choices(list(HARD), weights=list(HARD.values()))[0]
     colour = rng.choice([colour for colour in COLOURS if colour != noun.colour])
     shape = rng.choice([shape for shape in SHAPES if shape != noun.shape])
@@ -67,10 +65,10 @@ def hard_noun(noun: Noun, rng: Random) -> Noun:
 def valid_negative(
     original: T, mutated: T, *, true_of_positive: Callable[[T], bool], true_of_negative: Callable[[T], bool]
 ) -> bool:
-    """Whether two images with a triplet each tell the two triplets apart.
+    """Whether each of the two triplets is true of its own image only.
 
-    The original is true of the positive image and false of the negative one, the mutated triplet the other
-    way round. For annotated images the tests are whether an image's annotations may be meant as the triplet.
+    The original must be true of the positive image and false of the negative one, and the mutated triplet the reverse.
+    For annotated images, "true" is that an annotation may mean the triplet.
     """
     positive = true_of_positive(original) and not true_of_positive(mutated)
     return positive and true_of_negative(mutated) and not true_of_negative(original)

@@ -1,4 +1,4 @@
-"""Draws a scene with Pillow: soft background, shadows, shaded shapes; deterministic from the scene alone."""
+"""Render scenes with Pillow: gradient background, shadows, shaded shapes; the image depends only on the scene."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from dsd.scenes.world import Scene, Thing
 
-SUPERSAMPLING = 2  # shapes are drawn this much larger and averaged down: smooth edges
+SUPERSAMPLING = 2  # shapes are rendered at this multiple and averaged down, for smooth edges
 
 _PALETTE = {
     "red": (214, 40, 46), "orange": (243, 136, 28), "yellow": (247, 211, 54), "green": (46, 150, 70),
@@ -58,7 +58,7 @@ def _flower() -> list[Point]:
 
 @lru_cache(maxsize=1)
 def outlines() -> dict[str, list[Point]]:
-    """Each shape as one closed polygon within the unit circle (a ring is joined by a seam)."""
+    """Return each shape as one closed polygon in the unit circle (the two circles of a ring are joined by a seam)."""
     w = 0.34
     return {
         "circle": _arc(0.92, 0, 360),
@@ -66,43 +66,15 @@ def outlines() -> dict[str, list[Point]]:
         "triangle": _regular(3),
         "star": _regular(5, inner=0.42),
         "heart": _heart(),
-        "cross": [
-            (-w, -1),
-            (w, -1),
-            (w, -w),
-            (1, -w),
-            (1, w),
-            (w, w),
-            (w, 1),
-            (-w, 1),
-            (-w, w),
-            (-1, w),
-            (-1, -w),
-            (-w, -w),
-        ],
+        "cross": [(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w),
+                  (-w, -w)],
         "ring": _arc(0.96, 0, 360) + _arc(0.52, 360, 0),
         "crescent": _arc(0.96, 50, 310) + _arc(0.77, 287, 73, centre=(0.38, 0.0)),
         "diamond": [(0, -1), (0.58, 0), (0, 1), (-0.58, 0)],
-        "arrow": [
-            (-0.95, -0.28),
-            (0.05, -0.28),
-            (0.05, -0.75),
-            (0.98, 0),
-            (0.05, 0.75),
-            (0.05, 0.28),
-            (-0.95, 0.28),
-        ],
+        "arrow": [(-0.95, -0.28), (0.05, -0.28), (0.05, -0.75), (0.98, 0), (0.05, 0.75), (0.05, 0.28), (-0.95, 0.28)],
         "flower": _flower(),
-        "bolt": [
-            (0.2, -1),
-            (-0.62, 0.15),
-            (-0.08, 0.15),
-            (-0.25, 1),
-            (0.62, -0.25),
-            (0.08, -0.25),
-            (0.5, -1),
-        ],
-    }
+        "bolt": [(0.2, -1), (-0.62, 0.15), (-0.08, 0.15), (-0.25, 1), (0.62, -0.25), (0.08, -0.25), (0.5, -1)],
+    }  # fmt: skip
 
 
 def _polygon(thing: Thing, scale: float, shift: float = 0.0) -> list[Point]:
@@ -117,7 +89,7 @@ def _polygon(thing: Thing, scale: float, shift: float = 0.0) -> list[Point]:
 
 
 def _background(scene: Scene, side: int) -> Image.Image:
-    """A gentle gradient with a little grain."""
+    """Render a gradient with a little noise."""
     rng = Random(f"background/{scene.seed}")
     base = np.array(_BACKGROUND[scene.background], np.float32) + rng.uniform(-8, 8)
     slope_x, slope_y = rng.uniform(-14, 14), rng.uniform(-14, 14)
@@ -132,7 +104,7 @@ def _tint(colour: tuple[int, int, int], amount: float) -> tuple[int, ...]:
 
 
 def render(scene: Scene, side: int) -> Image.Image:
-    """The scene as an RGB image of side × side pixels."""
+    """Render a scene as an RGB image of side × side pixels."""
     scale = side * SUPERSAMPLING
     image = _background(scene, side).resize((scale, scale), Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(image, "RGBA")
@@ -140,7 +112,7 @@ def render(scene: Scene, side: int) -> Image.Image:
     for thing in scene.things:
         colour = _tint(_PALETTE[thing.noun.colour], rng.uniform(-14, 14))
         draw.polygon(_polygon(thing, scale, shift=0.012), fill=(30, 30, 40, 70))
-        # A ring's outline would show the seam that joins its two circles.
+        # The outline of a ring would show its seam.
         edge = colour if thing.noun.shape == "ring" else _tint(_PALETTE[thing.noun.colour], -55)
         draw.polygon(_polygon(thing, scale), fill=(*colour, 255), outline=(*edge, 255))
     return image.resize((side, side), Image.Resampling.BOX)

@@ -1,8 +1,8 @@
-"""What a scene is, what is true of it, and how one is sampled.
+"""Scenes: their things, the relations that hold in them, and how they are sampled.
 
-Coordinates: the canvas is the unit square, x to the right, y downwards; a thing's `size` is the radius of its
-bounding circle. Truth is geometry: `holds` decides every relation from positions, sizes and paint order, so a
-caption, a mutation or an answer is proven and never guessed.
+Coordinates: the canvas is the unit square, x to the right, y downwards; `size` is the radius of a thing's bounding
+circle. `holds` decides every relation from positions, sizes and paint order, so captions, mutations and answers are
+exact.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BACKGROUNDS = ("sand", "sky", "mint", "lilac", "stone", "paper")
 
 
 class Noun(NamedTuple):
-    """What a thing is called: unique within its scene."""
+    """The name of a thing, unique in its scene."""
 
     colour: str
     shape: str
@@ -51,7 +51,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things in paint order (later ones cover earlier ones) on a background; `seed` draws its texture."""
+    """Things in paint order (later ones cover earlier ones) on a background; `seed` selects its texture."""
 
     things: tuple[Thing, ...]
     background: str
@@ -95,7 +95,7 @@ PREDICATES: dict[str, Callable[[Thing, Thing, bool], bool]] = {
 
 
 def holds(scene: Scene, triplet: Triplet) -> bool:
-    """Whether the triplet is true of the scene: both things are there and their geometry satisfies the relation."""
+    """Whether both things are in the scene and their geometry satisfies the relation."""
     subject, obj = scene.thing(triplet.subject), scene.thing(triplet.object)
     if subject is None or obj is None or subject is obj:
         return False
@@ -105,7 +105,7 @@ def holds(scene: Scene, triplet: Triplet) -> bool:
 
 @lru_cache(maxsize=16)
 def facts(scene: Scene) -> tuple[Triplet, ...]:
-    """Every triplet that is true of the scene, in a fixed order."""
+    """Return all triplets that hold in the scene, in a fixed order."""
     nouns = [thing.noun for thing in scene.things]
     candidates = (Triplet(a, predicate, b) for a in nouns for predicate in PREDICATES for b in nouns if a != b)
     return tuple(triplet for triplet in candidates if holds(scene, triplet))
@@ -119,7 +119,7 @@ def random_noun(rng: Random, exclude: set[Noun] | frozenset[Noun] = frozenset())
 
 
 def _sizes(rng: Random, predicate: str) -> tuple[float, float]:
-    """Radii (subject, object) that leave room for the relation and stay legible after the parity resizing."""
+    """Sample radii (subject, object) that suit the relation and stay legible after resizing to parity."""
     if predicate == "inside":
         return rng.uniform(0.11, 0.13), rng.uniform(0.28, 0.34)
     if predicate == "larger than":
@@ -129,7 +129,7 @@ def _sizes(rng: Random, predicate: str) -> tuple[float, float]:
 
 
 def _offset(rng: Random, predicate: str, sizes: tuple[float, float]) -> tuple[float, float]:
-    """Where the subject stands relative to the object."""
+    """Sample the position of the subject relative to the object."""
     reach = sizes[0] + sizes[1]
     if predicate == "inside":
         return rng.uniform(-0.04, 0.04), rng.uniform(-0.04, 0.04)
@@ -153,7 +153,7 @@ def _fits(thing: Thing) -> bool:
 
 
 def _pair(rng: Random, triplet: Triplet) -> list[Thing] | None:
-    """Subject and object in paint order, or None where this attempt does not fit the canvas."""
+    """Sample subject and object, in paint order, or None if they do not fit the canvas."""
     sizes = _sizes(rng, triplet.predicate)
     dx, dy = _offset(rng, triplet.predicate, sizes)
     x, y = rng.uniform(0.12, 0.88), rng.uniform(0.12, 0.88)
@@ -169,9 +169,9 @@ def _distractor(rng: Random, things: list[Thing], exclude: set[Noun]) -> Thing |
 
 
 def sample_scene(rng: Random, seed: str, triplet: Triplet, distractors: int, exclude: set[Noun] | None = None) -> Scene:
-    """A scene of which the triplet is true, with up to `distractors` further things, none of them in `exclude`.
+    """Sample a scene in which the triplet holds, with up to `distractors` further things, none of them in `exclude`.
 
-    A distractor for which the canvas has no room is left out, so a scene has two to 2 + distractors things.
+    A distractor that does not fit the canvas is left out, so a scene has two to 2 + `distractors` things.
     """
     while True:
         things = _pair(rng, triplet)
@@ -188,16 +188,11 @@ def sample_scene(rng: Random, seed: str, triplet: Triplet, distractors: int, exc
 
 
 def sample_single(rng: Random, seed: str, noun: Noun | None = None) -> Scene:
-    """A scene with one thing, as in classification."""
+    """Sample a scene with one thing, for classification."""
     while True:
         size = rng.uniform(0.13, 0.34)
-        thing = Thing(
-            noun or random_noun(rng),
-            rng.uniform(0.12, 0.88),
-            rng.uniform(0.12, 0.88),
-            size,
-            rng.uniform(-25, 25),
-        )
+        name = noun or random_noun(rng)
+        thing = Thing(name, rng.uniform(0.12, 0.88), rng.uniform(0.12, 0.88), size, rng.uniform(-25, 25))
         if _fits(thing):
             return Scene((thing,), rng.choice(BACKGROUNDS), seed)
 
