@@ -1,6 +1,6 @@
-"""The loop that public implementations run: one pair at a time, everything encoded again for it.
+"""The loop of public implementations: one pair at a time, image and text encoded again for each.
 
-It stands here as the oracle and the yardstick of the engine: same draws, same scores.
+The reference for the speed and the scores of the engine, at the same draws.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def score(
     examples: Sequence[MatchingExample], draws: Sequence[Draw],
 ) -> dict[tuple[Pair, Draw], float]:  # fmt: skip
     """The pooled attention, averaged over layers and heads, of every (pair, draw) of the examples."""
-    found = {}
+    scores = {}
     for example in examples:
         for image in example.images:
             for text in example.texts:
                 for draw in draws:
-                    picture = to_array(resize(pictures[image], parity=None, resolution=resolution))
-                    latents = backbone.encode_images(np.asarray(picture)[None])
+                    resized = to_array(resize(pictures[image], parity=None, resolution=resolution))
+                    latents = backbone.encode_images(np.asarray(resized)[None])
                     words = backbone.encode_texts(["", text])
                     timestep = torch.tensor([draw.timestep(backbone.schedule_length)])
                     noised = backbone.add_noise(latents, draw.noise(tuple(latents.shape[1:]))[None], timestep)
@@ -41,5 +41,5 @@ def score(
                     recording = Recording.of(evidence, content)
                     with during(backbone.attention, recording):
                         backbone.predict_noise(noised.repeat(2, 1, 1, 1), timestep.repeat(2), words.hidden)
-                    found[Pair(image, text), draw] = float(recording.stacked()[0][1, 0].mean())
-    return found
+                    scores[Pair(image, text), draw] = float(recording.stacked()[0][1, 0].mean())
+    return scores

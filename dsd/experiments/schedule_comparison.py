@@ -23,7 +23,7 @@ from dsd.engine.tracks import Folders, Track, proposals, right
 from dsd.errors import ParamsError, unknown
 from dsd.schedules.base import Course
 from dsd.schedules.race import Floats
-from dsd.schedules.replay import CHOSEN_ON, MEASURED_ON, RecordedRaces, compare_settings, read_comparisons, replay
+from dsd.schedules.replay import LEARNED_FROM, MEASURED_ON, RecordedRaces, compare_settings, read_comparisons, replay
 from dsd.store import Store, digest, write_atomic
 
 
@@ -36,7 +36,7 @@ def compare_schedules(name: str, params: Params, folders: Folders, evidence: Pat
     """
     races, store = params.races, Store(evidence)
     methods = compared_methods(name, races.datasets[name], params.methods)
-    splits = {split: folders.examples(split)[: races.examples] for split in (CHOSEN_ON, MEASURED_ON)}
+    splits = {split: folders.examples(split)[: races.examples] for split in (LEARNED_FROM, MEASURED_ON)}
     proposers = [p for p in races.racing.proposer if p]
     rows = [params.methods[p].model_dump() for p in proposers]
     settings = digest(races.model_dump(exclude={"datasets", "growth"}), params.evaluate.model_dump(), rows)

@@ -15,7 +15,7 @@ from dsd.report.inputs import Dataset
 from dsd.report.tables import NONE, Cell, Row, Table, count, interval, percent, points
 from dsd.schedules.exhaustive import ALL_DRAWS
 from dsd.schedules.hierarchical import DIRECTIONS, published_name
-from dsd.schedules.replay import CHOSEN_ON, MEASURED_ON
+from dsd.schedules.replay import LEARNED_FROM, MEASURED_ON
 from dsd.statistics import Interval
 
 Told = Mapping[str, Any]  # of a method on a dataset, see dsd.schedules.replay.compare_settings
@@ -58,8 +58,8 @@ def note(told: Told) -> str:
     ties = ties if told["ties"] else ""
     return (
         f"{count(counts[MEASURED_ON])} test races of {told['candidates']:g} candidates, {told['draws']} draws. "
-        f"Settings were chosen on {count(counts[CHOSEN_ON])} few-shot races; racing learned from "
-        f"{count(counts[CHOSEN_ON] - counts['calibration'])} of them and was calibrated on the other "
+        f"Settings were chosen on {count(counts[LEARNED_FROM])} few-shot races; racing learned from "
+        f"{count(counts[LEARNED_FROM] - counts['calibration'])} of them and was calibrated on the other "
         f"{count(counts['calibration'])}. Its stated error rate was kept by {len(kept)} of {len(promised)}."
         f"{alone}{ties}"
     )
@@ -150,9 +150,9 @@ def front(runs: Iterable[Mapping[str, Any]]) -> list[tuple[float, float]]:
     """(cost, accuracy) on the test races of the settings that none is both cheaper and better than on the learning
     races."""
     found, best = [], -1.0
-    for run in sorted(runs, key=lambda run: (run[CHOSEN_ON]["evaluations"], -run[CHOSEN_ON]["accuracy"])):
-        if run[CHOSEN_ON]["accuracy"] > best:
-            best = run[CHOSEN_ON]["accuracy"]
+    for run in sorted(runs, key=lambda run: (run[LEARNED_FROM]["evaluations"], -run[LEARNED_FROM]["accuracy"])):
+        if run[LEARNED_FROM]["accuracy"] > best:
+            best = run[LEARNED_FROM]["accuracy"]
             found.append((run[MEASURED_ON]["evaluations"], run[MEASURED_ON]["accuracy"]))
     return found
 
