@@ -1,6 +1,6 @@
-"""`make bench`: measures speed and memory on this machine and writes benchmarks/results.json.
+"""`make bench`: measure speed and memory on this machine and write benchmarks/results.json.
 
-Ratios are taken side by side in one run, so that a noisy machine moves both sides.
+Both sides of a ratio are measured in turns in one run, so that a noisy machine affects both.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
-from dsd.engine.tracks import Folders, Track, proposals
 
 from benchmarks import executors, plain, serving, watching
 from benchmarks.drift import drift
@@ -26,21 +24,25 @@ from benchmarks.setting import PREPARED, engine_over
 from dsd.config import DenoisingMethod, load
 from dsd.data.draws import draws
 from dsd.data.examples import MatchingExample, read_examples
-from dsd.data.image_table import ImageTable
+from dsd.data.image_table import Pictures
 from dsd.engine.batching import Filled
+from dsd.engine.tracks import Folders, Track, proposals
 from dsd.errors import DataError
-from dsd.experiments import scaling as growth
-from dsd.models.attention import Capture
-from dsd.schedules import replay
-from dsd.schedules.race import Floats, Learned, all_draws
-from dsd.schedules.replay import Course, promising, raced
+from dsd.experiments.scaling import read_scaling
+from dsd.models.attention import Recording, during
+from dsd.schedules import SCHEDULES
+from dsd.schedules.base import Course
+from dsd.schedules.exhaustive import exhaustive_course
+from dsd.schedules.race import Floats
+from dsd.schedules.racing import racing_name
+from dsd.schedules.replay import read_comparisons
 from dsd.scorers.evidence import Requests, requests
 from dsd.store import write_atomic
 
 RESULTS = Path("benchmarks/results.json")
 RACES, CLASSES = Path("data/races"), "scenes-cls"
 DRIFTED = 100  # examples on which arithmetic is compared: half precision is slow on a CPU
-PROMISED, PROPOSED = promising(0.02, None), promising(0.05, "clip-zero-shot")
+CALIBRATED, PROPOSED = racing_name(0.02, None), racing_name(0.05, "clip-zero-shot")
 Result = dict[str, float | str | bool]
 
 
@@ -59,32 +61,32 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def engine_vs_plain_loop() -> Result:
-    """Examples per second of the engine, its encoding included, over those of the plain loop; scores equal to 1e-5."""
+    """Examples per second of the engine, with encoding, over those of the plain loop; scores equal to 1e-5."""
     params = load()
     examples = read_examples(PREPARED / "examples.parquet", "test")
-    few, many, seen = examples[:6], examples[:480], draws(params.noise, params.seed)
-    pictures, ratios = ImageTable(PREPARED / "images.parquet"), []
+    few, many, same_draws = examples[:6], examples[:480], draws(params.noise, params.seed)
+    pictures, ratios = Pictures(PREPARED / "images.parquet"), []
 
-    def asked_of(some: list[MatchingExample]) -> Requests:
+    def requests_of(some: list[MatchingExample]) -> Requests:
         return requests(some, params.noise, params.seed, normalised=False)  # the plain loop scores attention alone
 
     for _ in range(3):
         with TemporaryDirectory() as folder:
             engine = engine_over(params, Path(folder))
             loop = partial(plain.score, engine.backbone, params.evidence, pictures, params.images.resolution)
-            loop(few[:1], seen)  # warm
+            loop(few[:1], same_draws)  # warm up
             start = time.perf_counter()
-            found = loop(few, seen)
+            expected = loop(few, same_draws)
             between = time.perf_counter()
-            engine.compute(asked_of(many))
+            engine.compute(requests_of(many))
             ratios.append((between - start) / len(few) * len(many) / (time.perf_counter() - between))
-            scores = engine.compute(asked_of(few))["attention"][:, 0].mean((-2, -1))
-        np.testing.assert_allclose(scores, [found[row] for row in asked_of(few)], atol=1e-5)
+            scores = engine.compute(requests_of(few))["attention"][:, 0].mean((-2, -1))
+        np.testing.assert_allclose(scores, [expected[row] for row in requests_of(few)], atol=1e-5)
     return at_least(statistics.median(ratios), "times", 8)
 
 
 def capture_overhead() -> Result:
-    """Seconds of a U-Net pass with capture and pooling over those of the bare pass with fused attention."""
+    """Seconds of a U-Net pass with capture and pooling over those of a bare pass with fused attention."""
     params = load()
     with TemporaryDirectory() as folder:
         backbone = engine_over(params, Path(folder)).backbone
@@ -98,9 +100,10 @@ def capture_overhead() -> Result:
         backbone.predict_noise(latents, timesteps, hidden)
 
     def captured() -> None:
-        capture = Capture.of(params.evidence, content)
-        backbone.predict_noise(latents, timesteps, hidden, capture=capture)
-        capture.stacked()
+        recording = Recording.of(params.evidence, content)
+        with during(backbone.attention, recording):
+            backbone.predict_noise(latents, timesteps, hidden)
+        recording.stacked()
 
     with torch.inference_mode():
         bare(), captured()
@@ -112,7 +115,7 @@ def capture_overhead() -> Result:
 
 
 def score_memory_growth() -> Result:
-    """Peak memory of scoring ten times the examples over that of scoring them once."""
+    """Peak memory of scoring 1000 examples over that of scoring 100."""
 
     def peak(count: int) -> float:
         command = [sys.executable, "-m", "benchmarks.memory", str(count)]
@@ -122,18 +125,18 @@ def score_memory_growth() -> Result:
 
 
 def many_machines() -> dict[str, Result]:
-    """What Ray costs where it brings nothing: two actors on the cores that one process would have."""
-    found = executors.measure(Path("data"))
+    """The overhead of Ray: actors on the same cores as one process."""
+    measured = executors.measure(Path("data"))
     return {
-        "passes_per_second": at_least(found.passes, "", 100),
-        "ray_vs_local": at_least(found.share, "times", 0.8),
-        "ray_start_seconds": at_most(found.start, "s", 60),
+        "passes_per_second": at_least(measured.passes, "", 100),
+        "ray_vs_local": at_least(measured.share, "times", 0.8),
+        "ray_start_seconds": at_most(measured.start, "s", 60),
     }
 
 
 def arithmetic() -> dict[str, Result]:
-    """Of the worse of attention and denoising: answers that change, and scores that drift, by how far an example's
-    candidates are apart."""
+    """Answers and scores in half precision against float32, the worse of attention and denoising; score differences are
+    relative to the spread of an example's candidates."""
     params, cache = load(), Path("data/cache/scenes-com")
     examples = read_examples(PREPARED / "examples.parquet", "test")[:DRIFTED]
     results: dict[str, Result] = {}
@@ -141,43 +144,48 @@ def arithmetic() -> dict[str, Result]:
     for short, dtype in {"bf16": "bfloat16", "fp16": "float16"}.items():
         rows = {**params.backbones, params.backbone: row.model_copy(update={"dtype": dtype})}
         low = engine_over(params.model_copy(update={"backbones": rows}), cache)
-        found = drift(full, low, params, examples).values()
-        results[f"{short}_changed_answers"] = at_most(max(d.changed for d in found), "", 0.02)
-        results[f"{short}_mean_drift"] = at_most(max(d.mean for d in found), "", 0.02)
-        results[f"{short}_largest_drift"] = at_most(max(d.largest for d in found), "", 0.1)
+        drifts = drift(full, low, params, examples).values()
+        results[f"{short}_changed_answers"] = at_most(max(d.changed for d in drifts), "", 0.02)
+        results[f"{short}_mean_drift"] = at_most(max(d.mean for d in drifts), "", 0.02)
+        results[f"{short}_largest_drift"] = at_most(max(d.largest for d in drifts), "", 0.1)
     return results
 
 
 def races() -> dict[str, Result]:
-    """What racing spares on classes, by the replays of `make races`, and how the engine keeps up with it here.
+    """The evaluations that racing saves on classes, by the replays of `make races`, and the speed of the engine in it.
 
     Raises:
-        DataError: the races were not run, or the stages that they need.
+        DataError: `make races`, or a stage that it needs, was not run.
     """
-    told = replay.read(RACES / f"{CLASSES}.json").get("denoising")
-    if told is None:
+    comparison = read_comparisons(RACES / f"{CLASSES}.json").get("denoising")
+    if comparison is None:
         raise DataError(f"{RACES / CLASSES}.json: no races of denoising; run `make races` first")
-    chosen, draws_ = told["chosen"], told["draws"]
+    chosen, draws_ = comparison["chosen"], comparison["draws"]
     share = {name: row["share"]["value"] for name, row in chosen.items()}
-    own = share[PROMISED]
+    own = share[CALIBRATED]
     folders = Folders(*(Path("data") / stage / CLASSES for stage in ("prepare", "cache", "train")))
     params, examples = load(), folders.examples("test")
     method = params.methods["denoising"]
     assert isinstance(method, DenoisingMethod)
     track = Track.of(CLASSES, method, params, folders)
-    said = proposals("clip-zero-shot", examples, params, folders)
-    engine, fill = race_engine(track, course_of(told, PROMISED), examples, None)
-    proposed_engine, proposed_fill = race_engine(track, course_of(told, PROPOSED), examples, said)
+    proposed = proposals("clip-zero-shot", examples, params, folders)
+
+    def course_of(name: str) -> Course:
+        return SCHEDULES["racing"].course(chosen[name]["setting"], params.races, comparison)
+
+    course = course_of(CALIBRATED)
+    engine, fill = race_engine(track, course, examples, None)
+    proposed_engine, proposed_fill = race_engine(track, course_of(PROPOSED), examples, proposed)
     return {
         "racing_vs_exhaustive_evaluations": at_least(1 / own, "times", 20),
         "racing_vs_staged_evaluations": at_least(share["staged"] / own, "times", 1.5),
         "racing_vs_hierarchical_evaluations": at_least(share["hierarchical"] / own, "times", 1.5),
         "proposer_evaluations_per_candidate": at_most(draws_ * share[PROPOSED], "", 0.3),
         "racing_disagreement": at_most(
-            chosen[PROMISED]["disagreement"]["value"], "", chosen[PROMISED]["setting"]["delta"]
+            chosen[CALIBRATED]["disagreement"]["value"], "", chosen[CALIBRATED]["setting"]["delta"]
         ),
-        "racing_seconds_vs_evaluations": seconds_follow(track, course_of(told, PROMISED), examples),
-        "evaluations_per_candidate_of_3129": at_most(of_many(3129), "", 1.3),
+        "racing_seconds_vs_evaluations": speedup_share(track, course, exhaustive_course(params.races), examples),
+        "evaluations_per_candidate_of_3129": at_most(evaluations_per_candidate(3129), "", 1.3),
         "engine_vs_single_image": engine,
         "batch_fill": fill,
         "engine_vs_single_image_proposed": proposed_engine,
@@ -186,7 +194,7 @@ def races() -> dict[str, Result]:
 
 
 def served() -> dict[str, Result]:
-    """How the served model keeps up with the engine under many clients."""
+    """The served model under many clients, against the engine."""
     share, waited = serving.throughput()
     return {
         "serving_throughput_share": at_least(share, "", 0.9),
@@ -194,62 +202,53 @@ def served() -> dict[str, Result]:
     }
 
 
-def course_of(told: Mapping[str, Any], schedule: str) -> Course:
-    """Racing as it was chosen under this name."""
-    setting = told["chosen"][schedule]["setting"]
-    proposer = setting["proposer"]
-    return raced({proposer: Learned(**told["learned"][str(proposer)])}, proposer, setting["threshold"])
+def speedup_share(track: Track, course: Course, whole: Course, examples: Sequence[MatchingExample]) -> Result:
+    """How many times faster a course is than all draws, over how many times fewer evaluations it takes."""
 
-
-def seconds_follow(track: Track, course: Course, examples: Sequence[MatchingExample]) -> Result:
-    """By how much racing is faster than all draws, over how many evaluations fewer it takes; in turns, on few images
-    and many."""
-    everything = Course(list(range(len(track.draws))), all_draws(len(track.draws)), None)
-
-    def an_image(course: Course, some: Sequence[MatchingExample]) -> tuple[float, float]:
+    def per_image(course: Course, some: Sequence[MatchingExample]) -> tuple[float, float]:
         filled = Filled()
         entries = track.entries(course, some, None)
         taken = seconds(lambda: list(track.engine.race(entries, track.method, filled, {})))
         return taken / len(some), filled.rows / len(some)
 
-    an_image(course, examples[:4])  # warm
+    per_image(course, examples[:4])  # warm up
     shares = []
     for turn in range(3):
-        slow, many = an_image(everything, examples[2 * turn : 2 * turn + 2])
-        fast, few = an_image(course, examples[60 * turn : 60 * turn + 60])
+        slow, many = per_image(whole, examples[2 * turn : 2 * turn + 2])
+        fast, few = per_image(course, examples[60 * turn : 60 * turn + 60])
         shares.append(slow / fast * few / many)
     return at_least(statistics.median(shares), "", 0.8)
 
 
 def race_engine(
-    track: Track, course: Course, examples: Sequence[MatchingExample], said: Sequence[Floats] | None
+    track: Track, course: Course, examples: Sequence[MatchingExample], proposed: Sequence[Floats] | None
 ) -> tuple[Result, Result]:
-    """Images a second over those of the same races one by one, and how full the batches of many races are."""
+    """Images per second over those of the same races one by one, and how full the batches of many races are."""
     filled = Filled()
 
     def together() -> None:
-        list(track.engine.race(track.entries(course, examples, said), track.method, filled, {}))
+        list(track.engine.race(track.entries(course, examples, proposed), track.method, filled, {}))
 
     def one_by_one(some: Sequence[MatchingExample]) -> None:
-        """As public code does it: what one image asks for next is a batch."""
-        for entry in track.entries(course, some, said):
+        """As public code does it: a batch is the next round of one image."""
+        for entry in track.entries(course, some, proposed):
             while rows := entry.wants():
                 entry.tell(dict(zip(rows, -track.engine.compute(rows)["error"], strict=True)))
 
-    one_by_one(examples[:2])  # warm
+    one_by_one(examples[:2])  # warm up
     few = examples[: len(examples) // 4]
     ratio = (seconds(lambda: one_by_one(few)) / len(few)) / (seconds(together) / len(examples))
     return at_least(ratio, "times", 3), at_least(filled.share, "", 0.9)
 
 
-def of_many(candidates: int) -> float:
-    """Evaluations a candidate of racing over so many, on synthetic evidence; the worse of both kinds of noise."""
-    rows = [row for row in growth.read(RACES)["rows"] if row["candidates"] == candidates]
+def evaluations_per_candidate(candidates: int) -> float:
+    """The cost of racing on synthetic evidence, for the worse kind of noise."""
+    rows = [row for row in read_scaling(RACES)["rows"] if row["candidates"] == candidates]
     return max(row["draws"] * float(row["share"]["value"]) for row in rows)
 
 
 def reproduction() -> dict[str, Result]:
-    """The seconds of the last whole reproduction of this workspace, and of one more with nothing changed."""
+    """Seconds of the last whole reproduction of this workspace, and of another one with nothing changed."""
     path = Path("data/reproduction.json")
     if not path.exists():
         raise DataError(f"{path}: no whole reproduction was recorded; run `make reproduce` in a fresh clone first")
@@ -263,7 +262,7 @@ def reproduction() -> dict[str, Result]:
 
 
 def watch() -> dict[str, Result]:
-    """Of a finished run until the gate has spoken, and of a tick that finds nothing new."""
+    """Seconds from a finished run to the verdict of the gate, and of a tick without new checkpoints."""
     published, tick = watching.seconds()
     return {"publish_seconds": at_most(published, "s", 15), "watch_tick_seconds": at_most(tick, "s", 5)}
 

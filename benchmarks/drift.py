@@ -16,8 +16,8 @@ from dsd.scorers.evidence import Evidence, requests, wanted
 
 
 class Drift(NamedTuple):
-    """Absolute differences between scores, in units of how far an example's best and worst candidate are apart on
-    average; and the share of examples that another candidate wins."""
+    """Absolute differences between scores, relative to the mean difference between an example's best and worst
+    candidate; and the share of examples with another best candidate."""
 
     largest: float
     mean: float
@@ -25,7 +25,7 @@ class Drift(NamedTuple):
 
 
 def between(full: Sequence[np.ndarray], low: Sequence[np.ndarray]) -> Drift:
-    """Of the scores [I, T] of each example in float32 and in other arithmetic."""
+    """The drift from the scores [I, T] of each example in float32 to those in other arithmetic."""
     spread = float(np.mean([np.ptp(scores) for scores in full]))
     moved = np.concatenate([np.abs(b - a).ravel() for a, b in zip(full, low, strict=True)]) / spread
     changed = [a.argmax() != b.argmax() for a, b in zip(full, low, strict=True)]
@@ -33,22 +33,22 @@ def between(full: Sequence[np.ndarray], low: Sequence[np.ndarray]) -> Drift:
 
 
 def drift(full: Engine, low: Engine, params: Params, examples: Sequence[MatchingExample]) -> dict[str, Drift]:
-    """By method without a prompt, at the draws of `noise`; the engines are of one backbone in two kinds of arithmetic,
-    so that images and texts are encoded alike."""
-    seen = [scores_of(engine, params, examples) for engine in (full, low)]
-    return {method: between(seen[0][method], seen[1][method]) for method in seen[0]}
+    """The drift of each method without a prompt, at the draws of `noise`; both engines have the same backbone, and the
+    same encodings of images and texts."""
+    in_full, in_low = (scores_of(engine, params, examples) for engine in (full, low))
+    return {method: between(in_full[method], in_low[method]) for method in in_full}
 
 
 def scores_of(engine: Engine, params: Params, examples: Sequence[MatchingExample]) -> dict[str, list[np.ndarray]]:
     """The scores [I, T] of every example, by method without a prompt."""
-    asked, seen = wanted(examples, normalised=True), draws(params.noise, params.seed)
+    rows, same_draws = wanted(examples, normalised=True), draws(params.noise, params.seed)
     arrays = engine.compute(requests(examples, params.noise, params.seed, normalised=True))
-    shaped = {name: array.reshape(len(asked), len(seen), *array.shape[1:]) for name, array in arrays.items()}
-    evidence = Evidence(asked, seen, **shaped, layers=engine.backbone.layers, latent=0)
-    found = {}
+    shaped = {name: array.reshape(len(rows), len(same_draws), *array.shape[1:]) for name, array in arrays.items()}
+    evidence = Evidence(rows, same_draws, **shaped, layers=engine.backbone.layers, latent=0)
+    scores = {}
     for name, method in params.methods.items():
         if isinstance(method, CrossAttentionMethod) and method.prompt == "none":
-            found[name] = tables(examples, attention_scores(evidence, method, params.evidence.poolings))
+            scores[name] = tables(examples, attention_scores(evidence, method, params.evidence.poolings))
         if isinstance(method, DenoisingMethod) and method.prompt == "none":
-            found[name] = tables(examples, denoising_scores(evidence, method))
-    return found
+            scores[name] = tables(examples, denoising_scores(evidence, method))
+    return scores

@@ -1,4 +1,4 @@
-"""Evidence by actors of a Ray cluster on this machine, against evidence by this process on the same cores."""
+"""Evidence computed by actors of a Ray cluster on this machine, and by this process on the same cores."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from flows.executors import cluster, compute
 
 NAME = PREPARED.name
 ROWS = 384  # of a shard here: four full batches
-FEW, MANY = 4, 24  # shards: when both actors are at work, and when they have done
+FEW, MANY = 4, 24  # shards: after these both actors are computing, and after these they are done
 TURNS = 3
 
 
 class Measured(NamedTuple):
-    passes: float  # of the U-Net a second, by this process
+    passes: float  # of the U-Net per second, by this process
     share: float  # speed of the actors over that
-    start: float  # seconds until a cluster and its actors are ready to compute
+    start: float  # seconds until the cluster and its actors can compute
 
 
 def measure(data: Path) -> Measured:
-    """In turns, so that a noisy machine moves both sides; medians. `data` is what a reproduction has left."""
+    """Medians of measurements in turns, so that a noisy machine affects both; `data` is that of a reproduction."""
     params = load()
     methods = {name: method for name, method in params.methods.items() if name == "dsd-zero-shot"}
     evidence = params.evidence.model_copy(update={"shard": ROWS})
@@ -45,7 +45,7 @@ def measure(data: Path) -> Measured:
         return partial(scoring.Worker, NAME, params, folders, target, split="test", cores=cores)
 
     def alone(count: int) -> float:
-        """Seconds of this process for so many shards."""
+        """Seconds of this process for this number of shards."""
         with TemporaryDirectory() as folder:
             worker = opened(Path(folder))()
             start = time.perf_counter()
@@ -54,7 +54,7 @@ def measure(data: Path) -> Measured:
             return time.perf_counter() - start
 
     def together() -> tuple[float, float]:
-        """Seconds of the actors for few shards, from the beginning, and for those that came after them."""
+        """Seconds of the actors for the first shards, with their start, and for the shards after them."""
         with TemporaryDirectory() as folder:
             missing = scoring.missing(NAME, params, folders, Path(folder), split="test")
             start = time.time()
@@ -65,7 +65,7 @@ def measure(data: Path) -> Measured:
     start = time.perf_counter()
     ray = cluster()
     first, starts, shares, rates = time.perf_counter() - start, [], [], []
-    alone(1)  # warm
+    alone(1)  # warm up
     more = MANY - FEW
     for _ in range(TURNS):
         before, (few, many), after = alone(more), together(), alone(more)

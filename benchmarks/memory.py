@@ -1,4 +1,4 @@
-"""`python -m benchmarks.memory N`: the peak memory in MiB of scoring N examples of scenes-com."""
+"""`python -m benchmarks.memory N`: print the peak memory in MiB of scoring N examples of scenes-com."""
 
 from __future__ import annotations
 

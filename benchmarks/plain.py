@@ -1,6 +1,6 @@
-"""The loop that public implementations run: one pair at a time, everything encoded again for it.
+"""The loop of public implementations: one pair at a time, image and text encoded again for each.
 
-It stands here as the oracle and the yardstick of the engine: same draws, same scores.
+The reference for the speed and the scores of the engine, at the same draws.
 """
 
 from __future__ import annotations
@@ -13,32 +13,33 @@ import torch
 from dsd.config import EvidenceParams
 from dsd.data.draws import Draw
 from dsd.data.examples import MatchingExample, Pair
-from dsd.data.image_table import ImageTable
+from dsd.data.image_table import Pictures
 from dsd.data.images import resize, to_array
 from dsd.models import StableDiffusion
-from dsd.models.attention import Capture
+from dsd.models.attention import Recording, during
 
 
 @torch.inference_mode()
 def score(
-    backbone: StableDiffusion, evidence: EvidenceParams, pictures: ImageTable, resolution: int,
+    backbone: StableDiffusion, evidence: EvidenceParams, pictures: Pictures, resolution: int,
     examples: Sequence[MatchingExample], draws: Sequence[Draw],
 ) -> dict[tuple[Pair, Draw], float]:  # fmt: skip
     """The pooled attention, averaged over layers and heads, of every (pair, draw) of the examples."""
-    found = {}
+    scores = {}
     for example in examples:
         for image in example.images:
             for text in example.texts:
                 for draw in draws:
-                    picture = to_array(resize(pictures[image], parity=None, resolution=resolution))
-                    latents = backbone.encode_images(np.asarray(picture)[None])
+                    resized = to_array(resize(pictures[image], parity=None, resolution=resolution))
+                    latents = backbone.encode_images(np.asarray(resized)[None])
                     words = backbone.encode_texts(["", text])
                     timestep = torch.tensor([draw.timestep(backbone.schedule_length)])
                     noised = backbone.add_noise(latents, draw.noise(tuple(latents.shape[1:]))[None], timestep)
                     # Both halves of classifier-free guidance run, as in a generation pipeline.
                     content = words.content.clone()
                     content[0, 0] = True
-                    capture = Capture.of(evidence, content)
-                    backbone.predict_noise(noised.repeat(2, 1, 1, 1), timestep.repeat(2), words.hidden, capture=capture)
-                    found[Pair(image, text), draw] = float(capture.stacked()[0][1, 0].mean())
-    return found
+                    recording = Recording.of(evidence, content)
+                    with during(backbone.attention, recording):
+                        backbone.predict_noise(noised.repeat(2, 1, 1, 1), timestep.repeat(2), words.hidden)
+                    scores[Pair(image, text), draw] = float(recording.stacked()[0][1, 0].mean())
+    return scores

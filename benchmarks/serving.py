@@ -1,7 +1,7 @@
-"""How the served model keeps up with the engine: the same rows over HTTP, from many clients at once, and offline.
+"""Throughput of the served model against the engine: the same rows over HTTP from many clients, and offline.
 
-The clients are threads of this process, the server is a process of its own: both share the machine, as the engine has
-it for itself.
+The clients are threads of this process and the server is another process on the same machine; the engine has the
+machine to itself.
 """
 
 from __future__ import annotations
@@ -28,32 +28,31 @@ import numpy as np
 from benchmarks.setting import PREPARED
 from dsd.config import load
 from dsd.data.examples import read_examples
-from dsd.data.image_table import ImageTable
+from dsd.data.image_table import Pictures
 from dsd.models.checkpoint import locate
-from flows.serving.service import save
-from flows.serving.settings import Settings
+from flows.serving import server as serving
 
 CLIENTS, REQUESTS, TEXTS = 16, 12, 10  # requests of each client, and texts of each request
-Question = tuple[bytes, list[str]]  # a picture's file, texts
+Question = tuple[bytes, list[str]]  # an image file, texts
 
 
 def throughput(rounds: int = 3) -> tuple[float, float]:
-    """Rows a second of the server over those of the engine, in the median of rounds, and the 99th percentile of the
-    seconds until a client had its answer.
+    """Rows per second of the server over those of the engine (median of rounds), and the 99th percentile of the seconds
+    of a request.
 
-    Both encode each picture once, and each text once in all.
+    Both encode each image once, and each text once in all.
     """
     params, shares, waited = load(), [], list[float]()
-    asked, settings = questions(), Settings.of(params, locate(params.backbones[params.backbone])[1])
+    requests, settings = questions(), serving.Settings.of(params, locate(params.backbones[params.backbone])[1])
     matcher = settings.matcher(None)
-    problems = [([matcher.picture(file)], texts) for file, texts in asked]
-    matcher.score_many(problems[:CLIENTS])  # warm
+    problems = [([matcher.picture(file)], texts) for file, texts in requests]
+    matcher.score_many(problems[:CLIENTS])  # warm up
     with server(settings) as port, ThreadPoolExecutor(CLIENTS) as clients:
-        ask, parts = partial(client, port), [asked[n::CLIENTS] for n in range(CLIENTS)]
-        list(clients.map(ask, [part[:2] for part in parts]))  # warm
+        send, parts = partial(client, port), [requests[n::CLIENTS] for n in range(CLIENTS)]
+        list(clients.map(send, [part[:2] for part in parts]))  # warm up
         for _ in range(rounds):
             start = time.perf_counter()
-            waited += chain(*clients.map(ask, parts))
+            waited += chain(*clients.map(send, parts))
             between = time.perf_counter()
             matcher.score_many(problems)
             shares.append((time.perf_counter() - between) / (between - start))
@@ -61,26 +60,26 @@ def throughput(rounds: int = 3) -> tuple[float, float]:
 
 
 def questions() -> list[Question]:
-    """Of each request, a picture of its own, and texts of which others have some too."""
-    pictures, examples = ImageTable(PREPARED / "images.parquet"), read_examples(PREPARED / "examples.parquet", "test")
+    """The requests: each has an image of its own, and texts that some others have too."""
+    pictures, examples = Pictures(PREPARED / "images.parquet"), read_examples(PREPARED / "examples.parquet", "test")
     texts = list(dict.fromkeys(text for example in examples for text in example.texts))
-    found = []
+    requests = []
     for n in range(CLIENTS * REQUESTS):
         file = io.BytesIO()
         pictures[pictures.ids[n]].save(file, "PNG")
-        found.append((file.getvalue(), [texts[(n // 4 * TEXTS + m) % len(texts)] for m in range(TEXTS)]))
-    return found
+        requests.append((file.getvalue(), [texts[(n // 4 * TEXTS + m) % len(texts)] for m in range(TEXTS)]))
+    return requests
 
 
 @contextmanager
-def server(settings: Settings) -> Iterator[int]:
-    """`dsd serve` on a free port of this machine."""
+def server(settings: serving.Settings) -> Iterator[int]:
+    """Run `dsd serve` on a free port of this machine; yields the port."""
     with socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        save(settings, None, model)
+        serving.save(settings, None, model)
         dsd = [sys.executable, "-c", "from flows.cli import app; app()"]
         process = subprocess.Popen([*dsd, "serve", "--model", str(model), "--port", str(port)])
         try:
@@ -103,19 +102,19 @@ def answers(port: int) -> bool:
         return False
 
 
-def client(port: int, asked: Sequence[Question]) -> list[float]:
-    """Asks one after the other over one connection; the seconds of each."""
+def client(port: int, requests: Sequence[Question]) -> list[float]:
+    """Send the requests one after the other over one connection; returns the seconds of each."""
     bodies = [
-        json.dumps({"inputs": [{"image": base64.b64encode(file).decode(), "texts": texts}]}) for file, texts in asked
+        json.dumps({"inputs": [{"image": base64.b64encode(file).decode(), "texts": texts}]}) for file, texts in requests
     ]
     connection, waited = HTTPConnection("127.0.0.1", port), []
     for body in bodies:
         start = time.perf_counter()
         connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
         response = connection.getresponse()
-        told = response.read()
+        answer = response.read()
         if response.status != 200:
-            raise RuntimeError(told.decode())
+            raise RuntimeError(answer.decode())
         waited.append(time.perf_counter() - start)
     connection.close()
     return waited

@@ -1,6 +1,6 @@
-"""What a finished run costs until the gate has spoken, and what a tick that finds nothing new costs, each as a process.
+"""Seconds from a finished run to the verdict of the gate, and of a tick without new checkpoints, each as a process.
 
-Both work on a store of their own, beside the results of this workspace.
+Both use a temporary MLflow store and the results of this workspace.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from dsd.config import FolderSource, RegisteredSource, load, split
+from dsd.config import FolderSource, RegisteredSource, load
 from dsd.errors import DataError
 from flows import DATA
 
@@ -23,38 +23,37 @@ ROOT = Path(__file__).parent.parent
 
 
 def seconds() -> tuple[float, float]:
-    """Of publishing, registering and gating this workspace's results; and of a tick over what is then registered."""
+    """Seconds of publishing, registering and gating the results of this workspace; and of a tick over that registry."""
     with TemporaryDirectory() as folder:
         store = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "PYTHONPATH": str(ROOT)}
 
-        def taken(*words: str, said: str, within: str = ".") -> float:
+        def taken(*words: str, output: str, within: str = ".") -> float:
             start = time.perf_counter()
             command = [sys.executable, "-m", *words]
             done = subprocess.run(
                 command, cwd=within, env={**os.environ, **store}, check=True, capture_output=True, text=True
             )
             passed = time.perf_counter() - start
-            if done.stdout.strip() != said:  # who does nothing is fast
-                raise DataError(f"{' '.join(words)}: said {done.stdout!r}, not {said!r}")
+            if done.stdout.strip() != output:  # a command that does nothing is fast
+                raise DataError(f"{' '.join(words)}: printed {done.stdout!r}, not {output!r}")
             return passed
 
-        taken("benchmarks.watching", "champion", said="promoted")
-        published = taken("benchmarks.watching", "challenger", said="kept out")
+        taken("benchmarks.watching", "champion", output="promoted")
+        published = taken("benchmarks.watching", "challenger", output="kept out")
         _watched(Path(folder))
-        ticks = [taken("flows.cli", "watch", "--once", said="nothing new", within=folder) for _ in range(4)]
+        ticks = [taken("flows.cli", "watch", "--once", output="nothing new", within=folder) for _ in range(4)]
         return published, median(ticks[1:])  # the first reads the checkpoint's files
 
 
 def _watched(folder: Path) -> None:
-    """A workspace with the checkpoint of this one as a folder and as a version of the registry."""
+    """Make a workspace that watches the checkpoint of this one, as a folder and as a version of the registry."""
     params = load()
     sources = {
         "folder": FolderSource(kind="folder", path="checkpoints", config=None, revision=None),
         "registered": RegisteredSource(kind="registered"),
     }
     settings = params.model_copy(update={"watch": params.watch.model_copy(update={"sources": sources})})
-    for file, content in split(settings.model_dump(mode="json"), folder / "params.yaml").items():
-        file.write_text(yaml.safe_dump(content))
+    (folder / "params.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "own").symlink_to(Path(params.backbones[params.backbone].source).resolve())
     for name in {row.source for row in params.backbones.values() if Path(row.source).exists()}:
@@ -63,7 +62,7 @@ def _watched(folder: Path) -> None:
 
 
 def main() -> None:
-    """Enters this workspace's results; as the champion with other params, so that there is one to compare with."""
+    """Register the results of this workspace; `champion`: under other params, as a champion to compare with."""
     from flows.registry.promote import promote
     from flows.registry.registry import KEPT_OUT, PROMOTED
     from flows.tracking import publish
@@ -74,9 +73,9 @@ def main() -> None:
         params = params.model_copy(update={"evaluate": other})
     else:
         publish(params, DATA)
-    with TemporaryDirectory() as folder:  # this workspace's own page is of its own store
-        _, verdict = promote(params, Path(folder) / "index.html")
-    print(PROMOTED if verdict.promoted else KEPT_OUT)
+    with TemporaryDirectory() as folder:  # not over the page of this workspace
+        promoted = promote(params, Path(folder) / "index.html").verdict.promoted
+    print(PROMOTED if promoted else KEPT_OUT)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from dsd.engine.session import Session
 from dsd.errors import ParamsError, unknown
 from dsd.schedules.base import Course
 from dsd.schedules.race import Floats
-from dsd.schedules.replay import CHOSEN_ON, MEASURED_ON, RecordedRaces, compare_settings, read_comparisons, replay
+from dsd.schedules.replay import LEARNED_FROM, MEASURED_ON, RecordedRaces, compare_settings, read_comparisons, replay
 from dsd.store import Store, check_libraries, digest, libraries, write_atomic
 
 
@@ -38,7 +38,7 @@ def compare_schedules(session: Session, evidence: Path, target: Path) -> dict[st
     params, file = session.params, target / f"{session.name}.json"
     races, store = params.races, Store(evidence)
     methods = compared_methods(session.name, races.datasets[session.name], params.methods)
-    splits = {split: choices(session.examples(split))[: races.examples] for split in (CHOSEN_ON, MEASURED_ON)}
+    splits = {split: choices(session.examples(split))[: races.examples] for split in (LEARNED_FROM, MEASURED_ON)}
     proposers = [p for p in races.racing.proposer if p]
     rows = [params.methods[p].model_dump() for p in proposers]
     settings = digest(races.model_dump(exclude={"datasets", "growth"}), params.evaluate.model_dump(), rows)

@@ -10,7 +10,7 @@ from dsd.report.html import Section
 from dsd.report.tables import NONE, Cell, Row, Table, bounds, count, percent, percent_cell, points_cell
 from dsd.schedules.exhaustive import ALL_DRAWS
 from dsd.schedules.hierarchical import DIRECTIONS
-from dsd.schedules.replay import CHOSEN_ON, MEASURED_ON
+from dsd.schedules.replay import LEARNED_FROM, MEASURED_ON
 from dsd.statistics import Interval
 
 Results = Mapping[str, Any]  # of a method on a dataset, see dsd.schedules.replay.compare
@@ -39,8 +39,8 @@ def note(results: Results) -> str:
     ties = f" In {count(results['ties'])} no candidate is correct, or an incorrect one is identical: counted as wrong."
     return (
         f"{count(counts[MEASURED_ON])} test races of {results['candidates']:g} candidates, {results['draws']} draws. "
-        f"Settings were selected on {count(counts[CHOSEN_ON])} few-shot races; racing was trained on "
-        f"{count(counts[CHOSEN_ON] - counts['calibration'])} of them and calibrated on the other "
+        f"Settings were selected on {count(counts[LEARNED_FROM])} few-shot races; racing was trained on "
+        f"{count(counts[LEARNED_FROM] - counts['calibration'])} of them and calibrated on the other "
         f"{count(counts['calibration'])}. The stated error rate was met by {kept} of {len(promised)} racing settings."
         f"{alone}{ties if results['ties'] else ''}"
     )
@@ -129,9 +129,9 @@ def plots(dataset: str, method: str, results: Results) -> list[Plot]:
 def front(runs: Iterable[Mapping[str, Any]]) -> list[tuple[float, float]]:
     """(cost, accuracy) on the test races of the settings that are Pareto-optimal on the few-shot races."""
     optimal, best = [], -1.0
-    for run in sorted(runs, key=lambda run: (run[CHOSEN_ON]["evaluations"], -run[CHOSEN_ON]["accuracy"])):
-        if run[CHOSEN_ON]["accuracy"] > best:
-            best = run[CHOSEN_ON]["accuracy"]
+    for run in sorted(runs, key=lambda run: (run[LEARNED_FROM]["evaluations"], -run[LEARNED_FROM]["accuracy"])):
+        if run[LEARNED_FROM]["accuracy"] > best:
+            best = run[LEARNED_FROM]["accuracy"]
             optimal.append((run[MEASURED_ON]["evaluations"], run[MEASURED_ON]["accuracy"]))
     return optimal
 

@@ -28,7 +28,7 @@ from dsd.schedules.racing import calibrate, fit_forecast, racing_name
 from dsd.statistics import clustered_mean, paired_difference
 from dsd.store import digest
 
-CHOSEN_ON, MEASURED_ON = "train", "test"  # splits
+LEARNED_FROM, MEASURED_ON = "train", "test"  # splits
 SPARED = "spared evaluations"
 AGREED = "the winner of all draws"
 SHORTLISTS = (1, 2, 5, 10, 20, 50)
@@ -105,15 +105,15 @@ def replay(course: Course, races: RecordedRaces) -> Outcome:
 
 
 class Trial(NamedTuple):
-    """A setting, and its outcomes on the races that settings are chosen on and on those that they are measured on."""
+    """A setting, and its outcomes on the races that it is chosen by and on those that it is measured on."""
 
     kind: ScheduleKind
     setting: Setting
-    chosen_on: Outcome
+    learned_from: Outcome
     measured_on: Outcome
 
     def as_dict(self, draws: int) -> dict[str, Any]:
-        on = {CHOSEN_ON: self.chosen_on.means(draws), MEASURED_ON: self.measured_on.means(draws)}
+        on = {LEARNED_FROM: self.learned_from.means(draws), MEASURED_ON: self.measured_on.means(draws)}
         return {"schedule": self.kind.kind, "setting": self.setting, **on}
 
 
@@ -156,7 +156,7 @@ def compare_settings(
     }
 
     whole = replay(everything, measured)
-    counts = {CHOSEN_ON: learning, "calibration": calibration, MEASURED_ON: measured}
+    counts = {LEARNED_FROM: learning, "calibration": calibration, MEASURED_ON: measured}
     results = {
         "races": {name: len(part.values) for name, part in counts.items()},
         "candidates": float(np.mean([len(values_CK) for values_CK in measured.values])),
@@ -184,8 +184,8 @@ def _best(trials: Sequence[Trial], within: float) -> list[Trial]:
     races; if there is none, the setting that misses it least."""
 
     def merit(trial: Trial) -> tuple[float, float]:
-        missed = float((~trial.chosen_on.agrees).mean())
-        return max(0.0, missed - within), float(trial.chosen_on.share.mean())
+        missed = float((~trial.learned_from.agrees).mean())
+        return max(0.0, missed - within), float(trial.learned_from.share.mean())
 
     return [min(some, key=merit) for _, some in groupby(trials, key=lambda trial: trial.kind.kind)]
 
@@ -195,7 +195,7 @@ def _calibrated(trials: Sequence[Trial], races: RacesParams) -> dict[str, Settin
     settings: dict[str, Setting] = {}
     for proposer, delta in product(races.racing.proposer, races.racing.deltas):
         own = [trial for trial in trials if trial.kind.kind == "racing" and trial.setting["proposer"] == proposer]
-        errors = {trial.setting["threshold"]: (~trial.chosen_on.agrees).tolist() for trial in own}
+        errors = {trial.setting["threshold"]: (~trial.learned_from.agrees).tolist() for trial in own}
         remedy = "raise few_shot, or leave that δ out of races.racing.deltas"
         threshold = calibrate(errors.__getitem__, races.racing.threshold, delta, races.racing.confidence, remedy)
         settings[racing_name(delta, proposer)] = {"proposer": proposer, "delta": delta, "threshold": threshold}
