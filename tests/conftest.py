@@ -110,10 +110,11 @@ def prepared(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cached(params: Params, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its latents and text embeddings."""
-    from dsd.engine.encodings import encode
+    from dsd.engine.cache import encode
+    from dsd.engine.session import Folders, Session
 
     folder = tmp_path_factory.mktemp("cached")
-    encode("scenes-com", params, prepared, folder)
+    encode(Session("scenes-com", params, Folders(prepared, folder, folder)))
     return folder
 
 
