@@ -1,11 +1,11 @@
-"""What a reproduction will need, told before anything is fetched or computed: access, memory, passes, disk.
+"""What a reproduction needs, estimated before anything is downloaded or computed: access, memory, passes, time, disk.
 
-Passes are at most what is told: pairs that examples share are seen once. Shapes: L layers, H heads, P poolings.
+Numbers of passes are upper bounds: pairs that examples share are computed once. Shapes: L layers, H heads, P poolings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -14,13 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsd.config import (
-    Params,
-    backbone_of,
-    noise_of,
-    prompted,
-    raced,
-)
+from dsd.config import BackboneParams, DatasetParams, Params, backbone_of, noise_of, prompted, raced
 from dsd.datasets import benchmark
 from dsd.errors import DsdError
 from dsd.models import device_of
@@ -31,12 +25,12 @@ from dsd.schedules import SCHEDULES
 from dsd.scorers.evidence import evidence_prompts, reads_unconditional
 
 BACKWARD = 3  # passes that a pass and its gradient cost
-TOKENS = 77  # of a text, as every published model takes it
-RATE = 1e14  # operations a second that a device is taken to do; its own rate is to be set against it
+TOKENS = 77  # of a text, for every published model
+RATE = 1e14  # floating-point operations per second that times are stated for; scale them to the device's own
 
 
 class Need(NamedTuple):
-    """Something that is asked for: how much of it, and what stands against it, if anything."""
+    """One requirement, its amount, and what stands against it, if anything."""
 
     what: str
     where: str
@@ -47,23 +41,22 @@ class Need(NamedTuple):
 
 @dataclass(frozen=True)
 class UNet:
-    """Of one pass for one picture and text: its floating-point operations, and what of its evidence is kept."""
+    """The costs of one pass for one image and text."""
 
-    operations: float
+    operations: float  # floating-point
     layers: int
     heads: int
     weights: int  # bytes
     text: int  # bytes of a text's embedding
-    latents: int  # bytes of a picture's
+    latents: int  # bytes of an image's latents
 
     @classmethod
-    def of(cls, params: Params) -> UNet:
-        """From the configuration alone: no weights are read.
+    def of(cls, row: BackboneParams) -> UNet:
+        """From the configuration; no weights are read.
 
         Raises:
-            CheckpointError: the configuration cannot be had or makes no U-Net.
+            CheckpointError: the configuration is not available or makes no U-Net.
         """
-        row = params.backbones[params.backbone]
         unet = unet_skeleton(component_config(row, "unet"), row.source)
         with torch.device("meta"):
             operations = _operations(unet)
@@ -73,9 +66,9 @@ class UNet:
         heads = max(module.heads for module in attention)
         return cls(operations, len(attention), heads, size, 4 * text, 4 * latents)
 
-    def kept(self, params: Params) -> int:
+    def evidence(self, poolings: int) -> int:
         """Bytes of the evidence of a pass: pooled attention and attribution of every head, and the error."""
-        return 4 * ((len(params.evidence.poolings) + 1) * self.layers * self.heads + 1)
+        return 4 * ((poolings + 1) * self.layers * self.heads + 1)
 
 
 def _operations(unet: UNet2DConditionModel) -> float:
@@ -91,134 +84,130 @@ def _operations(unet: UNet2DConditionModel) -> float:
 
 
 def needs(params: Params, free: int) -> Iterator[Need]:
-    """Everything, in the order in which it will be asked for; `free` are the bytes of disk that are left."""
+    """All requirements, in the order in which they arise; `free`: bytes of disk space."""
     fetched = 0
-    for need in (*_checkpoints(params), *_datasets(params)):
+    names = dict.fromkeys([params.backbone, *(backbone_of(params, method) for method in params.methods)])
+    for need in (*_checkpoints({n: params.backbones[n] for n in names}), *_datasets(params.datasets)):
         fetched += int(need.amount)
         yield need
+    tested = params.backbones[params.backbone]
     try:
-        unet = UNet.of(params)
+        unet = UNet.of(tested)
     except DsdError as error:
         yield Need("U-Net", params.backbone, 0, "bytes", str(error))
         return
-    yield _memory(params, unet)
-    kept, operations = 0, 0.0
+    yield _memory(unet, tested.dtype, params.runtime.device)
+    stored, operations = 0, 0.0
     for name in params.datasets:
-        scored, trained = passes(name, params)
-        kept += disk(name, params, unet)
-        count = texts(name, params)
-        if count > params.runtime.kept_texts:
-            why = f"{name}, {count * unet.text / 1e9:,.0f} GB, and more than runtime.kept_texts"
-            yield Need("texts encoded when asked for, and not stored", why, count, "texts", None)
-        yield Need("passes of the U-Net", f"score {name}", scored, "passes", None)
-        if trained:
-            yield Need("passes of the U-Net", f"train {name}", trained, "passes", None)
-        operations += (scored + trained) * unet.operations
-    yield Need(
-        "time", f"at {RATE / 1e12:g} TFLOP/s, {unet.operations / 1e12:.2g} a pass", operations / RATE / 3600, "h", None
-    )
-    short = f"{(fetched + kept - free) / 1e9:.1f} GB more than is free" if fetched + kept > free else None
-    yield Need("disk", "what is fetched, latents, texts and evidence", fetched + kept, "bytes", short)
+        work = Workload(name, params)
+        stored += work.disk(unet)
+        if work.texts > params.runtime.kept_texts:
+            why = f"{name}, {work.texts * unet.text / 1e9:,.0f} GB, and more than runtime.kept_texts"
+            yield Need("texts encoded at each use, not stored", why, work.texts, "texts", None)
+        yield Need("passes of the U-Net", f"score {name}", work.scoring, "passes", None)
+        if work.training:
+            yield Need("passes of the U-Net", f"train {name}", work.training, "passes", None)
+        operations += (work.scoring + work.training) * unet.operations
+    rate = f"at {RATE / 1e12:g} TFLOP/s, {unet.operations / 1e12:.2g} a pass"
+    yield Need("time", rate, operations / RATE / 3600, "h", None)
+    short = f"{(fetched + stored - free) / 1e9:.1f} GB more than is free" if fetched + stored > free else None
+    yield Need("disk", "downloads, latents, texts and evidence", fetched + stored, "bytes", short)
 
 
-def _checkpoints(params: Params) -> Iterator[Need]:
-    for name in dict.fromkeys([params.backbone, *(backbone_of(params, method) for method in params.methods)]):
-        row = params.backbones[name]
+def _checkpoints(rows: Mapping[str, BackboneParams]) -> Iterator[Need]:
+    for name, row in rows.items():
         where = row.source + (f"@{row.revision}" if row.revision else "")
-        yield _tried(f"checkpoint {name}", where, partial(remote, row))
+        yield _access(f"checkpoint {name}", where, partial(remote, row))
 
 
-def _datasets(params: Params) -> Iterator[Need]:
-    for name, row in params.datasets.items():
-        yield _tried(f"dataset {name}", row.kind, partial(benchmark(row.kind).remote, name, row))
+def _datasets(rows: Mapping[str, DatasetParams]) -> Iterator[Need]:
+    for name, row in rows.items():
+        yield _access(f"dataset {name}", row.kind, partial(benchmark(row.kind).remote, name, row))
 
 
-def _tried(what: str, where: str, size: Callable[[], int]) -> Need:
+def _access(what: str, where: str, size: Callable[[], int]) -> Need:
     try:
         return Need(what, where, size(), "bytes", None)
     except DsdError as error:
         return Need(what, where, 0, "bytes", str(error))
 
 
-def _memory(params: Params, unet: UNet) -> Need:
-    """Of the weights of the U-Net alone; a batch is halved until what is left suffices for it."""
-    device = device_of(params.runtime.device)
-    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    short = None if there is None or unet.weights < there else f"{there / 1e9:.1f} GB are free"
-    return Need(
-        "memory of the device", f"U-Net in {params.backbones[params.backbone].dtype}", unet.weights, "bytes", short
-    )
+def _memory(unet: UNet, dtype: str, device_name: str) -> Need:
+    """The weights of the U-Net alone: batches are halved until they fit into the rest."""
+    device = device_of(device_name)
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    short = None if available is None or unet.weights < available else f"{available / 1e9:.1f} GB are free"
+    return Need("memory of the device", f"U-Net in {dtype}", unet.weights, "bytes", short)
 
 
-def examples(name: str, params: Params) -> int:
-    """How many a dataset has, all splits together."""
-    row = params.datasets[name]
-    expected = benchmark(row.kind).expected(row)
-    return expected.test + round((row.few_shot + row.validation) * expected.learning)
+class Workload:
+    """Upper bounds of the passes and the disk space of dataset `name`."""
 
+    def __init__(self, name: str, params: Params) -> None:
+        self._params, self._row, self._noise = params, params.datasets[name], noise_of(params, name)
+        self._expected = benchmark(self._row.kind).expected(self._row)
 
-def texts(name: str, params: Params) -> int:
-    """How many a dataset has, at most: a text that examples share is there once."""
-    row = params.datasets[name]
-    expected = benchmark(row.kind).expected(row)
-    return expected.texts * (1 if expected.shared else examples(name, params))
+    @property
+    def examples(self) -> int:
+        """Of all splits."""
+        learning = (self._row.few_shot + self._row.validation) * self._expected.learning
+        return self._expected.test + round(learning)
 
+    @property
+    def texts(self) -> int:
+        return self._expected.texts * (1 if self._expected.shared else self.examples)
 
-def disk(name: str, params: Params, unet: UNet) -> int:
-    """Bytes that a dataset's latents, text embeddings and evidence take, at most.
+    def disk(self, unet: UNet) -> int:
+        """Bytes of latents, text embeddings and evidence.
 
-    What is trained takes little, and what CLIP sees of a text about a hundredth of its embedding. A method with a
-    schedule leaves no evidence.
-    """
-    row, count = params.datasets[name], texts(name, params)
-    images = examples(name, params) * benchmark(row.kind).expected(row).images
-    embeddings = count * unet.text if count <= params.runtime.kept_texts else 0
-    return _scored(name, params) * unet.kept(params) + embeddings + images * unet.latents
+        Learned weights are small, and CLIP's features of a text about a hundredth of its embedding. A method with a
+        schedule leaves no evidence.
+        """
+        embeddings = self.texts * unet.text if self.texts <= self._params.runtime.kept_texts else 0
+        evidence = self._exhaustive * unet.evidence(len(self._params.evidence.poolings))
+        return evidence + embeddings + self.examples * self._expected.images * unet.latents
 
+    @property
+    def scoring(self) -> int:
+        """Passes of scoring."""
+        return self._exhaustive + self._scheduled
 
-def passes(name: str, params: Params) -> tuple[int, int]:
-    """Passes of the U-Net that scoring and training take on a dataset, at most."""
-    return _scored(name, params) + _raced(name, params), _trained(name, params)
+    @property
+    def _exhaustive(self) -> int:
+        """Passes of the methods without a schedule."""
+        params, expected = self._params, self._expected
+        draws = len(self._noise.levels) * self._noise.draws_per_level
+        pairs = expected.images * expected.texts
+        shown = max(expected.images, expected.texts)  # a few-shot choice of images has a text for each
+        fitting = 0
+        if any(method.fits_weights for method in params.methods.values()):
+            fitting = min(params.fusion.examples, round(self._row.few_shot * expected.learning))
+        passes = 0
+        for prompt in evidence_prompts(params.methods):
+            alone = expected.images if expected.images > 1 and reads_unconditional(params.methods, prompt) else 0
+            passes += expected.test * (pairs + alone) * draws
+            passes += fitting * (expected.images * min(shown, params.fusion.candidates) + alone) * draws
+        return passes
 
+    @property
+    def _scheduled(self) -> int:
+        """Passes of the methods with a schedule."""
+        params, expected, passes = self._params, self._expected, 0
+        for method in raced(params).values():
+            schedule = params.schedules[method.schedule]
+            kind = SCHEDULES[schedule.kind]
+            passes += kind.evaluations_of(schedule, expected.images * expected.texts, params.races)
+            if method.compares_unconditional and expected.images > 1:
+                passes += expected.images * params.races.draws
+        return expected.test * passes
 
-def _scored(name: str, params: Params) -> int:
-    """Passes of the methods without a schedule."""
-    row = params.datasets[name]
-    expected = benchmark(row.kind).expected(row)
-    noise = noise_of(params, name)
-    draws = len(noise.levels) * noise.draws_per_level
-    pairs = expected.images * expected.texts
-    shown = max(expected.images, expected.texts)  # a few-shot choice of images has a text for each
-    fitting = 0
-    if any(method.fits_weights for method in params.methods.values()):
-        fitting = min(params.fusion.examples, round(row.few_shot * expected.learning))
-    scored = 0
-    for prompt in evidence_prompts(params.methods):
-        alone = expected.images if expected.images > 1 and reads_unconditional(params.methods, prompt) else 0
-        scored += expected.test * (pairs + alone) * draws
-        scored += fitting * (expected.images * min(shown, params.fusion.candidates) + alone) * draws
-    return scored
-
-
-def _raced(name: str, params: Params) -> int:
-    """Passes of the methods with a schedule."""
-    row = params.datasets[name]
-    expected = benchmark(row.kind).expected(row)
-    found = 0
-    for method in raced(params).values():
-        schedule = params.schedules[method.schedule]
-        found += SCHEDULES[schedule.kind].evaluations_of(schedule, expected.images * expected.texts, params.races)
-        if method.compares_unconditional and expected.images > 1:
-            found += expected.images * len(params.races.levels) * params.races.draws_per_level
-    return expected.test * found
-
-
-def _trained(name: str, params: Params) -> int:
-    row = params.datasets[name]
-    expected = benchmark(row.kind).expected(row)
-    training = params.training.get(prompted(params) or "")
-    if training is None:
-        return 0
-    shown = min(training.candidates, expected.images) * min(training.candidates, max(expected.images, expected.texts))
-    steps = max(training.least_steps, training.epochs * row.few_shot * expected.learning / training.examples_per_step)
-    return BACKWARD * round(steps * training.examples_per_step * shown)
+    @property
+    def training(self) -> int:
+        """Passes of training the attention prompt; a pass and its gradient count as `BACKWARD`."""
+        training = self._params.training.get(prompted(self._params) or "")
+        if training is None:
+            return 0
+        images, texts, learning = self._expected.images, self._expected.texts, self._expected.learning
+        shown = min(training.candidates, images) * min(training.candidates, max(images, texts))
+        steps = training.epochs * self._row.few_shot * learning / training.examples_per_step
+        return BACKWARD * round(max(training.least_steps, steps) * training.examples_per_step * shown)

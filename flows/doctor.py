@@ -222,7 +222,7 @@ def _checkpoint(params: Params) -> str:
     else:
         result += f", {_gigabytes(remote(row))} on the hub"
     if issubclass(family, StableDiffusion):
-        result += f", {UNet.of(params).layers} layers of cross-attention"
+        result += f", {UNet.of(row).layers} layers of cross-attention"
     return result
 
 

@@ -12,10 +12,15 @@ from hypothesis import strategies as st
 from dsd.config import GateParams, GateRow, Params, load
 from dsd.data.examples import MatchingExample
 from dsd.errors import DataError, ParamsError
-from dsd.evaluation.gate import Ranks, checked, judge
+from dsd.evaluation.gate import Ranks, Verdict, check_gate, judge
 
 N = 400
 COM, REF = "scenes-com", "scenes-ref"
+
+
+def judged(params: Params, challenger: dict[str, Ranks], champion: dict[str, Ranks] | None) -> Verdict:
+    check_gate(params, list(challenger))
+    return judge(params.gate, params.evaluate, params.seed, challenger, champion)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +45,12 @@ def answers(share: float) -> np.ndarray:
 
 
 def test_without_a_champion_the_first_is_it(gate: Params) -> None:
-    verdict = judge(gate, {REF: ranks(answers(0.1))}, None)
+    verdict = judged(gate, {REF: ranks(answers(0.1))}, None)
     assert (verdict.promoted, verdict.reason, verdict.compared) == (True, "there was no champion", {})
 
 
 def test_the_better_one_is_promoted_and_the_reason_has_the_numbers(gate: Params) -> None:
-    verdict = judge(gate, {REF: ranks(answers(0.6))}, {REF: ranks(answers(0.5))})
+    verdict = judged(gate, {REF: ranks(answers(0.6))}, {REF: ranks(answers(0.5))})
     compared = verdict.compared[REF]
     assert verdict.promoted and compared.better and compared.kept
     assert compared.difference.value == pytest.approx(0.1)
@@ -53,41 +58,41 @@ def test_the_better_one_is_promoted_and_the_reason_has_the_numbers(gate: Params)
 
 
 def test_a_tie_keeps_the_champion(gate: Params) -> None:
-    verdict = judge(gate, {REF: ranks(answers(0.5))}, {REF: ranks(answers(0.5))})
+    verdict = judged(gate, {REF: ranks(answers(0.5))}, {REF: ranks(answers(0.5))})
     assert not verdict.promoted
     assert verdict.reason.startswith("not shown to be better, and a tie keeps the champion: scenes-ref +0.0 points")
 
 
 def test_a_gain_below_what_is_asked_for_is_none(gate: Params) -> None:
     challenger, champion = {REF: ranks(answers(0.515))}, {REF: ranks(answers(0.5))}
-    found = judge(gate, challenger, champion).compared[REF]
+    found = judged(gate, challenger, champion).compared[REF]
     assert found.p < 0.05 and not found.better  # shown, and too small
 
 
 def test_what_may_be_luck_is_no_gain(gate: Params) -> None:
     flips = np.arange(N) % 4  # a quarter gained, nearly as many lost
     one, other = flips == 0, (flips == 1) & (np.arange(N) > 60)
-    found = judge(gate, {REF: ranks(one)}, {REF: ranks(other)}).compared[REF]
+    found = judged(gate, {REF: ranks(one)}, {REF: ranks(other)}).compared[REF]
     assert found.difference.value >= 0.02 and found.p > 0.05 and not found.better
 
 
 def test_a_loss_elsewhere_keeps_the_champion(gate: Params) -> None:
     com = [ranks(answers(share)) for share in (0.5, 0.56)]
     challenger = {REF: ranks(answers(0.7)), COM: com[0]}
-    verdict = judge(gate, challenger, {REF: ranks(answers(0.5)), COM: com[1]})
+    verdict = judged(gate, challenger, {REF: ranks(answers(0.5)), COM: com[1]})
     assert not verdict.promoted and verdict.compared[REF].better and not verdict.compared[COM].kept
     assert "may have lost more than is allowed (3.0 on scenes-com, in points): scenes-com −6.0 points" in verdict.reason
 
 
 def test_a_loss_that_is_allowed_does_no_harm(gate: Params) -> None:
     challenger = {REF: ranks(answers(0.7)), COM: ranks(answers(0.495))}
-    verdict = judge(gate, challenger, {REF: ranks(answers(0.5)), COM: ranks(answers(0.5))})
+    verdict = judged(gate, challenger, {REF: ranks(answers(0.5)), COM: ranks(answers(0.5))})
     assert verdict.promoted and verdict.compared[COM].difference.value < 0
 
 
 def test_a_dataset_without_a_row_is_not_compared(gate: Params) -> None:
     challenger = {REF: ranks(answers(0.7)), "scenes-vqa": ranks(answers(0.0))}
-    verdict = judge(gate, challenger, {REF: ranks(answers(0.5)), "scenes-vqa": ranks(answers(1.0))})
+    verdict = judged(gate, challenger, {REF: ranks(answers(0.5)), "scenes-vqa": ranks(answers(1.0))})
     assert verdict.promoted and list(verdict.compared) == [REF]
 
 
@@ -95,17 +100,17 @@ def test_a_dataset_without_a_row_is_not_compared(gate: Params) -> None:
 @settings(max_examples=30, deadline=None)
 def test_never_do_both_beat_each_other(gate: Params, hits: list[tuple[bool, bool]]) -> None:
     one, other = (np.array(side) for side in zip(*hits, strict=True))
-    forth = judge(gate, {REF: ranks(one)}, {REF: ranks(other)})
-    back = judge(gate, {REF: ranks(other)}, {REF: ranks(one)})
+    forth = judged(gate, {REF: ranks(one)}, {REF: ranks(other)})
+    back = judged(gate, {REF: ranks(other)}, {REF: ranks(one)})
     assert not (forth.promoted and back.promoted)
     assert forth.compared[REF].difference.value == pytest.approx(-back.compared[REF].difference.value)
 
 
 def test_other_examples_are_no_comparison(gate: Params) -> None:
     with pytest.raises(DataError, match="scenes-ref: the champion was asked other examples; evaluate it anew"):
-        judge(gate, {REF: ranks(answers(0.5))}, {REF: ranks(answers(0.5)[1:])})
+        judged(gate, {REF: ranks(answers(0.5))}, {REF: ranks(answers(0.5)[1:])})
     with pytest.raises(DataError, match="scenes-ref: the champion was asked other examples"):
-        judge(gate, {REF: ranks(answers(0.5))}, {COM: ranks(answers(0.5))})
+        judged(gate, {REF: ranks(answers(0.5))}, {COM: ranks(answers(0.5))})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The gate: whether a challenger takes the champion's place, from the ranks of both on the same examples."""
+"""The gate: whether a challenger replaces the champion, from the ranks of both on the same examples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsd.config import Params
+from dsd.config import EvaluateParams, GateParams, Params
 from dsd.data.examples import MatchingExample
 from dsd.datasets import benchmark
 from dsd.errors import DataError, ParamsError, unknown
@@ -18,10 +18,10 @@ from dsd.store import digest
 
 
 class Ranks(NamedTuple):
-    """What one checkpoint's answers to the test examples of a dataset are compared by: n of each."""
+    """The ranks of one checkpoint on the n test examples of a dataset, and what comparing them needs."""
 
     kind: str
-    examples: str  # digest of the examples: who has another one was asked something else
+    examples: str  # digest of the examples; ranks on other examples are not comparable
     categories: list[str]
     clusters: list[str]
     ranks: list[int]  # of the right pair, 1 is right
@@ -34,7 +34,7 @@ class Ranks(NamedTuple):
 
 @dataclass(frozen=True)
 class Compared:
-    """Challenger minus champion on the headline metric of a dataset, beside what params.yaml asks of it.
+    """Challenger minus champion on the headline metric of a dataset, and the limits of params.yaml.
 
     `p` is Holm's over the datasets; low and high are of `evaluate.confidence`.
     """
@@ -61,11 +61,11 @@ class Verdict:
     compared: Mapping[str, Compared]
 
 
-def checked(params: Params, datasets: Sequence[str]) -> None:
-    """Whether `gate` makes sense for these datasets.
+def check_gate(params: Params, datasets: Sequence[str]) -> None:
+    """Check that `gate` names a method and datasets that exist, and at least one of these datasets.
 
     Raises:
-        ParamsError: it names a method or a dataset that is not there, or none of these.
+        ParamsError: it does not.
     """
     gate = params.gate
     if gate.method not in params.methods:
@@ -77,24 +77,28 @@ def checked(params: Params, datasets: Sequence[str]) -> None:
         raise ParamsError(f"gate.datasets: has a row for none of {', '.join(datasets)}; give at least one")
 
 
-def judge(params: Params, challenger: Mapping[str, Ranks], champion: Mapping[str, Ranks] | None) -> Verdict:
+def judge(
+    gate: GateParams,
+    evaluate: EvaluateParams,
+    seed: int,
+    challenger: Mapping[str, Ranks],
+    champion: Mapping[str, Ranks] | None,
+) -> Verdict:
     """The verdict on a challenger.
 
-    It is promoted where it is shown to be better on a dataset by at least `minimum_effect` (the paired test of
-    `paired_difference`, corrected by Holm for the number of datasets), and is shown on every dataset not to be worse by
-    more than `maximum_regression` (the interval of the difference lies above). So a tie keeps the champion.
+    It is promoted if it is shown to be better on a dataset by at least `minimum_effect` (the paired test of
+    `paired_difference`, corrected by Holm for the number of datasets), and on every dataset not to be worse by more
+    than `maximum_regression` (the interval of the difference lies above). So a tie keeps the champion.
 
     Raises:
-        ParamsError: `gate` does not make sense; see `checked`.
-        DataError: the champion was asked other examples.
+        DataError: the champion was measured on other examples.
     """
-    checked(params, list(challenger))
     if champion is None:
         return Verdict(True, "there was no champion", {})
-    for name in others_asked(params, challenger, champion):
-        raise DataError(f"{name}: the champion was asked other examples; evaluate it anew under these params first")
-    names = [name for name in params.gate.datasets if name in challenger]
-    compared = _compare(params, {name: (challenger[name], champion[name]) for name in names})
+    for name in other_examples(gate, challenger, champion):
+        raise DataError(f"{name}: the champion was measured on other examples; evaluate it again with these params")
+    names = [name for name in gate.datasets if name in challenger]
+    compared = _compare(gate, evaluate, seed, {name: (challenger[name], champion[name]) for name in names})
     better = [name for name, c in compared.items() if c.better]
     lost = [name for name, c in compared.items() if not c.kept]
     if better and not lost:
@@ -107,27 +111,29 @@ def judge(params: Params, challenger: Mapping[str, Ranks], champion: Mapping[str
     return Verdict(False, reason, compared)
 
 
-def others_asked(params: Params, challenger: Mapping[str, Ranks], champion: Mapping[str, Ranks]) -> list[str]:
-    """The datasets of `gate` on which the champion was asked other examples than the challenger, or none."""
-    names = [name for name in params.gate.datasets if name in challenger]
+def other_examples(gate: GateParams, challenger: Mapping[str, Ranks], champion: Mapping[str, Ranks]) -> list[str]:
+    """The datasets of `gate` on which the champion was measured on other examples than the challenger, or on none."""
+    names = [name for name in gate.datasets if name in challenger]
     return [n for n in names if n not in champion or champion[n].examples != challenger[n].examples]
 
 
-def _compare(params: Params, sides: Mapping[str, tuple[Ranks, Ranks]]) -> dict[str, Compared]:
-    settings: dict[str, Any] = dict(params.evaluate.model_dump(), seed=params.seed)
-    found: dict[str, tuple[str, Difference]] = {}
+def _compare(
+    gate: GateParams, evaluate: EvaluateParams, seed: int, sides: Mapping[str, tuple[Ranks, Ranks]]
+) -> dict[str, Compared]:
+    settings: dict[str, Any] = dict(evaluate.model_dump(), seed=seed)
+    differences: dict[str, tuple[str, Difference]] = {}
     for name, (one, other) in sides.items():
         counted = benchmark(one.kind).metrics
         metric = HEADLINES[counted]
         (hits, groups), (others, _) = (
             METRICS[counted](np.array(side.ranks), side.categories)[metric] for side in (one, other)
         )
-        found[name] = metric, paired_difference(hits, others, one.clusters, groups, **settings)
-    corrected = holm([difference.p for _, difference in found.values()])
+        differences[name] = metric, paired_difference(hits, others, one.clusters, groups, **settings)
+    corrected = holm([difference.p for _, difference in differences.values()])
     compared = {}
-    for (name, (metric, d)), p in zip(found.items(), corrected, strict=True):
-        row = params.gate.datasets[name]
-        better = d.value > 0 and d.value >= row.minimum_effect and p < 1 - params.evaluate.confidence
+    for (name, (metric, d)), p in zip(differences.items(), corrected, strict=True):
+        row = gate.datasets[name]
+        better = d.value > 0 and d.value >= row.minimum_effect and p < 1 - evaluate.confidence
         kept = d.low > -row.maximum_regression
         compared[name] = Compared(metric, d, p, row.minimum_effect, row.maximum_regression, better, kept)
     return compared

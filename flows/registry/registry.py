@@ -153,7 +153,7 @@ class Registry:
             DsdError: see `dsd.evaluation.gate.judge`, or measured by other code than the champion; the tags hold it as
                 the reason of the verdict "not compared".
         """
-        from dsd.evaluation.gate import Verdict, judge, others_asked
+        from dsd.evaluation.gate import Verdict, check_gate, judge, other_examples
 
         with locked():
             champion = self.alias(CHAMPION)
@@ -164,17 +164,18 @@ class Registry:
                 return Verdict(True, challenger.reason, {})
             against = {} if champion is None else {"against": str(champion.number)}
             try:
-                asked = self.ranks(challenger, params.gate.method)
+                now = self.ranks(challenger, params.gate.method)
                 before = None if champion is None else self.ranks(champion, params.gate.method)
                 own = champion is not None and champion.digest == challenger.digest
+                check_gate(params, list(now))
                 moved = [] if champion is None else moved_versions(champion.versions, challenger.versions)
-                if own and before is not None and (moved or others_asked(params, asked, before)):
+                if own and before is not None and (moved or other_examples(params.gate, now, before)):
                     what = "by other code" if moved else "on other examples"
                     verdict = Verdict(True, f"the champion itself, measured {what} than before", {})
                 elif moved:
                     raise DataError(f"measured by other code than the champion ({', '.join(moved)}); evaluate it again")
                 else:
-                    verdict = judge(params, asked, before)
+                    verdict = judge(params.gate, params.evaluate, params.seed, now, before)
             except DsdError as error:
                 self._carry_out(challenger, NOT_COMPARED, str(error), **against)
                 raise
