@@ -74,4 +74,4 @@ def build(root: Path, *, seed: int, size: int, captions: int, parity: int, resol
         write_atomic(marker, json.dumps({"recipe": recipe, "captions": texts, "things": things}).encode())
     loaded = {name: np.load(root / f"{name}.npy", mmap_mode="r") for name in ("direct", "parity", "small")}
     content = json.loads(marker.read_text())
-    return Corpus(**loaded, captions=content["captions"], things=texts_and_counts["things"])
+    return Corpus(**loaded, captions=content["captions"], things=content["things"])
