@@ -248,7 +248,8 @@ def _disk(params: Params, checkpoint: Callable[[], str]) -> str:
 
 def _outside(backbones: Mapping[str, BackboneParams], datasets: Mapping[str, DatasetParams]) -> Iterator[Check]:
     """Checks of what has to be fetched: from the hub, from other addresses, and from the user's own folders."""
-    used = any(map(_on_hub, (*backbones.values(), *datasets.values())))
+    rows: list[BackboneParams | DatasetParams] = [*backbones.values(), *datasets.values()]
+    used = any(map(_on_hub, rows))
     yield Check("hub", partial(_hub, used), "log in with `hf auth login`, or set HF_TOKEN")
     for name, row in datasets.items():
         if not row.kind.startswith("scenes-"):

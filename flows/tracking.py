@@ -208,9 +208,9 @@ def training_settings(params: Params, dataset: str, method: str) -> dict[str, An
     """The settings that MLflow shows for the training of a method."""
     row = params.methods[method]
     sections: dict[str, Any] = {"training": params.training[method]}
-    if row.scorer != "contrastive":
+    if row.learns == "attention prompt":
         sections["prompt"] = params.prompt
-    elif row.tuned == "context":
+    elif row.learns == "context":
         sections["context"] = params.context
     values = {f"{name}.{key}": value for name, part in sections.items() for key, value in part.model_dump().items()}
     return {"dataset": dataset, "method": method, "seed": params.seed, **values}

@@ -107,9 +107,9 @@ def test_never_do_both_beat_each_other(gate: Params, hits: list[tuple[bool, bool
 
 
 def test_other_examples_are_no_comparison(gate: Params) -> None:
-    with pytest.raises(DataError, match="scenes-ref: the champion was asked other examples; evaluate it anew"):
+    with pytest.raises(DataError, match="scenes-ref: the champion was measured on other examples; evaluate it again"):
         judged(gate, {REF: ranks(answers(0.5))}, {REF: ranks(answers(0.5)[1:])})
-    with pytest.raises(DataError, match="scenes-ref: the champion was asked other examples"):
+    with pytest.raises(DataError, match="scenes-ref: the champion was measured on other examples"):
         judged(gate, {REF: ranks(answers(0.5))}, {COM: ranks(answers(0.5))})
 
 
@@ -126,5 +126,5 @@ def test_other_examples_are_no_comparison(gate: Params) -> None:
 )
 def test_a_gate_that_makes_no_sense_is_one_line(gate: Params, changes: dict[str, object], line: str) -> None:
     with pytest.raises(ParamsError) as caught:
-        checked(gate.model_copy(update={"gate": gate.gate.model_copy(update=changes)}), [COM, REF])
+        check_gate(gate.model_copy(update={"gate": gate.gate.model_copy(update=changes)}), [COM, REF])
     assert line in str(caught.value) and "\n" not in str(caught.value)

@@ -102,10 +102,10 @@ def test_the_champion_on_other_examples_takes_its_own_place(measured: Params) ->
     other = measured.backbones["embedded"].model_copy(update={"prediction": "v_prediction"})
     rows = {**measured.backbones, "embedded": other}
     another = registry.register(others.model_copy(update={"backbones": rows}), Path())
-    with pytest.raises(DataError, match="the champion was asked other examples"):
+    with pytest.raises(DataError, match="the champion was measured on other examples"):
         registry.challenge(others, another)
     told = registry.versions()[0]
-    assert (told.verdict, told.against) == ("not compared", 1) and "was asked other examples" in told.reason
+    assert (told.verdict, told.against) == ("not compared", 1) and "was measured on other examples" in told.reason
     verdict = registry.challenge(others, registry.register(others, Path()))
     assert (verdict.promoted, verdict.reason) == (True, "the champion itself, measured on other examples than before")
     assert aliases()[CHAMPION] == 3

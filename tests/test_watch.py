@@ -207,7 +207,7 @@ def test_who_cannot_be_compared_yet_is_compared_later(watched: Path, dag: Dag) -
     checkpoint(watched, "b")
     dag.right["b"] = 180
     told = tick()
-    assert "not compared: scenes-ref: the champion was asked other examples" in told.lines[1]
+    assert "not compared: scenes-ref: the champion was measured on other examples" in told.lines[1]
     assert tick().lines == ["nothing new"]
     (watched.parent / "elsewhere").rename(watched / "a")
     told = tick()

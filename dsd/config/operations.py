@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -50,6 +50,11 @@ class SourceParams(Kind):
     """A row of `watch.sources`; its `kind` selects the class."""
 
     selector: ClassVar[str] = "kind"
+
+    if TYPE_CHECKING:  # a field of each kind
+
+        @property
+        def kind(self) -> str: ...
 
 
 class FolderSource(SourceParams):

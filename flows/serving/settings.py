@@ -44,7 +44,7 @@ class Settings(Bounds):
         assert method.scorer == "cross-attention" or method.scorer == "denoising"  # `Params` checks it
         paths = {key: path and absolute(path) for key in ("source", "config", "lora") for path in [getattr(row, key)]}
         noise = params.noise if serving.prompt is None else noise_of(params, serving.prompt)
-        pooling = method.pooling if method.scorer == "cross-attention" else "logsumexp"
+        pooling = method.reads_pooling or "logsumexp"
         return cls(
             seed=params.seed,
             runtime=params.runtime,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dsd.config import BackboneParams, FolderSource, HubSource, Params
 from dsd.errors import CheckpointError, DsdError
@@ -42,9 +42,9 @@ def checkpoints(params: Params, versions: Sequence[Version], errors: dict[str, s
         try:
             listed: Iterable[Checkpoint]
             if source.kind == "folder":
-                listed = _in_folder(source, tested, key)
+                listed = _in_folder(cast(FolderSource, source), tested, key)
             elif source.kind == "hub":
-                listed = [_on_hub(source, tested, key)]
+                listed = [_on_hub(cast(HubSource, source), tested, key)]
             else:
                 listed = _registered(versions, tested, key)
             for checkpoint in listed:
