@@ -114,28 +114,35 @@ def test_a_timing_makes_nothing_stale_but_the_report() -> None:
 class Reads:
     """The sections of params that a stage can read, found in its source.
 
-    It follows every name that is mentioned from the stage's function on (functions, classes, tables of them),
-    and counts `.section` on whatever is called `params` or annotated `Params`. So a section counts even if
-    only a branch reads it, and one is missed that is read under another name or a computed one (getattr).
+    It follows every name that is mentioned from the stage's function on (functions, classes, tables of them), and
+    counts `.section` on whatever is called `params` or annotated `Params`. Of a class it follows what is not a method,
+    special methods, and the methods whose name is an attribute somewhere in what was followed. So a section counts even
+    if only a branch reads it, and one is missed that is read under another name or a computed one (getattr).
     Those are caught when the stage runs: `flows.stages.common.params` hands it nothing but what dvc.yaml lists.
     Classes of dsd.config are not followed: what their checks read, `load` has checked before a stage starts.
     """
 
     def __init__(self) -> None:
-        self._nodes: dict[tuple[str, str], ast.AST] = {}
+        self._nodes: dict[tuple[str, str], list[ast.AST]] = {}
+        self._methods: dict[tuple[str, str], dict[str, ast.AST]] = {}
         self._aliases: dict[tuple[str, str], str] = {}
         for module in graph().modules:
             self._index(module, ast.parse((ROOT / file_of(module)).read_text()))
 
     def _index(self, module: str, tree: ast.Module) -> None:
         for node in tree.body:
-            followed = ast.FunctionDef if module.startswith("dsd.config") else ast.FunctionDef | ast.ClassDef
-            if isinstance(node, followed):
-                self._nodes[module, node.name] = node
+            if isinstance(node, ast.FunctionDef):
+                self._nodes[module, node.name] = [node]
+            if isinstance(node, ast.ClassDef) and not module.startswith("dsd.config"):
+                methods = {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
+                named = {name: part for name, part in methods.items() if not name.startswith("__")}
+                rest = [part for part in node.body if part not in named.values()]
+                self._nodes[module, node.name] = [*rest, *node.bases, *node.decorator_list]
+                self._methods[module, node.name] = dict(named)
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
             for target in targets:
                 if isinstance(target, ast.Name):
-                    self._nodes[module, target.id] = node
+                    self._nodes[module, target.id] = [node]
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom):
                 for name in node.names:
@@ -163,13 +170,28 @@ class Reads:
         return {place for place in found if place is not None}
 
     def of(self, stage: str) -> set[str]:
-        waiting, seen, sections = [(f"flows.stages.{stage}", stage)], set(), set()
+        first = (f"flows.stages.{stage}", stage)
+        waiting, places, attributes, sections = [first], set(), set(), set()
+        followed: set[tuple[str, str, str]] = set()  # methods
+
+        def follow(module: str, node: ast.AST) -> None:
+            nonlocal sections, attributes
+            waiting.extend(self._mentions(module, node))
+            attributes |= {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+            sections |= self._sections(node)
+
         while waiting:
-            place = waiting.pop()
-            if place not in seen:
-                seen.add(place)
-                waiting += self._mentions(place[0], self._nodes[place])
-                sections |= self._sections(self._nodes[place])
+            while waiting:
+                place = waiting.pop()
+                if place not in places:
+                    places.add(place)
+                    for node in self._nodes[place]:
+                        follow(place[0], node)
+            for module, kind in places & self._methods.keys():
+                for name, node in self._methods[module, kind].items():
+                    if name in attributes and (module, kind, name) not in followed:
+                        followed.add((module, kind, name))
+                        follow(module, node)
         return sections
 
     @staticmethod

@@ -76,7 +76,7 @@ class RaceRunner:
         rows = requests(examples, self.noise, params.seed, compares)
         shards = plan(rows, self.source, params.evidence.shard)
         poolings = params.evidence.poolings
-        self.session.fill(
+        self.session.fill_evidence(
             self.method.prompt, shards, store, title,
             lambda arrays: {"values": row_values(arrays, self.method, poolings)},
         )  # fmt: skip

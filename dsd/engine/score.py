@@ -64,7 +64,7 @@ def planned(session: Session, split: str) -> Iterator[Planned]:
         source, compares = session.evidence_key(prompt), reads_unconditional(params.methods, prompt)
         entries = {prompt: examples} | ({fitting_entry(prompt): fitting} if fitting else {})
         for entry, some in entries.items():
-            rows = requests(some, session.noise, params.seed, compares)
+            rows = requests(some, session.scoring_noise, params.seed, compares)
             yield Planned(entry, prompt, plan(rows, source, params.evidence.shard))
 
 
@@ -86,7 +86,7 @@ class Worker:
     def __call__(self, key: str) -> None:
         """Compute the shard of a key, unless it is there."""
         prompt, shard = self.shards[key]
-        self._session.fill(prompt, [shard], self._store, key)
+        self._session.fill_evidence(prompt, [shard], self._store, key)
 
 
 def score(session: Session, target: Path, *, split: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def score(session: Session, target: Path, *, split: str) -> dict[str, Any]:
     keys: dict[str, list[str]] = {}
     total, computed = 0, 0
     for entry, prompt, shards in planned(session, split):
-        computed += session.fill(prompt, shards, store, f"score {session.name}, prompt {entry}")
+        computed += session.fill_evidence(prompt, shards, store, f"score {session.name}, prompt {entry}")
         keys[entry] = [shard.key for shard in shards]
         total += sum(len(shard.rows) for shard in shards)
     keys |= score_contrastive(session, pairs(examples), store)
@@ -175,12 +175,12 @@ def stored_values(
     """The values of a method's pairs that are known because a method without a schedule has the same draws."""
     session, method = runner.session, runner.method
     params, prompt = session.params, method.prompt
-    if not (scored / INDEX).exists() or set(draws(session.noise, params.seed)).isdisjoint(runner.draws):
+    if not (scored / INDEX).exists() or set(draws(session.scoring_noise, params.seed)).isdisjoint(runner.draws):
         return {}
     if prompt not in read_index(scored)["shards"]:
         return {}
     arrays = read_shards(scored, prompt)
-    rows = requests(examples, session.noise, params.seed, reads_unconditional(params.methods, prompt))
+    rows = requests(examples, session.scoring_noise, params.seed, reads_unconditional(params.methods, prompt))
     return dict(zip(rows, row_values(arrays, method, params.evidence.poolings).tolist(), strict=True))
 
 

@@ -6,7 +6,7 @@ Shapes: C candidates.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -49,17 +49,16 @@ class Session:
         self.name, self.params, self.folders = name, params, folders
         self.cache = Store(folders.cached)
         self._cores = cores
-        # Each once:
-        self.engine: Callable[[str], Engine] = cache(self._engine)
-        self.clip: Callable[[str], Clip] = cache(self._clip)
-        self.features: Callable[[str], tuple[Encodings, Encodings]] = cache(self._features)
+        self._engines: dict[str, Engine] = {}
+        self._clips: dict[str, Clip] = {}
+        self._features: dict[str, tuple[Encodings, Encodings]] = {}
 
     @cached_property
     def device(self) -> torch.device:
         return device_of(self.params.runtime.device)
 
     @property
-    def noise(self) -> NoiseParams:
+    def scoring_noise(self) -> NoiseParams:
         """The noise that the dataset's examples are scored at."""
         return noise_of(self.params, self.name)
 
@@ -120,26 +119,33 @@ class Session:
         content = digest(self.backbone.digest, trained, settings, resolution, str(DTYPES[row.dtype]))
         return versioned("evidence", content)
 
-    def _engine(self, prompt: str) -> Engine:
+    def engine(self, prompt: str) -> Engine:
         """The engine of evidence under a prompt ("none", "few-shot")."""
-        evidence, size = self.params.evidence, self.params.runtime.batch_size
-        return Engine(self.backbone, self.prompt(prompt), evidence, *self.diffusion_encodings, size, self._cores)
+        if prompt not in self._engines:
+            learned, encodings = self.prompt(prompt), self.diffusion_encodings
+            evidence, size = self.params.evidence, self.params.runtime.batch_size
+            self._engines[prompt] = Engine(self.backbone, learned, evidence, *encodings, size, self._cores)
+        return self._engines[prompt]
 
-    def fill(
+    def fill_evidence(
         self, prompt: str, shards: Sequence[Shard], store: Store, title: str,
         keep: Callable[[Arrays], Arrays] = lambda arrays: arrays,
     ) -> int:  # fmt: skip
         """Compute the shards that are missing; see `dsd.engine.engine.fill`."""
         return fill(lambda: self.engine(prompt), shards, store, title, keep)
 
-    def _clip(self, backbone: str) -> Clip:
+    def clip(self, backbone: str) -> Clip:
         """The CLIP of a row of `backbones`; the model is opened when it is first used."""
-        return load_clip(self.params.backbones[backbone], self.device, lazy=True)
+        if backbone not in self._clips:
+            self._clips[backbone] = load_clip(self.params.backbones[backbone], self.device, lazy=True)
+        return self._clips[backbone]
 
-    def _features(self, backbone: str) -> tuple[Encodings, Encodings]:
-        """Its features of the images and of the texts."""
-        kept = self.params.runtime.kept_texts
-        return contrastive_encodings(self.clip(backbone), self.images, self.texts, self.cache, kept)
+    def features(self, backbone: str) -> tuple[Encodings, Encodings]:
+        """The features of the images and of the texts of a CLIP."""
+        if backbone not in self._features:
+            clip, kept = self.clip(backbone), self.params.runtime.kept_texts
+            self._features[backbone] = contrastive_encodings(clip, self.images, self.texts, self.cache, kept)
+        return self._features[backbone]
 
     @property
     def clips(self) -> list[str]:

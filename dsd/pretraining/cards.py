@@ -87,16 +87,16 @@ def quality(params: Params, target: Path) -> Results:
     name = "scenes-com"
     row = params.datasets[name].model_copy(update={"test": 300})
     changes = {"backbones": backbones, "methods": methods, "datasets": {name: row}, "seed": params.seed + 1}
-    changed = params.model_copy(update=changes)
+    params = params.model_copy(update=changes)
     with TemporaryDirectory() as folder:
         raw, prepared, cached, scored = (Path(folder) / part for part in ("raw", "prepared", "cached", "scored"))
-        benchmark(row.kind).download(row, seed=changed.seed, folder=raw, workers=changed.runtime.workers)
-        prepare(name, row, raw, prepared, images=changed.images, seed=changed.seed, workers=changed.runtime.workers)
-        session = Session(name, changed, Folders(prepared, cached, cached))
+        benchmark(row.kind).download(row, seed=params.seed, folder=raw, workers=params.runtime.workers)
+        prepare(name, row, raw, prepared, images=params.images, seed=params.seed, workers=params.runtime.workers)
+        session = Session(name, params, Folders(prepared, cached, cached))
         encode(session)
         score(session, scored, split="test")
-        split = ScoredSplit.of(name, changed, prepared, scored)
-        return evaluate(name, split, changed.evaluate, changed.seed, Path(folder)).results
+        split = ScoredSplit.of(name, params, prepared, scored)
+        return evaluate(name, split, params.evaluate, params.seed, Path(folder)).results
 
 
 def samples(folder: Path, seed: int) -> tuple[Image.Image, list[str]]:
