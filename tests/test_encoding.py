@@ -1,15 +1,18 @@
-"""Encodings: the same numbers whether they are kept or computed when they are asked for, and none computed in vain."""
+"""Encodings: the same numbers whether they are stored or computed on request, and each is computed once."""
 
 from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import string
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
@@ -17,10 +20,12 @@ from transformers import CLIPTokenizer
 from dsd.config import Params, trained
 from dsd.data.draws import Draw
 from dsd.data.examples import AT_ONCE, MatchingExample, Pair, read_examples, write_examples
-from dsd.engine import encodings as encoding
-from dsd.engine.encodings import Arrays, Encodings, all_texts, encode, read_all
+from dsd.engine import encodings
+from dsd.engine.cache import Worker, encode, missing
+from dsd.engine.encodings import Arrays, Encodings, all_texts, read_all
 from dsd.engine.score import score
-from dsd.models import StableDiffusion, device_of, load_diffusion
+from dsd.engine.session import Folders, Session
+from dsd.models import StableDiffusion, clip, device_of, load_diffusion, stable_diffusion
 from dsd.models.checkpoint import longer
 from dsd.scorers.evidence import INDEX, Requests, plan
 from dsd.store import Store
@@ -30,8 +35,13 @@ from tests.tiny import row, save_tokenizer
 NAME, ITEMS = "scenes-com", [f"text {n}" for n in range(40)]
 
 
-def passing(params: Params) -> Params:
-    """The params under which no text is kept."""
+def session_of(params: Params, prepared: Path, cached: Path) -> Session:
+    """A session that needs nothing trained."""
+    return Session(NAME, params, Folders(prepared, cached, cached))
+
+
+def without_texts(params: Params) -> Params:
+    """The params under which no text is stored."""
     return params.model_copy(update={"runtime": params.runtime.model_copy(update={"kept_texts": 0})})
 
 
@@ -40,7 +50,7 @@ def kinds(folder: Path) -> set[str]:
 
 
 class Stub:
-    """What an item is encoded to, and how often each was."""
+    """An encoder that counts how often it encodes each item."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -55,16 +65,16 @@ def table(stub: Stub, folder: Path, kept: bool) -> Encodings:
 
 
 @settings(max_examples=20, deadline=None)
-@given(asked=st.lists(st.lists(st.sampled_from(ITEMS), min_size=1, max_size=9), max_size=12))
-def test_what_is_not_kept_is_the_same_and_held_within_bounds(
-    asked: list[list[str]], tmp_path_factory: pytest.TempPathFactory
+@given(batches=st.lists(st.lists(st.sampled_from(ITEMS), min_size=1, max_size=9), max_size=12))
+def test_items_that_are_not_stored_are_the_same_and_held_within_bounds(
+    batches: list[list[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "SHARD", 3)
-        patch.setattr(encoding, "HELD", 2)
+        patch.setattr(encodings, "SHARD", 3)
+        patch.setattr(encodings, "HELD", 2)
         folder = tmp_path_factory.mktemp("store")
         stored, fresh = table(Stub(), folder / "kept", True), table(Stub(), folder / "not", False)
-        for items in asked:
+        for items in batches:
             np.testing.assert_array_equal(fresh(items)["hidden"], stored(items)["hidden"])
             assert len(fresh._last) <= 6
         fresh.fill()
@@ -83,15 +93,15 @@ def test_neighbours_and_draws_of_a_pair_compute_a_text_once(tmp_path: Path) -> N
     assert stub.counts == dict.fromkeys(["", *ITEMS], 1)
 
 
-def test_the_limit_moves_no_result_and_no_key(
+def test_the_limit_changes_no_result_and_no_key(
     params: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     untrained = params.methods.keys() - {*trained(params), "dsd-plus"}
     plain = params.model_copy(update={"methods": {name: params.methods[name] for name in untrained}})
-    encode(NAME, passing(plain), prepared, tmp_path / "cache")
+    encode(session_of(without_texts(plain), prepared, tmp_path / "cache"))
     assert kinds(tmp_path / "cache") == {"latents", "clip-image-features"} < kinds(cached)
-    score(NAME, plain, prepared, cached, tmp_path, tmp_path / "kept", split="test")
-    score(NAME, passing(plain), prepared, tmp_path / "cache", tmp_path, tmp_path / "not", split="test")
+    score(session_of(plain, prepared, cached), tmp_path / "kept", split="test")
+    score(session_of(without_texts(plain), prepared, tmp_path / "cache"), tmp_path / "not", split="test")
     assert kinds(tmp_path / "cache") == {"latents", "clip-image-features"}
     index = json.loads((tmp_path / "kept" / INDEX).read_text())
     assert json.loads((tmp_path / "not" / INDEX).read_text()) == index
@@ -103,27 +113,76 @@ def test_the_limit_moves_no_result_and_no_key(
 
 
 @pytest.mark.parametrize("method", ["dsd", "clip-finetune", "clip-prompt"])
-def test_the_limit_moves_no_training(method: str, params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
+def test_the_limit_changes_no_training(
+    method: str, params: Params, prepared: Path, cached: Path, tmp_path: Path
+) -> None:
     curves = [
-        list(train(NAME, method, of, prepared, cache, tmp_path / f"of {cache.name}"))
-        for of, cache in ((params, cached), (passing(params), tmp_path / "not"))
+        list(train(session_of(of, prepared, cache), method, tmp_path / f"of {cache.name}"))
+        for of, cache in ((params, cached), (without_texts(params), tmp_path / "not"))
     ]
     losses = [[step["loss"] for step in curve] for curve in curves]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert kinds(tmp_path / "not") <= {"latents", "clip-image-features"}
 
 
-def test_what_was_stored_goes_when_it_is_too_much(params: Params, prepared: Path, tmp_path: Path) -> None:
-    kept = encode(NAME, params, prepared, tmp_path)
+def test_stored_texts_are_removed_above_the_limit(params: Params, prepared: Path, tmp_path: Path) -> None:
+    kept = encode(session_of(params, prepared, tmp_path))
     texts = all_texts(read_all(prepared))
     backbone = load_diffusion(params.backbones["embedded"], device_of("cpu"))
     assert kept["texts"] == len(texts) and kept["truncated"] == int(backbone.encode_texts(texts).truncated.sum())
     assert "texts" in kinds(tmp_path)
-    assert encode(NAME, passing(params), prepared, tmp_path) == kept
+    assert encode(session_of(without_texts(params), prepared, tmp_path)) == kept
     assert kinds(tmp_path) == {"latents", "clip-image-features"}
     exact = params.model_copy(update={"runtime": params.runtime.model_copy(update={"kept_texts": len(texts)})})
-    encode(NAME, exact, prepared, tmp_path)
+    encode(session_of(exact, prepared, tmp_path))
     assert "texts" in kinds(tmp_path)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the components that are opened from here on; that of a CLIP is ""."""
+    names: list[str] = []
+    for module in (stable_diffusion, clip):
+        whole = module.component
+
+        def counted(folder: Path, kind: Any, name: str, dtype: torch.dtype, whole: Any = whole) -> Any:
+            names.append(name)
+            return whole(folder, kind, name, dtype)
+
+        monkeypatch.setattr(module, "component", counted)
+    return names
+
+
+def test_the_cache_opens_no_denoiser_and_only_what_is_missing(
+    params: Params, prepared: Path, cached: Path, tmp_path: Path, opened: list[str]
+) -> None:
+    first = session_of(params, prepared, tmp_path / "first")
+    counts = encode(first)
+    assert sorted(opened) == ["", "text_encoder", "vae"] and "unet" not in vars(first.backbone)
+    opened.clear()
+    again = session_of(params, prepared, tmp_path / "first")
+    assert encode(again) == counts and missing(again) == {} and Worker(again).shards
+    assert opened == [] and not {"vae", "text_encoders", "unet"} & vars(again.backbone).keys()
+    folder = Path(shutil.copytree(cached, tmp_path / "copy"))
+    for kind, component in (("latents", "vae"), ("texts", "text_encoder"), ("clip-image-features", "")):
+        for file in folder.glob(f"{kind}-*"):
+            file.unlink()
+        assert {key.rpartition("-")[0] for key in missing(session_of(params, prepared, folder))} == {kind}
+        assert opened == []
+        encode(session_of(params, prepared, folder))
+        assert opened == [component]
+        opened.clear()
+
+
+def test_a_worker_of_the_cache_opens_no_denoiser(
+    params: Params, prepared: Path, tmp_path: Path, opened: list[str]
+) -> None:
+    session = session_of(params, prepared, tmp_path)
+    worker = Worker(session)
+    assert opened == [] and set(missing(session)) == set(worker.shards)
+    for key in worker.shards:
+        worker(key)
+    assert missing(session) == {} and sorted(opened) == ["", "text_encoder", "vae"]
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +195,7 @@ LETTERS = string.printable + "éİ☃ﬁ\u0958"
 
 @settings(deadline=None)
 @given(st.lists(st.one_of(st.text(LETTERS, max_size=30), st.text(max_size=12)), unique=True), st.integers(3, 26))
-def test_longer_texts_are_told_without_cutting_up_the_short(
-    tokens: CLIPTokenizer, texts: list[str], limit: int
-) -> None:
+def test_long_texts_are_found_without_tokenizing_the_short(tokens: CLIPTokenizer, texts: list[str], limit: int) -> None:
     counts = {text: len(tokens(text).input_ids) for text in texts}
     assert dict(longer(tokens, texts, limit)) == {text: n for text, n in counts.items() if n > limit}
 
@@ -156,7 +213,7 @@ PAIRS, DRAWS = [Pair("i", str(n)) for n in range(7)], [Draw(0.2, 1), Draw(0.4, 2
 
 
 @given(st.slices(14))
-def test_requests_are_a_list_that_is_not_there(part: slice) -> None:
+def test_requests_are_a_lazy_list(part: slice) -> None:
     rows, plain = Requests(PAIRS, DRAWS, range(14)), [(pair, draw) for pair in PAIRS for draw in DRAWS]
     assert list(rows) == plain and list(rows[part]) == plain[part] and len(rows[part]) == len(plain[part])
     assert [rows[n] for n in range(-14, 14)] == plain + plain
@@ -164,14 +221,14 @@ def test_requests_are_a_list_that_is_not_there(part: slice) -> None:
         rows[14]
 
 
-def test_a_shard_that_is_sent_takes_no_other_rows_along() -> None:
+def test_a_pickled_shard_holds_no_other_rows() -> None:
     pairs = [Pair("i", f"a text of some length, the {n}th") for n in range(5000)]
     shard = plan(Requests(pairs, DRAWS, range(10_000)), "source", 10)[3]
     sent = pickle.dumps(shard)
     assert len(sent) < 2000 and list(pickle.loads(sent).rows) == list(shard.rows)
 
 
-def test_the_keys_of_stored_evidence_stay() -> None:
+def test_the_keys_of_stored_evidence_do_not_change() -> None:
     rows = Requests(PAIRS, DRAWS, range(14))
     keys = [shard.key for shard in plan(rows, "source", 8)]
     assert keys == [shard.key for shard in plan(list(rows), "source", 8)]
