@@ -74,6 +74,9 @@ def reproduce(
         bool, typer.Option("--dry-run", help="Print what the run needs and what is missing; change nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; only with --dry-run.")] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute everything again, such as after an update of torch.")
+    ] = False,
 ) -> None:
     """Run every stage whose params, code or data have changed, and print the path of the report.
 
@@ -87,6 +90,8 @@ def reproduce(
     """
     if as_json and not dry_run:
         raise DsdError("--json: only with --dry-run; the results of a run are in data/evaluate/metrics.json")
+    if recompute and dry_run:
+        raise DsdError("--recompute: not with --dry-run, which changes nothing")
     if dry_run:
         sys.exit(_dry_run(preset, as_json=as_json))
     if preset is not None:
@@ -95,7 +100,7 @@ def reproduce(
         presets.put(preset)
     from flows import reproduce as reproduction
 
-    reproduction.main()
+    reproduction.main(recompute=recompute)
 
 
 def _dry_run(preset: Path | None, *, as_json: bool) -> bool:

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,16 +38,17 @@ LOG.setLevel(logging.ERROR)  # it warns about frozen stages
 for _name in ("dvc", "dvc_data", "dvc_objects"):
     logging.getLogger(_name).propagate = False  # prefect would print each message a second time
 RWLOCK = Path(".dvc") / "tmp" / "rwlock"  # the paths that DVC's processes use
+RESUMED = ("cache", "train", "score")  # data folders whose content a stage resumes from
 STARTUP_SECONDS = 600  # the limit; a server starts in 5 s on an idle machine
 
 
-def main() -> None:
+def main(*, recompute: bool = False) -> None:
     """Run the reproduction as a command; a failed stage prints its own error."""
     # The commands in dvc.yaml call `python`, which must be this interpreter.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        print(reproduce())
+        print(reproduce(recompute=recompute))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -69,8 +71,10 @@ def failure(error: Exception) -> str | None:
     return line if line is None else " ".join(line.split())
 
 
-def reproduce() -> str:
+def reproduce(*, recompute: bool = False) -> str:
     """Run the stages that are not up to date, and publish the results; return the message for the user.
+
+    With `recompute`, run every stage that is not frozen, without encodings, trainings and evidence of earlier runs.
 
     Raises:
         DsdError: params.yaml is invalid, or the Prefect server does not start.
@@ -82,9 +86,12 @@ def reproduce() -> str:
     with Repo(fs=AtomicFiles()) as repo:
         names = {stage.name for stage in repo.index.stages if not stage.frozen}
         empty = not any(out.exists for out in repo.index.outs if out.persist)  # no stage can resume
-        if stale := bool(repo.status()):
+        if recompute:
+            for name in RESUMED:
+                shutil.rmtree(DATA / name, ignore_errors=True)
+        if stale := recompute or bool(repo.status()):
             with cache_in_use(Path(repo.cache.local.path).parent.parent):
-                run(repo)
+                run(repo, force=recompute)
     from flows.tracking import publish
 
     publish(params, DATA)
@@ -138,7 +145,7 @@ def _open_repo() -> Iterator[Repo]:
         raise DsdError(" ".join(str(error).split())) from None
 
 
-def run(repo: Repo) -> None:
+def run(repo: Repo, *, force: bool = False) -> None:
     """Run `dvc repro` as one Prefect flow, whose server the stages share."""
     LOG.setLevel(logging.INFO)  # it logs the running stage
     with server():
@@ -146,7 +153,7 @@ def run(repo: Repo) -> None:
 
         @flow(name="reproduce", persist_result=False)
         def dag() -> None:
-            repo.reproduce()
+            repo.reproduce(force=force)
 
         dag()
 

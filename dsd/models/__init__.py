@@ -1,8 +1,10 @@
-"""Backbones: one small interface over model families, one row of the table a family."""
+"""Backbones: one small interface over model families. One file a family."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import torch
 
@@ -14,9 +16,10 @@ from dsd.models.open_clip import OpenClip
 from dsd.models.sdxl import StableDiffusionXL
 from dsd.models.stable_diffusion import StableDiffusion, TextEmbeddings
 
-FAMILIES: dict[str, type[StableDiffusion] | type[Clip]] = {
-    kind.family: kind for kind in (StableDiffusion, StableDiffusionXL, Clip, OpenClip)
-}
+FAMILIES: dict[str, type[StableDiffusion] | type[Clip]] = {}  # by name: the BACKBONES of each module of this package
+
+for _module in iter_modules(__path__):
+    FAMILIES.update(getattr(import_module(f"{__name__}.{_module.name}"), "BACKBONES", {}))
 
 __all__ = [
     "FAMILIES",

@@ -145,3 +145,6 @@ def normalisation(file: Path) -> tuple[Tensor, Tensor]:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"{file}: needs image_mean and image_std of three colours ({reason})") from None
     return mean_3, deviation_3
+
+
+BACKBONES = {Clip.family: Clip}

@@ -246,3 +246,6 @@ class OpenClip(Clip):
         mean_3, deviation_3 = (torch.tensor(x) for x in (config.preprocess_cfg.mean, config.preprocess_cfg.std))
         towers = towers.to(dtype).eval().requires_grad_(False)
         return Opened(towers, tokens, config.model_cfg.vision_cfg.image_size, mean_3, deviation_3)
+
+
+BACKBONES = {OpenClip.family: OpenClip}

@@ -67,3 +67,6 @@ class StableDiffusionXL(StableDiffusion):
             "time_ids": torch.tensor([side, side, 0, 0, side, side], device=noised.device).expand(len(noised), -1),
         }
         return cast(Tensor, self.unet(noised, timesteps, hidden_TMD, added_cond_kwargs=conditions).sample)
+
+
+BACKBONES = {StableDiffusionXL.family: StableDiffusionXL}

@@ -265,3 +265,6 @@ def unet_skeleton(config: Mapping[str, Any], source: str) -> UNet2DConditionMode
     except (TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"{source}: unet/config.json makes no U-Net ({reason})") from None
+
+
+BACKBONES = {StableDiffusion.family: StableDiffusion}
