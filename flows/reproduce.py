@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -84,14 +84,14 @@ def reproduce(*, recompute: bool = False) -> str:
     params = load()
     repair_rwlock()
     with Repo(fs=AtomicFiles()) as repo:
-        names = {stage.name for stage in repo.index.stages if not stage.frozen}
+        names = [stage.name for stage in repo.index.stages if not stage.frozen]
         empty = not any(out.exists for out in repo.index.outs if out.persist)  # no stage can resume
         if recompute:
             for name in RESUMED:
                 shutil.rmtree(DATA / name, ignore_errors=True)
         if stale := recompute or bool(repo.status()):
             with cache_in_use(Path(repo.cache.local.path).parent.parent):
-                run(repo, force=recompute)
+                run(repo, names if recompute else ())
     from flows.tracking import publish
 
     publish(params, DATA)
@@ -100,7 +100,7 @@ def reproduce(*, recompute: bool = False) -> str:
         return f"everything is up to date\n{report}"
     total, records = time.monotonic() - clock, finished(since=started)
     orchestration = total - sum(record["seconds"] for record in records)
-    if empty and {record["stage"] for record in records} == names:  # `make bench` reports whole reproductions only
+    if empty and {record["stage"] for record in records} == {*names}:  # `make bench` reports whole reproductions only
         record = json.dumps({"seconds": total, "orchestration": orchestration}, indent=2)
         write_atomic(DATA / "reproduction.json", record.encode())
     return f"orchestration: {orchestration:.0f} s of {total:.0f} s\n{report}"
@@ -145,15 +145,17 @@ def _open_repo() -> Iterator[Repo]:
         raise DsdError(" ".join(str(error).split())) from None
 
 
-def run(repo: Repo, *, force: bool = False) -> None:
-    """Run `dvc repro` as one Prefect flow, whose server the stages share."""
+def run(repo: Repo, recomputed: Sequence[str] = ()) -> None:
+    """Run `dvc repro` as one Prefect flow, whose server the stages share; first these stages, changed or not."""
     LOG.setLevel(logging.INFO)  # it logs the running stage
     with server():
         from prefect import flow
 
         @flow(name="reproduce", persist_result=False)
         def dag() -> None:
-            repo.reproduce(force=force)
+            for name in recomputed:
+                repo.reproduce(name, single_item=True, force=True)
+            repo.reproduce()
 
         dag()
 

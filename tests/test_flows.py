@@ -295,6 +295,25 @@ def test_only_a_reproduction_from_nothing_is_recorded_as_whole(small_dag: list[A
 
 
 @pytest.mark.slow
+def test_recompute_runs_every_stage_again_but_those_that_are_frozen(small_dag: list[Any], prefect_server: None) -> None:
+    count = "mkdir -p data/{0} && echo run >> data/{0}/runs && echo run >> {0}.log"
+    dag = {
+        name: {"cmd": count.format(name), "params": ["seed"], "outs": [{f"data/{name}": {"persist": True}}]}
+        for name in ("pretrain", "download", "score")
+    }
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": dag}))
+    reproduce.reproduce()
+    dag["pretrain"]["frozen"] = True
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": dag}))
+    assert reproduce.reproduce().startswith("everything is up to date")
+    reproduce.reproduce(recompute=True)
+    runs = {name: len(Path(f"{name}.log").read_text().split()) for name in dag}
+    assert runs == {"pretrain": 1, "download": 2, "score": 2}
+    assert Path("data/score/runs").read_text().split() == ["run"]  # it starts from nothing
+    assert Path("data/download/runs").read_text().split() == ["run", "run"]  # downloads are kept
+
+
+@pytest.mark.slow
 def test_the_line_of_a_failed_stage_is_the_last(
     small_dag: list[Any], prefect_server: None, capfd: pytest.CaptureFixture[str]
 ) -> None:

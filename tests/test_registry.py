@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from dsd.config import BackboneParams, Params, load
 from dsd.data.examples import MatchingExample, write_examples
 from dsd.errors import CheckpointError, DataError, DsdError
+from dsd.versions import VERSIONS
 from flows import tracking
 from flows.cli import app
 from flows.registry.registry import BACKBONE, CHALLENGER, CHAMPION, Registry, evaluation_key
@@ -185,6 +187,30 @@ def test_a_tie_keeps_the_champion_and_the_reason_stands_in_the_registry(measured
     assert aliases() == {CHAMPION: 1, CHALLENGER: 2}
     [told, _] = registry.versions()
     assert told.verdict == "kept out" and "a tie keeps the champion: scenes-com" in told.reason
+
+
+def test_measurements_by_other_code_are_not_compared(measured: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry()
+    registry.challenge(measured, registry.register(measured, Path()))
+    before = registry.alias(CHAMPION)
+    monkeypatch.setitem(VERSIONS, "evidence", 2)
+    with pytest.raises(DataError, match=r"json: measured by other code \(evidence 1 → 2\); run `dsd reproduce` first"):
+        registry.register(measured, Path())
+    record = Path("data/timings/evaluate.json")
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({"versions": VERSIONS, "libraries": {"torch": "2.13"}}))
+    again = registry.register(measured, Path())
+    assert before is not None and again.key != before.key and again.versions["evidence"] == 2
+    verdict = registry.challenge(measured, again)  # the champion itself: nothing is comparable with its old results
+    assert (verdict.promoted, verdict.reason) == (True, "the champion itself, measured by other code than before")
+
+    record.write_text(json.dumps({"versions": {**VERSIONS, "evidence": 3}}))
+    monkeypatch.setitem(VERSIONS, "evidence", 3)
+    other = replace(registry.register(measured, Path()), digest="another checkpoint")
+    with pytest.raises(DataError, match=r"measured by other code than the champion \(evidence 2 → 3\)"):
+        registry.challenge(measured, other)
+    [reason] = {v.reason for v in registry.versions() if v.verdict == "not compared"}
+    assert reason.startswith("measured by other code")
 
 
 def test_the_champion_does_not_challenge_itself(measured: Params) -> None:

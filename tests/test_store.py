@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import logging
 import os
 import subprocess
@@ -22,7 +23,7 @@ from pydantic import BaseModel
 
 from dsd import store as store_module
 from dsd.errors import DsdError
-from dsd.store import DTYPES, Store, digest, file_digest, write_atomic
+from dsd.store import DTYPES, Store, digest, file_digest, libraries, write_atomic
 
 Arrays = dict[str, np.ndarray]
 
@@ -324,3 +325,26 @@ def test_prune_removes_what_no_params_name(store: Store) -> None:
     assert store.prune({"a", "absent"}) == 2
     assert sorted(path.name for path in store.root.iterdir()) == ["README.json", "a.json", "a.safetensors"]
     assert same(store.read("a"), ARRAYS)
+
+
+def test_results_of_another_minor_version_of_a_library_are_a_warning(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.write("a", ARRAYS)
+    assert same(store.read("a"), ARRAYS) and not caplog.messages
+    now = {**libraries(), "torch": "99.1"}
+    monkeypatch.setattr("dsd.store.libraries", lambda: now)
+    assert same(store.read("a"), ARRAYS) and same(store.read("a"), ARRAYS)
+    [line] = caplog.messages  # once a place
+    assert line.startswith(f"{store.root}: computed with torch {libraries()['torch']}, not 99.1; to recompute: dsd ")
+
+
+def test_shards_from_before_versions_were_recorded_are_valid(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.write("a", ARRAYS)
+    manifest = store.root / "a.json"
+    content = json.loads(manifest.read_text())
+    del content["libraries"]
+    manifest.write_text(json.dumps(content))
+    assert same(store.read("a"), ARRAYS) and not caplog.messages and store.corrupt == 0
