@@ -37,7 +37,7 @@ def image_cell(number: int, format: str = "PNG") -> dict[str, Any]:
 
 
 def parquet(columns: dict[str, Sequence[Any]], features: dict[str, Any], batch: int = 4) -> bytes:
-    """As `datasets` uploads it, with few rows to a group."""
+    """A Parquet file as `datasets` writes it, with few rows per group."""
     data = io.BytesIO()
     table = hf.Dataset.from_dict(
         {name: list(values) for name, values in columns.items()}, features=hf.Features(features)
@@ -122,7 +122,7 @@ REFCOCOG = {
 
 
 def referred(images: Sequence[int]) -> dict[str, Any]:
-    """Two objects an image, each with two expressions."""
+    """Two objects per image, each with two expressions."""
     rows = [(n, part) for n in images for part in ("left", "right")]
     return {
         "question_id": [str(100 * n + len(part)) for n, part in rows],
@@ -137,7 +137,7 @@ def referred(images: Sequence[int]) -> dict[str, Any]:
 
 
 def refcocog() -> Files:
-    """The last two images of the validation are in the test too."""
+    """The last two images of the validation are also in the test."""
     val, test = referred(range(42)), referred(range(40, 52))
     return {**shard(val, REFCOCOG, "data/val"), **shard(test, REFCOCOG, "data/test")}
 
@@ -161,18 +161,18 @@ VQAV2 = {
 
 
 def questions(images: Sequence[int]) -> dict[str, Any]:
-    """Three questions an image, on yes or no, a number, and something else; some of these have a rare answer."""
-    asked = [(n, kind) for n in images for kind in range(3)]
-    given = [(("yes", "no")[n % 2], str(n % 2 + 1), f"rare {n}" if n % 5 == 0 else "red")[kind] for n, kind in asked]
+    """Three questions per image: yes or no, a number, and other; some of the last have a rare answer."""
+    pairs = [(n, kind) for n in images for kind in range(3)]
+    given = [(("yes", "no")[n % 2], str(n % 2 + 1), f"rare {n}" if n % 5 == 0 else "red")[kind] for n, kind in pairs]
     return {
-        "question_type": [("is the", "how many", "what")[kind] for _, kind in asked],
+        "question_type": [("is the", "how many", "what")[kind] for _, kind in pairs],
         "multiple_choice_answer": given,
         "answers": [[{"answer": a, "answer_confidence": "yes", "answer_id": i} for i in (1, 2)] for a in given],
-        "image_id": [n for n, _ in asked],
-        "answer_type": [("yes/no", "number", "other")[kind] for _, kind in asked],
-        "question_id": [1000 * n + kind for n, kind in asked],
-        "question": [f"{('Is it so', 'How many', 'Which colour')[kind]} in {n}?" for n, kind in asked],
-        "image": [image_cell(n, "JPEG") for n, _ in asked],
+        "image_id": [n for n, _ in pairs],
+        "answer_type": [("yes/no", "number", "other")[kind] for _, kind in pairs],
+        "question_id": [1000 * n + kind for n, kind in pairs],
+        "question": [f"{('Is it so', 'How many', 'Which colour')[kind]} in {n}?" for n, kind in pairs],
+        "image": [image_cell(n, "JPEG") for n, _ in pairs],
     }
 
 
@@ -247,7 +247,7 @@ def row(kind: str, source: Path | str, **changes: Any) -> Any:
 
 
 def downloaded(row: Any, folder: Path, seed: int = 0) -> list[RawExample]:
-    """The examples after a download, each of whose images is there and named by nothing else."""
+    """Download and return the examples; checks that the folder has exactly their images."""
     entry = benchmark(row.kind)
     entry.download(row, seed=seed, folder=folder, workers=2)
     found = list(entry.examples(folder, seed=seed))
@@ -257,7 +257,7 @@ def downloaded(row: Any, folder: Path, seed: int = 0) -> list[RawExample]:
 
 
 def written(files: Files, folder: Path) -> Path:
-    """The files in a folder, as somebody has them who took them from the hub."""
+    """Write the files of a repository to a folder."""
     for path, data in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(data)

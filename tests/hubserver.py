@@ -1,7 +1,6 @@
-"""A hub on this machine: as much of the Hugging Face hub as its client asks for when it fetches a dataset or a model.
+"""A local mock of the Hugging Face Hub: the endpoints that its client uses to fetch a dataset or a model.
 
-Large files (.parquet, .safetensors, .tar) are where LFS has them: their addresses lead on to another host, which knows
-no commits.
+Large files (.parquet, .safetensors, .tar) are served as with LFS: their URLs redirect to another host without commits.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ LARGE = (".parquet", ".safetensors", ".tar")
 
 @dataclass
 class Hub:
-    """What the server gives, and what it was asked for.
+    """The content of the server, its faults, and the requests that it received.
 
-    gated: repositories that need `TOKEN`, and terms that were accepted.
-    broken: files whose next transfer ends after so many bytes.
-    damaged: files that come with other bytes than those of their SHA-256.
-    down: what every request is answered with, where it is given.
+    gated: repositories that need `TOKEN` and `accepted` terms.
+    broken: files whose next transfer ends after this number of bytes.
+    damaged: files that are sent with other bytes than those of their SHA-256.
+    down: status and message of all responses, if set.
     """
 
     repositories: dict[str, dict[str, bytes]]
@@ -45,7 +44,7 @@ class Hub:
     url: str = ""
 
     def fetched(self) -> list[str]:
-        """The files whose bytes were asked for, with the range where it was not all of them."""
+        """The files that were requested, each with its range if there was one."""
         return [request.removeprefix("GET ") for request in self.requests if re.match(r"GET [^/]", request)]
 
 
@@ -56,7 +55,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @contextmanager
 def connected(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The hub is served, and its client knows no other: no token, no waiting, an empty cache under the folder."""
+    """Serve the hub and redirect the client to it: no token, no delays, an empty cache in the folder."""
     with serving(hub):
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
@@ -136,8 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self._allowed(repository, revision):
             files = [{"rfilename": path, "size": len(data)} for path, data in self.hub.repositories[repository].items()]
             gated = "auto" if repository in self.hub.gated else False
-            said = {"id": repository, "sha": COMMIT, "gated": gated, "siblings": files}
-            self._answer(200, {"Content-Type": "application/json"}, json.dumps(said).encode())
+            content = {"id": repository, "sha": COMMIT, "gated": gated, "siblings": files}
+            self._answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
 
     def _listing(self, repository: str, revision: str) -> None:
         if not self._allowed(repository, revision):
@@ -151,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
 
     def _admitted(self, repository: str) -> bool:
-        """Whether the terms of a gated repository were accepted by who asks."""
+        """Whether the request may read a repository that may be gated."""
         token = self.headers.get("Authorization")
         admitted = repository not in self.hub.gated or bool(token and self.hub.accepted)
         if not admitted:
@@ -172,15 +171,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(302, {"Location": elsewhere, **linked}, b"")
 
     def _bytes(self, path: str, data: bytes, headers: dict[str, str] | None = None) -> None:
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        requested = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if self.command == "GET":
-            self.hub.requests.append(f"GET {path}{' ' + asked[0] if asked else ''}")
+            self.hub.requests.append(f"GET {path}{' ' + requested[0] if requested else ''}")
         whole, data = len(data), self.hub.damaged.get(path, data)
-        first = int(asked[1]) if asked else 0
+        first = int(requested[1]) if requested else 0
         headers = {**(headers or {}), "Accept-Ranges": "bytes"}
-        if asked:
+        if requested:
             headers["Content-Range"] = f"bytes {first}-{whole - 1}/{whole}"
-        self._answer(206 if asked else 200, headers, data[first:], self.hub.broken.pop(path, None))
+        self._answer(206 if requested else 200, headers, data[first:], self.hub.broken.pop(path, None))
 
     def _answer(self, status: int, headers: dict[str, str], data: bytes, most: int | None = None) -> None:
         self.send_response(status)

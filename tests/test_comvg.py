@@ -1,4 +1,4 @@
-"""ComVG's published list: every row an example, every image fetched, every text and pair seen once."""
+"""ComVG's published list: every row is an example; each image is fetched once, each text and pair computed once."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1
 
 @settings(deadline=None, max_examples=60)
 @given(rows=st.lists(st.tuples(TEXT, st.tuples(TEXT, TEXT, TEXT), st.sampled_from(LABELS)), min_size=1, max_size=5))
-def test_whatever_is_written_is_read(
+def test_read_list_inverts_writing(
     rows: list[tuple[str, tuple[str, str, str], str]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     lines = [line(n, text, n, 2, label) | {"neg_triplet": triplet} for n, (text, triplet, label) in enumerate(rows)]
@@ -116,7 +116,7 @@ def broken(tmp_path: Path, changes: dict[str, object]) -> Path:
         ({"neg_value": "predicate"}, "neg_value: 'predicate' is none of subject, object, verb"),
     ],
 )
-def test_values_that_cannot_be_read(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_invalid_values(changes: dict[str, object], message: str, tmp_path: Path) -> None:
     path = broken(tmp_path, changes)
     with pytest.raises(DataError, match=f"^{re.escape(f'{path}:3: {message}')}"):
         read_list(path)
@@ -139,7 +139,7 @@ HEADER = ",".join(COLUMNS)
         (f'{HEADER}\n1,"a "big" man",', "2: invalid CSV: ',' expected after '\"'"),
     ],
 )
-def test_files_that_are_no_such_list(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_files(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "list.csv"
     path.write_text(text)
     with pytest.raises(DataError, match=f"^{re.escape(f'{path}:{message}')}"):
@@ -187,12 +187,12 @@ def test_every_row_is_an_example(server: Server, tmp_path: Path, caplog: pytest.
     examples = download(fields, folder)
     assert "datasets.mine.list: 1 of 5 rows repeat another; all are kept" in caplog.text
     assert [e.id for e in examples] == [f"comvg/0/{n}" for n in range(1, 6)]
-    for example, said in zip(examples, LINES, strict=True):
+    for example, entry in zip(examples, LINES, strict=True):
         ((true, text),) = example.answer
-        assert (example.split, example.texts, text) == ("test", (said["sentence"],), 0)
-        assert example.images[true] == f"{said['pos_image_id']}.jpg"
-        assert example.images[1 - true] == f"{said['neg_image_id']}.jpg"
-        assert example.category == {"verb": "predicate"}.get(str(said["neg_value"]), said["neg_value"])
+        assert (example.split, example.texts, text) == ("test", (entry["sentence"],), 0)
+        assert example.images[true] == f"{entry['pos_image_id']}.jpg"
+        assert example.images[1 - true] == f"{entry['neg_image_id']}.jpg"
+        assert example.category == {"verb": "predicate"}.get(str(entry["neg_value"]), entry["neg_value"])
     assert server.counts == {"list.csv": 1, **{f"VG_100K/{n}.jpg": 1 for n in (1, 2, 3, 4)}}
     server.requests.clear()
     assert download(fields, folder) == examples
@@ -213,7 +213,7 @@ def test_some_rows(server: Server, tmp_path: Path) -> None:
         download(fields(test=61), tmp_path / "mine")
 
 
-def test_addresses_are_tried_in_turn(server: Server, tmp_path: Path) -> None:
+def test_urls_are_tried_in_order(server: Server, tmp_path: Path) -> None:
     local = tmp_path / "local"
     paint(local / "4.jpg", 4)
     for name in ("1.jpg", "4.jpg"):
@@ -225,7 +225,7 @@ def test_addresses_are_tried_in_turn(server: Server, tmp_path: Path) -> None:
     assert names(tmp_path / "mine" / "images") == {f"{n}.jpg" for n in (1, 2, 3, 4)}
 
 
-def test_a_number_without_an_image(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_image(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fields = partial(
         row, write(tmp_path / "list.csv", [*LINES, line(6, "a dog", 1, 999999)]), f"{server.url}/VG_100K/{{}}.jpg"
     )
@@ -239,7 +239,7 @@ def test_a_number_without_an_image(server: Server, tmp_path: Path, caplog: pytes
     assert "1 of 6 examples left out" in caplog.text
 
 
-def test_training_on_images_that_the_list_does_not_use(server: Server, tmp_path: Path) -> None:
+def test_training_images_are_not_in_the_list(server: Server, tmp_path: Path) -> None:
     lines = [line(n, "a man", n, n + 1, LABELS[n % 3]) for n in range(1, 40)]
     source = write(server.folder / "list.csv", lines)
     annotations = hosted(server, tmp_path / "published")
@@ -272,7 +272,7 @@ def test_training_on_images_that_the_list_does_not_use(server: Server, tmp_path:
         ({"few_shot": 0.1, "annotations": {}}, r"^datasets\.mine\.size: null, but few_shot and validation are shares"),
     ],
 )
-def test_rows_that_make_no_sense(changes: Json, message: str, tmp_path: Path) -> None:
+def test_invalid_params(changes: Json, message: str, tmp_path: Path) -> None:
     if "annotations" in changes:
         changes = changes | {"annotations": annotate(tmp_path, [image(1)])}
     with pytest.raises(ParamsError, match=message):
@@ -280,7 +280,7 @@ def test_rows_that_make_no_sense(changes: Json, message: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
-def test_a_list_that_cannot_be_had(status: int, server: Server, tmp_path: Path) -> None:
+def test_an_unavailable_list(status: int, server: Server, tmp_path: Path) -> None:
     server.failing["list.csv"] = (status, 99)
     with pytest.raises(DsdError, match=rf"^datasets\.mine\.list: {server.url}/list\.csv: .*\({status} "):
         download(row(f"{server.url}/list.csv", "{}"), tmp_path / "mine")
@@ -290,16 +290,16 @@ def test_a_list_that_cannot_be_had(status: int, server: Server, tmp_path: Path) 
 
 
 def published() -> list[dict[str, object]]:
-    """As many rows, images and sentences as the published list has: sentences of three positives, nine negatives."""
+    """A list with as many rows, images and sentences as the published one: 3 positives × 9 negatives a sentence."""
     rng = Random(0)
-    said = set()
-    while len(said) < SENTENCES:
-        said.add(caption(random_triplet(rng), TEMPLATES[0]))
+    sentences = set()
+    while len(sentences) < SENTENCES:
+        sentences.add(caption(random_triplet(rng), TEMPLATES[0]))
     pools = [rng.sample(range(1, IMAGES + 1), 12) for _ in range(SENTENCES)]
     for unused in set(range(1, IMAGES + 1)) - {number for pool in pools for number in pool}:
         pools[rng.randrange(SENTENCES)][-1] = unused
     rows = []
-    for sentence, pool in zip(sorted(said), pools, strict=True):
+    for sentence, pool in zip(sorted(sentences), pools, strict=True):
         rows += [(sentence, positive, negative) for positive in pool[:3] for negative in pool[3:]]
     spare = sorted(rng.sample(range(len(rows)), len(rows) - ROWS))
     kept = [row for n, row in enumerate(rows) if n not in set(spare)]
@@ -318,8 +318,8 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_size_of_the_published_list(local: Path, tmp_path: Path) -> None:
     lines = published()
-    images = {n for said in lines for n in (said["pos_image_id"], said["neg_image_id"])}
-    assert (len(lines), len(images), len({said["sentence"] for said in lines})) == (ROWS, IMAGES, SENTENCES)
+    images = {n for entry in lines for n in (entry["pos_image_id"], entry["neg_image_id"])}
+    assert (len(lines), len(images), len({entry["sentence"] for entry in lines})) == (ROWS, IMAGES, SENTENCES)
     fields = row(local / "list.csv", f"{local}/{{}}.jpg")
     params = params_with(fields)
 
@@ -338,10 +338,10 @@ def test_the_size_of_the_published_list(local: Path, tmp_path: Path) -> None:
     assert Counter(e.category for e in examples) == {slot: ROWS // 3 for slot in SLOTS}
     assert len({text for e in examples for text in e.texts}) == SENTENCES
 
-    asked = wanted(examples, normalised=False)
-    distinct = {(said["sentence"], said[key]) for said in lines for key in ("pos_image_id", "neg_image_id")}
+    requested = wanted(examples, normalised=False)
+    distinct = {(entry["sentence"], entry[key]) for entry in lines for key in ("pos_image_id", "neg_image_id")}
     assert sum(len(e.images) * len(e.texts) for e in examples) == 2 * ROWS
-    assert len(asked) == len(set(asked)) == len(distinct)
+    assert len(requested) == len(set(requested)) == len(distinct)
     assert 3000 < len(distinct) < 3400
     seen = requests(examples, params.noise, params.seed, normalised=True)
     assert len(seen) == len(set(seen)) == (len(distinct) + IMAGES) * len(params.noise.levels)

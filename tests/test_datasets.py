@@ -1,5 +1,5 @@
-"""The embedded benchmarks: what counts as true is true, what counts as false is clearly false, and only the
-image together with the text tells the two apart."""
+"""The embedded benchmarks: true texts are true, false texts are clearly false, and neither the image nor the text alone
+reveals the answer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def items(kind: str) -> tuple[Item, ...]:
     return tuple(COMPOSE[kind](f"{kind}/0/{index}", index, "test", row(kind)) for index in range(COUNT[kind]))
 
 
-def asked(kind: str) -> Iterator[tuple[RawExample, list[Scene]]]:
+def examples_of(kind: str) -> Iterator[tuple[RawExample, list[Scene]]]:
     """Each example with the scenes of its images."""
     for item in items(kind):
         for example in item.examples:
@@ -64,7 +64,7 @@ def asked(kind: str) -> Iterator[tuple[RawExample, list[Scene]]]:
 
 
 def parse(text: str) -> Triplet:
-    """The triplet that a sentence or a referring expression speaks of, from its words alone."""
+    """Parse the triplet of a sentence or a referring expression."""
     phrase = re.sub(r"^(a picture of|there is) ", "", text).replace(" that is ", " ")
     found = re.fullmatch(r"(?:an?|the) (\w+) (\w+) (?:is )?(.+) (?:an?|the) (\w+) (\w+)", phrase)
     assert found is not None, text
@@ -145,19 +145,19 @@ def test_examples_are_well_formed(kind: str) -> None:
             assert {word for text in example.texts for word in text.split()} <= known
             ids.add(example.id)
     assert len(ids) == sum(len(item.examples) for item in items(kind))
-    categories = [example.category for example, _ in asked(kind)]
+    categories = [example.category for example, _ in examples_of(kind)]
     assert metrics(np.ones(len(categories), int), categories)
 
 
 @pytest.mark.parametrize("kind", COMPOSE)
-def test_no_scene_comes_twice_or_was_pretrained_on(kind: str) -> None:
+def test_no_scene_is_repeated_or_in_pretraining(kind: str) -> None:
     scenes = [layout(scene) for item in items(kind) for scene in item.scenes.values()]
     assert len(set(scenes)) == len(scenes)
     assert not set(scenes) & {layout(scene) for scene in world(3000)}
 
 
 @pytest.mark.parametrize("kind", COMPOSE)
-def test_an_item_is_made_from_its_name(kind: str) -> None:
+def test_an_item_depends_on_its_name_only(kind: str) -> None:
     item = items(kind)[3]
     assert COMPOSE[kind](f"{kind}/0/3", 3, "test", row(kind)) == item
     other = COMPOSE[kind](f"{kind}/1/3", 3, "test", row(kind))
@@ -168,7 +168,7 @@ def test_an_item_is_made_from_its_name(kind: str) -> None:
 
 
 def test_com_positives_are_true_and_negatives_clearly_false() -> None:
-    for example, scenes in asked("scenes-com"):
+    for example, scenes in examples_of("scenes-com"):
         ((true, _),) = example.answer
         original = parse(example.texts[0])
         assert holds(scenes[true], original)
@@ -189,15 +189,15 @@ def test_com_few_shot_examples_also_have_the_sentence_of_the_negative_image() ->
         assert item.scenes == alone.scenes
         for example, one in zip(item.examples, alone.examples, strict=True):
             assert (example.images, example.texts[:1], example.answer[:1]) == (one.images, one.texts, one.answer)
-            told, scenes = [parse(text) for text in example.texts], [item.scenes[name] for name in example.images]
-            assert [slot for slot in SLOTS if getattr(told[0], slot) != getattr(told[1], slot)] == [example.category]
+            pair, scenes = [parse(text) for text in example.texts], [item.scenes[name] for name in example.images]
+            assert [slot for slot in SLOTS if getattr(pair[0], slot) != getattr(pair[1], slot)] == [example.category]
             for image, text in example.answer:
-                assert holds(scenes[image], told[text])
-                assert not arguable(scenes[1 - image], told[text])
+                assert holds(scenes[image], pair[text])
+                assert not arguable(scenes[1 - image], pair[text])
 
 
 def test_com_mutated_nouns_are_hard() -> None:
-    """Where subject or object is mutated, a noun of the negative image mostly shares a word with it."""
+    """If subject or object is mutated, a noun of the negative image mostly shares a word with it."""
     near = []
     for item in items("scenes-com"):
         original = parse(item.examples[0].texts[0])
@@ -211,13 +211,13 @@ def test_com_mutated_nouns_are_hard() -> None:
 
 def test_com_the_true_image_is_first_or_second_at_random() -> None:
     for slot in SLOTS:
-        first = [e.answer[0][0] for e, _ in asked("scenes-com") if e.category == slot]
+        first = [e.answer[0][0] for e, _ in examples_of("scenes-com") if e.category == slot]
         assert len(first) == COUNT["scenes-com"]
         assert np.mean(first) == pytest.approx(0.5, abs=0.08)
 
 
 def words_found(text: str, scene: Scene) -> int:
-    """How many of the four colour and shape words of a sentence are in the scene, each on its own."""
+    """Count the colour and shape words of a sentence that the scene has, each on its own."""
     triplet = parse(text)
     seen = {word for thing in scene.things for word in thing.noun}
     return sum(word in seen for noun in (triplet.subject, triplet.object) for word in noun)
@@ -225,7 +225,7 @@ def words_found(text: str, scene: Scene) -> int:
 
 def test_com_is_not_solved_by_a_bag_of_words() -> None:
     won: dict[str, list[float]] = defaultdict(list)
-    for example, scenes in asked("scenes-com"):
+    for example, scenes in examples_of("scenes-com"):
         ((true, _),) = example.answer
         margin = words_found(example.texts[0], scenes[true]) - words_found(example.texts[0], scenes[1 - true])
         won[example.category].append(0.5 + 0.5 * np.sign(margin))
@@ -235,7 +235,7 @@ def test_com_is_not_solved_by_a_bag_of_words() -> None:
 
 
 def looks(scene: Scene) -> list[float]:
-    """What can be seen of a scene without reading: number, sizes, places, variety, background."""
+    """Features of a scene without its text: number, sizes, positions, variety, background."""
     sizes = sorted(thing.size for thing in scene.things)
     nouns = [thing.noun for thing in scene.things]
     xs, ys = [thing.x for thing in scene.things], [thing.y for thing in scene.things]
@@ -246,10 +246,10 @@ def looks(scene: Scene) -> list[float]:
     return [*features, *(scene.background == name for name in BACKGROUNDS)]
 
 
-def accuracy_without_reading(slot: str | None) -> float:
-    """Of a linear classifier on `looks`, fitted to one half of the sentences and tested on the other."""
+def accuracy_without_text(slot: str | None) -> float:
+    """Accuracy of a linear classifier on `looks`, fitted to one half of the sentences and tested on the other."""
     differences, sentences = [], []
-    for example, scenes in asked("scenes-com"):
+    for example, scenes in examples_of("scenes-com"):
         if slot in (None, example.category):
             ((true, _),) = example.answer
             differences.append(np.subtract(looks(scenes[true]), looks(scenes[1 - true])))
@@ -265,12 +265,12 @@ def accuracy_without_reading(slot: str | None) -> float:
 
 @pytest.mark.parametrize("slot", [None, *SLOTS])
 def test_com_positive_and_negative_images_look_alike(slot: str | None) -> None:
-    assert accuracy_without_reading(slot) == pytest.approx(0.5, abs=0.06)
+    assert accuracy_without_text(slot) == pytest.approx(0.5, abs=0.06)
 
 
 def test_com_predicates_are_as_frequent_in_negatives() -> None:
     shown: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
-    for example, scenes in asked("scenes-com"):
+    for example, scenes in examples_of("scenes-com"):
         if example.category == "predicate":
             ((true, _),) = example.answer
             original = parse(example.texts[0])
@@ -285,7 +285,7 @@ def test_com_predicates_are_as_frequent_in_negatives() -> None:
 
 
 def test_ref_one_candidate_is_true_and_the_others_clearly_false() -> None:
-    for example, (scene,) in asked("scenes-ref"):
+    for example, (scene,) in examples_of("scenes-ref"):
         assert 3 <= len(scene.things) <= 4
         triplets = [parse(text) for text in example.texts]
         ((_, true),) = example.answer
@@ -296,7 +296,7 @@ def test_ref_one_candidate_is_true_and_the_others_clearly_false() -> None:
 
 def test_ref_candidates_share_a_template_and_differ_by_mutation() -> None:
     slots: Counter[str] = Counter()
-    for example, _ in asked("scenes-ref"):
+    for example, _ in examples_of("scenes-ref"):
         assert len({" that is " in text for text in example.texts}) == 1
         triplets = [parse(text) for text in example.texts]
         true = triplets[example.answer[0][1]]
@@ -306,10 +306,10 @@ def test_ref_candidates_share_a_template_and_differ_by_mutation() -> None:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_ref_texts_alone_say_nothing(sign: int) -> None:
-    """The true text is neither the one with most in common with the others nor the one with least."""
+def test_ref_texts_alone_do_not_reveal_the_answer(sign: int) -> None:
+    """The true text has neither the largest nor the smallest overlap with the others."""
     right = []
-    for example, _ in asked("scenes-ref"):
+    for example, _ in examples_of("scenes-ref"):
         words = [set(text.split()) for text in example.texts]
         overlap = np.array([sign * sum(len(mine & other) for other in words) for mine in words])
         best = np.flatnonzero(overlap == overlap.max())
@@ -317,11 +317,11 @@ def test_ref_texts_alone_say_nothing(sign: int) -> None:
     assert np.mean(right) < 0.2
 
 
-def test_ref_predicates_alone_say_nothing() -> None:
-    """Among the predicates of a set of candidates, none is the true one much more often than its share."""
+def test_ref_predicates_alone_do_not_reveal_the_answer() -> None:
+    """Among the predicates of the candidates, none is the true one much more often than its share."""
     expected: Counter[str] = Counter()
     found: Counter[str] = Counter()
-    for example, _ in asked("scenes-ref"):
+    for example, _ in examples_of("scenes-ref"):
         for text in example.texts:
             expected[parse(text).predicate] += 1 / len(example.texts)
         found[example.category] += 1
@@ -329,8 +329,8 @@ def test_ref_predicates_alone_say_nothing() -> None:
         assert found[predicate] == pytest.approx(expected[predicate], abs=0.05 * COUNT["scenes-ref"])
 
 
-def test_ref_the_true_text_stands_anywhere() -> None:
-    places = Counter(example.answer[0][1] for example, _ in asked("scenes-ref"))
+def test_ref_the_true_text_has_any_index() -> None:
+    places = Counter(example.answer[0][1] for example, _ in examples_of("scenes-ref"))
     assert set(places) == set(range(10))
     assert max(places.values()) < 0.16 * COUNT["scenes-ref"]
 
@@ -359,25 +359,25 @@ def without_nouns(asks: str) -> str:
 
 
 def test_vqa_answers_are_right() -> None:
-    for example, (scene,) in asked("scenes-vqa"):
+    for example, (scene,) in examples_of("scenes-vqa"):
         asks, answers = question(example)
         assert answers[example.answer[0][1]] == answer(scene, asks)
         if asks.startswith("is the ") and answer(scene, asks) == "no":
             assert not arguable(scene, parse(asks.removeprefix("is ").removesuffix(" ?")))
 
 
-def test_vqa_candidates_are_made_up_alike() -> None:
-    for example, _ in asked("scenes-vqa"):
+def test_vqa_candidates_are_the_same_mixture() -> None:
+    for example, _ in examples_of("scenes-vqa"):
         answers = question(example)[1]
         assert len(set(answers)) == 13
         assert {"yes", "no", "two", "three", "four"} <= set(answers)
         assert len(set(answers) & set(COLOURS)) == len(set(answers) & set(SHAPES)) == 4
 
 
-def test_vqa_the_wording_says_nothing() -> None:
+def test_vqa_the_wording_does_not_reveal_the_answer() -> None:
     """The most frequent answer to each kind of question is right about as often as chance."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
-    for example, _ in asked("scenes-vqa"):
+    for example, _ in examples_of("scenes-vqa"):
         answers[without_nouns(question(example)[0])][question(example)[1][example.answer[0][1]]] += 1
     assert len(answers) == 3 + 1 + len(PREDICATES)
     # The embedded checkpoints have met these questions in the same words.
@@ -385,7 +385,7 @@ def test_vqa_the_wording_says_nothing() -> None:
     for scene in world():
         questions = [
             open_question(scene, rng),
-            *(binary_question(scene, rng, said) for said in ("yes", "no")),
+            *(binary_question(scene, rng, expected) for expected in ("yes", "no")),
         ]
         met |= {without_nouns(asks.question) for asks in questions if asks is not None}
     assert set(answers) <= met
@@ -410,9 +410,9 @@ def binary_questions(count: int = 1200) -> tuple[tuple[str, str, Scene], ...]:
 
 def test_vqa_yes_is_as_frequent_as_no_for_each_relation() -> None:
     answers: dict[str, list[bool]] = defaultdict(list)
-    for asks, said, scene in binary_questions():
-        assert said == answer(scene, asks)
-        answers[without_nouns(asks)].append(said == "yes")
+    for asks, expected, scene in binary_questions():
+        assert expected == answer(scene, asks)
+        answers[without_nouns(asks)].append(expected == "yes")
     assert len(answers) == 1 + len(PREDICATES)
     for kind, yes in answers.items():
         assert len(yes) > 50
@@ -420,45 +420,48 @@ def test_vqa_yes_is_as_frequent_as_no_for_each_relation() -> None:
     assert np.mean([*chain.from_iterable(answers.values())]) == pytest.approx(0.5, abs=0.045)
 
 
-def test_vqa_the_image_says_nothing_of_yes_or_no() -> None:
-    things = {said: [len(scene.things) for _, s, scene in binary_questions() if s == said] for said in ("yes", "no")}
+def test_vqa_the_number_of_things_does_not_reveal_yes_or_no() -> None:
+    things = {
+        expected: [len(scene.things) for _, s, scene in binary_questions() if s == expected]
+        for expected in ("yes", "no")
+    }
     assert np.mean(things["yes"]) == pytest.approx(np.mean(things["no"]), abs=0.14)
 
 
-def test_vqa_the_candidates_say_nothing() -> None:
-    """Not whether the words of a yes-or-no question are among its candidates, nor how rare a candidate is."""
+def test_vqa_the_candidates_do_not_reveal_the_answer() -> None:
+    """Neither do the words that a yes-or-no question shares with its candidates, nor the frequency of a candidate."""
     agree: list[bool] = []
     ranks: dict[str, list[int]] = defaultdict(list)
-    often = Counter(text for example, _ in asked("scenes-vqa") for text in question(example)[1])
-    for example, _ in asked("scenes-vqa"):
+    often = Counter(text for example, _ in examples_of("scenes-vqa") for text in question(example)[1])
+    for example, _ in examples_of("scenes-vqa"):
         asks, answers = question(example)
-        said = answers[example.answer[0][1]]
+        expected = answers[example.answer[0][1]]
         if example.category == "binary":
             named = [word for word in asks.split() if word in (*COLOURS, *SHAPES)]
-            agree.append((said == "yes") == (np.mean([word in answers for word in named]) > 0.4))
+            agree.append((expected == "yes") == (np.mean([word in answers for word in named]) > 0.4))
         elif example.category != "number":
             values = COLOURS if example.category == "colour" else SHAPES
             mine = [text for text in answers if text in values]
-            ranks[example.category].append(sorted(mine, key=lambda text: often[text]).index(said))
+            ranks[example.category].append(sorted(mine, key=lambda text: often[text]).index(expected))
     assert np.mean(agree) == pytest.approx(0.5, abs=0.09)
     for category in ("colour", "shape"):
         assert max(Counter(ranks[category]).values()) / len(ranks[category]) < 0.4
 
 
 def test_vqa_the_other_colours_of_the_scene_are_candidates() -> None:
-    for example, (scene,) in asked("scenes-vqa"):
+    for example, (scene,) in examples_of("scenes-vqa"):
         if example.category in ("colour", "shape"):
             shown = {getattr(thing.noun, example.category) for thing in scene.things}
             assert shown <= set(question(example)[1])
 
 
 def test_vqa_categories_and_places() -> None:
-    categories = Counter(example.category for example, _ in asked("scenes-vqa"))
+    categories = Counter(example.category for example, _ in examples_of("scenes-vqa"))
     count = COUNT["scenes-vqa"]
     assert categories["binary"] / count == pytest.approx(0.5, abs=0.06)
     for category in ("colour", "shape", "number"):
         assert categories[category] / count == pytest.approx(1 / 6, abs=0.05)
-    places = Counter(example.answer[0][1] for example, _ in asked("scenes-vqa"))
+    places = Counter(example.answer[0][1] for example, _ in examples_of("scenes-vqa"))
     assert set(places) == set(range(13))
     assert max(places.values()) < 0.12 * count
 
@@ -473,9 +476,9 @@ def test_vqa_share_of_binary_questions(binary: float) -> None:
 # scenes-cls
 
 
-def test_cls_every_class_as_often_as_another() -> None:
+def test_cls_classes_are_equally_frequent() -> None:
     found: Counter[str] = Counter()
-    for example, (scene,) in asked("scenes-cls"):
+    for example, (scene,) in examples_of("scenes-cls"):
         assert len(set(example.texts)) == 96
         (thing,) = scene.things
         text = example.texts[example.answer[0][1]]
@@ -500,7 +503,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", COMPOSE)
-def test_a_download_holds_what_the_splits_need(kind: str, tmp_path: Path) -> None:
+def test_a_download_has_the_images_of_the_splits(kind: str, tmp_path: Path) -> None:
     examples = download(kind, tmp_path)
     assert Counter(example.split for example in examples) == {"train": 3, "validation": 3, "test": 3}
     needed = {name for example in examples for name in example.images}
@@ -514,14 +517,14 @@ def test_a_download_holds_what_the_splits_need(kind: str, tmp_path: Path) -> Non
         assert (image.size, image.mode, image.format) == ((128, 128), "RGB", "PNG")
 
 
-def test_bytes_are_the_same_whoever_paints(tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_the_workers(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     download("scenes-com", one, workers=1)
     download("scenes-com", two, workers=2)
     assert contents(one) == contents(two)
 
 
-def test_a_second_download_leaves_nothing_of_the_first(tmp_path: Path) -> None:
+def test_a_second_download_removes_the_first(tmp_path: Path) -> None:
     fresh = tmp_path / "fresh"
     download("scenes-cls", tmp_path / "again", seed=1)
     download("scenes-cls", tmp_path / "again", seed=0)
@@ -550,14 +553,14 @@ def test_annotations_of_another_seed_are_refused(tmp_path: Path) -> None:
         ("scenes-com", {"size": 62, "test": 55}, r"^datasets\.mine\.size: 60 examples are fewer than"),
     ],
 )
-def test_rows_that_make_no_sense(kind: str, changes: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_invalid_params(kind: str, changes: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match=message):
         download(kind, tmp_path / "mine", **changes)
     assert not (tmp_path / "mine").exists()
 
 
-def test_annotations_come_back(tmp_path: Path) -> None:
-    examples = [example for example, _ in asked("scenes-ref")][:5]
+def test_annotations_round_trip(tmp_path: Path) -> None:
+    examples = [example for example, _ in examples_of("scenes-ref")][:5]
     write_annotations(tmp_path, [replace(example, texts=("naïve\u2028“text”",)) for example in examples])
     assert [example.texts for example in read_annotations(tmp_path)] == [("naïve\u2028“text”",)] * 5
     write_annotations(tmp_path, examples)
@@ -573,7 +576,7 @@ def test_annotations_come_back(tmp_path: Path) -> None:
     ],
 )
 def test_broken_annotations(line: str, message: str, tmp_path: Path) -> None:
-    write_annotations(tmp_path, [next(asked("scenes-cls"))[0]])
+    write_annotations(tmp_path, [next(examples_of("scenes-cls"))[0]])
     with (tmp_path / "annotations.jsonl").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(DataError, match=message):

@@ -1,4 +1,4 @@
-"""Downloads from a server that does all that servers do: a target is whole or not found, and a break costs little."""
+"""Downloads from a faulty server: a target is complete or absent, and interrupted transfers resume."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def left(tmp_path: Path) -> set[str]:
     return {path.name for path in (tmp_path / "there").iterdir()}
 
 
-def test_a_file_comes_once(server: Server, tmp_path: Path) -> None:
+def test_a_file_is_fetched_once(server: Server, tmp_path: Path) -> None:
     sha256 = hashlib.sha256(CONTENT).hexdigest()
     assert get(server, tmp_path, sha256=sha256) == CONTENT
     assert get(server, tmp_path, sha256=sha256) == get(server, tmp_path) == CONTENT
@@ -55,7 +55,7 @@ def test_a_file_comes_once(server: Server, tmp_path: Path) -> None:
     assert left(tmp_path) == {"file"}
 
 
-def test_a_target_with_another_checksum_is_fetched_anew(server: Server, tmp_path: Path) -> None:
+def test_a_target_with_another_checksum_is_fetched_again(server: Server, tmp_path: Path) -> None:
     get(server, tmp_path)
     (server.folder / "file").write_bytes(b"new")
     assert get(server, tmp_path, sha256=hashlib.sha256(b"new").hexdigest()) == b"new"
@@ -83,11 +83,11 @@ def test_a_local_file_is_copied_each_time(tmp_path: Path) -> None:
     assert left(tmp_path) == {"file"}
 
 
-# Breaks
+# Interruptions
 
 
 @pytest.mark.parametrize("validators", [("ETag",), ("Last-Modified",)])
-def test_a_body_cut_off_is_gone_on_with(validators: tuple[str, ...], server: Server, tmp_path: Path) -> None:
+def test_an_interrupted_body_is_resumed(validators: tuple[str, ...], server: Server, tmp_path: Path) -> None:
     server.validators, server.cutting = validators, {"file": (4000, 2)}
     assert get(server, tmp_path) == CONTENT
     ranges = [headers.get("Range") for _, _, headers in server.requests]
@@ -96,7 +96,7 @@ def test_a_body_cut_off_is_gone_on_with(validators: tuple[str, ...], server: Ser
 
 
 @pytest.mark.parametrize("how", ["no ranges", "no validator", "weak validator"])
-def test_what_cannot_be_gone_on_with_begins_anew(how: str, server: Server, tmp_path: Path) -> None:
+def test_a_body_that_cannot_be_resumed_starts_again(how: str, server: Server, tmp_path: Path) -> None:
     server.cutting = {"file": (4000, 2)}
     if how == "no ranges":
         server.ranges = False
@@ -109,7 +109,7 @@ def test_what_cannot_be_gone_on_with_begins_anew(how: str, server: Server, tmp_p
     assert ranges == ([None, "bytes=4000-", "bytes=4000-"] if how == "no ranges" else [None, None, None])
 
 
-def test_a_body_that_gets_no_further_is_given_up_and_kept(server: Server, tmp_path: Path) -> None:
+def test_a_part_is_kept_after_the_last_attempt(server: Server, tmp_path: Path) -> None:
     server.ranges, server.cutting = False, {"file": (4000, 99)}
     with pytest.raises(DataError, match=rf"^{KEY}: \S+/file: cut off \(\w+\), 5 times at byte 4000; try again later"):
         get(server, tmp_path)
@@ -122,7 +122,7 @@ def test_a_body_that_gets_no_further_is_given_up_and_kept(server: Server, tmp_pa
 
 
 @pytest.mark.parametrize("change", ["content", "address", "note", "longer", "no note"])
-def test_a_part_of_something_else_is_not_gone_on_with(change: str, server: Server, tmp_path: Path) -> None:
+def test_a_part_of_another_file_is_not_resumed(change: str, server: Server, tmp_path: Path) -> None:
     server.cutting = {"file": (4000, 99)}
     server.ranges = False
     with pytest.raises(DataError):
@@ -148,7 +148,7 @@ def test_a_part_of_something_else_is_not_gone_on_with(change: str, server: Serve
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(1, len(CONTENT)), times=st.integers(0, 4), ranges=st.booleans(), tagged=st.booleans())
-def test_whatever_breaks_the_file_is_whole_or_not_there(
+def test_a_target_is_complete_whatever_is_interrupted(
     cut: int, times: int, ranges: bool, tagged: bool, server: Server, tmp_path: Path
 ) -> None:
     server.ranges, server.validators, server.cutting = ranges, ("ETag",) if tagged else (), {"file": (cut, times)}
@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_no_target(server: Server, tmp_path: Path, monkeypatc
         (418, r"418 I'm a Teapot"),
     ],
 )
-def test_what_is_refused_is_not_asked_for_again(status: int, line: str, server: Server, tmp_path: Path) -> None:
+def test_refused_requests_are_not_retried(status: int, line: str, server: Server, tmp_path: Path) -> None:
     server.failing = {"file": (status, 99)}
     with pytest.raises(DataError, match=rf"(?i)^{KEY}: {server.url}/file: {line}$"):
         get(server, tmp_path)
@@ -195,13 +195,13 @@ def test_what_is_refused_is_not_asked_for_again(status: int, line: str, server: 
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
-def test_what_may_pass_is_asked_for_again(status: int, server: Server, tmp_path: Path) -> None:
+def test_temporary_failures_are_retried(status: int, server: Server, tmp_path: Path) -> None:
     server.failing = {"file": (status, 3)}
     assert get(server, tmp_path) == CONTENT
     assert server.counts == {"file": 4}
 
 
-def test_what_does_not_pass_is_given_up(server: Server, tmp_path: Path) -> None:
+def test_retries_are_limited(server: Server, tmp_path: Path) -> None:
     server.failing = {"file": (503, 99)}
     line = (
         rf"^{KEY}: {server.url}/file: 503 Service Unavailable, 5 times; try again later, it resumes where it stopped$"
@@ -211,14 +211,14 @@ def test_what_does_not_pass_is_given_up(server: Server, tmp_path: Path) -> None:
     assert server.counts == {"file": 5}
 
 
-def test_a_server_says_how_long_to_wait(server: Server, tmp_path: Path) -> None:
+def test_retry_after_is_obeyed(server: Server, tmp_path: Path) -> None:
     server.failing, server.headers = {"file": (429, 1)}, {"file": {"Retry-After": "1"}}
     start = time.monotonic()
     get(server, tmp_path)
     assert time.monotonic() - start >= 1
 
 
-def test_nobody_answers(server: Server, tmp_path: Path) -> None:
+def test_no_server(server: Server, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=rf"^{KEY}: http://127\.0\.0\.1:1/file: no answer in 5 attempts \(ConnectionError\)"
     ):
@@ -226,7 +226,7 @@ def test_nobody_answers(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["header", "body"])
-def test_a_page_is_no_file(how: str, server: Server, tmp_path: Path) -> None:
+def test_an_html_page_is_not_the_file(how: str, server: Server, tmp_path: Path) -> None:
     if how == "header":
         server.headers["file"] = {"Content-Type": "text/html; charset=utf-8"}
     else:
@@ -236,10 +236,10 @@ def test_a_page_is_no_file(how: str, server: Server, tmp_path: Path) -> None:
     assert left(tmp_path) == set()
 
 
-# Many
+# Many files
 
 
-def test_each_from_the_first_address_that_has_it(server: Server, tmp_path: Path) -> None:
+def test_each_file_comes_from_its_first_source_that_has_it(server: Server, tmp_path: Path) -> None:
     folder = tmp_path / "mine" / "images"
     for place, name in (("a", "1.jpg"), ("b", "2.jpg"), ("b", "3.jpg")):
         (server.folder / place).mkdir(exist_ok=True)
@@ -265,7 +265,7 @@ def test_each_from_the_first_address_that_has_it(server: Server, tmp_path: Path)
     assert set(server.counts) == {"a/4.jpg", "a/5.jpg", "b/4.jpg", "b/5.jpg"}
 
 
-def test_a_server_that_is_gone_is_given_up_soon(tmp_path: Path, server: Server) -> None:
+def test_a_server_that_does_not_answer_is_given_up(tmp_path: Path, server: Server) -> None:
     addresses = {f"{n}.jpg": ["http://127.0.0.1:1/file"] for n in range(400)}
     start = time.monotonic()
     with pytest.raises(DataError, match=rf"^{KEY}: 16 files in a row, the last 15\.jpg: no answer in 5 attempts"):
@@ -273,7 +273,7 @@ def test_a_server_that_is_gone_is_given_up_soon(tmp_path: Path, server: Server) 
     assert time.monotonic() - start < 5
 
 
-def test_a_full_disk_ends_it(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_stops_all_downloads(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads.os, "fsync", full)
     with pytest.raises(DsdError, match="disk full"):
         fetch_all({f"{n}.jpg": [f"{server.url}/file"] for n in range(100)}, tmp_path / "images", setting=KEY)
@@ -303,21 +303,21 @@ def read(path: Path) -> str:
         return text.read()
 
 
-def test_text_plain_and_packed(tmp_path: Path) -> None:
+def test_plain_and_zipped_text(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.write_bytes("\ufeffnaïve\r\n".encode())
     assert read(plain) == "naïve\r\n"
     assert read(packed(tmp_path / "a.zip", **{"folder/": b"", "folder/a.json": "naïve".encode()})) == "naïve"
 
 
-def test_a_name_in_an_archive_leads_nowhere(tmp_path: Path) -> None:
+def test_a_name_in_an_archive_cannot_leave_the_folder(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     path = packed(tmp_path / "inner" / "a.zip", **{"../../escaped": b"text"})
     assert read(path) == "text"
     assert {found.name for found in tmp_path.rglob("*")} == {"inner", "a.zip"}
 
 
-def test_archives_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"two\.zip: an archive of 2 files; it must contain exactly one$"):
         read(packed(tmp_path / "two.zip", a=b"1", b=b"2"))
     whole = packed(tmp_path / "whole.zip", a=bytes(10**6))
@@ -335,7 +335,7 @@ def test_archives_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read(whole)
 
 
-def test_an_archive_that_lies_about_its_size(tmp_path: Path) -> None:
+def test_an_archive_with_a_false_size(tmp_path: Path) -> None:
     whole = packed(tmp_path / "bomb.zip", a=bytes(10**6))
     (tmp_path / "bomb.zip").write_bytes(
         whole.read_bytes().replace((10**6).to_bytes(4, "little"), (10).to_bytes(4, "little"))
@@ -344,7 +344,7 @@ def test_an_archive_that_lies_about_its_size(tmp_path: Path) -> None:
         read(tmp_path / "bomb.zip")
 
 
-def test_text_that_is_none(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"na\xefve")
     with pytest.raises(DataError, match=r"latin: not UTF-8 text: invalid continuation byte at byte 2$"):
         read(tmp_path / "latin")

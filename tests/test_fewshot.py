@@ -1,4 +1,4 @@
-"""Splits: whole groups, in an order that only the seed and a group's own name decide."""
+"""Splits: whole groups, in an order that depends only on the seed and the group's name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_splits_are_filled_in_whole_groups(groups: dict[str, int], seed: int, da
 
 @settings(deadline=None, max_examples=50)
 @given(GROUPS, SEEDS, st.integers(0))
-def test_the_order_of_rows_is_of_no_account(groups: dict[str, int], seed: int, order: int) -> None:
+def test_the_order_of_rows_does_not_matter(groups: dict[str, int], seed: int, order: int) -> None:
     rows = rows_of(groups)
     shuffled = Random(order).sample(rows, len(rows))
     wanted = dict(few_shot=len(rows) // 4, validation=0, test=len(rows) // 4, seed=seed, sample=0)
@@ -59,8 +59,8 @@ def test_the_order_of_rows_is_of_no_account(groups: dict[str, int], seed: int, o
 
 @settings(deadline=None, max_examples=50)
 @given(GROUPS, SEEDS, st.text("ab/1", min_size=7, max_size=9))
-def test_a_further_group_moves_no_other_group_past_another(groups: dict[str, int], seed: int, new: str) -> None:
-    """What was in train before is in train after, but for the one that the new group takes the place of."""
+def test_a_new_group_does_not_reorder_the_others(groups: dict[str, int], seed: int, new: str) -> None:
+    """At most one group leaves train: the one that the new group replaces."""
     singles = list(groups)
     half = len(singles) // 2
     before = split_groups(singles, few_shot=half, validation=0, test=0, seed=seed, sample=0)
@@ -112,7 +112,7 @@ def test_seeds_differ_and_the_split_is_even() -> None:
 
 
 def test_known_split() -> None:
-    """Another hash or another separator would move every example, and so every published number."""
+    """Another hash or separator would change every split, and with it every published number."""
     found = split_groups(["a", "b", "b", "c", "d", "e"], few_shot=1, validation=1, test=2, seed=0, sample=0)
     assert found == {"e": "train", "c": "validation", "d": "test", "a": "test"}
 

@@ -1,4 +1,4 @@
-"""The user's own images: a table that tells what is right, and one line for each mistake in it."""
+"""The user's own images: a table of matches, and a one-line error for each mistake in it."""
 
 from __future__ import annotations
 
@@ -107,10 +107,10 @@ def test_splits_share_no_image(images: Path, tmp_path: Path) -> None:
     lines = many(40).splitlines()
     turned = row(images, "\n".join([lines[0], *reversed(lines[1:])]), few_shot=0.5, validation=0.2, test=10)
     again = downloaded(turned, tmp_path / "again")
-    assert {e.id: e.split for e in again} == {e.id: e.split for e in found}  # the order of the rows is of no account
+    assert {e.id: e.split for e in again} == {e.id: e.split for e in found}  # the order of the rows does not matter
 
 
-def test_splits_that_the_table_tells(images: Path, tmp_path: Path) -> None:
+def test_splits_from_the_table(images: Path, tmp_path: Path) -> None:
     table = many(30, "train validation test")
     found = downloaded(row(images, table), tmp_path / "d")
     assert {e.split: int(e.id.removeprefix("folder/")) % 3 for e in found} == {"train": 0, "validation": 1, "test": 2}
@@ -121,7 +121,7 @@ def test_splits_that_the_table_tells(images: Path, tmp_path: Path) -> None:
     assert mistake(row(images, table, few_shot=0.05), tmp_path / "other" / "d") == line
 
 
-def test_an_image_that_is_missing(mine: Path, tmp_path: Path) -> None:
+def test_a_missing_image(mine: Path, tmp_path: Path) -> None:
     table = SEVERAL_TEXTS + "dogs/4.png,a dog,1\ndogs/4.png,a cat,0\n"
     line = f"0, but 1 of 3 images are missing: {mine}/table.csv:7: dogs/4.png: No such file or directory"
     assert mistake(row(mine, table), tmp_path / "d") == f"datasets.d.missing: {line}"
@@ -183,7 +183,7 @@ def test_a_mistake_in_the_table_is_one_line(table: str, line: str, mine: Path, t
     assert mistake(row(mine, table), tmp_path / "d").startswith(f"{mine}/table.csv{line}")
 
 
-def test_a_table_that_does_not_read(mine: Path, tmp_path: Path) -> None:
+def test_an_unreadable_table(mine: Path, tmp_path: Path) -> None:
     good = row(mine, SEVERAL_TEXTS)
     (mine / "table.csv").write_bytes("image,text,label\ndogs/1.png,é,1\n".encode("latin-1"))
     assert mistake(good, tmp_path / "d") == f"{mine}/table.csv: not UTF-8"

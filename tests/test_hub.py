@@ -1,4 +1,4 @@
-"""Repositories: fetched from a hub on this machine, and read file by file."""
+"""Dataset repositories: fetched from a local mock of the Hub, and read file by file."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def test_files_are_fetched_once_and_no_others(served: Hub, tmp_path: Path) -> No
     assert (found.root / found.test[0]).read_bytes() == served.repositories[OWNER][found.test[0]]
     before = len(served.requests)
     assert fetch_repository("cifar10", pinned(), workers=2) == found
-    assert len(served.requests) == before  # not even a question
+    assert len(served.requests) == before  # no request at all
 
 
-def test_what_is_downloaded_is_the_same_from_the_hub_and_from_a_folder(served: Hub, tmp_path: Path) -> None:
+def test_the_hub_and_a_folder_give_the_same_examples(served: Hub, tmp_path: Path) -> None:
     local = row("cifar10", written(served.repositories[OWNER], tmp_path / "files"))
     assert downloaded(pinned(), tmp_path / "a") == downloaded(local, tmp_path / "b")
 
 
-def test_a_file_beside_the_others_comes_along(served: Hub) -> None:
+def test_extra_files_are_fetched(served: Hub) -> None:
     served.repositories["clip-benchmark/wds_fgvc_aircraft"] = fgvc_aircraft()
     planes = row("fgvc-aircraft", "clip-benchmark/wds_fgvc_aircraft", revision=COMMIT)
     found = fetch_repository("planes", planes, workers=1, extra=("classnames.txt",))
@@ -72,7 +72,7 @@ def test_a_file_beside_the_others_comes_along(served: Hub) -> None:
     assert found.train == ("train/0.tar", "train/1.tar")
 
 
-def test_a_transfer_that_breaks_off_is_resumed(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_transfer_is_resumed(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
     file = "plain_text/train-00000-of-00001.parquet"
     served.broken[file] = 1000
@@ -81,7 +81,7 @@ def test_a_transfer_that_breaks_off_is_resumed(served: Hub, monkeypatch: pytest.
     assert (found.root / file).read_bytes() == served.repositories[OWNER][file]
 
 
-def test_what_a_killed_download_left_is_no_file(served: Hub, tmp_path: Path) -> None:
+def test_an_incomplete_file_is_fetched_again(served: Hub, tmp_path: Path) -> None:
     file = "plain_text/test-00000-of-00001.parquet"
     found = fetch_repository("cifar10", pinned(), workers=1)
     blob = (found.root / file).resolve()
@@ -91,7 +91,7 @@ def test_what_a_killed_download_left_is_no_file(served: Hub, tmp_path: Path) -> 
     assert (found.root / file).read_bytes() == served.repositories[OWNER][file]
 
 
-def test_a_file_that_is_not_what_the_hub_lists_is_removed(served: Hub) -> None:
+def test_a_corrupt_file_is_removed(served: Hub) -> None:
     file = "plain_text/test-00000-of-00001.parquet"
     data = served.repositories[OWNER][file]
     served.damaged[file] = data[:100] + bytes(100) + data[200:]
@@ -102,9 +102,7 @@ def test_a_file_that_is_not_what_the_hub_lists_is_removed(served: Hub) -> None:
     assert (found.root / file).read_bytes() == data
 
 
-def test_a_gated_repository_is_read_with_a_token_whose_owner_accepted(
-    served: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gated_repository_needs_a_token_and_accepted_terms(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     served.gated.add(OWNER)
     line = (
         f"datasets.mine.source: {OWNER} is gated: accept its terms at {served.url}/datasets/{OWNER}, "
@@ -113,7 +111,7 @@ def test_a_gated_repository_is_read_with_a_token_whose_owner_accepted(
     for token in (None, TOKEN):
         if token:
             monkeypatch.setenv("HF_TOKEN", token)
-        for ask in (partial(fetch_repository, workers=1), hub.repository_size):  # what a run will need is told so too
+        for ask in (partial(fetch_repository, workers=1), hub.repository_size):
             with pytest.raises(DataError) as error:
                 ask("mine", pinned())
             assert str(error.value) == line
@@ -147,7 +145,7 @@ def test_a_gated_repository_is_read_with_a_token_whose_owner_accepted(
         ),
     ],
 )
-def test_what_the_hub_does_not_give_is_one_line(
+def test_hub_errors_are_one_line(
     changes: dict[str, Any], token: str | None, line: str, served: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if token:
@@ -158,7 +156,7 @@ def test_what_the_hub_does_not_give_is_one_line(
 
 
 @pytest.mark.parametrize("status", [403, 503])
-def test_what_the_hub_says_is_told(status: int, served: Hub) -> None:
+def test_the_message_of_the_hub_is_shown(status: int, served: Hub) -> None:
     served.down = status, "for a reason"
     line = f"datasets.mine.source: {OWNER} is neither a folder here nor whole in the cache, and the hub answers"
     with pytest.raises(DataError) as error:
@@ -166,21 +164,21 @@ def test_what_the_hub_says_is_told(status: int, served: Hub) -> None:
     assert str(error.value) == f"{line} {status}: for a reason"
 
 
-def test_an_expired_token_is_told_from_a_repository_that_is_gone(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expired_token_is_not_a_missing_repository(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     served.down = 401, "User Access Token is expired"
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(DataError, match=r"the hub refuses the token \(401\): log in with .* again, or use no token$"):
         fetch_repository("mine", pinned(), workers=1)
 
 
-def test_a_cache_that_cannot_be_written(served: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unwritable_cache(served: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
     with pytest.raises(DataError, match=rf"^datasets.mine.source: {OWNER}: \[Errno \d+\] .*{tmp_path}/file"):
         fetch_repository("mine", pinned(), workers=1)
 
 
-def test_offline_what_is_whole_in_the_cache_is_enough(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_with_a_complete_cache(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     tests = {"train": None, "test": "plain_text/test-*"}
     found = fetch_repository("mine", pinned(files=tests), workers=1)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -212,7 +210,7 @@ def test_a_revision_is_a_commit_of_the_hub(source: str, revision: str | None, li
     assert str(error.value).startswith(line)
 
 
-def test_the_settings_of_the_hubs_own_client_are_heeded(served: Hub, tmp_path: Path) -> None:
+def test_the_settings_of_the_hub_client_apply(served: Hub, tmp_path: Path) -> None:
     served.gated, served.accepted = {OWNER}, True
     code = (
         "import sys; from tests.test_hub import pinned; from dsd.data.hub import fetch_repository;"
@@ -249,16 +247,16 @@ def test_rows_and_images_of_several_row_groups(tmp_path: Path) -> None:
     found = repository(tmp_path, a=data)
     assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 3
     assert [columns.label for columns in parquet.read_rows(found, "a.parquet", Columns)] == [n % 2 for n in range(11)]
-    asked = {Location("a.parquet", n, "img"): f"image {n}" for n in (10, 3, 4)}
-    assert dict(parquet.read_images(found, asked)) == {f"image {n}": image_bytes(n) for n in (3, 4, 10)}
+    wanted = {Location("a.parquet", n, "img"): f"image {n}" for n in (10, 3, 4)}
+    assert dict(parquet.read_images(found, wanted)) == {f"image {n}": image_bytes(n) for n in (3, 4, 10)}
 
 
-def test_an_image_that_is_not_there_says_so(tmp_path: Path) -> None:
+def test_missing_images(tmp_path: Path) -> None:
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     cells = [{"bytes": None, "path": "/home/me/1.png"}, None, {"bytes": b"", "path": None}]
     pq.write_table(pa.table({"img": pa.array(cells, kind), "label": [0, 1, 2]}), tmp_path / "a.parquet")
-    asked = {Location("a.parquet", n, "img"): str(n) for n in range(3)}
-    found = dict(parquet.read_images(Repository("mine", tmp_path, None, ("a.parquet",)), asked))
+    wanted = {Location("a.parquet", n, "img"): str(n) for n in range(3)}
+    found = dict(parquet.read_images(Repository("mine", tmp_path, None, ("a.parquet",)), wanted))
     assert all(isinstance(content, ImageError) for content in found.values())
     assert str(found["0"]) == (f"{tmp_path}/a.parquet, row 0: a path ('/home/me/1.png') without the bytes of the image")
     assert str(found["1"]) == f"{tmp_path}/a.parquet, row 1: no image"
@@ -293,7 +291,7 @@ READ: dict[str, Callable[[Repository], object]] = {
         ("features", plain(img=[1]), "does not declare which columns are images and classes (columns: img)"),
     ],
 )
-def test_a_file_that_is_not_what_it_should_be_is_one_line(how: str, data: bytes, line: str, tmp_path: Path) -> None:
+def test_invalid_parquet_is_one_line(how: str, data: bytes, line: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         READ[how](repository(tmp_path, a=data))
     message = str(error.value).replace("a.parquet, row", "a.parquet: row")
@@ -307,8 +305,8 @@ def tars(folder: Path, data: bytes) -> Repository:
 def test_samples_of_a_tar(tmp_path: Path) -> None:
     found = tars(tmp_path, samples(range(5)))
     assert webdataset.read_labels(found, "0.tar") == {f"s{n:07d}": n for n in range(5)}
-    asked = {Location("0.tar", f"s{n:07d}"): f"image {n}" for n in (3, 1)}
-    assert dict(webdataset.read_images(found, asked)) == {f"image {n}": image_bytes(n, "WEBP") for n in (1, 3)}
+    wanted = {Location("0.tar", f"s{n:07d}"): f"image {n}" for n in (3, 1)}
+    assert dict(webdataset.read_images(found, wanted)) == {f"image {n}": image_bytes(n, "WEBP") for n in (1, 3)}
     assert {file.name for file in tmp_path.iterdir()} == {"0.tar"}  # nothing is unpacked
 
 
@@ -324,9 +322,7 @@ def test_samples_of_a_tar(tmp_path: Path) -> None:
         (tar([("a.webp", b"12345")]), "a.webp: 5 bytes, more than 4"),
     ],
 )
-def test_a_tar_that_is_not_what_it_should_be(
-    data: bytes, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_tars(data: bytes, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "more than" in line:
         monkeypatch.setattr(webdataset, "LARGEST", 4)
     with pytest.raises(DataError) as error:
@@ -334,8 +330,8 @@ def test_a_tar_that_is_not_what_it_should_be(
     assert str(error.value).startswith(f"{tmp_path}/0.tar: {line}")
 
 
-def test_links_and_paths_in_a_tar_lead_nowhere(tmp_path: Path) -> None:
-    """A member is known by its name alone: one that names a file outside is a sample with an odd key."""
+def test_names_in_a_tar_cannot_leave_the_folder(tmp_path: Path) -> None:
+    """A member name with a path is only an unusual sample key."""
     found = tars(tmp_path / "in", tar([("../../a.cls", b"1"), ("../../a.png", image_bytes(1)), ("/etc/b.cls", b"0")]))
     with pytest.raises(DsdError, match="sample '/etc/b' has no image"):
         webdataset.read_labels(found, "0.tar")
@@ -343,7 +339,7 @@ def test_links_and_paths_in_a_tar_lead_nowhere(tmp_path: Path) -> None:
     assert content == {"a": image_bytes(1)} and {file.name for file in tmp_path.iterdir()} == {"in"}
 
 
-def test_a_place_as_a_path() -> None:
+def test_location_paths() -> None:
     assert Location("data/test-00000-of-00002.parquet", 17, "image_0").path == "data/test-00000-of-00002/17/image_0"
     assert Location("test/0.tar", "s1").path == "test/0/s1"
     assert hub.Location("a", 1).path == "1"

@@ -1,4 +1,4 @@
-"""The published benchmarks of the hub: from files with the real columns to examples."""
+"""Published benchmarks on the Hub: from files with the real columns to examples."""
 
 from __future__ import annotations
 
@@ -100,9 +100,7 @@ def test_from_files_to_prepared_examples(kind: str, made: dict[str, Path], tmp_p
 
 
 @pytest.mark.parametrize("kind", MAKE)
-def test_a_download_is_the_same_again_and_goes_on_where_it_was(
-    kind: str, made: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_download_is_reproducible_and_resumes(kind: str, made: dict[str, Path], tmp_path: Path) -> None:
     mine = row(kind, made[kind])
     found = downloaded(mine, tmp_path / "a")
     images = sorted((tmp_path / "a" / IMAGES).iterdir())
@@ -126,7 +124,7 @@ def test_samples_share_the_test(kind: str, made: dict[str, Path], tmp_path: Path
     assert tests[0] == tests[1] and trains[0] != trains[1]
 
 
-def test_some_of_the_test_by_seed(made: dict[str, Path], tmp_path: Path) -> None:
+def test_the_seed_selects_test_examples(made: dict[str, Path], tmp_path: Path) -> None:
     whole = downloaded(row("cifar10", made["cifar10"]), tmp_path / "whole")
     of = [downloaded(row("cifar10", made["cifar10"], test=7), tmp_path / str(s), seed=s) for s in (0, 1)]
     tests = [[e for e in found if e.split == "test"] for found in of]
@@ -135,7 +133,7 @@ def test_some_of_the_test_by_seed(made: dict[str, Path], tmp_path: Path) -> None
     assert [e for e in of[0] if e.split != "test"] == [e for e in whole if e.split != "test"]
 
 
-def test_params_that_ask_for_what_is_not_there(made: dict[str, Path], tmp_path: Path) -> None:
+def test_params_that_need_more_examples(made: dict[str, Path], tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     assert mistake(row("cifar10", made["cifar10"], test=21), mine) == (
         "datasets.mine: 20 rows are too few for 0 + 0 + 21 in whole groups"
@@ -218,7 +216,7 @@ def test_a_parquet_without_classes(files: Files, line: str, tmp_path: Path) -> N
         (b"\xff\n", "classnames.txt: not UTF-8"),
     ],
 )
-def test_class_names_that_do_not_fit(names: bytes, line: str, tmp_path: Path) -> None:
+def test_invalid_class_names(names: bytes, line: str, tmp_path: Path) -> None:
     source = written({"classnames.txt": names, "test/0.tar": samples(range(3))}, tmp_path / "files")
     planes = row("fgvc-aircraft", source, files={"train": None, "test": "test/*.tar"}, few_shot=0, validation=0)
     assert mistake(planes, tmp_path / "mine") == f"{source}/{line}"
@@ -252,7 +250,7 @@ def test_missing_images_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(max_size=120), unique=True, max_size=8))
-def test_no_two_places_share_a_file_and_none_leaves_its_folder(places: list[str]) -> None:
+def test_file_stems_are_unique_and_stay_in_the_folder(places: list[str]) -> None:
     names = [file_stem(place) for place in places]
     assert len(set(names)) == len(names)
     for name in names:
@@ -269,18 +267,18 @@ def test_examples_of_another_kind_are_refused(made: dict[str, Path], tmp_path: P
 
 
 def words(example: RawExample) -> list[tuple[str, str]]:
-    """(part, image) that each of its texts speaks of."""
+    """(part, image) that each of its texts refers to."""
     return [("left" if "left" in text else "right", text.rpartition(" ")[2]) for text in example.texts]
 
 
-def test_refcocog_has_one_expression_of_the_image_among_ten(made: dict[str, Path], tmp_path: Path) -> None:
+def test_refcocog_has_one_true_expression_among_ten(made: dict[str, Path], tmp_path: Path) -> None:
     found = downloaded(row("refcocog", made["refcocog"]), tmp_path / "mine")
     for example in found:
         ((_, true),) = example.answer
         images = [number for _, number in words(example)]
         own = str(int(example.images[0].removesuffix(".jpg").rpartition("_")[2]))
         assert len(example.texts) == 10 and images[true] == own and images.count(own) == 1
-        # a test is asked among the test's texts, and nothing is learned from these
+        # candidates of the test come from the test only, and are not trained on
         among = range(40, 52) if example.split == "test" else range(40)
         assert {int(number) for number in images} <= set(among)
     places = Counter(example.answer[0][1] for example in found)
@@ -288,7 +286,7 @@ def test_refcocog_has_one_expression_of_the_image_among_ten(made: dict[str, Path
     assert len({example.texts for example in found}) == len(found)
 
 
-def test_refcocog_candidates_hang_on_id_and_seed_alone(made: dict[str, Path], tmp_path: Path) -> None:
+def test_refcocog_candidates_depend_on_id_and_seed_only(made: dict[str, Path], tmp_path: Path) -> None:
     one, more = (
         downloaded(row("refcocog", made["refcocog"], few_shot=share), tmp_path / str(share)) for share in (0.2, 0.4)
     )
@@ -298,7 +296,7 @@ def test_refcocog_candidates_hang_on_id_and_seed_alone(made: dict[str, Path], tm
     assert tests[0].keys() == tests[1].keys() and tests[0] != tests[1]
 
 
-def test_refcocog_texts_that_say_the_same_are_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_refcocog_texts_of_the_same_words_are_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     columns = referred(range(6))
     columns["answer"] = [
         ["The dog.", ""], ["a cat"],  # of image 0
@@ -324,7 +322,7 @@ def test_refcocog_texts_that_say_the_same_are_one(tmp_path: Path, caplog: pytest
     assert line.startswith("datasets.few.candidates: 10, but test has only 7 expressions of other images than COCO_t")
 
 
-def test_refcocog_images_of_the_test_are_not_trained_on(
+def test_refcocog_does_not_train_on_test_images(
     made: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -338,25 +336,25 @@ def test_refcocog_images_of_the_test_are_not_trained_on(
 # VQAv2
 
 
-def test_vqav2_asks_with_every_frequent_answer(made: dict[str, Path], tmp_path: Path) -> None:
+def test_vqav2_candidates_are_the_frequent_answers(made: dict[str, Path], tmp_path: Path) -> None:
     found = downloaded(row("vqav2", made["vqav2"]), tmp_path / "mine")
     columns = questions(range(30))
-    asked = {id: n for n, id in enumerate(columns["question_id"])}
+    index = {id: n for n, id in enumerate(columns["question_id"])}
     kinds: Counter[tuple[str, bool]] = Counter()
     for example in found:
-        n = asked[int(example.id.removeprefix("vqav2/"))]
+        n = index[int(example.id.removeprefix("vqav2/"))]
         question, right = columns["question"][n], columns["multiple_choice_answer"][n]
         assert example.category == ("binary" if columns["answer_type"][n] == "yes/no" else "other")
         assert set(example.texts) == {f"{question} {answer}" for answer in ("red", "yes", "no", "1", "2")}
-        said = [example.texts[t] for _, t in example.answer]
-        assert said == ([] if right.startswith("rare") else [f"{question} {right}"])
-        assert said or example.split != "train"
-        kinds[example.split, bool(said)] += 1
+        true_texts = [example.texts[t] for _, t in example.answer]
+        assert true_texts == ([] if right.startswith("rare") else [f"{question} {right}"])
+        assert true_texts or example.split != "train"
+        kinds[example.split, bool(true_texts)] += 1
     assert kinds["test", False] > 0
     METRICS["answers"](np.ones(len(found), int), [e.category for e in found])
 
 
-def test_a_question_without_its_answer_is_wrong_whatever_is_said(
+def test_vqav2_questions_with_rare_answers_count_as_wrong(
     made: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -368,8 +366,8 @@ def test_a_question_without_its_answer_is_wrong_whatever_is_said(
     assert rank([[0.0] * 5], lost[0].answer) == 6
 
 
-def test_vqav2_learns_nothing_from_the_test(tmp_path: Path) -> None:
-    """An answer that is frequent in the test alone is no candidate, whether files are shared or not."""
+def test_vqav2_candidates_do_not_come_from_the_test(tmp_path: Path) -> None:
+    """An answer that is frequent only in the test is not a candidate, whether files are shared or not."""
     columns = questions(range(30))
     source = written(vqav2(), tmp_path / "shared")
     tested = {
@@ -408,7 +406,7 @@ def test_vqav2_rows_that_repeat_a_question(tmp_path: Path, caplog: pytest.LogCap
     )
 
 
-def test_vqav2_with_fewer_answers_than_asked_for(made: dict[str, Path], tmp_path: Path) -> None:
+def test_vqav2_with_too_few_answers(made: dict[str, Path], tmp_path: Path) -> None:
     line = mistake(row("vqav2", made["vqav2"], answers=3129), tmp_path / "mine")
     assert line.startswith("datasets.mine.answers: 3129, but the questions outside the test have ")
 
@@ -416,7 +414,7 @@ def test_vqav2_with_fewer_answers_than_asked_for(made: dict[str, Path], tmp_path
 # Winoground
 
 
-def test_winoground_is_squares(made: dict[str, Path], tmp_path: Path) -> None:
+def test_winoground_examples_are_two_by_two(made: dict[str, Path], tmp_path: Path) -> None:
     found = downloaded(row("winoground", made["winoground"]), tmp_path / "mine")
     assert [e.id for e in found] == [f"winoground/{n}" for n in range(9)]
     for n, example in enumerate(found):
@@ -429,8 +427,8 @@ def test_winoground_is_squares(made: dict[str, Path], tmp_path: Path) -> None:
     assert len(some) == 4 and all(e in found for e in some)
 
 
-def test_winoground_all_the_way(params: Params, made: dict[str, Path], tmp_path: Path) -> None:
-    """From files to text, image and group score, by methods that learn nothing."""
+def test_winoground_end_to_end(params: Params, made: dict[str, Path], tmp_path: Path) -> None:
+    """From files to text, image and group score, by zero-shot methods."""
     from dsd.engine.encodings import encode
     from dsd.engine.score import score
 
@@ -459,7 +457,7 @@ def test_winoground_all_the_way(params: Params, made: dict[str, Path], tmp_path:
         ),
     ],
 )
-def test_winoground_has_nothing_to_learn_from(
+def test_winoground_has_no_training_examples(
     changes: dict[str, Any], line: str, made: dict[str, Path], tmp_path: Path
 ) -> None:
     mine = row("winoground", made["winoground"], **changes)
@@ -476,7 +474,7 @@ def test_winoground_ids_that_repeat(tmp_path: Path) -> None:
     assert mistake(row("winoground", source), tmp_path / "mine") == line
 
 
-# Whatever the kind
+# All kinds
 
 
 @pytest.mark.parametrize(
@@ -502,7 +500,7 @@ def test_a_missing_column_is_one_line(kind: str, column: str, change: str, tmp_p
     assert line.startswith(str(source)) and f": no column {column!r} (columns: " in line and change in line
 
 
-def test_every_image_is_kept_as_it_came(made: dict[str, Path], tmp_path: Path) -> None:
+def test_images_are_stored_as_original_bytes(made: dict[str, Path], tmp_path: Path) -> None:
     found = downloaded(row("refcocog", made["refcocog"]), tmp_path / "mine")
     for name in {name for e in found for name in e.images}:
         data = (tmp_path / "mine" / IMAGES / name).read_bytes()

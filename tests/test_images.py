@@ -1,4 +1,4 @@
-"""Images that are fine, odd, broken and hostile."""
+"""Loading valid, unusual, corrupt and malicious images."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_truncated_jpeg_is_found(photo: Image.Image, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"no image", b"<html>not found</html>", b"\xff\xd8\xff", b"%!PS-Adobe-3.0 EPSF-3.0"]
 )
-def test_what_is_no_image_is_named(data: bytes, tmp_path: Path) -> None:
+def test_files_that_are_not_images(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "thing.jpg"
     path.write_bytes(data)
     with pytest.raises(ImageError, match=r"thing\.jpg: "):
@@ -136,7 +136,7 @@ def test_float_images() -> None:
         load_image(Image.fromarray(np.array([[0.0, 255.0]], dtype=np.float32)), max_pixels=LIMIT)
 
 
-def test_transparency_is_laid_on_white() -> None:
+def test_transparency_is_composited_on_white() -> None:
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 200, 100, 50])
     palette.putdata([0, 1])
@@ -170,14 +170,14 @@ def test_exif_orientation_is_applied(photo: Image.Image) -> None:
     assert np.array_equal(turned, np.rot90(np.array(photo), k=-1))
 
 
-def test_the_image_passed_in_is_left_alone(photo: Image.Image) -> None:
+def test_the_image_passed_in_is_not_modified(photo: Image.Image) -> None:
     before = photo.tobytes()
     loaded = load_image(photo, max_pixels=LIMIT)
     loaded.paste("red", (0, 0, 10, 10))
     assert photo.tobytes() == before
 
 
-def test_resize_by_way_of_parity(photo: Image.Image) -> None:
+def test_resize_through_parity(photo: Image.Image) -> None:
     direct = resize(photo, parity=None, resolution=32)
     parity = resize(photo, parity=8, resolution=32)
     assert direct.size == parity.size == (32, 32)
@@ -213,7 +213,7 @@ def test_to_array_needs_rgb() -> None:
         to_array(Image.new("L", (2, 2)))
 
 
-def test_image_id_is_of_the_pixels(photo: Image.Image, tmp_path: Path) -> None:
+def test_image_id_depends_on_the_pixels(photo: Image.Image, tmp_path: Path) -> None:
     array_HW3 = np.array(photo)
     assert image_id(array_HW3) == image_id(pixels(encoded(photo, "PNG"))) == image_id(pixels(encoded(photo, "BMP")))
     assert image_id(array_HW3[:, ::-1][:, ::-1]) == image_id(array_HW3)  # memory layout does not matter
@@ -226,7 +226,7 @@ def test_image_id_is_of_the_pixels(photo: Image.Image, tmp_path: Path) -> None:
         image_id(array_HW3.astype(np.float32))
 
 
-def test_quarantine_goes_on_and_writes_what_it_met(tmp_path: Path) -> None:
+def test_quarantine_collects_and_writes(tmp_path: Path) -> None:
     quarantine = Quarantine()
     for name, data in (("b.png", b"broken"), ("a.png", b"")):
         try:

@@ -1,4 +1,4 @@
-"""Mutation changes one slot and nothing else, to something hard; what it makes can be shown as a negative."""
+"""Mutation changes exactly one slot, to a hard negative."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_real_annotations_are_strings() -> None:
     assert pick("predicate") == ("dog", "sees", "cat")
 
 
-def test_nothing_to_mutate_to() -> None:
+def test_no_other_value() -> None:
     triplet = ("dog", "chases", "cat")
     pick = partial(
         mutate,

@@ -1,4 +1,4 @@
-"""From raw files to prepared ones: whole, once each, the same bytes every time, and bad files set aside."""
+"""Preparation: each image stored once, reproducible bytes, unreadable files quarantined."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def prepare(name: str, params: Params, source: Path, target: Path) -> dict[str, 
 
 
 def paint(folder: Path, name: str, shade: int, size: tuple[int, int] = (70, 60)) -> None:
-    """An image with a gradient, another one for each shade."""
+    """Write an image with a gradient, different for each shade."""
     pixels = np.add.outer(np.arange(size[1]), np.arange(size[0]))[..., None] % 200 + np.array([shade, 0, 50]) % 55
     (folder / "images").mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / name)
@@ -47,7 +47,7 @@ def example(number: int, *images: str, split: Split = "train", texts: tuple[str,
 
 
 def dataset(folder: Path, count: int = 6) -> list[RawExample]:
-    """`count` examples with an image each, taking turns in the splits, as a download leaves them."""
+    """Write `count` examples with an image each, alternating over the splits, as a download does."""
     splits: tuple[Split, ...] = ("train", "validation", "test")
     examples = [example(number, f"{number}.png", split=splits[number % 3]) for number in range(count)]
     for number in range(count):
@@ -108,7 +108,7 @@ def test_the_same_input_gives_the_same_bytes(params: Params, tmp_path: Path) -> 
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
 
 
-def test_unreadable_images_cost_their_examples_and_no_more(params: Params, tmp_path: Path) -> None:
+def test_unreadable_images_drop_only_their_examples(params: Params, tmp_path: Path) -> None:
     source, target = tmp_path / "raw", tmp_path / "prepared"
     raw = dataset(source, 9)
     images = source / "images"
@@ -165,7 +165,7 @@ def test_random_access(params: Params, tmp_path: Path, monkeypatch: pytest.Monke
         assert image_id(to_array(images[id])) == id
 
 
-def test_images_that_are_not_there(params: Params, tmp_path: Path) -> None:
+def test_missing_images_and_tables(params: Params, tmp_path: Path) -> None:
     source, target = tmp_path / "raw", tmp_path / "prepared"
     dataset(source, 3)
     prepare(NAME, params, source, target)
@@ -199,7 +199,7 @@ def test_an_unknown_kind_of_dataset(params: Params, tmp_path: Path) -> None:
         (dict(answer=()), r"^scenes-cls: example scenes-cls/0/9: no right pair, so it cannot be trained on$"),
     ],
 )
-def test_examples_that_make_no_sense(params: Params, broken: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_invalid_examples(params: Params, broken: dict[str, object], message: str, tmp_path: Path) -> None:
     source, target = tmp_path / "raw", tmp_path / "prepared"
     raw = dataset(source, 3)
     fields = dict(
@@ -216,7 +216,7 @@ def test_examples_that_make_no_sense(params: Params, broken: dict[str, object], 
     assert not target.exists()
 
 
-def test_a_slot_without_test_examples_is_told_before_anything_is_scored(params: Params, tmp_path: Path) -> None:
+def test_a_slot_without_test_examples_is_an_error(params: Params, tmp_path: Path) -> None:
     source, name = tmp_path / "raw", "scenes-com"
     dataset(source, 2)
     some = [
@@ -224,8 +224,8 @@ def test_a_slot_without_test_examples_is_told_before_anything_is_scored(params: 
         for slot in ("subject", "predicate")
     ]
     write_annotations(source, some)
-    told = r"^scenes-com: the test split: no examples of category 'object'; raise datasets\.scenes-com\.test$"
-    with pytest.raises(DataError, match=told):
+    message = r"^scenes-com: the test split: no examples of category 'object'; raise datasets\.scenes-com\.test$"
+    with pytest.raises(DataError, match=message):
         prepare(name, params, source, tmp_path / "prepared")
 
 
@@ -239,7 +239,7 @@ def test_a_split_that_loses_all_its_images(params: Params, tmp_path: Path) -> No
     assert not (target / "summary.json").exists()
 
 
-def test_an_interrupted_run_leaves_the_old_images_whole_and_no_summary(
+def test_an_interrupted_run_keeps_the_old_images_and_no_summary(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target = tmp_path / "raw", tmp_path / "prepared"

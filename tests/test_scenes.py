@@ -1,4 +1,4 @@
-"""The embedded world: what is said of a scene is true, is drawn, and stays what the checkpoints have seen."""
+"""The synthetic world: texts are true, images show them, and the pretraining scenes do not change."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def pair(x: float, y: float, size: float = 0.15, other: float = 0.15) -> Scene:
 
 
 def answer(scene: Scene, question: str) -> str:
-    """The answer to a question, worked out from its words alone."""
+    """Answer a question by its words."""
     words = question.split()
     nouns = [thing.noun for thing in scene.things]
     if question == "how many things are there ?":
@@ -99,7 +99,7 @@ def test_in_front_is_painted_later() -> None:
     assert holds(behind, Triplet(BLUE, "in front of", RED))
 
 
-def test_nothing_is_true_of_what_is_not_there() -> None:
+def test_nothing_holds_for_missing_things() -> None:
     scene = pair(0.1, 0.5)
     assert not any(holds(scene, Triplet(RED, p, Noun("red", "square"))) for p in PREDICATES)
     assert not any(holds(scene, Triplet(RED, p, RED)) for p in PREDICATES)
@@ -125,7 +125,7 @@ def test_scenes_are_legible() -> None:
 
 
 @pytest.mark.parametrize("predicate", PREDICATES)
-def test_asked_for_scenes(predicate: str) -> None:
+def test_sampled_scenes(predicate: str) -> None:
     rng = Random(predicate)
     exclude = {Noun(colour, shape) for colour in COLOURS for shape in SHAPES[:6]}
     for distractors in (0, 1, 2):
@@ -144,10 +144,10 @@ def test_captions_are_true() -> None:
         statements = {sentence(t, template) for t in facts(scene) for template in TEMPLATES}
         statements |= {referring(t, template) for t in facts(scene) for template in REFERRING}
         for text in (caption(scene, rng) for _ in range(3)):
-            question, mark, said = text.partition("? ")
+            question, mark, reply = text.partition("? ")
             if mark:
                 kinds.add("question")
-                assert said == answer(scene, question + "?"), text
+                assert reply == answer(scene, question + "?"), text
             elif text in statements:
                 kinds.add("statement")
             elif len(nouns) == 1:
@@ -161,16 +161,16 @@ def test_captions_are_true() -> None:
 
 
 def test_questions_are_answered_right() -> None:
-    rng, asked = Random(0), set()
+    rng, kinds = Random(0), set()
     for scene in world():
         question = open_question(scene, rng)
         questions = [Question(*question)] if question else []
         questions += [binary_question(scene, rng, wanted) for wanted in ("yes", "no")]
         assert [q.answer for q in questions[-2:]] == ["yes", "no"]
         for q in questions:
-            asked.add((q.category, q.answer if q.category == "binary" else ""))
+            kinds.add((q.category, q.answer if q.category == "binary" else ""))
             assert q.answer == answer(scene, q.question), q.question
-    assert asked == {("binary", "yes"), ("binary", "no"), ("colour", ""), ("shape", ""), ("number", "")}
+    assert kinds == {("binary", "yes"), ("binary", "no"), ("colour", ""), ("shape", ""), ("number", "")}
 
 
 def test_the_vocabulary_covers_the_captions() -> None:
@@ -187,8 +187,8 @@ def test_articles() -> None:
     assert class_text(RED) == "a photo of a red circle"
 
 
-def test_the_pretraining_world_stands_still() -> None:
-    """The checkpoints have seen exactly these scenes and captions: another digest needs other checkpoints."""
+def test_the_pretraining_scenes_do_not_change() -> None:
+    """The checkpoints are trained on these scenes and captions: another digest needs new checkpoints."""
     state = hashlib.sha256()
     for index in range(200):
         scene, rng = pretraining_scene(0, index)
@@ -198,7 +198,7 @@ def test_the_pretraining_world_stands_still() -> None:
     assert state.hexdigest()[:16] == "46b3e5ac774cbb11"
 
 
-def test_a_scene_draws_the_same_image_every_time() -> None:
+def test_rendering_is_deterministic() -> None:
     scene, other = world()[0], world()[1]
     first = np.asarray(render(scene, 64))
     assert first.shape == (64, 64, 3)
@@ -211,7 +211,7 @@ def test_a_scene_draws_the_same_image_every_time() -> None:
 
 
 @pytest.mark.parametrize("colour", COLOURS)
-def test_things_have_the_colour_they_are_called(colour: str) -> None:
+def test_things_have_the_colour_of_their_noun(colour: str) -> None:
     rng = Random(colour)
     hues = {}
     for other in COLOURS:
@@ -239,7 +239,7 @@ def test_shapes_look_different() -> None:
                 assert (mask & masks[other]).sum() / (mask | masks[other]).sum() < 0.9, (shape, other)
 
 
-def test_what_is_in_front_covers() -> None:
+def test_things_in_front_cover_others() -> None:
     pixels = np.asarray(render(pair(0.6, 0.6), 64), int)
     red, blue = pixels[int(0.55 * 64), int(0.55 * 64)], pixels[int(0.42 * 64), int(0.42 * 64)]
     assert red[0] > red[2] + 60

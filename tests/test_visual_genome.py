@@ -1,4 +1,4 @@
-"""Mutations of Visual Genome: what counts as true is annotated, what counts as false is not, in none of its words."""
+"""Mutations of Visual Genome: true triplets are annotated, false ones are not, in no wording."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ SIDE = 400  # pixels of an image
 
 
 def thing(number: int, name: str, box: Box, names: bool = False) -> Json:
-    said: Json = {"names": [name]} if names else {"name": name}
+    naming: Json = {"names": [name]} if names else {"name": name}
     synsets = [SYNSETS[name]] if name in SYNSETS else []
-    return {"object_id": number, **said, **dict(zip("xywh", box, strict=True)), "synsets": synsets}
+    return {"object_id": number, **naming, **dict(zip("xywh", box, strict=True)), "synsets": synsets}
 
 
 def relation(number: int, subject: Json, predicate: str, obj: Json) -> Json:
@@ -83,7 +83,7 @@ def image(number: int) -> Json:
 
 
 def annotate(folder: Path, images: list[Json], url: str = "http://127.0.0.1:1", pack: bool = False) -> Json:
-    """Writes the four files as they are published; answers the row `annotations`."""
+    """Write the four files in the published format and return the row `annotations`."""
     folder.mkdir(parents=True, exist_ok=True)
     data = [
         {
@@ -118,7 +118,7 @@ def genome(tmp_path_factory: pytest.TempPathFactory) -> Genome:
     return read(folder, annotate(folder, [image(number) for number in range(1, 900)]))
 
 
-# What is the same, by this file's own account
+# Words with the same meaning in this file
 
 SAME = [
     {"man", "guy", "surfer"},
@@ -135,7 +135,7 @@ def same(a: str, b: str) -> bool:
 
 
 @cache
-def said(number: int) -> list[tuple[str, str, str]]:
+def annotated(number: int) -> list[tuple[str, str, str]]:
     def name(end: Json) -> str:
         return end["names"][0] if "names" in end else end["name"]
 
@@ -143,8 +143,8 @@ def said(number: int) -> list[tuple[str, str, str]]:
     return [(name(r["subject"]), r["predicate"].strip().lower(), name(r["object"])) for r in found]
 
 
-def told(number: int, triplet: tuple[str, str, str]) -> bool:
-    return any(all(map(same, triplet, other)) for other in said(number))
+def may_mean(number: int, triplet: tuple[str, str, str]) -> bool:
+    return any(all(map(same, triplet, other)) for other in annotated(number))
 
 
 def test_one_slot_is_mutated_and_verified(genome: Genome) -> None:
@@ -156,31 +156,31 @@ def test_one_slot_is_mutated_and_verified(genome: Genome) -> None:
         assert changed == [m.slot]
         was, now = (triplet[SLOTS.index(m.slot)] for triplet in (m.original, m.mutated))
         assert not same(was, now)
-        assert m.original in said(m.positive)
-        assert told(m.negative, m.mutated)
-        assert not told(m.positive, m.mutated) and not told(m.negative, m.original)
+        assert m.original in annotated(m.positive)
+        assert may_mean(m.negative, m.mutated)
+        assert not may_mean(m.positive, m.mutated) and not may_mean(m.negative, m.original)
         if m.slot != "predicate":
-            nouns = [{noun for s, _, o in said(number) for noun in (s, o)} for number in (m.positive, m.negative)]
+            nouns = [{noun for s, _, o in annotated(number) for noun in (s, o)} for number in (m.positive, m.negative)]
             sure = [words for words in SAME if "surfer" not in words] + [{"man", "guy"}]
             for other, theirs in ((now, nouns[0]), (was, nouns[1])):
                 assert not any(other == noun or any({other, noun} <= words for words in sure) for noun in theirs)
 
 
-def test_every_mutation_is_possible_at_all(genome: Genome) -> None:
-    """The rules leave something of everything: no word is lost that should not be."""
+def test_every_word_is_used(genome: Genome) -> None:
+    """The rules exclude no word altogether."""
     made = mutations(genome, 240, 0)
     words = {word for m in made for word in (*m.original, *m.mutated)}
     assert words == {*SUBJECTS, *(p.strip().lower() for p in PREDICATES), *OBJECTS}
 
 
-def test_no_image_comes_twice(genome: Genome) -> None:
+def test_no_image_is_used_twice(genome: Genome) -> None:
     made = mutations(genome, 150, 0)
     images = [number for m in made for number in (m.positive, m.negative)]
     assert len(set(images)) == len(images)
     assert not {1, 2, 3} & {n for m in mutations(genome, 60, 0, without={1, 2, 3}) for n in (m.positive, m.negative)}
 
 
-def test_the_same_whatever_the_order_of_the_files(genome: Genome, tmp_path: Path) -> None:
+def test_the_order_of_the_files_does_not_matter(genome: Genome, tmp_path: Path) -> None:
     images = [image(number) for number in range(1, 900)]
     Random(0).shuffle(images)
     other = read(tmp_path, annotate(tmp_path, images, pack=True))
@@ -189,7 +189,7 @@ def test_the_same_whatever_the_order_of_the_files(genome: Genome, tmp_path: Path
     assert mutations(genome, 120, 1) != mutations(genome, 120, 0)
 
 
-def test_triplets_are_many_before_one_comes_again(genome: Genome) -> None:
+def test_triplets_are_diverse(genome: Genome) -> None:
     positives = [m.original for m in mutations(genome, 90, 0) if m.slot == "subject"]
     assert len(set(positives)) > 0.8 * len(positives)
 
@@ -234,7 +234,7 @@ def test_sentences(triplet: tuple[str, str, str], text: str) -> None:
     st.integers(1, 40),
     st.sampled_from([None, 1]),
 )
-def test_a_list_is_read_as_json_reads_it(entries: list[Json], chunk: int, indent: int | None) -> None:
+def test_entries_are_those_of_json(entries: list[Json], chunk: int, indent: int | None) -> None:
     text = json.dumps(entries, indent=indent, ensure_ascii=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(relations, "CHUNK", chunk)
@@ -288,7 +288,7 @@ def without(key: str) -> Callable[[Json], object]:
         (without("names"), "entry 2: no key 'name'"),
     ],
 )
-def test_entries_that_are_not_as_published(change: Callable[[Json], object], message: str, tmp_path: Path) -> None:
+def test_invalid_entries(change: Callable[[Json], object], message: str, tmp_path: Path) -> None:
     images = [image(number) for number in (1, 2, 3)]
     row = annotate(tmp_path, images)
     change(images[1])
@@ -298,7 +298,7 @@ def test_entries_that_are_not_as_published(change: Callable[[Json], object], mes
 
 
 @pytest.mark.parametrize("url", ["/etc/passwd", "file:///etc/passwd", "http://a b", ""])
-def test_addresses_are_those_of_servers(url: str, tmp_path: Path) -> None:
+def test_urls_must_be_http(url: str, tmp_path: Path) -> None:
     row = annotate(tmp_path, [image(1)])
     data = json.loads((tmp_path / "image_data").read_text())
     data[0]["url"] = url
@@ -313,7 +313,7 @@ def test_addresses_are_those_of_servers(url: str, tmp_path: Path) -> None:
 
 
 def paint(path: Path, shade: int) -> None:
-    """A small image, another one for each shade."""
+    """Write a small image, different for each shade."""
     rng = np.random.default_rng(shade)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).save(path, "JPEG")
@@ -340,7 +340,7 @@ def server(host: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def hosted(server: Server, folder: Path) -> Json:
-    """The row `annotations` of a server; the addresses of images are the server's as well."""
+    """Serve the annotations and return their row; the URLs of images are the server's."""
     annotate(folder, [image(number) for number in range(1, 900)], server.url, pack=True)
     for path in folder.iterdir():
         (server.folder / path.name).write_bytes(path.read_bytes())
@@ -392,7 +392,7 @@ def test_a_download(server: Server, tmp_path: Path, params: Any) -> None:
     }  # fmt: skip
 
 
-def test_a_change_fetches_what_is_new_and_removes_what_is_old(server: Server, tmp_path: Path) -> None:
+def test_a_change_fetches_new_images_and_removes_old_ones(server: Server, tmp_path: Path) -> None:
     annotations, folder = hosted(server, tmp_path / "published"), tmp_path / "mine"
     before = download(row(annotations), folder)
     server.requests.clear()
@@ -407,7 +407,7 @@ def test_a_change_fetches_what_is_new_and_removes_what_is_old(server: Server, tm
     assert not server.requests
 
 
-def test_files_at_another_address_take_the_place_of_the_first(server: Server, tmp_path: Path) -> None:
+def test_files_at_another_url_replace_the_first(server: Server, tmp_path: Path) -> None:
     annotations, folder = hosted(server, tmp_path / "published"), tmp_path / "mine"
     download(row(annotations), folder)
     moved = annotations | {"object_aliases": {"source": str(tmp_path / "published" / "object_aliases"), "sha256": None}}
@@ -416,7 +416,7 @@ def test_files_at_another_address_take_the_place_of_the_first(server: Server, tm
     assert len(names(folder / "raw")) == 4 and len(names(folder / "raw") & before) == 3
 
 
-def test_images_that_are_missing(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_images(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fields, folder = row(hosted(server, tmp_path / "published")), tmp_path / "mine"
     gone = [name for e in download(fields, folder)[:5] for name in e.images][::2]
     for name in gone:
@@ -436,15 +436,15 @@ def test_images_that_are_missing(server: Server, tmp_path: Path, caplog: pytest.
     assert "5 of 96 images are missing" in caplog.text and "5 of 48 examples left out" in caplog.text
 
 
-def test_a_download_that_was_killed_is_gone_on_with(server: Server, tmp_path: Path) -> None:
+def test_an_interrupted_download_is_resumed(server: Server, tmp_path: Path) -> None:
     fields, folder = row(hosted(server, tmp_path / "published")), tmp_path / "mine"
     server.ranges, server.cutting = False, {"relationships.zip": (10_000, 5)}
     with pytest.raises(DataError, match=r"^datasets\.mine\.annotations\.relationships: \S+: cut off"):
         download(fields, folder)
     server.ranges = True
     assert len(download(fields, folder)) == 48
-    asked = [headers.get("Range") for _, path, headers in server.requests if path == "relationships.zip"]
-    assert len(asked) == 6 and asked[-1] is not None
+    ranges = [headers.get("Range") for _, path, headers in server.requests if path == "relationships.zip"]
+    assert len(ranges) == 6 and ranges[-1] is not None
 
 
 @pytest.mark.parametrize(
@@ -468,7 +468,7 @@ def test_a_download_that_was_killed_is_gone_on_with(server: Server, tmp_path: Pa
         ),
     ],
 )
-def test_rows_that_make_no_sense(changes: Json, kind: type[DsdError], message: str, host: Path, tmp_path: Path) -> None:
+def test_invalid_params(changes: Json, kind: type[DsdError], message: str, host: Path, tmp_path: Path) -> None:
     annotations = annotate(tmp_path, [image(number) for number in range(1, 900)])
     for name in ("sha256", "source"):
         if name in changes:
