@@ -76,7 +76,7 @@ def lead(
         headline_metrics = {(d.name, d.headline) for d in datasets}
         rows = [c for c in comparisons if (c.dataset, c.metric) in headline_metrics]
         clauses.append(
-            f"with few-shot prompting ({after} against {before}) accuracy is {counted(rows)} of {len(rows)} datasets"
+            f"with few-shot prompting ({after} vs. {before}) accuracy is {counted(rows)} of {len(rows)} datasets"
         )
     alone: dict[str, list[str]] = {}
     shared = []
@@ -113,7 +113,7 @@ def tally(a: str, b: str, comparisons: Sequence[Comparison]) -> str:
     """On how many metrics a is higher, lower or not shown to differ, and on how many the intervals are disjoint."""
     disjoint = sum(not c.overlap for c in comparisons)
     return (
-        f"{a} against {b}: {counted(comparisons)} of {len(comparisons)} metrics; "
+        f"{a} vs. {b}: {counted(comparisons)} of {len(comparisons)} metrics; "
         f"the intervals of the two methods are disjoint on {disjoint}."
     )
 
@@ -159,7 +159,7 @@ def unbeaten(method: str, parts: Sequence[str], compared: ByOpponent, datasets: 
             continue
         fitted = d.ablations.get(method, {}).get("parts", {})
         alone = [value_text(part, fitted[part][d.headline]) for part in parts if part in fitted]
-        values = f"; fitted alone, its parts have {names(alone)}" if alone else ""
+        values = f"; fitted alone, its parts reach {names(alone)}" if alone else ""
         sentences.append(f"{method} is not shown to outperform {names(rivals)} on {d.name} ({d.headline}){values}.")
     return sentences
 
@@ -182,6 +182,6 @@ def reasons(
             sentences.append(f"{place}; the best variant by {key} is {value_text(f'“{best}”', values[best])}.")
         else:
             methods = names([headline_text(dataset, name) for name in (tested, *denoisers) if name in dataset.results])
-            pair = f"{weakest['a']} against {weakest['b']}"
+            pair = f"{weakest['a']} vs. {weakest['b']}"
             sentences.append(f"{place} ({pair}); {dataset.headline} there: {methods}.")
     return sentences
