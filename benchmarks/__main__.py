@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from dsd.engine.tracks import Folders, Track, proposals
 
 from benchmarks import executors, plain, serving, watching
 from benchmarks.drift import drift
@@ -26,7 +27,6 @@ from dsd.data.draws import draws
 from dsd.data.examples import MatchingExample, read_examples
 from dsd.data.image_table import Pictures
 from dsd.engine.batching import Filled
-from dsd.engine.tracks import Folders, Track, proposals
 from dsd.errors import DataError
 from dsd.experiments.scaling import read_scaling
 from dsd.models.attention import Recording, during

@@ -7,7 +7,8 @@ After a change that moves results on purpose: raise the kind's constant in dsd/v
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,17 +20,19 @@ from dsd.config import Params, StudyParams
 from dsd.data.draws import Draw, draws
 from dsd.datasets import benchmark
 from dsd.datasets.preparation import prepare
-from dsd.engine.encodings import encode
 from dsd.engine.score import score
-from dsd.evaluation.evaluate import evaluate
-from dsd.experiments import scaling
-from dsd.experiments.studies import run
-from dsd.schedules.race import learn
+from dsd.engine.session import Folders, Session
+from dsd.evaluation.evaluate import ScoredSplit, evaluate
+from dsd.experiments.scaling import measure
+from dsd.experiments.studies import run_piece
+from dsd.experiments.study_results import read_study
+from dsd.experiments.variants import Study
+from dsd.schedules.racing import fit_forecast
 from dsd.scorers.evidence import read_index
 from dsd.store import Store
 from dsd.training.loop import train
 from dsd.versions import VERSIONS
-from tests.raced import LEVELS, entrants, few
+from tests.raced import LEVELS, few, synthetic_races
 from tests.tiny import save_checkpoints, small
 
 FILE = Path(__file__).with_name("golden.json")
@@ -37,55 +40,128 @@ DATASET = "scenes-com"
 COMMAND = "python -m tests.golden"
 
 
-def results(params: Params, folder: Path) -> Iterator[tuple[str, list[float]]]:
-    """(kind, some numbers) of every kind, each computed from nothing in the folder."""
-    raw, prepared, cached, trained, scored = (folder / name for name in ("raw", "prepared", "cached", "train", "score"))
-    row = params.datasets[DATASET]
-    benchmark(row.kind).download(row, seed=params.seed, folder=raw, workers=1)
-    prepare(DATASET, params, raw, prepared)
-    encode(DATASET, params, prepared, cached)
-    store = Store(cached)
-    for kind, prefix, array in (
-        ("latents", "latents", "latents"),
-        ("texts", "texts", "hidden"),
-        ("features", "clip", "features"),
-    ):
-        yield kind, _some(store, sorted(key for key in _keys(store) if key.startswith(prefix)), array)
-    quick: dict[str, object] = {"warmup": 1, "learning_rate": 0.01, "epochs": 5.0}  # so that ten steps show
-    fast = {name: row.model_copy(update=quick) for name, row in params.training.items()}
-    fast["dsd"] = fast["dsd"].model_copy(update={"temperature": 1e-3})  # random weights attend to every text alike
-    params = params.model_copy(update={"training": fast})
-    curves = {}
-    for method in params.training:
-        steps = list(train(DATASET, method, params, prepared, cached, trained / method))
-        curves[method] = [step["loss"] for step in steps]
-    yield "prompts", curves.pop("dsd")
-    yield "heads", [loss for losses in curves.values() for loss in losses]
-    score(DATASET, params, prepared, cached, trained, scored, split="test")
-    store, index = Store(scored), read_index(scored)["shards"]
-    evidence = (_some(store, index["none"], array) for array in ("attention", "attribution", "error"))
+class Run:
+    """A run on the tiny checkpoints in an empty folder; each step is computed once, when a kind of results needs it."""
+
+    def __init__(self, params: Params, folder: Path) -> None:
+        quick: dict[str, object] = {"warmup": 1, "learning_rate": 0.01, "epochs": 5.0}  # so that ten steps show
+        fast = {name: row.model_copy(update=quick) for name, row in params.training.items()}
+        fast["dsd"] = fast["dsd"].model_copy(update={"temperature": 1e-3})  # random weights attend to all texts alike
+        self.params, self.folder = params.model_copy(update={"training": fast}), folder
+        self.folders, self.scored = Folders.of(folder, DATASET), folder / "score"
+        self.losses: Callable[[str], list[float]] = cache(self._losses)
+
+    @cached_property
+    def session(self) -> Session:
+        """The session of the prepared dataset."""
+        row, seed, raw = self.params.datasets[DATASET], self.params.seed, self.folder / "raw"
+        benchmark(row.kind).download(row, seed=seed, folder=raw, workers=1)
+        prepare(DATASET, row, raw, self.folders.prepared, images=self.params.images, seed=seed, workers=1)
+        return Session(DATASET, self.params, self.folders)
+
+    def _losses(self, method: str) -> list[float]:
+        """Train a method; the loss of each step."""
+        return [step["loss"] for step in train(self.session, method, self.folders.trained / method)]
+
+    @cached_property
+    def untrained(self) -> dict[str, list[str]]:
+        """Score the diffusion methods that use nothing learned; the shards of each entry of the index."""
+        rows = {name: row for name, row in self.params.methods.items() if row.zero_shot and not row.contrastive}
+        params = self.params.model_copy(update={"methods": rows})
+        _ = self.session  # prepared
+        return self._score(Session(DATASET, params, self.folders))
+
+    @cached_property
+    def complete(self) -> dict[str, list[str]]:
+        """Score all methods; the shards of each entry of the index."""
+        for method in self.params.training:
+            self.losses(method)
+        return self._score(self.session)
+
+    def _score(self, session: Session) -> dict[str, list[str]]:
+        score(session, self.scored, split="test")
+        shards: dict[str, list[str]] = read_index(self.scored)["shards"]
+        return shards
+
+
+def latents(run: Run) -> list[float]:
+    images, _ = run.session.diffusion_encodings
+    images.fill()
+    return _some(run.session.cache, images.keys, "latents")
+
+
+def texts(run: Run) -> list[float]:
+    _, encodings = run.session.diffusion_encodings
+    encodings.fill()
+    return _some(run.session.cache, encodings.keys, "hidden")
+
+
+def features(run: Run) -> list[float]:
+    tables = [table for clip in run.session.clips for table in run.session.features(clip)]
+    for table in tables:
+        table.fill()
+    return _some(run.session.cache, sorted(key for table in tables for key in table.keys), "features")
+
+
+def prompts(run: Run) -> list[float]:
+    return run.losses("dsd")
+
+
+def heads(run: Run) -> list[float]:
+    return [loss for method in run.params.training if method != "dsd" for loss in run.losses(method)]
+
+
+def evidence(run: Run) -> list[float]:
+    shards, store, params = run.untrained["none"], Store(run.scored), run.params
+    arrays = [_some(store, shards, array) for array in ("attention", "attribution", "error")]
     noise = Draw(0.4, 7).noise((4,)).tolist() + [float(draw.seed % 1000) for draw in draws(params.noise, params.seed)]
-    yield "evidence", [number for numbers in evidence for number in numbers] + noise
-    yield "cosines", _some(store, index["clip-zero-shot"] + index["clip-prompt"], "cosine")
-    evaluated = evaluate(DATASET, params, prepared, scored, folder / "evaluate").results
-    yield "scores", [round(metric["micro"].low, 6) for metric in evaluated.values()]
-    races = entrants(20)
-    learned = learn(races.values, np.repeat(LEVELS, 2).tolist(), 3, races.proposals["clip-zero-shot"])
-    yield "races", [*map(float, learned.order), *learned.spread, *learned.weights[-1]]
-    raced = params.model_copy(update={"races": few(params.races)})
-    yield "scaling", [scaling.row("normal", 10, raced)["share"]["value"]]
-    study = StudyParams(split="test", datasets=(DATASET,), methods=("clip-finetune", "denoising"), variants={"v": {}})
-    run("s", "v", DATASET, params.model_copy(update={"studies": {"s": study}}), folder, folder / "work")
-    found = json.loads((folder / "s.json").read_text())["v"][DATASET]["ranks"]
-    yield "studies", [float(np.mean([int(rank) for rank in ranks.split()])) for ranks in found.values()]
+    return [number for numbers in arrays for number in numbers] + noise
 
 
-def _keys(store: Store) -> list[str]:
-    return [path.stem for path in store.root.glob("*.safetensors")]
+def cosines(run: Run) -> list[float]:
+    return _some(Store(run.scored), run.complete["clip-zero-shot"] + run.complete["clip-prompt"], "cosine")
 
 
-def _some(store: Store, keys: list[str], name: str) -> list[float]:
-    """Mean, deviation and first numbers of an array over the shards."""
+def scores(run: Run) -> list[float]:
+    _ = run.complete
+    split = ScoredSplit.of(DATASET, run.params, run.folders.prepared, run.scored)
+    evaluated = evaluate(DATASET, split, run.params.evaluate, run.params.seed, run.folder / "evaluate").results
+    return [round(metric["micro"].low, 6) for metric in evaluated.values()]
+
+
+def races(run: Run) -> list[float]:
+    recorded = synthetic_races(20)
+    forecast = fit_forecast(recorded.values, np.repeat(LEVELS, 2).tolist(), 3, recorded.proposals["clip-zero-shot"])
+    return [*map(float, forecast.order), *forecast.spread, *forecast.weights[-1]]
+
+
+def scaling(run: Run) -> list[float]:
+    row = measure("normal", 10, few(run.params.races), run.params.evaluate, run.params.seed)
+    return [row["share"]["value"]]
+
+
+def studies(run: Run) -> list[float]:
+    row = StudyParams(split="test", datasets=(DATASET,), methods=("clip-finetune", "denoising"), variants={"v": {}})
+    study = Study("s", run.params.model_copy(update={"studies": {"s": row}}))
+    run_piece(study, "v", DATASET, run.folder, run.folder / "work")
+    ranks = read_study(run.folder / "s.json")["v"][DATASET]["ranks"]
+    return [float(np.mean([int(rank) for rank in row.split()])) for row in ranks.values()]
+
+
+KINDS: dict[str, Callable[[Run], list[float]]] = {
+    function.__name__: function
+    for function in (latents, texts, features, prompts, heads, evidence, cosines, scores, races, scaling, studies)
+}
+
+
+def results(params: Params, folder: Path, kinds: Iterable[str] = tuple(KINDS)) -> dict[str, list[float]]:
+    """Some numbers of each of these kinds, computed from an empty folder, and nothing that they do not need."""
+    run = Run(params, folder)
+    return {kind: KINDS[kind](run) for kind in kinds}
+
+
+def _some(store: Store, keys: Sequence[str], name: str) -> list[float]:
+    """Mean, standard deviation and first numbers of an array over the shards."""
     shards = (store.read(key) for key in keys)
     values = np.concatenate([shard[name].ravel() for shard in shards if shard is not None]).astype(np.float64)
     return [float(values.mean()), float(values.std()), *map(float, values[:4])]
@@ -113,7 +189,7 @@ def main() -> None:
         folder = Path(place)
         save_checkpoints(folder / "models")
         torch.manual_seed(0)
-        computed = dict(results(small(folder / "models"), folder))
+        computed = results(small(folder / "models"), folder)
     rows = {kind: {"version": VERSIONS[kind], "numbers": numbers} for kind, numbers in computed.items()}
     FILE.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dsd.config import Params
 from dsd.errors import CheckpointError
 from dsd.models import StableDiffusion, attention, load_diffusion
-from dsd.models.attention import Recording, during, logsumexp_pooling, over_tokens, token_weights
+from dsd.models.attention import AttentionState, Capture, during, logsumexp_pooling, over_tokens, token_weights
 from dsd.models.prompts import AttentionPrompt, pooled_latent
 from dsd.scorers import cross_attention
 
@@ -73,33 +73,33 @@ def test_capture_changes_no_prediction(backbone: StableDiffusion, params: Params
     latents, timesteps, hidden, content = inputs(backbone, 3)
     with torch.inference_mode():
         bare = backbone.predict_noise(latents, timesteps, hidden)
-        with during(backbone.attention, Recording.of(params.evidence, content)):
-            captured = backbone.predict_noise(latents, timesteps, hidden)
+        capture = Capture.of(params.evidence, content)
+        captured = backbone.predict_noise(latents, timesteps, hidden, capture=capture)
     assert torch.allclose(bare, captured, atol=1e-5)
 
 
-def test_recorded_maps_are_softmax_of_query_and_key(backbone: StableDiffusion, params: Params) -> None:
+def test_captured_maps_are_softmax_of_query_and_key(backbone: StableDiffusion, params: Params) -> None:
     """One layer's map, from its own inputs, by diffusers' own attention scores."""
     latents, timesteps, hidden, content = inputs(backbone, 2)
     _, layer = attention.cross_attention_layers(backbone.unet)[0]
-    seen: list[torch.Tensor] = []
-    hook = layer.to_q.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    recording = Recording.of(params.evidence, content, keep_maps=True)
-    with torch.inference_mode(), during(backbone.attention, recording):
-        backbone.predict_noise(latents, timesteps, hidden)
+    queries: list[torch.Tensor] = []
+    hook = layer.to_q.register_forward_pre_hook(lambda _, args: queries.append(args[0]))
+    capture = Capture.of(params.evidence, content, keep_maps=True)
+    with torch.inference_mode():
+        backbone.predict_noise(latents, timesteps, hidden, capture=capture)
     hook.remove()
-    query, key = (layer.head_to_batch_dim(x) for x in (layer.to_q(seen[0]), layer.to_k(hidden)))
+    query, key = (layer.head_to_batch_dim(x) for x in (layer.to_q(queries[0]), layer.to_k(hidden)))
     expected = layer.get_attention_scores(query, key).unflatten(0, (2, -1))
-    assert recording.maps is not None
-    assert torch.allclose(recording.maps[0], expected, atol=1e-6)
+    assert capture.maps is not None
+    assert torch.allclose(capture.maps[0], expected, atol=1e-6)
 
 
-def test_evidence_names_every_layer_and_head(backbone: StableDiffusion, params: Params) -> None:
+def test_evidence_covers_every_layer_and_head(backbone: StableDiffusion, params: Params) -> None:
     latents, timesteps, hidden, content = inputs(backbone, 2)
-    recording = Recording.of(params.evidence, content)
-    with torch.inference_mode(), during(backbone.attention, recording):
-        backbone.predict_noise(latents, timesteps, hidden)
-    pooled, attribution = recording.stacked()
+    capture = Capture.of(params.evidence, content)
+    with torch.inference_mode():
+        backbone.predict_noise(latents, timesteps, hidden, capture=capture)
+    pooled, attribution = capture.stacked()
     assert pooled.shape == (2, len(params.evidence.poolings), len(backbone.layers), 2)
     assert attribution.shape == (2, len(backbone.layers), 2)
     assert backbone.layers[0].startswith("down_blocks.0") and backbone.layers[-1].startswith("up_blocks.1")
@@ -116,13 +116,13 @@ def test_padding_tokens_do_not_count(backbone: StableDiffusion, params: Params) 
 def test_zero_prompt_is_the_zero_shot_score(backbone: StableDiffusion, params: Params) -> None:
     latents, timesteps, hidden, content = inputs(backbone, 2)
     prompt = AttentionPrompt(32, backbone.layer_widths, 4, rank=2, conditional=True, seed=0)
-    found = []
-    for learned in (None, prompt):
-        recording = Recording.of(params.evidence, content)
-        with torch.no_grad(), during(backbone.attention, recording, learned, pooled_latent(latents)):
-            backbone.predict_noise(latents, timesteps, hidden)
-        found.append(recording.stacked()[0])
-    assert torch.equal(*found)
+    results = []
+    for bound in (None, prompt.bind(latents)):
+        capture = Capture.of(params.evidence, content)
+        with torch.no_grad():
+            backbone.predict_noise(latents, timesteps, hidden, capture=capture, prompt=bound)
+        results.append(capture.stacked()[0])
+    assert torch.equal(*results)
 
 
 def test_prompt_adds_to_the_matrices(backbone: StableDiffusion) -> None:
@@ -133,7 +133,7 @@ def test_prompt_adds_to_the_matrices(backbone: StableDiffusion) -> None:
     latents, _, hidden, _ = inputs(backbone, 1)
     condition = pooled_latent(latents)
     _, layer = attention.cross_attention_layers(backbone.unet)[1]
-    added_key, added_value = prompt(1, hidden, condition)
+    added_key, added_value = prompt.bind(latents)(1, hidden)
     for side, (matrix, added) in enumerate([(layer.to_k.weight, added_key), (layer.to_v.weight, added_value)]):
         core = torch.diag(1 + prompt.map[1, side] @ condition[0])
         learned = prompt.up[1][side] @ core @ prompt.down[1, side]
@@ -141,22 +141,23 @@ def test_prompt_adds_to_the_matrices(backbone: StableDiffusion) -> None:
 
 
 @pytest.mark.parametrize("heads", ["weighted", "mean"])
-def test_layers_may_differ_in_their_number_of_heads(params: Params, heads: Literal["weighted", "mean"]) -> None:
-    """As those of Stable Diffusion 2 do: a layer's score is that of its own heads."""
+def test_layers_may_differ_in_number_of_heads(params: Params, heads: Literal["weighted", "mean"]) -> None:
+    """As in Stable Diffusion 2: the score of a layer is that of its own heads."""
     blocks = dict(down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2)
     unet = UNet2DConditionModel(
         sample_size=4, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=(2, 4),
         cross_attention_dim=8, layers_per_block=1, **blocks,
     )  # fmt: skip
-    recording = Recording.of(params.evidence, torch.ones(2, 5, dtype=torch.bool))
-    with torch.inference_mode(), during(attention.install(unet), recording):
+    capture, state = Capture.of(params.evidence, torch.ones(2, 5, dtype=torch.bool)), AttentionState()
+    attention.install(unet, state)
+    with torch.inference_mode(), during(state, capture, None, None):
         unet(torch.randn(2, 4, 4, 4), torch.tensor([1, 2]), torch.randn(2, 5, 8))
-    assert {layer.shape[-1] for layer in recording.attribution} == {2, 4}
-    pooled, attribution = recording.stacked()
+    assert {layer.shape[-1] for layer in capture.attribution} == {2, 4}
+    pooled, attribution = capture.stacked()
     for number in range(len(params.evidence.poolings)):
         alone = [
             cross_attention.reduce(p[number, :, None], a[:, None], layers="all", heads=heads)
-            for p, a in zip(recording.pooled, recording.attribution, strict=True)
+            for p, a in zip(capture.pooled, capture.attribution, strict=True)
         ]
         together = cross_attention.reduce(pooled[:, number], attribution, layers="all", heads=heads)
         assert torch.allclose(together, torch.stack(alone).mean(0), atol=1e-6)
@@ -202,20 +203,21 @@ def with_xformers(monkeypatch: pytest.MonkeyPatch, kernel: object) -> None:
 def test_a_backend_changes_no_result(
     backbone: StableDiffusion, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
-    with_xformers(monkeypatch, lambda *a, **k: (seen.append(a[0].shape), by_loops(*a, **k))[1])
+    calls = []
+    with_xformers(monkeypatch, lambda *a, **k: (calls.append(a[0].shape), by_loops(*a, **k))[1])
     other = load_diffusion(params.backbones["embedded"], torch.device("cpu"), "xformers")
     assert other.digest == backbone.digest
-    seen.clear()
+    calls.clear()
     latents, timesteps, hidden, content = inputs(backbone, 2)
-    found = []
+    results = []
     for opened in (backbone, other):
-        recording = Recording.of(params.evidence, content)
-        with torch.inference_mode(), during(opened.attention, recording):
-            found.append((opened.predict_noise(latents, timesteps, hidden), *recording.stacked()))
-    assert len(seen) == len(attention.attention_layers(other.unet, "attn1")) == len(backbone.layers)
-    for mine, theirs in zip(*found, strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-5)
+        capture = Capture.of(params.evidence, content)
+        with torch.inference_mode():
+            predicted = opened.predict_noise(latents, timesteps, hidden, capture=capture)
+        results.append((predicted, *capture.stacked()))
+    assert len(calls) == len(attention.attention_layers(other.unet, "attn1")) == len(backbone.layers)
+    for expected, other_result in zip(*results, strict=True):
+        assert torch.allclose(expected, other_result, atol=1e-5)
 
 
 def refuses(*_: object, **__: object) -> None:
@@ -223,15 +225,15 @@ def refuses(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "kernel", "said"),
+    ("backend", "kernel", "message"),
     [
         ("xformer", None, "unknown attention backend 'xformer': did you mean 'xformers'?"),
         ("xformers", None, "xformers is not installed; install the extra `gpu`, or use sdpa"),
         ("xformers", refuses, "xformers cannot run on cpu in float32; use sdpa (No operator found for"),
     ],
 )
-def test_a_backend_that_cannot_run_is_said_when_the_checkpoint_is_opened(
-    backend: str, kernel: object, said: str, params: Params, monkeypatch: pytest.MonkeyPatch
+def test_a_backend_that_cannot_run_is_reported_when_the_checkpoint_is_opened(
+    backend: str, kernel: object, message: str, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kernel is not None:
         with_xformers(monkeypatch, kernel)
@@ -239,4 +241,4 @@ def test_a_backend_that_cannot_run_is_said_when_the_checkpoint_is_opened(
         monkeypatch.setitem(sys.modules, "xformers", None)
     with pytest.raises(CheckpointError) as error:
         load_diffusion(params.backbones["embedded"], torch.device("cpu"), backend)
-    assert str(error.value).startswith(f"runtime.attention: {said}") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"runtime.attention: {message}") and "\n" not in str(error.value)

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from dsd import Matcher
 from dsd.config import Params
+from dsd.engine.session import Folders, Session
 from dsd.errors import CheckpointError
 from dsd.models import load, load_clip, load_diffusion, stable_diffusion
-from dsd.models.attention import Recording, during
+from dsd.models.attention import Capture
 from dsd.models.checkpoint import commit, locate, remote
 from dsd.models.clip_heads import cosine
-from dsd.models.prompts import AttentionPrompt, pooled_latent
+from dsd.models.prompts import AttentionPrompt
 from dsd.training.loop import training_key
 from tests.hubserver import COMMIT, TOKEN, Hub, connected, files_of
 from tests.tiny import row, save_tokenizer
@@ -54,8 +55,8 @@ def test_the_same_model_scores_the_same_whether_it_predicts_noise_or_velocity(fo
     """The U-Net of the second answers v for the ε of the first, by v = (ε − √(1 − ᾱ) z_t) / √ᾱ (Salimans and Ho
     2022)."""
     matchers = []
-    for said in ("epsilon", "v_prediction"):
-        edit(folder / SCHEDULER, prediction_type=said)
+    for predicted in ("epsilon", "v_prediction"):
+        edit(folder / SCHEDULER, prediction_type=predicted)
         matchers.append(Matcher.from_pretrained(folder, method=method, levels=(0.2, 0.5, 0.8)))
     backbone = matchers[1].backbone
     predict, alphas = backbone.unet.forward, backbone.schedule.alphas_cumprod
@@ -67,9 +68,9 @@ def test_the_same_model_scores_the_same_whether_it_predicts_noise_or_velocity(fo
         return output
 
     backbone.unet.forward = velocity  # type: ignore[method-assign]
-    pictures = list(np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8))
+    images = list(np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8))
     texts = ["a red circle", "a blue star", "a green ring left of a pink bolt"]
-    noise, v = (matcher.score(pictures, texts) for matcher in matchers)
+    noise, v = (matcher.score(images, texts) for matcher in matchers)
     assert torch.allclose(noise, v, atol=1e-5) and noise.std() > 1e-4
 
 
@@ -163,11 +164,11 @@ def test_families_are_not_mixed_up(models: Path) -> None:
 
 def test_clip_cosines_are_those_of_the_model(params: Params) -> None:
     clip = load_clip(params.backbones["embedded-clip"], CPU)
-    pictures = np.random.default_rng(0).integers(0, 255, (2, 24, 24, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 255, (2, 24, 24, 3), dtype=np.uint8)
     texts = ["a red circle", "a blue star"]
-    images_BD = clip.model.visual_projection(clip.image_features(pictures))
+    images_BD = clip.model.visual_projection(clip.image_features(images))
     texts_BD = clip.model.text_projection(clip.text_features(texts))
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     ids = clip.tokenizer(texts, padding="max_length", return_tensors="pt")
     with torch.inference_mode():
         logits = clip.model(
@@ -234,12 +235,12 @@ def test_a_published_clip_has_its_tokenizer_beside_its_weights_and_says_how_pixe
     assert found.digest != before.digest
     texts = ["a red circle", "a blue star"]
     assert torch.equal(found.text_features(texts), before.text_features(texts))
-    pictures = np.random.default_rng(0).integers(0, 255, (2, 24, 24, 3), dtype=np.uint8)
-    pixels = (torch.from_numpy(pictures).float() / 255 - torch.tensor(mean)) / torch.tensor(deviation)
+    images = np.random.default_rng(0).integers(0, 255, (2, 24, 24, 3), dtype=np.uint8)
+    pixels = (torch.from_numpy(images).float() / 255 - torch.tensor(mean)) / torch.tensor(deviation)
     with torch.inference_mode():
         expected = found.model.vision_model(pixel_values=pixels.permute(0, 3, 1, 2)).pooler_output
-    assert torch.allclose(found.image_features(pictures), expected, atol=1e-5)
-    assert not torch.allclose(found.image_features(pictures), before.image_features(pictures), atol=1e-2)
+    assert torch.allclose(found.image_features(images), expected, atol=1e-5)
+    assert not torch.allclose(found.image_features(images), before.image_features(images), atol=1e-2)
     settings.write_text(json.dumps({"image_mean": mean}))
     with pytest.raises(CheckpointError, match="needs image_mean and image_std"):
         load_clip(row(folder, "clip"), CPU)
@@ -250,16 +251,16 @@ def test_a_published_clip_has_its_tokenizer_beside_its_weights_and_says_how_pixe
         load_clip(row(folder, "clip"), CPU)
 
 
-def test_pictures_pass_the_autoencoder_a_few_at_a_time(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_encoded_a_few_at_a_time(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = load_diffusion(row(models / "embedded"), CPU)
-    pictures = np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), dtype=np.uint8)
-    expected, seen = backbone.encode_images(pictures), []
+    images = np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), dtype=np.uint8)
+    expected, sizes = backbone.encode_images(images), []
     encode = backbone.vae.encode
-    monkeypatch.setattr(backbone.vae, "encode", lambda pixels: (seen.append(len(pixels)), encode(pixels))[1])
+    monkeypatch.setattr(backbone.vae, "encode", lambda pixels: (sizes.append(len(pixels)), encode(pixels))[1])
     monkeypatch.setattr(stable_diffusion, "AT_ONCE", 2 * 32 * 32)
-    assert torch.allclose(backbone.encode_images(pictures), expected, atol=1e-6) and seen == [2, 2, 1]
+    assert torch.allclose(backbone.encode_images(images), expected, atol=1e-6) and sizes == [2, 2, 1]
     monkeypatch.setattr(stable_diffusion, "AT_ONCE", 1)
-    assert torch.allclose(backbone.encode_images(pictures), expected, atol=1e-6)
+    assert torch.allclose(backbone.encode_images(images), expected, atol=1e-6)
 
 
 # Other arithmetic than float32.
@@ -274,38 +275,39 @@ def test_other_arithmetic_is_near_with_and_without_a_prompt(dtype: str, models: 
     prompt = AttentionPrompt(32, full.layer_widths, 4, rank=2, conditional=True, seed=0)
     for up in prompt.up:
         torch.nn.init.normal_(up, std=0.1, generator=torch.Generator().manual_seed(0))
-    for learned in (None, prompt):
-        found = []
+    for bound in (None, prompt.bind(latents)):
+        results, timesteps, hidden = [], torch.full((2,), 300), text.hidden.clone()
         for backbone in (full, low):
-            recording = Recording.of(params.evidence, text.content)
-            with torch.no_grad(), during(backbone.attention, recording, learned, pooled_latent(latents)):
-                noise = backbone.predict_noise(latents, torch.full((2,), 300), text.hidden.clone())
-            found.append((noise, *recording.stacked()))
-        for exact, near in zip(*found, strict=True):
+            capture = Capture.of(params.evidence, text.content)
+            with torch.no_grad():
+                noise = backbone.predict_noise(latents, timesteps, hidden, capture=capture, prompt=bound)
+            results.append((noise, *capture.stacked()))
+        for exact, near in zip(*results, strict=True):
             assert near.isfinite().all() and (near - exact).abs().max() < 0.05 * exact.abs().max()
 
 
 def test_logits_that_float16_cannot_hold_are_computed_as_the_config_asks(folder: Path, params: Params) -> None:
     """Stable Diffusion 2.1 says upcast_attention: its logits are that large."""
-    evidence, found = params.evidence.model_copy(update={"poolings": ("logsumexp", "maximum")}), []
+    evidence, finite = params.evidence.model_copy(update={"poolings": ("logsumexp", "maximum")}), []
     for upcast in (False, True):
         edit(folder / "unet" / "config.json", upcast_attention=upcast)
         backbone = load_diffusion(row(folder, dtype="float16"), CPU)
         text = backbone.encode_texts(["a red circle"])
-        recording = Recording.of(evidence, text.content)
-        with torch.inference_mode(), during(backbone.attention, recording):
+        capture = Capture.of(evidence, text.content)
+        with torch.inference_mode():
             for name, module in backbone.unet.named_modules():
                 if name.endswith(("attn2.to_q", "attn2.to_k")):
                     module.weight *= 2000
-            backbone.predict_noise(torch.ones(1, 4, 4, 4), torch.tensor([300]), text.hidden)
-        found.append(bool(recording.stacked()[0].isfinite().all()))
-    assert found == [False, True]
+            backbone.predict_noise(torch.ones(1, 4, 4, 4), torch.tensor([300]), text.hidden, capture=capture)
+        finite.append(bool(capture.stacked()[0].isfinite().all()))
+    assert finite == [False, True]
 
 
-def test_what_is_trained_in_other_arithmetic_is_trained_anew(params: Params, prepared: Path) -> None:
+def test_other_arithmetic_is_another_training(params: Params, prepared: Path) -> None:
     def key(dtype: str, method: str) -> str:
         rows = {name: kept.model_copy(update={"dtype": dtype}) for name, kept in params.backbones.items()}
-        return training_key("scenes-com", method, params.model_copy(update={"backbones": rows}), prepared)
+        changed, folders = params.model_copy(update={"backbones": rows}), Folders(prepared, prepared, prepared)
+        return training_key(Session("scenes-com", changed, folders), method)
 
     for method in ("dsd", "clip-finetune"):
         assert key("float32", method) != key("bfloat16", method)

@@ -37,17 +37,17 @@ def values(batch: list[Request]) -> list[float]:
     return [value(request) for request in batch]
 
 
-def entries(count: int, candidates: int, schedule: Schedule, normalised: bool = False) -> list[Entry]:
+def entries(count: int, candidates: int, schedule: Schedule, compares: bool = False) -> list[Entry]:
     made = []
     for number in range(count):
         pairs = [Pair(f"i{number}", "t" * (c + 1) + str(number % 3)) for c in range(candidates)]
-        made.append(Entry(str(number), Race(candidates, schedule), pairs, DRAWS, normalised))
+        made.append(Entry(str(number), Race(candidates, schedule), pairs, DRAWS, compares))
     return made
 
 
 def alone(entry: Entry) -> list[int]:
-    while wanted := entry.wants():
-        entry.tell({request: value(request) for request in wanted})
+    while requests := entry.requests():
+        entry.record({request: value(request) for request in requests})
     return [int(candidate) for candidate in entry.race.ranking()]
 
 
@@ -56,10 +56,10 @@ def alone(entry: Entry) -> list[int]:
     st.integers(1, 30), st.integers(1, 9), st.integers(1, 64), st.sampled_from(range(4)), st.booleans(), st.randoms()
 )
 def test_rankings_depend_on_neither_batch_nor_order(
-    count: int, candidates: int, size: int, which: int, normalised: bool, random: object
+    count: int, candidates: int, size: int, which: int, compares: bool, random: object
 ) -> None:
-    expected = {entry.id: alone(entry) for entry in entries(count, candidates, SCHEDULES[which], normalised)}
-    shuffled = entries(count, candidates, SCHEDULES[which], normalised)
+    expected = {entry.id: alone(entry) for entry in entries(count, candidates, SCHEDULES[which], compares)}
+    shuffled = entries(count, candidates, SCHEDULES[which], compares)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     requested: list[Request] = []
 

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsd.config import Params
+from dsd.config import CrossAttentionMethod, Params
 from dsd.data.draws import Draw
 from dsd.data.examples import MatchingExample, Pair, read_examples
 from dsd.engine.score import score
+from dsd.engine.session import Folders, Session
 from dsd.evaluation.ablations import Variant, ablate, mean, subsets, values, with_intervals, write
 from dsd.evaluation.claims import Answers, Comparison, judge, measure, stated, uncorrected
 from dsd.evaluation.claims import write as write_claims
-from dsd.evaluation.evaluate import evaluate
+from dsd.evaluation.evaluate import ScoredSplit, evaluate
 from dsd.metrics import slots
 from dsd.scorers.evidence import Evidence
 from dsd.training.loop import train
@@ -129,14 +130,15 @@ def test_hits_are_averaged_example_by_example() -> None:
 
 
 def test_from_evidence_to_files(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
-    trained, scored = tmp_path / "train", tmp_path / "score"
+    session, scored = Session("scenes-com", params, Folders(prepared, cached, tmp_path / "train")), tmp_path / "score"
     for method in params.training:
-        list(train("scenes-com", method, params, prepared, cached, trained / method))
-    score("scenes-com", params, prepared, cached, trained, scored, split="test")
-    results, hits = evaluate("scenes-com", params, prepared, scored, tmp_path)
-    variants = ablate("scenes-com", params, prepared, scored)
-    ablated = with_intervals(params, read_examples(prepared / "examples.parquet", "test"), variants)
-    changes = list(values(params.ablations))
+        list(train(session, method, tmp_path / "train" / method))
+    score(session, scored, split="test")
+    split = ScoredSplit.of("scenes-com", params, prepared, scored)
+    results, hits = evaluate("scenes-com", split, params.evaluate, params.seed, tmp_path)
+    variants = ablate(split, params.ablations, params.seed)
+    ablated = with_intervals(split.examples, variants, params.evaluate, params.seed)
+    changes = list(values(params.ablations, CrossAttentionMethod.ablation_keys))
     assert len(variants) == 2 * len(changes) + len(params.ablations.parts)
     # The unchanged value of a key gives the result of the method.
     assert ablated["dsd-plus"]["parts"]["denoising, prompted-attention"] == results["dsd-plus"]
@@ -148,6 +150,7 @@ def test_from_evidence_to_files(params: Params, prepared: Path, cached: Path, tm
     assert set(written["scenes-com"]["dsd"]["heads"]["1 mean"]["micro"]) == {"value", "low", "high", "n"}
 
     rows = read_examples(prepared / "examples.parquet", "test")
+    assert split.examples == rows
     judged, measured = judge(params, {"scenes-com": Answers("scenes-com", rows, hits, variants)})
     assert set(judged) == {1, 4, 5, 6, 7, 8, 9, 10}
     layers = [m.comparison.b for m in measured[5]]

@@ -1,4 +1,4 @@
-"""The contrastive scorer: CLIP as it is, with tuned projections, and under a context that depends on the image."""
+"""The contrastive scorer: zero-shot CLIP, tuned projections, and a context that depends on the image."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from dsd.config import Params
-from dsd.data.examples import Pair, read_examples
-from dsd.data.image_table import ImageTable
-from dsd.engine.encodings import all_texts, contrastive_encodings, read_all
-from dsd.engine.engine import cosines
+from dsd.data.examples import Pair, pairs
 from dsd.engine.score import score_contrastive
+from dsd.engine.session import Folders, Session
 from dsd.errors import CheckpointError, TextError
 from dsd.models import Clip, load_clip
 from dsd.models.clip_heads import ContextPrompt, Features, Head, Projections, learned, untrained
@@ -45,8 +43,8 @@ def clip(params: Params) -> Clip:
 
 @pytest.fixture(scope="module")
 def features(clip: Clip) -> tuple[Features, Features]:
-    pictures = np.random.default_rng(0).integers(0, 255, (3, 24, 24, 3), dtype=np.uint8)
-    return Given(IMAGES, clip.image_features(pictures).numpy()), Given(TEXTS, clip.text_features(TEXTS).numpy())
+    images = np.random.default_rng(0).integers(0, 255, (3, 24, 24, 3), dtype=np.uint8)
+    return Given(IMAGES, clip.image_features(images).numpy()), Given(TEXTS, clip.text_features(TEXTS).numpy())
 
 
 def start(name: str, params: Params, clip: Clip, features: tuple[Features, Features]) -> Head:
@@ -56,7 +54,7 @@ def start(name: str, params: Params, clip: Clip, features: tuple[Features, Featu
 
 
 def moved(head: Head) -> Head:
-    """The head as some training might leave it."""
+    """The head with its weights changed, as by a training."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in head.parameters():
@@ -102,26 +100,43 @@ def test_the_context_shifts_with_the_image_once_it_is_trained(
 ) -> None:
     head = start("clip-prompt", params, clip, features)
     assert isinstance(head, ContextPrompt)
-    seen: list[torch.Tensor] = []
+    contexts: list[torch.Tensor] = []
     inner = clip.prompted_features
-    monkeypatch.setattr(clip, "prompted_features", lambda ids, context: (seen.append(context), inner(ids, context))[1])
+
+    def recorded(ids: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        contexts.append(context)
+        return inner(ids, context)
+
+    monkeypatch.setattr(clip, "prompted_features", recorded)
     two = [Pair("i", TEXTS[1]), Pair("j", TEXTS[1])]
     head(two)
-    assert torch.equal(seen[0], head.context.expand(2, -1, -1))
+    assert torch.equal(contexts[0], head.context.expand(2, -1, -1))
     moved(head)(two)
-    shift = seen[1] - head.context
+    shift = contexts[1] - head.context
     assert torch.allclose(shift, shift[:, :1].expand_as(shift), atol=1e-6)  # one for all vectors of the context
     assert not torch.allclose(shift[0], shift[1])
 
 
 @pytest.mark.parametrize("name", TUNED)
 def test_cosines_do_not_depend_on_batch_size_or_order(
-    name: str, params: Params, clip: Clip, features: tuple[Features, Features]
+    name: str,
+    params: Params,
+    clip: Clip,
+    features: tuple[Features, Features],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     head = moved(start(name, params, clip, features))
-    together = cosines(head, PAIRS, 100)
-    np.testing.assert_allclose(cosines(head, PAIRS, 1), together, atol=1e-6)
-    np.testing.assert_allclose(cosines(head, PAIRS[::-1], 4)[::-1], together, atol=1e-6)
+    monkeypatch.setattr(Session, "head", lambda session, method: head if method == name else None)
+
+    def cosines(pairs: list[Pair], batch_size: int) -> np.ndarray:
+        runtime = params.runtime.model_copy(update={"batch_size": batch_size})
+        folders = Folders(tmp_path, tmp_path, tmp_path)
+        return Session("scenes-com", params.model_copy(update={"runtime": runtime}), folders).cosines(name, pairs)
+
+    together = cosines(PAIRS, 100)
+    np.testing.assert_allclose(cosines(PAIRS, 1), together, atol=1e-6)
+    np.testing.assert_allclose(cosines(PAIRS[::-1], 4)[::-1], together, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", TUNED)
@@ -158,17 +173,17 @@ def test_a_text_without_room_for_the_context_is_one_line(clip: Clip, features: t
 
 
 def test_other_weights_are_other_scores_of_their_method_alone(
-    params: Params, clip: Clip, prepared: Path, cached: Path, tmp_path: Path
+    params: Params, prepared: Path, cached: Path, tmp_path: Path
 ) -> None:
     two = params.model_copy(update={"methods": {m: params.methods[m] for m in ("clip-zero-shot", "clip-finetune")}})
-    pictures, store = ImageTable(prepared / "images.parquet"), Store(tmp_path / "score")
-    head = Projections(clip, *contrastive_encodings(clip, pictures, all_texts(read_all(prepared)), Store(cached), 1))
-    examples = read_examples(prepared / "examples.parquet", "test")
+    session, store = Session("scenes-com", two, Folders(prepared, cached, tmp_path)), Store(tmp_path / "score")
+    head = Projections(session.clip("embedded-clip"), *session.features("embedded-clip"))
+    test_pairs = pairs(session.examples("test"))
     (tmp_path / "clip-finetune").mkdir()
     found = []
     for change in (lambda head: head, moved):
         change(head).save(tmp_path / "clip-finetune" / head.file)
-        keys = score_contrastive(two, examples, prepared, cached, tmp_path, store)
+        keys = score_contrastive(session, test_pairs, store)
         found.append({method: (key, store.read(key)) for method, [key] in keys.items()})
     before, after = found
     assert before["clip-zero-shot"][0] == after["clip-zero-shot"][0]

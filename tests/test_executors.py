@@ -1,25 +1,24 @@
-"""Actors compute what the local path would, to the byte, whoever of them dies."""
+"""Actors compute the same bytes as the local executor, whichever of them dies."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dsd.engine.tracks import Folders
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsd.config import Params
-from dsd.engine import encodings as encoding
+from dsd.engine import cache as encoding
 from dsd.engine import score as scoring
+from dsd.engine.session import Folders, Session
 from dsd.errors import CheckpointError, DsdError
-from dsd.evaluation.evaluate import evaluate
+from dsd.evaluation.evaluate import Results, ScoredSplit, evaluate
 from dsd.models import load
 from dsd.models.checkpoint import digest_of
 from dsd.scorers.evidence import INDEX
@@ -34,7 +33,7 @@ NAME = "scenes-com"
 
 @pytest.fixture(scope="module")
 def lean(params: Params) -> Params:
-    """Without the tuned CLIPs, whose trainings nothing here asks for."""
+    """Without the tuned CLIPs, which no test here needs."""
     methods = {name: row for name, row in params.methods.items() if name not in ("clip-finetune", "clip-prompt")}
     training = {"dsd": params.training["dsd"]}
     return params.model_copy(update={"methods": methods, "training": training})
@@ -43,17 +42,21 @@ def lean(params: Params) -> Params:
 @pytest.fixture(scope="module")
 def folders(lean: Params, prepared: Path, cached: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """A small scenes-com, prepared, encoded and trained on."""
-    trained = tmp_path_factory.mktemp("trained")
-    list(train(NAME, "dsd", lean, prepared, cached, trained / "dsd"))
-    return Folders(prepared, cached, trained)
+    stages = Folders(prepared, cached, tmp_path_factory.mktemp("trained"))
+    list(train(Session(NAME, lean, stages), "dsd", stages.trained / "dsd"))
+    return stages
 
 
 @pytest.fixture(scope="module")
 def local(lean: Params, folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its evidence, as the local executor leaves it."""
     target = tmp_path_factory.mktemp("local")
-    scoring.score(NAME, lean, *folders, target, split="test")
+    scored(lean, folders, target)
     return target
+
+
+def scored(lean: Params, folders: Folders, target: Path) -> dict[str, Any]:
+    return scoring.score(Session(NAME, lean, folders), target, split="test")
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -61,19 +64,19 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def lacking(lean: Params, folders: Folders, target: Path) -> dict[str, int]:
-    return scoring.missing(NAME, lean, folders, target, split="test")
+    return scoring.missing(Session(NAME, lean, folders), target, split="test")
 
 
 def worker(lean: Params, folders: Folders, target: Path, cores: int = 2) -> scoring.Worker:
-    return scoring.Worker(NAME, lean, folders, target, split="test", cores=cores)
+    return scoring.Worker(Session(NAME, lean, folders, cores=cores), target, split="test")
 
 
 def test_nothing_is_missing_of_what_was_computed(lean: Params, folders: Folders, local: Path, tmp_path: Path) -> None:
     missing = lacking(lean, folders, tmp_path)
-    counts = scoring.score(NAME, lean, *folders, local, split="test")
+    counts = scored(lean, folders, local)
     assert sum(missing.values()) == counts["rows"] > 0 == counts["computed"]
     assert lacking(lean, folders, local) == {}
-    assert encoding.missing(lean, folders.prepared, folders.cached) == {}
+    assert encoding.missing(Session(NAME, lean, folders)) == {}
 
 
 def test_a_shard_that_was_cut_short_is_missing(lean: Params, folders: Folders, tmp_path: Path) -> None:
@@ -96,7 +99,7 @@ def test_two_workers_leave_what_the_local_path_leaves(
     for key in data.draw(st.permutations(list(lacking(lean, folders, target)))):
         for number in data.draw(st.sampled_from([(0,), (1,), (0, 1)])):
             both[number](key)
-    counts = scoring.score(NAME, lean, *folders, target, split="test")
+    counts = scored(lean, folders, target)
     assert counts["computed"] == 0
     assert content(target) == content(local)
 
@@ -105,7 +108,7 @@ def test_two_workers_leave_what_the_local_path_leaves(
 def test_evidence_is_the_same_to_the_bit_on_any_share_of_the_cores(
     threads: int, lean: Params, folders: Folders, tmp_path: Path
 ) -> None:
-    """Batches are cut as those of the process that the share is of."""
+    """Batches are cut as in the process whose cores are shared."""
     before, kept = torch.get_num_threads(), {}
     runtime = lean.runtime.model_copy(update={"batch_size": 6})  # 16 rows on two cores: 4 + 4 + 4 + 4, not 5 + 5 + 6
     odd = lean.model_copy(update={"runtime": runtime})
@@ -123,11 +126,13 @@ def test_evidence_is_the_same_to_the_bit_on_any_share_of_the_cores(
 
 
 def test_the_cache_is_filled_shard_by_shard(lean: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
-    missing = encoding.missing(lean, prepared, tmp_path)
-    some = encoding.Worker(lean, prepared, tmp_path)
+    def opened() -> Session:
+        return Session(NAME, lean, Folders(prepared, tmp_path, tmp_path))
+
+    missing, some = encoding.missing(opened()), encoding.Worker(opened())
     for key in reversed(missing):
         some(key)
-    assert encoding.encode(NAME, lean, prepared, tmp_path)["images"] * 2 <= sum(missing.values())
+    assert encoding.encode(opened())["images"] * 2 <= sum(missing.values())
     whole = Store(cached)
     assert {key for key in whole.keys() if not key.startswith("evidence")} == set(missing)  # noqa: SIM118
     assert all((tmp_path / f"{key}.json").read_bytes() == (cached / f"{key}.json").read_bytes() for key in missing)
@@ -136,9 +141,14 @@ def test_the_cache_is_filled_shard_by_shard(lean: Params, prepared: Path, cached
 def test_a_full_cache_opens_no_model(
     lean: Params, prepared: Path, cached: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("load_diffusion", "load_clip"):
-        monkeypatch.setattr(encoding, name, pytest.fail)
-    assert encoding.missing(lean, prepared, cached) == {}
+    from dsd.models import clip, stable_diffusion
+
+    for module in (clip, stable_diffusion):
+        for name in ("component", "tokenizer"):
+            monkeypatch.setattr(module, name, pytest.fail)
+    session = Session(NAME, lean, Folders(prepared, cached, prepared))
+    assert encoding.missing(session) == {}
+    assert all(key in encoding.Worker(session).shards for key in Store(cached).keys())  # noqa: SIM118
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -183,13 +193,15 @@ def test_a_missing_package_is_one_line(lean: Params, monkeypatch: pytest.MonkeyP
     assert compute({}, pytest.fail, lean.runtime, "score") == 0  # nothing to do needs none
 
 
-def test_an_actor_tells_a_mistake_and_works_in_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_actor_returns_user_errors_and_works_in_the_workspace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path.parent)
     threads = torch.get_num_threads()
-    tell = Actor(Stubborn, str(tmp_path), threads)
-    assert tell({"key": ["known"]}) == {"key": ["known"], "error": ["model.safetensors: cut short"]}
+    actor = Actor(Stubborn, str(tmp_path), threads)
+    assert actor({"key": ["known"]}) == {"key": ["known"], "error": ["model.safetensors: cut short"]}
     assert Path.cwd() == tmp_path
-    (other,) = tell({"key": ["unknown"]})["error"]
+    (other,) = actor({"key": ["unknown"]})["error"]
     assert other.endswith("all machines need the same data, checkpoints and code")
     (absent,) = Actor(Stubborn, str(tmp_path / "absent"), threads)({"key": ["known"]})["error"]
     assert absent.endswith("absent: no such folder; all machines need the workspace under one path")
@@ -197,7 +209,7 @@ def test_an_actor_tells_a_mistake_and_works_in_the_workspace(tmp_path: Path, mon
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
-    """A Ray cluster of three nodes with a core each; the first has none for actors."""
+    """A Ray cluster of a head node without cores and two nodes with a core each."""
     from ray.cluster_utils import Cluster
 
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -218,17 +230,24 @@ def test_a_killed_actor_costs_nothing_but_its_work(
 ) -> None:
     target, marker = tmp_path / "scored", tmp_path / "marker"
     missing = lacking(lean, folders, target)
-    opened = partial(Dies, NAME, lean, folders, target, split="test", cores=2, marker=marker, when=when)
+
+    def opened() -> Dies:
+        return Dies(Session(NAME, lean, folders, cores=2), target, split="test", marker=marker, when=when)
+
     assert compute(missing, opened, lean.runtime, "score") == sum(missing.values())
     assert marker.exists()
     assert lacking(lean, folders, target) == {}
-    counts = scoring.score(NAME, lean, *folders, target, split="test")
+    counts = scored(lean, folders, target)
     assert (counts["computed"], counts["corrupt"]) == (0, 0)
     shards = [key for keys in json.loads((target / INDEX).read_text())["shards"].values() for key in keys]
     assert len(shards) == len(set(shards))
     assert content(target) == content(local)
-    results = [evaluate(NAME, lean, folders.prepared, scored, tmp_path).results for scored in (local, target)]
-    assert results[0] == results[1]
+    assert results(lean, folders, local, tmp_path) == results(lean, folders, target, tmp_path)
+
+
+def results(lean: Params, folders: Folders, target: Path, folder: Path) -> Results:
+    split = ScoredSplit.of(NAME, lean, folders.prepared, target)
+    return evaluate(NAME, split, lean.evaluate, lean.seed, folder).results
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "ray://127.0.0.1:1"])
@@ -238,7 +257,7 @@ def test_a_cluster_that_does_not_answer_is_one_line(address: str) -> None:
 
 
 @pytest.mark.ray
-def test_an_actors_mistake_is_the_stages(nodes: Any, lean: Params) -> None:
+def test_a_user_error_in_an_actor_is_raised_by_the_stage(nodes: Any, lean: Params) -> None:
     with pytest.raises(DsdError, match=r"^model\.safetensors: cut short$"):
         compute({"known": 1}, Stubborn, lean.runtime, "score")
 
@@ -251,7 +270,7 @@ def test_a_shard_that_kills_its_actors_is_given_up(nodes: Any, lean: Params) -> 
 
 
 @pytest.mark.ray
-def test_a_defect_is_no_users_mistake(nodes: Any, lean: Params) -> None:
+def test_a_defect_is_no_user_error(nodes: Any, lean: Params) -> None:
     with pytest.raises(Exception, match="ZeroDivisionError") as error:
         compute({"known": 1}, Defective, lean.runtime, "score")
     assert error_line(error.value) is None

@@ -1,9 +1,10 @@
-"""The weighted sum of all evidence: its fit against other ways to the same answer, and its way through the stages."""
+"""The weighted sum of all evidence: its fit against other solvers, and a run through the stages."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -14,24 +15,25 @@ from sklearn.linear_model import LogisticRegression
 
 from dsd.config import FusionMethod, FusionParams, Params
 from dsd.data.draws import Draw
-from dsd.data.examples import MatchingExample, Pair
+from dsd.data.examples import MatchingExample, Pair, read_examples
 from dsd.engine.score import score
+from dsd.engine.session import Folders, Session
 from dsd.errors import DataError
-from dsd.evaluation.evaluate import evaluate
+from dsd.evaluation.evaluate import ScoredSplit, evaluate
+from dsd.scorers.base import StoredEvidence
 from dsd.scorers.evidence import UNCONDITIONAL, Evidence
 from dsd.scorers.fusion import (
-    Seen,
+    SCORER,
     _loss,
     _weights,
     contests,
     features,
     fit,
-    fitted_on,
+    fit_stored,
+    fitting_entry,
     fitting_examples,
-    learn,
     narrowed,
     related,
-    scores,
 )
 from dsd.training.loop import train
 
@@ -39,7 +41,7 @@ PARAMS = FusionParams(examples=100, candidates=4, folds=5, penalties=(0.001, 0.0
 
 
 def problem(n: int, width: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Contests of candidates of which the first feature tells most."""
+    """Contests of candidates; only the first feature is informative."""
     rng = np.random.default_rng(seed)
     values_nCF = rng.normal(size=(n, width, size))
     right_n = rng.integers(0, width, n)
@@ -72,43 +74,43 @@ def test_the_gradient_is_that_of_the_loss() -> None:
     assert check_grad(loss, gradient, start) < 1e-5
 
 
-def test_the_unit_of_a_feature_is_of_no_account() -> None:
+def test_the_unit_of_a_feature_does_not_matter() -> None:
     values_nCF, _, right_n = problem(60, 3, 4)
     flat = values_nCF.reshape(-1, 4)
-    asked = [([3 * n, 3 * n + 1, 3 * n + 2], int(right)) for n, right in enumerate(right_n)]
-    plain = fit(list("abcd"), flat, asked, np.arange(len(asked)), PARAMS)
-    scaled = fit(list("abcd"), flat * [1, 1000, 1e-6, 7], asked, np.arange(len(asked)), PARAMS)
+    rows = [([3 * n, 3 * n + 1, 3 * n + 2], int(right)) for n, right in enumerate(right_n)]
+    plain = fit(list("abcd"), flat, rows, np.arange(len(rows)), PARAMS)
+    scaled = fit(list("abcd"), flat * [1, 1000, 1e-6, 7], rows, np.arange(len(rows)), PARAMS)
     assert scaled.weights_F * [1, 1000, 1e-6, 7] == pytest.approx(plain.weights_F, rel=1e-3, abs=1e-5)
     assert np.abs(plain.weights_F).argmax() == 0
 
 
-def test_what_all_candidates_share_gets_no_weight() -> None:
+def test_a_feature_that_all_candidates_share_gets_no_weight() -> None:
     values_nCF, _, right_n = problem(40, 2, 2)
     flat = values_nCF.reshape(-1, 2)
     flat[:, 1] = np.repeat(np.random.default_rng(2).random(40), 2)
-    asked = [([2 * n, 2 * n + 1], int(r)) for n, r in enumerate(right_n)]
-    fitted = fit(["told", "shared"], flat, asked, np.arange(40), PARAMS)
+    rows = [([2 * n, 2 * n + 1], int(r)) for n, r in enumerate(right_n)]
+    fitted = fit(["informative", "shared"], flat, rows, np.arange(40), PARAMS)
     assert fitted.weights_F[1] == 0 and fitted.weights_F[0] > 0
 
 
-def test_noise_is_held_back_more_than_evidence() -> None:
-    told, _, right = problem(80, 2, 30)
-    asked = [([2 * n, 2 * n + 1], int(r)) for n, r in enumerate(right)]
+def test_noise_is_penalised_more_than_evidence() -> None:
+    informative, _, right = problem(80, 2, 30)
+    rows = [([2 * n, 2 * n + 1], int(r)) for n, r in enumerate(right)]
     noise = np.random.default_rng(5).normal(size=(160, 30))
     names = list(map(str, range(30)))
     assert (
-        fit(names, noise, asked, np.arange(len(asked)), PARAMS).penalty
-        > fit(names, told.reshape(-1, 30), asked, np.arange(len(asked)), PARAMS).penalty
+        fit(names, noise, rows, np.arange(len(rows)), PARAMS).penalty
+        > fit(names, informative.reshape(-1, 30), rows, np.arange(len(rows)), PARAMS).penalty
     )
 
 
-def test_denoising_is_held_back_less() -> None:
+def test_denoising_is_penalised_less() -> None:
     values_nCF, _, right_n = problem(60, 2, 2)
     values_nCF[..., 1] = values_nCF[..., 0]
-    asked = [([2 * n, 2 * n + 1], int(r)) for n, r in enumerate(right_n)]
+    rows = [([2 * n, 2 * n + 1], int(r)) for n, r in enumerate(right_n)]
     less = PARAMS.model_copy(update={"denoising": 0.01})
     denoising, attention = fit(
-        ["denoising", "attention"], values_nCF.reshape(-1, 2), asked, np.arange(len(asked)), less
+        ["denoising", "attention"], values_nCF.reshape(-1, 2), rows, np.arange(len(rows)), less
     ).weights_F
     assert denoising == pytest.approx(100 * attention, rel=1e-2)
 
@@ -130,15 +132,15 @@ def test_a_narrowed_example_keeps_its_answer(texts: int, most: int, seed: int, d
     assert narrowed(whole, most, seed) == few
 
 
-def test_contests_are_what_the_test_asks() -> None:
+def test_contests_are_over_images_where_there_are_several() -> None:
     squares, choice = example(2, 2, (1, 0), (0, 1)), example(1, 3, (0, 2))
     pairs = [Pair(f"i{i}", f"t {t}") for i in range(2) for t in range(3)]
     assert list(contests([squares], pairs)) == [([0, 3], 1), ([1, 4], 0)]
     assert list(contests([choice], pairs)) == [([0, 1, 2], 2)]
 
 
-def test_what_shares_a_picture_is_held_out_together() -> None:
-    """Copies of a contest beside each other: only where they stay together does the fit see that they tell nothing."""
+def test_contests_that_share_an_image_are_held_out_together() -> None:
+    """Copies of contests of pure noise: only if copies share a fold does cross-validation choose a large penalty."""
 
     def showing(*images: str) -> MatchingExample:
         return MatchingExample("x", images, ("t", "u"), ((0, 0), (1, 1)), "c")
@@ -147,35 +149,69 @@ def test_what_shares_a_picture_is_held_out_together() -> None:
     assert related(chain).tolist() == [0, 0, 1, 1, 0, 0, 0, 0, 2, 2]
     assert list(np.repeat([0, 1], 2)) == related([showing("a", "b"), showing("c", "d")]).tolist()
     values = np.random.default_rng(0).normal(size=(40, 30)).repeat(5, 0).reshape(40, 5, 30).transpose(1, 0, 2)
-    asked = [([2 * n, 2 * n + 1], n % 20 % 2) for n in range(100)]
+    rows = [([2 * n, 2 * n + 1], n % 20 % 2) for n in range(100)]
     names, flat = list(map(str, range(30))), values.reshape(-1, 30)
     together, torn = np.arange(100) % 20, np.arange(100) // 20
-    assert fit(names, flat, asked, together, PARAMS).penalty > fit(names, flat, asked, torn, PARAMS).penalty
+    assert fit(names, flat, rows, together, PARAMS).penalty > fit(names, flat, rows, torn, PARAMS).penalty
 
 
-def test_examples_that_all_share_a_picture_are_an_error(params: Params) -> None:
-    one = [example(2, 2, (0, 0), (1, 1))] * 3
-    plain, prompted = by_hand()
+class Given:
+    """Evidence that is given rather than stored, without and with a prompt."""
+
+    poolings, fusion = ("logsumexp",), PARAMS
+
+    def __init__(
+        self,
+        evidence: tuple[Evidence, Evidence],
+        few_shot: list[MatchingExample],
+        few_shot_evidence: tuple[Evidence, Evidence],
+    ) -> None:
+        self.few_shot, self._evidence, self._few_shot_evidence = few_shot, evidence, few_shot_evidence
+
+    def evidence(self, prompt: str) -> Evidence:
+        return self._evidence[prompt == "few-shot"]
+
+    def few_shot_evidence(self, prompt: str, entry: str) -> Evidence:
+        assert entry == fitting_entry(prompt)
+        return self._few_shot_evidence[prompt == "few-shot"]
+
+
+def stored(few_shot: list[MatchingExample], few_shot_evidence: tuple[Evidence, Evidence]) -> StoredEvidence:
+    return cast(StoredEvidence, Given(by_hand(), few_shot, few_shot_evidence))
+
+
+def choice(*images: str) -> MatchingExample:
+    """A choice among images, of which the second is right."""
+    return replace(example(2, 1, (1, 0)), images=images, texts=("a b",))
+
+
+def test_examples_that_all_share_an_image_are_an_error() -> None:
     with pytest.raises(DataError, match="raise few_shot"):
-        learn(
-            Seen([replace(e, images=("i", "j"), texts=("a b",), answer=((0, 0),)) for e in one], plain, prompted),
-            method("denoising"),
-            params,
-        )
+        fit_stored(method("denoising"), stored([choice("i", "j")] * 3, by_hand()))
 
 
 def by_hand() -> tuple[Evidence, Evidence]:
     """Two images, one text, two levels of one draw each, two layers of one head; with and without a prompt."""
     draws = [Draw(0.2, 0), Draw(0.6, 1)]
-    asked = [Pair("i", "a b"), Pair("j", "a b")]
+    pairs = [Pair("i", "a b"), Pair("j", "a b")]
     alone = [Pair("i", UNCONDITIONAL), Pair("j", UNCONDITIONAL)]
     attention = np.arange(16, dtype=np.float32).reshape(4, 2, 1, 2, 1)
     error = np.array([[1, 2], [3, 4], [10, 20], [30, 40]], np.float32)
     ones = np.ones((4, 2, 2, 1), np.float32)
-    plain = Evidence([*asked, *alone], draws, attention, ones, error, ["one", "two"], 256)
-    # The prompted evidence lists the pairs the other way round.
-    prompted = Evidence(asked[::-1], draws, attention[:2] + 100, ones[:2], error[:2] + 0.5, ["one", "two"], 256)
+    plain = Evidence([*pairs, *alone], draws, attention, ones, error, ["one", "two"], 256)
+    # The prompted evidence lists the pairs in reverse order.
+    prompted = Evidence(pairs[::-1], draws, attention[:2] + 100, ones[:2], error[:2] + 0.5, ["one", "two"], 256)
     return plain, prompted
+
+
+def few_shot_by_hand() -> tuple[Evidence, Evidence]:
+    """Four images, one text; at the second level the right images, j and l, have the lower relative error."""
+    plain, _ = by_hand()
+    pairs = [Pair(image, text) for text in ("a b", UNCONDITIONAL) for image in "ijkl"]
+    error = np.array([[1, 2], [3, 1], [2, 2], [1, 1], [10, 20], [30, 40], [10, 20], [10, 30]], np.float32)
+    attention, ones = np.ones((8, 2, 1, 2, 1), np.float32), np.ones((8, 2, 2, 1), np.float32)
+    some = replace(plain, pairs=pairs, attention=attention, attribution=ones, error=error)
+    return some, replace(some, pairs=pairs[:4], attention=attention[:4], attribution=ones[:4], error=error[:4])
 
 
 def method(*parts: str) -> FusionMethod:
@@ -201,33 +237,39 @@ def test_features_by_hand() -> None:
     assert values[0].tolist() == pytest.approx([104, 105, 10 - 3.5, 106, 107, 20 - 4.5])
 
 
-def test_the_whole_way(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
-    trained, scored = tmp_path / "train", tmp_path / "score"
+def test_fusion_runs_through_all_stages(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
+    session, scored = Session("scenes-com", params, Folders(prepared, cached, tmp_path / "train")), tmp_path / "score"
     for name in params.training:
-        list(train("scenes-com", name, params, prepared, cached, trained / name))
-    score("scenes-com", params, prepared, cached, trained, scored, split="test")
-    evaluated = evaluate("scenes-com", params, prepared, scored, tmp_path)
+        list(train(session, name, tmp_path / "train" / name))
+    score(session, scored, split="test")
+    split = ScoredSplit.of("scenes-com", params, prepared, scored)
+    evaluated = evaluate("scenes-com", split, params.evaluate, params.seed, tmp_path)
     assert set(evaluated.results["dsd-plus"]) == {"subject", "object", "predicate", "micro", "macro"}
     row = params.methods["dsd-plus"]
     assert isinstance(row, FusionMethod)
-    seen = fitted_on("scenes-com", params, prepared, scored)
-    fitted = learn(seen, row, params)
+    fitted = fit_stored(row, split.stored)
     layers = len([name for name in fitted.names if name.startswith("prompted-attention, level 0.2")])
     assert len(fitted.names) == 2 * (layers + 1) and fitted.penalty in params.fusion.penalties
     assert np.isfinite(fitted.weights_F).all()
-    assert (learn(seen, row, params).weights_F == fitted.weights_F).all()
+    again = ScoredSplit.of("scenes-com", params, prepared, scored).stored
+    assert (fit_stored(row, again).weights_F == fitted.weights_F).all()
 
 
-def test_nothing_is_scored_for_a_fusion_that_is_not_there(params: Params, prepared: Path) -> None:
-    assert fitting_examples(params, prepared)
+def test_no_few_shot_example_is_scored_without_a_fusion(params: Params, prepared: Path) -> None:
+    few_shot = read_examples(prepared / "examples.parquet", "train")
+    assert fitting_examples(few_shot, params.methods, params.fusion, params.seed)
     without = {name: row for name, row in params.methods.items() if not isinstance(row, FusionMethod)}
-    assert fitting_examples(params.model_copy(update={"methods": without}), prepared) == []
+    assert fitting_examples(few_shot, without, params.fusion, params.seed) == []
 
 
 def test_scores_are_the_weighted_sum() -> None:
-    plain, prompted = by_hand()
     row = method("denoising")
-    names, pairs, values = features(plain, prompted, row, ["logsumexp"])
-    fitted = fit(names, values, [([0, 1], 1)] * 10, np.arange(10), PARAMS)
-    found = scores(fitted, plain, prompted, row, ["logsumexp"])
-    assert found == pytest.approx({pair: float(v @ fitted.weights_F) for pair, v in zip(pairs, values, strict=True)})
+    fitting = [choice("i", "j"), choice("k", "l")]
+    source = stored(fitting, few_shot_by_hand())
+    _, pairs, values = features(*by_hand(), row, ["logsumexp"])
+    fitted = fit_stored(row, source)
+    names, learned, learned_values = features(*few_shot_by_hand(), row, ["logsumexp"])
+    by_fit = fit(names, learned_values, list(contests(fitting, learned)), related(fitting), PARAMS)
+    assert (fitted.weights_F == by_fit.weights_F).all() and fitted.weights_F.any()
+    scores = SCORER.scores("any", row, source)
+    assert scores == pytest.approx({pair: float(v @ fitted.weights_F) for pair, v in zip(pairs, values, strict=True)})

@@ -17,40 +17,39 @@ TEXTS = ["a red circle", "a blue star", "a green ring left of a pink bolt"]
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)) for _ in range(2)]
 
 
 @pytest.mark.parametrize("method", ["cross-attention", "denoising"])
 def test_scores_are_images_by_texts_from_any_source(
-    method: str, models: Path, pictures: list[Image.Image], tmp_path: Path
+    method: str, models: Path, images: list[Image.Image], tmp_path: Path
 ) -> None:
     matcher = Matcher.from_pretrained(models / "embedded", method=method, levels=(0.3,))
-    scores = matcher.score(pictures, TEXTS)
+    scores = matcher.score(images, TEXTS)
     assert scores.shape == (2, 3) and torch.isfinite(scores).all()
-    pictures[0].save(tmp_path / "one.png")
-    for source in (tmp_path / "one.png", str(tmp_path / "one.png"), np.asarray(pictures[0]), pictures[0]):
+    images[0].save(tmp_path / "one.png")
+    for source in (tmp_path / "one.png", str(tmp_path / "one.png"), np.asarray(images[0]), images[0]):
         assert torch.allclose(matcher.score(source, TEXTS), scores[:1], atol=1e-5)
-    assert torch.allclose(matcher.score(pictures[1], TEXTS[2]), scores[1:, 2:], atol=1e-5)
+    assert torch.allclose(matcher.score(images[1], TEXTS[2]), scores[1:, 2:], atol=1e-5)
 
 
-def test_scores_do_not_depend_on_batch_size(models: Path, pictures: list[Image.Image]) -> None:
+def test_scores_do_not_depend_on_batch_size(models: Path, images: list[Image.Image]) -> None:
     one, many = (
-        Matcher.from_pretrained(models / "embedded", levels=(0.3,), batch_size=b).score(pictures, TEXTS)
-        for b in (1, 64)
+        Matcher.from_pretrained(models / "embedded", levels=(0.3,), batch_size=b).score(images, TEXTS) for b in (1, 64)
     )
     assert torch.allclose(one, many, atol=1e-5)
 
 
-def test_a_heatmap_has_one_map_a_word(models: Path, pictures: list[Image.Image]) -> None:
-    found = Matcher.from_pretrained(models / "embedded", levels=(0.3,)).heatmap(pictures[0], "a red circle")
+def test_a_heatmap_has_one_map_a_word(models: Path, images: list[Image.Image]) -> None:
+    found = Matcher.from_pretrained(models / "embedded", levels=(0.3,)).heatmap(images[0], "a red circle")
     assert found.words == ["a", "red", "circle"]
     assert found.maps.shape == (3, 32, 32) and found.picture.shape == (32, 32, 3)
     assert found.maps.min() >= 0 and found.maps.max() <= 1
 
 
-def test_mistakes_are_one_line(models: Path, pictures: list[Image.Image], tmp_path: Path) -> None:
+def test_mistakes_are_one_line(models: Path, images: list[Image.Image], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="did you mean 'denoising'"):
         Matcher.from_pretrained(models / "embedded", method="denoisin")
     with pytest.raises(CheckpointError, match="family clip has no cross-attention"):
@@ -63,19 +62,19 @@ def test_mistakes_are_one_line(models: Path, pictures: list[Image.Image], tmp_pa
         Matcher.from_pretrained(models / "embedded", prompt=tmp_path / "none.safetensors")
     matcher = Matcher.from_pretrained(models / "embedded", levels=(0.3,))
     with pytest.raises(TextError, match="text 2 of 2 is empty"):
-        matcher.score(pictures[0], ["a red circle", "  "])
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
+        matcher.score(images[0], ["a red circle", "  "])
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     with pytest.raises(ImageError, match=r"broken\.png"):
         matcher.score(tmp_path / "broken.png", "a red circle")
     with pytest.warns(UserWarning, match="24 tokens"):
-        matcher.score(pictures[0], "a red circle " * 20)
+        matcher.score(images[0], "a red circle " * 20)
 
 
 def test_maps_of_a_level_are_those_of_that_level_alone(models: Path) -> None:
     matcher = Matcher.from_pretrained(models / "embedded", device="cpu", levels=(0.6, 0.2))
-    picture = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    found = matcher.heatmaps(picture, "a red circle")
-    alone = Matcher.from_pretrained(models / "embedded", device="cpu", levels=(0.6,)).heatmap(picture, "a red circle")
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    found = matcher.heatmaps(image, "a red circle")
+    alone = Matcher.from_pretrained(models / "embedded", device="cpu", levels=(0.6,)).heatmap(image, "a red circle")
     assert list(found) == [0.2, 0.6] and found[0.6].words == alone.words
     np.testing.assert_allclose(found[0.6].maps, alone.maps, atol=1e-5)
     assert found[0.2].picture.shape == (32, 32, 3) and not np.array_equal(found[0.2].picture, found[0.6].picture)
@@ -83,33 +82,38 @@ def test_maps_of_a_level_are_those_of_that_level_alone(models: Path) -> None:
 
 @pytest.mark.parametrize("method", ["cross-attention", "denoising"])
 def test_many_problems_at_once_are_scored_as_one_by_one(
-    method: str, models: Path, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    method: str, models: Path, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matcher = Matcher.from_pretrained(models / "embedded", method=method, levels=(0.3, 0.6), batch_size=4)
-    one, other = map(matcher.picture, pictures)
+    one, other = map(matcher.picture, images)
     problems = [([one], TEXTS), ([other, one], TEXTS[:1]), ([other], TEXTS[1:])]
     expected = [
-        Matcher.score(matcher, [pictures[0]], TEXTS),
-        *(matcher.score_many([asked])[0] for asked in problems[1:]),
+        Matcher.score(matcher, [images[0]], TEXTS),
+        *(matcher.score_many([problem])[0] for problem in problems[1:]),
     ]
     encoded, passes = [], []
     backbone = matcher.backbone
-    images, predict = backbone.encode_images, backbone.predict_noise
-    monkeypatch.setattr(backbone, "encode_images", lambda batch: encoded.append(len(batch)) or images(batch))
-    monkeypatch.setattr(backbone, "predict_noise", lambda *asked: passes.append(len(asked[0])) or predict(*asked))
-    monkeypatch.setattr(backbone, "encode_texts", lambda texts: pytest.fail("are known"))
+    encode, predict = backbone.encode_images, backbone.predict_noise
+    monkeypatch.setattr(backbone, "encode_images", lambda batch: encoded.append(len(batch)) or encode(batch))
+
+    def counted(noised: torch.Tensor, *inputs: torch.Tensor, **options: object) -> torch.Tensor:
+        passes.append(len(noised))
+        return predict(noised, *inputs, **options)
+
+    monkeypatch.setattr(backbone, "predict_noise", counted)
+    monkeypatch.setattr(backbone, "encode_texts", lambda texts: pytest.fail("encoded before"))
     for scores, right in zip(matcher.score_many(problems), expected, strict=True):
         assert scores.shape == right.shape and torch.allclose(scores, right, atol=1e-5)
-    pairs = 3 + 2 + (2 if method == "denoising" else 0)  # the first text of the first picture is asked for twice
+    pairs = 3 + 2 + (2 if method == "denoising" else 0)  # two problems share a pair
     assert sum(encoded) == 2 and sum(passes) == 2 * (pairs + 1)
     assert matcher.score_many([]) == []
 
 
-def test_threads_share_a_matcher(models: Path, pictures: list[Image.Image]) -> None:
+def test_threads_share_a_matcher(models: Path, images: list[Image.Image]) -> None:
     matcher = Matcher.from_pretrained(models / "embedded", levels=(0.3,))
     texts = [[f"a red circle left of {'a ' * n}star"] for n in range(12)]
     with ThreadPoolExecutor(4) as threads:
-        together = list(threads.map(lambda some: matcher.score(pictures[0], some), texts))
+        together = list(threads.map(lambda some: matcher.score(images[0], some), texts))
     fresh = Matcher.from_pretrained(models / "embedded", levels=(0.3,))
     for some, scores in zip(texts, together, strict=True):
-        assert torch.allclose(scores, fresh.score(pictures[0], some), atol=1e-5)
+        assert torch.allclose(scores, fresh.score(images[0], some), atol=1e-5)

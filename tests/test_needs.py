@@ -1,4 +1,4 @@
-"""What a reproduction will need: never less than it takes, and what stands against it in a line each."""
+"""Estimates of what a reproduction needs: never less than it takes, and one line for each obstacle."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ from dsd.config import (
     noise_of,
 )
 from dsd.data.examples import read_examples
-from dsd.engine.score import prompts
-from dsd.estimate import RATE, UNet, disk, needs, passes
+from dsd.estimate import RATE, UNet, Workload, needs
 from dsd.schedules import SCHEDULES
 from dsd.schedules.race import Race
-from dsd.scorers.evidence import normalises, requests
+from dsd.scorers.evidence import evidence_prompts, reads_unconditional, requests
 from dsd.scorers.fusion import fitting_examples
 from flows import cli, presets, terminal
 from tests.conftest import ROOT
@@ -43,43 +42,44 @@ def with_backbone(params: Params, backbone: BackboneParams) -> Params:
 
 
 def configured(folder: Path, **unet: Any) -> BackboneParams:
-    """A checkpoint that has its U-Net's configuration and nothing else."""
+    """A checkpoint with nothing but the configuration of its U-Net."""
     (folder / "unet").mkdir(parents=True)
     (folder / "unet" / "config.json").write_text(json.dumps(unet))
     return row(folder)
 
 
-def test_scoring_takes_no_more_passes_than_are_told(params: Params, prepared: Path) -> None:
-    examples, noise = read_examples(prepared / "examples.parquet", "test"), noise_of(params, "scenes-com")
-    fitting = fitting_examples(params, prepared)
+def test_scoring_takes_no_more_passes_than_estimated(params: Params, prepared: Path) -> None:
+    few_shot, examples = (read_examples(prepared / "examples.parquet", split) for split in ("train", "test"))
+    noise = noise_of(params, "scenes-com")
+    fitting = fitting_examples(few_shot, params.methods, params.fusion, params.seed)
     taken = sum(
-        len(requests(some, noise, params.seed, normalises(params.methods, prompt)))
-        for prompt in prompts(params)
+        len(requests(some, noise, params.seed, reads_unconditional(params.methods, prompt)))
+        for prompt in evidence_prompts(params.methods)
         for some in (examples, fitting)
     )
-    scored, trained = passes("scenes-com", params)
-    assert taken <= scored < 3 * taken
-    assert trained == 3 * 4 * 3 * 4  # with its gradient, each of four steps of three examples with four pairs
+    work = Workload("scenes-com", params)
+    assert taken <= work.scoring < 3 * taken
+    assert work.training == 3 * 4 * 3 * 4  # forward and backward: four steps of three examples with four pairs
 
 
-def test_a_configuration_tells_the_cost_of_a_pass(params: Params, tmp_path: Path) -> None:
+def test_the_cost_of_a_pass_follows_from_the_configuration(params: Params, tmp_path: Path) -> None:
     real = with_backbone(params, configured(tmp_path / "sd2", **UNET))
-    unet = UNet.of(real)
+    unet = UNet.of(real.backbones["embedded"])
     assert (unet.layers, unet.heads, unet.weights) == (16, 20, 4 * 865_910_724)
     assert unet.operations == pytest.approx(0.804e12, rel=0.001)
-    told = {(need.what, need.where): need for need in needs(real, free=10**9)}
-    scored, trained = passes("scenes-com", real)
-    (time,) = (need.amount for need in told.values() if need.what == "time")
-    assert time == pytest.approx((scored + trained) * unet.operations / RATE / 3600)
-    evidence = 4 * scored * ((len(real.evidence.poolings) + 1) * 16 * 20 + 1)
-    (kept,) = (need.amount for (what, _), need in told.items() if what == "disk")
+    listed = {(need.what, need.where): need for need in needs(real, free=10**9)}
+    work = Workload("scenes-com", real)
+    (time,) = (need.amount for need in listed.values() if need.what == "time")
+    assert time == pytest.approx((work.scoring + work.training) * unet.operations / RATE / 3600)
+    evidence = 4 * work.scoring * ((len(real.evidence.poolings) + 1) * 16 * 20 + 1)
+    (kept,) = (need.amount for (what, _), need in listed.items() if what == "disk")
     examples = 9 + round(0.15 * 60)  # few-shot and validation
     assert kept == evidence + examples * 4 * 77 * 1024 + 2 * examples * 4 * 4 * 64**2
     short = {need.what: need.problem for need in needs(real, free=10**6)}["disk"]
     assert short is not None and short.endswith("GB more than is free")
 
 
-def test_what_cannot_be_had_is_told_and_the_rest_too(params: Params, tmp_path: Path) -> None:
+def test_an_unavailable_checkpoint_is_reported_with_all_other_needs(params: Params, tmp_path: Path) -> None:
     found = list(needs(with_backbone(params, row(tmp_path / "absent")), free=10**12))
     assert [need.what for need in found if need.problem] == ["checkpoint embedded", "U-Net"]
     assert {need.problem for need in found} == {None, f"{tmp_path / 'absent'}: no such checkpoint folder"}
@@ -88,16 +88,16 @@ def test_what_cannot_be_had_is_told_and_the_rest_too(params: Params, tmp_path: P
     assert problem is not None and "unet/config.json makes no U-Net" in problem and "\n" not in problem
 
 
-def test_texts_that_are_too_many_take_no_disk_and_are_told(params: Params, tmp_path: Path) -> None:
+def test_texts_beyond_the_limit_take_no_disk_and_are_reported(params: Params, tmp_path: Path) -> None:
     real = with_backbone(params, configured(tmp_path / "sd2", **UNET))
-    unet, count = UNet.of(real), 9 + round(0.15 * 60)  # a text an example
+    unet, count = UNet.of(real.backbones["embedded"]), 9 + round(0.15 * 60)  # a text an example
     for kept, there in ((count, True), (count - 1, False)):
         of = real.model_copy(update={"runtime": real.runtime.model_copy(update={"kept_texts": kept})})
-        told = [(need.where, need.amount) for need in needs(of, free=10**12) if need.unit == "texts"]
+        reported = [(need.where, need.amount) for need in needs(of, free=10**12) if need.unit == "texts"]
         why = "scenes-com, 0 GB, and more than runtime.kept_texts"
-        assert told == ([] if there else [(why, count)])
-        without = disk("scenes-com", real, replace(unet, text=0))
-        assert disk("scenes-com", of, unet) == without + (count * unet.text if there else 0)
+        assert reported == ([] if there else [(why, count)])
+        without = Workload("scenes-com", real).disk(replace(unet, text=0))
+        assert Workload("scenes-com", of).disk(unet) == without + (count * unet.text if there else 0)
 
 
 RACES = few(load(ROOT / "params.yaml").races)
@@ -132,7 +132,7 @@ ROWS = st.one_of(
 
 @settings(deadline=None)
 @given(ROWS, st.integers(1, 16), st.integers(0, 99))
-def test_a_race_takes_no_more_evaluations_than_are_told(row: ScheduleParams, candidates: int, seed: int) -> None:
+def test_a_race_takes_no_more_evaluations_than_estimated(row: ScheduleParams, candidates: int, seed: int) -> None:
     rng, course, budget = (
         np.random.default_rng(seed),
         SCHEDULES[row.kind].course_of(row, RACES, {}),
@@ -140,8 +140,8 @@ def test_a_race_takes_no_more_evaluations_than_are_told(row: ScheduleParams, can
     )
     proposal = rng.normal(size=candidates) if course.proposer else None
     race = Race(candidates, course.schedule, proposal, budget)
-    while len(asked := race.next_rows()):
-        race.record(rng.normal(size=len(asked)))
+    while len(rows := race.next_rows()):
+        race.record(rng.normal(size=len(rows)))
     assert race.evaluations <= SCHEDULES[row.kind].evaluations_of(row, candidates, RACES)
 
 
@@ -162,27 +162,27 @@ def test_a_dry_run_prints_a_table_and_changes_nothing(
     monkeypatch.setattr(presets, "put", None)
     fine = CliRunner().invoke(cli.app, ["reproduce", "--preset", "good.yaml", "--dry-run"])
     assert fine.exit_code == 0, fine.output
-    assert f"{passes('scenes-com', params)[0]:,}" in fine.output and "missing" not in fine.output
+    assert f"{Workload('scenes-com', params).scoring:,}" in fine.output and "missing" not in fine.output
     bad = CliRunner().invoke(cli.app, ["reproduce", "--preset", "bad.yaml", "--dry-run"])
     assert bad.exit_code == 1
     assert f"dsd: checkpoint embedded: {tmp_path / 'absent'}: no such checkpoint folder" in bad.output
 
 
-@pytest.mark.parametrize(("value", "unit", "told"), [(0, "bytes", "0.0 B"), (2.5e9, "bytes", "2.5 GB")])
-def test_amounts(value: float, unit: str, told: str) -> None:
-    assert terminal.amount(value, unit) == told
+@pytest.mark.parametrize(("value", "unit", "expected"), [(0, "bytes", "0.0 B"), (2.5e9, "bytes", "2.5 GB")])
+def test_amounts(value: float, unit: str, expected: str) -> None:
+    assert terminal.amount(value, unit) == expected
 
 
 def test_the_table_of_presets_is_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(dsd.estimate, "component_config", lambda row, component: UNET)
-    told = [line for line in Path("docs/benchmarks.md").read_text().splitlines() if line.startswith("| [")]
+    listed = [line for line in Path("docs/benchmarks.md").read_text().splitlines() if line.startswith("| [")]
     expected = []
     for path in sorted(Path("presets").glob("*.yaml")):
         _, params = presets.applied(path)
-        unet, (name,) = UNet.of(params), params.datasets
-        scored, trained = passes(name, params)
-        hours, kept = (scored + trained) * unet.operations / RATE / 3600, disk(name, params, unet)
-        cells = (f"{scored:,}", f"{trained:,}", f"{hours:.1f}", f"{kept / 1e9:.1f}")
+        unet, (name,) = UNet.of(params.backbones[params.backbone]), params.datasets
+        work = Workload(name, params)
+        hours = (work.scoring + work.training) * unet.operations / RATE / 3600
+        cells = (f"{work.scoring:,}", f"{work.training:,}", f"{hours:.1f}", f"{work.disk(unet) / 1e9:.1f}")
         expected.append(f"| [{path.stem}](../presets/{path.name}) | {' | '.join(cells)} |")
-    assert told == expected
+    assert listed == expected

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from dsd.config import Params
+from dsd.engine.session import Folders, Session
 from dsd.errors import CheckpointError
 from dsd.models import OpenClip, load, load_clip
 from dsd.models.checkpoint import family_of, remote
@@ -126,8 +127,8 @@ def pooled(t: Tensors, maps: Tensor, heads: int) -> Tensor:
     return torch.einsum("bhqk,bkhd->bqhd", attention, value)[:, 0].flatten(1)
 
 
-def scaled(pictures: np.ndarray) -> Tensor:
-    pixels = (torch.from_numpy(pictures).float() / 255 - torch.tensor(MEAN)) / torch.tensor(DEVIATION)
+def scaled(images: np.ndarray) -> Tensor:
+    pixels = (torch.from_numpy(images).float() / 255 - torch.tensor(MEAN)) / torch.tensor(DEVIATION)
     return pixels.permute(0, 3, 1, 2)
 
 
@@ -213,7 +214,7 @@ def opened(folder: Path, **changes: object) -> OpenClip:
     return clip
 
 
-def pictures(side: int) -> np.ndarray:
+def images_of(side: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, (2, side, side, 3), dtype=np.uint8)
 
 
@@ -222,11 +223,11 @@ def pictures(side: int) -> np.ndarray:
 
 def test_the_resnet_is_the_published_one_written_out(saved: tuple[Path, CLIPModel]) -> None:
     clip, tensors = opened(saved[0]), load_file(saved[0] / WEIGHTS)
-    expected = resnet(tensors, scaled(pictures(64)))
+    expected = resnet(tensors, scaled(images_of(64)))
     assert expected.std() > 0.1 and expected.shape == (2, 256)
-    assert torch.allclose(clip.image_features(pictures(64)), expected, atol=1e-4)
+    assert torch.allclose(clip.image_features(images_of(64)), expected, atol=1e-4)
     projected = expected @ tensors["visual.attnpool.c_proj.weight"].T + tensors["visual.attnpool.c_proj.bias"]
-    assert torch.allclose(clip.model.visual_projection(clip.image_features(pictures(64))), projected, atol=1e-4)
+    assert torch.allclose(clip.model.visual_projection(clip.image_features(images_of(64))), projected, atol=1e-4)
 
 
 def test_attention_over_places_is_torchs_own_with_the_projection_as_its_last_map(folder: Path) -> None:
@@ -274,8 +275,8 @@ def test_the_vision_transformer_is_that_of_transformers(tmp_path: Path) -> None:
     model = save(tmp_path / "clip", tower="transformer")
     clip = opened(tmp_path / "clip")
     with torch.inference_mode():
-        expected = model.vision_model(pixel_values=scaled(pictures(24))).pooler_output
-    assert torch.allclose(clip.image_features(pictures(24)), expected, atol=1e-4)
+        expected = model.vision_model(pixel_values=scaled(images_of(24))).pooler_output
+    assert torch.allclose(clip.image_features(images_of(24)), expected, atol=1e-4)
     assert torch.allclose(clip.model.visual_projection(expected), model.visual_projection(expected), atol=1e-4)
 
 
@@ -316,8 +317,8 @@ def test_a_resnet_50_of_the_published_size(tmp_path: Path) -> None:
     pixels = {"mean": MEAN, "std": DEVIATION, "interpolation": "bicubic", "resize_mode": "shortest"}
     (folder / CONFIG).write_text(json.dumps({"model_cfg": RN50, "preprocess_cfg": pixels}))
     clip = opened(folder)
-    expected = resnet(visual, scaled(pictures(224)), (3, 4, 6, 3))
-    assert torch.allclose(clip.image_features(pictures(224)), expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
+    expected = resnet(visual, scaled(images_of(224)), (3, 4, 6, 3))
+    assert torch.allclose(clip.image_features(images_of(224)), expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
     assert (clip.resolution, clip.max_tokens, expected.shape[1]) == (224, 77, 2048)
     assert clip.text_features(TEXTS).shape == (3, 512)
 
@@ -326,10 +327,10 @@ def test_weights_in_half_precision_are_read_in_the_arithmetic_of_the_row(folder:
     full, tensors = opened(folder), load_file(folder / WEIGHTS)
     save_file({k: t.half() if t.is_floating_point() else t for k, t in tensors.items()}, folder / WEIGHTS)
     half, low = opened(folder), opened(folder, dtype="bfloat16")
-    assert half.text_features(TEXTS).dtype == half.image_features(pictures(64)).dtype == torch.float32
+    assert half.text_features(TEXTS).dtype == half.image_features(images_of(64)).dtype == torch.float32
     assert torch.allclose(half.text_features(TEXTS), full.text_features(TEXTS), atol=1e-2)
     assert half.digest != low.digest
-    exact, near = (clip.image_features(pictures(64)) for clip in (half, low))
+    exact, near = (clip.image_features(images_of(64)) for clip in (half, low))
     assert 0 < (near - exact).abs().max() < 0.1 * exact.abs().max()
 
 
@@ -342,7 +343,8 @@ def test_few_shot_training_runs_on_it(
 ) -> None:
     rows = {**params.backbones, "embedded-clip": row(saved[0], "open-clip")}
     changed = params.model_copy(update={"backbones": rows})
-    curve = list(train("scenes-com", method, changed, prepared, tmp_path / "cache", tmp_path / method))
+    session = Session("scenes-com", changed, Folders(prepared, tmp_path / "cache", tmp_path))
+    curve = list(train(session, method, tmp_path / method))
     assert len(curve) == 4 and all(np.isfinite(point["loss"]) for point in curve)
     [learned] = (load_file(file) for file in (tmp_path / method).glob("*.safetensors"))
     if method == "clip-finetune":
@@ -353,7 +355,7 @@ def test_few_shot_training_runs_on_it(
 
 def test_cosines_are_of_what_both_projections_make(saved: tuple[Path, CLIPModel]) -> None:
     clip = opened(saved[0])
-    features = (clip.image_features(pictures(64)), clip.text_features(TEXTS))
+    features = (clip.image_features(images_of(64)), clip.text_features(TEXTS))
     head = Projections(clip, None, None).requires_grad_(False)  # type: ignore[arg-type]
     images, texts = head.image(features[0]), head.text(features[1])
     tensors = load_file(saved[0] / WEIGHTS)

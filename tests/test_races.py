@@ -1,4 +1,4 @@
-"""Races with a model: evidence at every draw, the same winners live as replayed, and the mistakes of users."""
+"""Races with a model: evidence at every draw, the same winners live as replayed, and user errors."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dsd.engine.tracks import Folders, Track, choices, proposals, right
 
 from dsd.config import NoiseParams, Params, prompted
 from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
 from dsd.engine.engine import Engine
-from dsd.engine.score import prompts, score, score_raced
+from dsd.engine.races import RaceRunner, choices, right
+from dsd.engine.score import score, score_raced
+from dsd.engine.session import Folders, Session
 from dsd.errors import DataError, ParamsError
-from dsd.evaluation.evaluate import evaluate, raced_tables
+from dsd.evaluation.evaluate import ScoredSplit, evaluate
 from dsd.experiments.schedule_comparison import compare_schedules, compared_methods, recorded, run_live
 from dsd.report.races import note
 from dsd.schedules.base import Course, shortlisted
@@ -23,7 +24,7 @@ from dsd.schedules.exhaustive import all_draws
 from dsd.schedules.hierarchical import hierarchical
 from dsd.schedules.replay import compare_settings, replay
 from dsd.schedules.staged import staged
-from dsd.scorers.evidence import UNCONDITIONAL, read_places
+from dsd.scorers.evidence import UNCONDITIONAL, evidence_prompts, read_places
 from dsd.store import Store
 from dsd.training.loop import train
 from tests.raced import few, synthetic_races
@@ -41,7 +42,15 @@ def raced(params: Params) -> Params:
 
 
 def compare(params: Params, folders: Folders, folder: Path) -> dict[str, object]:
-    return compare_schedules(DATASET, params, folders, folder / "draws", folder / "races")
+    return compare_schedules(Session(DATASET, params, folders), folder / "draws", folder / "races")
+
+
+def runner(params: Params, folders: Folders, method: str = "denoising") -> RaceRunner:
+    return RaceRunner(Session(DATASET, params, folders), params.methods[method])  # type: ignore[arg-type]
+
+
+def examples_of(of: RaceRunner) -> list[MatchingExample]:
+    return choices(of.session.examples("test"))
 
 
 @pytest.fixture
@@ -50,11 +59,12 @@ def folders(prepared: Path, cached: Path, tmp_path: Path) -> Folders:
 
 
 def test_values_are_those_of_single_passes(raced: Params, folders: Folders, tmp_path: Path) -> None:
-    track = Track.of(DATASET, raced.methods["denoising"], raced, folders)  # type: ignore[arg-type]
-    examples = folders.examples("test")
-    values = track.collect(examples, Store(tmp_path / "draws"), "x")
-    pair, draw = pairs(examples[2:3])[1], track.draws[5]
-    error, nothing = track.engine.compute([(pair, draw), (Pair(pair.image, UNCONDITIONAL), draw)])["error"]
+    races = runner(raced, folders)
+    examples = examples_of(races)
+    values = races.collect(examples, Store(tmp_path / "draws"), "x")
+    pair, draw = pairs(examples[2:3])[1], races.draws[5]
+    rows = [(pair, draw), (Pair(pair.image, UNCONDITIONAL), draw)]
+    error, nothing = races.session.engine("none").compute(rows)["error"]
     assert values[2].shape == (2, K) and values[2][1, 5] == pytest.approx(nothing - error, abs=1e-6)
 
 
@@ -65,17 +75,17 @@ def test_a_duplicate_of_the_right_answer_is_one_candidate_and_reported_as_a_tie(
     tied = races._replace(answers=[-1, *races.answers[1:]])
     results = compare_settings(races, tied, raced.races, raced.evaluate, raced.seed).results
     assert results["ties"] == 1
-    assert "In 1 no candidate is right, or a wrong one is the same" in note(results)
+    assert "In 1 no candidate is correct, or an incorrect one is identical" in note(results)
 
 
 def test_nothing_is_computed_twice(
     raced: Params, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    track, store = Track.of(DATASET, raced.methods["denoising"], raced, folders), Store(tmp_path / "draws")  # type: ignore[arg-type]
-    examples = folders.examples("test")
-    first = track.collect(examples, store, "x")
+    races, store = runner(raced, folders), Store(tmp_path / "draws")
+    examples = examples_of(races)
+    first = races.collect(examples, store, "x")
     monkeypatch.setattr(Engine, "compute", None)
-    again = track.collect(examples, store, "x")
+    again = races.collect(examples, store, "x")
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
 
 
@@ -96,10 +106,11 @@ def test_live_races_end_as_replayed(
     """In other batches, with rows of other races, and as races end at different times."""
     runtime = raced.runtime.model_copy(update={"batch_size": batch_size})
     raced = raced.model_copy(update={"runtime": runtime})
-    track, examples = Track.of(DATASET, raced.methods[row], raced, folders), folders.examples("test")  # type: ignore[arg-type]
-    proposed = {"clip-zero-shot": proposals("clip-zero-shot", examples, raced, folders)}
-    races = recorded(examples, track.collect(examples, Store(tmp_path / "draws"), "x"), proposed)
-    costs = run_live(track, course, examples, races, raced.races.timed)
+    live = runner(raced, folders, row)
+    examples = examples_of(live)
+    proposed = {"clip-zero-shot": live.session.proposals("clip-zero-shot", examples)}
+    races = recorded(examples, live.collect(examples, Store(tmp_path / "draws"), "x"), proposed)
+    costs = run_live(live, course, examples, races, raced.races.timed)
     assert costs["differ"] == 0 and 1 <= costs["images"] <= len(examples)
     assert 0 < costs["fill"] <= 1 and costs["seconds"] > 0
 
@@ -114,9 +125,8 @@ def test_a_comparison_has_results_of_every_method(
         assert method["races"] == {"train": 12, "calibration": 9, "test": 9} and method["draws"] == K
         assert all(row["live"]["differ"] == 0 for row in method["chosen"].values())
 
-    monkeypatch.setattr(
-        "dsd.experiments.schedule_comparison.compare_settings", None
-    )  # nothing has changed, so nothing is compared again
+    # Nothing has changed, so nothing is compared again.
+    monkeypatch.setattr("dsd.experiments.schedule_comparison.compare_settings", None)
     compare(raced, folders, tmp_path)
     assert json.loads((tmp_path / "races" / f"{DATASET}.json").read_text()) == comparisons
     within = raced.races.model_copy(update={"within": 0.5})
@@ -126,11 +136,11 @@ def test_a_comparison_has_results_of_every_method(
 
 def test_a_square_is_two_choices() -> None:
     square = MatchingExample("x", ("i", "j"), ("a", "b"), ((1, 0), (0, 1)), "all")
-    assert choices(square) == [
+    assert choices([square]) == [
         MatchingExample("x/0", ("i", "j"), ("a",), ((1, 0),), "all"),
         MatchingExample("x/1", ("i", "j"), ("b",), ((0, 0),), "all"),
     ]
-    assert [right(choice) for choice in choices(square)] == [1, 0]
+    assert [right(choice) for choice in choices([square])] == [1, 0]
 
 
 def test_the_index_of_the_right_pair_ignores_repeated_texts() -> None:
@@ -138,7 +148,7 @@ def test_the_index_of_the_right_pair_ignores_repeated_texts() -> None:
     assert pairs([example]) == [Pair("i", "a"), Pair("i", "b")] and right(example) == 1
     assert right(replace(example, answer=((0, 1),))) == -1  # a tie
     unanswerable = replace(example, answer=())
-    assert choices(unanswerable) == [unanswerable] and right(unanswerable) == -1
+    assert choices([unanswerable]) == [unanswerable] and right(unanswerable) == -1
 
 
 @pytest.mark.parametrize("name", ["dsd-plus", "clip-zero-shot", "denoisin"])
@@ -148,9 +158,15 @@ def test_a_method_that_is_no_mean_over_draws_is_refused(name: str, raced: Params
     assert "\n" not in str(error.value)
 
 
-def test_a_proposer_that_needs_the_unet_is_refused(raced: Params, folders: Folders) -> None:
-    with pytest.raises(ParamsError, match=r"races\.racing\.proposer: unknown contrastive method 'denoising'"):
-        proposals("denoising", folders.examples("test"), raced, folders)
+@pytest.mark.parametrize("name", ["denoising", "clip"])
+def test_a_proposer_that_is_no_contrastive_method_is_refused(
+    name: str, raced: Params, folders: Folders, tmp_path: Path
+) -> None:
+    racing = raced.races.racing.model_copy(update={"proposer": (None, name)})
+    params = raced.model_copy(update={"races": raced.races.model_copy(update={"racing": racing})})
+    with pytest.raises(ParamsError, match=rf"races\.racing\.proposer: unknown contrastive method '{name}'"):
+        compare(params, folders, tmp_path)
+    assert not (tmp_path / "draws").exists()
 
 
 def test_without_preparation_there_is_one_line(raced: Params, tmp_path: Path) -> None:
@@ -167,8 +183,9 @@ def test_too_few_races_for_an_error_rate_are_one_line(raced: Params, folders: Fo
 
 
 def test_values_that_are_not_finite_are_dropped_and_counted(raced: Params, folders: Folders, tmp_path: Path) -> None:
-    track, examples = Track.of(DATASET, raced.methods["denoising"], raced, folders), folders.examples("test")  # type: ignore[arg-type]
-    values = track.collect(examples, Store(tmp_path / "draws"), "x")
+    races = runner(raced, folders)
+    examples = examples_of(races)
+    values = races.collect(examples, Store(tmp_path / "draws"), "x")
     values[0][0, 3] = np.nan
     outcome = replay(Course(list(range(K)), all_draws(K), None), recorded(examples, values, {}))
     kept = np.delete(values[0], 3, 1).mean(1)
@@ -205,23 +222,23 @@ def test_methods_with_a_schedule_are_ranked_by_their_races(
     )
     monkeypatch.setattr("dsd.engine.score.GROUP", 4)
     target = tmp_path / "score"
-    costs = score_raced(DATASET, params, folders, tmp_path / "races", target, split="test")
+    session = Session(DATASET, params, folders)
+    costs = score_raced(session, tmp_path / "races", target, split="test")
     assert costs["denoising-staged"] == 2 * 8 and costs["denoising-cut"] == 2 * 3
     examples = read_examples(folders.prepared / "examples.parquet", "test")
     assert costs["denoising-listed"] == 0  # one is left of two: nothing is computed
-    proposed = proposals("clip-zero-shot", examples, params, folders)
+    proposed = session.proposals("clip-zero-shot", examples)
     winners = [place.argmin() for place in read_places(target, "denoising-listed", examples)]
     assert winners == [scores.argmax() for scores in proposed]
-    track = Track.of(DATASET, raced.methods["denoising"], raced, folders)  # type: ignore[arg-type]
-    values = track.collect(examples, Store(tmp_path / "draws"), "x")
+    values = runner(raced, folders).collect(examples, Store(tmp_path / "draws"), "x")
     places = read_places(target, "denoising-staged", examples)
     assert [place.argmin() for place in places] == [v.mean(1).argmax() for v in values]
     assert all(sorted(place.tolist()) == [1, 2] for place in read_places(target, "denoising-racing", examples))
-    (example_table, *_) = raced_tables(target, "denoising-staged", examples)
+    (example_table, *_) = ScoredSplit.of(DATASET, params, folders.prepared, target).tables("denoising-staged")
     assert example_table.ravel().tolist() == (-places[0]).tolist()
 
     monkeypatch.setattr(Engine, "compute", None)  # finished races are not run again
-    again = score_raced(DATASET, params, folders, tmp_path / "races", target, split="test")
+    again = score_raced(Session(DATASET, params, folders), tmp_path / "races", target, split="test")
     assert again == costs
 
 
@@ -238,10 +255,11 @@ def test_races_use_the_stored_evidence_of_the_same_draws(
         if name != "dsd"
     }
     params = params.model_copy(update={"noise": noise, "methods": methods})
-    alone = score_raced(DATASET, params, folders, tmp_path / "races", tmp_path / "alone", split="test")
-    score(DATASET, params, *folders, tmp_path / "score", split="test")
+    session = Session(DATASET, params, folders)
+    alone = score_raced(session, tmp_path / "races", tmp_path / "alone", split="test")
+    score(session, tmp_path / "score", split="test")
     monkeypatch.setattr(Engine, "compute", None)
-    assert score_raced(DATASET, params, folders, tmp_path / "races", tmp_path / "score", split="test") == alone
+    assert score_raced(session, tmp_path / "races", tmp_path / "score", split="test") == alone
     examples = read_examples(folders.prepared / "examples.parquet", "test")
     for one, other in zip(
         *(read_places(tmp_path / f, "denoising-staged", examples) for f in ("alone", "score")), strict=True
@@ -261,20 +279,21 @@ def test_all_methods_may_have_schedules_with_a_proposer(raced: Params, folders: 
         if name in ("dsd", "denoising")
     } | {"clip-zero-shot": whole.methods["clip-zero-shot"]}
     params = whole.model_copy(update={"methods": methods})
-    assert prompted(params) == "dsd" and not prompts(params)
-    list(train(DATASET, "dsd", params, folders.prepared, folders.cached, folders.trained / "dsd"))
-    target = tmp_path / "score"
-    assert score(DATASET, params, *folders, target, split="test")["rows"] == 0
-    costs = score_raced(DATASET, params, folders, tmp_path / "races", target, split="test")
+    assert prompted(params) == "dsd" and not evidence_prompts(params.methods)
+    session, target = Session(DATASET, params, folders), tmp_path / "score"
+    list(train(session, "dsd", folders.trained / "dsd"))
+    assert score(session, target, split="test")["rows"] == 0
+    costs = score_raced(session, tmp_path / "races", target, split="test")
     assert costs == {"dsd": 2 * 8, "denoising": 2 * 8}
-    results = evaluate(DATASET, params, folders.prepared, target, tmp_path / "evaluate").results
+    scored = ScoredSplit.of(DATASET, params, folders.prepared, target)
+    results = evaluate(DATASET, scored, params.evaluate, params.seed, tmp_path / "evaluate").results
     assert list(results) == ["dsd", "denoising", "clip-zero-shot"]
 
 
 def test_racing_without_a_comparison_is_one_line(raced: Params, folders: Folders, tmp_path: Path) -> None:
     def race(delta: float) -> None:
         params = with_schedule(raced, racing={"kind": "racing", "delta": delta, "proposer": None, "budget": None})
-        score_raced(DATASET, params, folders, tmp_path / "races", tmp_path / "score", split="test")
+        score_raced(Session(DATASET, params, folders), tmp_path / "races", tmp_path / "score", split="test")
 
     with pytest.raises(DataError, match=r"no races that denoising-racing could learn from"):
         race(0.9)
@@ -285,4 +304,4 @@ def test_racing_without_a_comparison_is_one_line(raced: Params, folders: Folders
     other = raced.model_copy(update={"seed": 5})
     with pytest.raises(DataError, match=r"no races that denoising-racing could learn from"):
         params = with_schedule(other, racing={"kind": "racing", "delta": 0.9, "proposer": None, "budget": None})
-        score_raced(DATASET, params, folders, tmp_path / "races", tmp_path / "other", split="test")
+        score_raced(Session(DATASET, params, folders), tmp_path / "races", tmp_path / "other", split="test")

@@ -18,10 +18,12 @@ from dsd.data.examples import Pair
 from dsd.data.image_table import ImageTable, ImageTableWriter, StoredImage
 from dsd.datasets import benchmark
 from dsd.datasets.preparation import prepare
-from dsd.engine.encodings import diffusion_encodings, encode
+from dsd.engine.cache import encode
+from dsd.engine.encodings import diffusion_encodings
 from dsd.engine.engine import Engine
 from dsd.engine.score import score
-from dsd.evaluation.evaluate import evaluate
+from dsd.engine.session import Folders, Session
+from dsd.evaluation.evaluate import ScoredSplit, evaluate
 from dsd.models import StableDiffusion, load_diffusion
 from dsd.models.attention import cross_attention_layers
 from dsd.models.prompts import PROMPT
@@ -44,10 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)  # pytest would keep its gigabytes
 
 
-def test_the_way_from_pictures_to_answers_is_that_of_any_other_model(
-    folder: Path, models: Path, tmp_path: Path
-) -> None:
-    """ImageTable by way of 224 to 512 pixels; latents, a step of training, evidence, answers: a pair at a time."""
+def test_all_stages_run_on_a_model_of_the_published_size(folder: Path, models: Path, tmp_path: Path) -> None:
+    """Images resized to 224 and then 512 pixels; latents, a step of training, evidence, answers: a pair at a time."""
     small_ = small(models)
     method = small_.methods["dsd"].model_copy(update={"levels": (0.4,)})
     training = small_.training["dsd"].model_copy(
@@ -67,17 +67,20 @@ def test_the_way_from_pictures_to_answers_is_that_of_any_other_model(
             "runtime": small_.runtime.model_copy(update={"batch_size": 1}),
         }
     )
-    raw, prepared, cached, trained, scored = (tmp_path / part for part in ("raw", "ready", "cache", "train", "score"))
+    raw, scored = tmp_path / "raw", tmp_path / "score"
+    folders = Folders(tmp_path / "prepare", tmp_path / "cache", tmp_path / "train")
     benchmark("scenes-com").download(com, seed=params.seed, folder=raw, workers=1)
-    prepare("scenes-com", com, raw, prepared, images=params.images, seed=params.seed, workers=1)
-    assert encode("scenes-com", params, prepared, cached)["truncated"] == 0
-    (step,) = train("scenes-com", "dsd", params, prepared, cached, trained / "dsd")
+    prepare("scenes-com", com, raw, folders.prepared, images=params.images, seed=params.seed, workers=1)
+    session = Session("scenes-com", params, folders)
+    assert encode(session)["truncated"] == 0
+    (step,) = train(session, "dsd", folders.trained / "dsd")
     assert np.isfinite(step["loss"])
-    counts = score("scenes-com", params, prepared, cached, trained, scored, split="test")
+    counts = score(session, scored, split="test")
     assert counts["rows"] == counts["computed"] == counts["pairs"] == 4
-    results, _ = evaluate("scenes-com", params, prepared, scored, tmp_path / "evaluate")
+    split = ScoredSplit.of("scenes-com", params, folders.prepared, scored)
+    results, _ = evaluate("scenes-com", split, params.evaluate, params.seed, tmp_path / "evaluate")
     assert results["dsd"]["micro"].n == 3
-    prompt = load_file(trained / "dsd" / PROMPT)
+    prompt = load_file(folders.trained / "dsd" / PROMPT)
     assert all(torch.isfinite(weight).all() for weight in prompt.values()) and any(w.any() for w in prompt.values())
 
 
@@ -100,15 +103,15 @@ def test_a_pair_is_scored_as_by_any_other_model(backbone: StableDiffusion, param
     with ImageTableWriter(tmp_path / "images.parquet") as writer:
         Image.fromarray(pixels).save(tmp_path / "one.png")
         writer.add(StoredImage("one", (tmp_path / "one.png").read_bytes()))
-    pictures = ImageTable(tmp_path / "images.parquet")
-    tables = diffusion_encodings(backbone, pictures, [UNCONDITIONAL, TEXT], backbone.resolution, Store(tmp_path), 1)
+    images = ImageTable(tmp_path / "images.parquet")
+    tables = diffusion_encodings(backbone, images, [UNCONDITIONAL, TEXT], backbone.resolution, Store(tmp_path), 1)
     engine = Engine(backbone, None, params.evidence, *tables, batch_size=1)
-    found = engine.compute([(Pair("one", text), Draw(0.4, 0)) for text in (TEXT, UNCONDITIONAL)])
-    assert found["attention"].shape == (2, len(params.evidence.poolings), 16, 20)
-    assert found["attribution"].shape == (2, 16, 20) and found["error"].shape == (2,)
-    assert all(np.isfinite(values).all() for values in found.values())
-    assert (found["attribution"][0] > 0).sum(-1).tolist() == [
+    arrays = engine.compute([(Pair("one", text), Draw(0.4, 0)) for text in (TEXT, UNCONDITIONAL)])
+    assert arrays["attention"].shape == (2, len(params.evidence.poolings), 16, 20)
+    assert arrays["attribution"].shape == (2, 16, 20) and arrays["error"].shape == (2,)
+    assert all(np.isfinite(values).all() for values in arrays.values())
+    assert (arrays["attribution"][0] > 0).sum(-1).tolist() == [
         layer.heads for _, layer in cross_attention_layers(backbone.unet)
     ]
-    assert found["error"][0] != found["error"][1]
+    assert arrays["error"][0] != arrays["error"][1]
     assert tables[0](["one"])["latents"].shape == (1, 4, 64, 64) and tables[1]([TEXT])["hidden"].shape == (1, 77, 1024)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -18,12 +20,14 @@ from dsd.data.examples import Pair, pairs, read_examples
 from dsd.data.image_table import ImageTable
 from dsd.engine.encodings import all_texts, diffusion_encodings, read_all
 from dsd.engine.score import score
+from dsd.engine.session import Folders, Session
 from dsd.errors import ParamsError
-from dsd.evaluation.evaluate import method_scores, released_scores
+from dsd.evaluation.evaluate import ScoredSplit
 from dsd.models import StableDiffusion, load_diffusion
-from dsd.models.attention import Recording, cross_attention_layers, during, logits_pooling
+from dsd.models.attention import Capture, cross_attention_layers, logits_pooling
 from dsd.scorers import released
-from dsd.scorers.evidence import UNCONDITIONAL, Evidence, normalises, read_evidence
+from dsd.scorers.base import Scores, StoredEvidence
+from dsd.scorers.evidence import UNCONDITIONAL, Evidence, read_evidence, reads_unconditional
 from dsd.store import Store
 from tests.conftest import ROOT, read_settings, write_settings
 
@@ -34,7 +38,7 @@ SD21 = dict(  # the U-Net of Stable Diffusion 2.1-base
 
 @pytest.fixture(scope="module")
 def alone(params: Params) -> Params:
-    """The method with and without the denoising term, and no other: the unconditional passes are for its sake."""
+    """The method with and without the denoising term, and no other that would read the unconditional pass."""
     method = params.methods["dsd-released"]
     without = method.model_copy(update={"denoising": False})
     return params.model_copy(update={"methods": {"with": method, "without": without}})
@@ -48,12 +52,12 @@ def backbone(params: Params) -> StableDiffusion:
 @torch.inference_mode()
 def transcription(backbone: StableDiffusion, latents: Tensor, text: str, draw: Draw, denoising: bool) -> float:
     """One image, text and draw: both halves of classifier-free guidance, logits from the layers' own projections."""
-    seen: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     hooks, layers = [], dict(cross_attention_layers(backbone.unet))
     counted = [name for name in layers if name.startswith(("down_blocks.1.", "mid_block.", "up_blocks.1."))]
     for name in counted:
         for part in ("to_q", "to_k"):
-            keep = lambda _, __, out, key=name + part: seen.__setitem__(key, out)  # noqa: E731
+            keep = lambda _, __, out, key=name + part: outputs.__setitem__(key, out)  # noqa: E731
             hooks.append(getattr(layers[name], part).register_forward_hook(keep))
     hidden = backbone.encode_texts([UNCONDITIONAL, text]).hidden
     timestep, noise = torch.tensor([draw.timestep(1000)]), draw.noise(tuple(latents.shape[1:]))[None]
@@ -63,7 +67,7 @@ def transcription(backbone: StableDiffusion, latents: Tensor, text: str, draw: D
         hook.remove()
     values = []
     for name in counted:
-        query, key = (layers[name].head_to_batch_dim(seen[name + part]) for part in ("to_q", "to_k"))
+        query, key = (layers[name].head_to_batch_dim(outputs[name + part]) for part in ("to_q", "to_k"))
         logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5  # [2 · heads, image tokens, text tokens]
         assert logits.shape[-1] == backbone.max_tokens
         values.append(logits.exp().sum(-1).log().mean())
@@ -74,16 +78,16 @@ def transcription(backbone: StableDiffusion, latents: Tensor, text: str, draw: D
 def test_scores_are_those_of_a_direct_transcription(
     alone: Params, backbone: StableDiffusion, prepared: Path, cached: Path, tmp_path: Path
 ) -> None:
-    score("scenes-com", alone, prepared, cached, tmp_path, tmp_path, split="test")
-    examples, noise = read_examples(prepared / "examples.parquet", "test"), noise_of(alone, "scenes-com")
-    found = dict(method_scores("scenes-com", alone, examples, prepared, tmp_path))
-    texts, pictures = all_texts(read_all(prepared)), ImageTable(prepared / "images.parquet")
-    latents, _ = diffusion_encodings(backbone, pictures, texts, 32, Store(cached), 1)
-    for pair in pairs(examples)[:3]:
+    score(Session("scenes-com", alone, Folders(prepared, cached, tmp_path)), tmp_path, split="test")
+    split, noise = ScoredSplit.of("scenes-com", alone, prepared, tmp_path), noise_of(alone, "scenes-com")
+    scores = {name: split.scores(method, name) for name, method in alone.methods.items()}
+    texts, images = all_texts(read_all(prepared)), ImageTable(prepared / "images.parquet")
+    latents, _ = diffusion_encodings(backbone, images, texts, 32, Store(cached), 1)
+    for pair in pairs(split.examples)[:3]:
         image = torch.from_numpy(latents([pair.image])["latents"])
         for name, denoising in (("with", True), ("without", False)):
             expected = [transcription(backbone, image, pair.text, draw, denoising) for draw in draws(noise, alone.seed)]
-            assert found[name][pair] == pytest.approx(np.mean(expected), abs=1e-5)
+            assert scores[name][pair] == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 def test_the_score_of_a_pair_does_not_depend_on_its_neighbours(backbone: StableDiffusion, params: Params) -> None:
@@ -92,10 +96,10 @@ def test_the_score_of_a_pair_does_not_depend_on_its_neighbours(backbone: StableD
     text, timesteps = backbone.encode_texts(["a red circle", "a blue star left of a green ring"]), torch.full((2,), 300)
 
     def pooled(rows: slice) -> Tensor:
-        recording = Recording.of(params.evidence, text.content[rows])
-        with torch.inference_mode(), during(backbone.attention, recording):
-            backbone.predict_noise(latents[rows], timesteps[rows], text.hidden[rows])
-        return recording.stacked()[0][:, params.evidence.poolings.index("logits")]
+        capture = Capture.of(params.evidence, text.content[rows])
+        with torch.inference_mode():
+            backbone.predict_noise(latents[rows], timesteps[rows], text.hidden[rows], capture=capture)
+        return capture.stacked()[0][:, params.evidence.poolings.index("logits")]
 
     assert torch.allclose(pooled(slice(0, 2))[1:], pooled(slice(1, 2)), atol=1e-5)
 
@@ -124,25 +128,30 @@ def test_of_stable_diffusion_six_layers_count() -> None:
 
 def by_hand(unconditional: bool) -> Evidence:
     """One draw, one layer of one head that counts and one of two that does not; a latent of four values."""
-    asked = [Pair("i", "t"), Pair("j", "t"), *([Pair("i", ""), Pair("j", "")] if unconditional else [])]
+    every = [Pair("i", "t"), Pair("j", "t"), *([Pair("i", ""), Pair("j", "")] if unconditional else [])]
     attention = np.zeros((4, 1, 1, 2, 2), np.float32)
     attention[:, 0, 0, 0, :] = 100
     attention[:, 0, 0, 1, 0] = [3, 4, 5, 7]
     error = np.array([[0.25], [1.0], [2.25], [4.0]], np.float32)
     names = ["down_blocks.0.attentions.0.x", "down_blocks.1.attentions.0.x"]
-    some = slice(0, len(asked))
-    return Evidence(asked, [Draw(0.2, 0)], attention[some], attention[some, :, 0], error[some], names, 4)
+    some = slice(0, len(every))
+    return Evidence(every, [Draw(0.2, 0)], attention[some], attention[some, :, 0], error[some], names, 4)
+
+
+def scores_of(evidence: Evidence, method: ReleasedMethod) -> Scores:
+    stored = SimpleNamespace(evidence=lambda _: evidence, poolings=["logits"])
+    return released.SCORER.scores("dsd-released", method, cast(StoredEvidence, stored))
 
 
 def test_the_rule_by_hand() -> None:
     method = ReleasedMethod(scorer="released", prompt="none", schedule="exhaustive", levels=(0.2,), denoising=True)
-    both = released_scores(by_hand(True), method, ["logits"])
+    both = scores_of(by_hand(True), method)
     assert both[Pair("i", "t")] == pytest.approx((3 + 5) / 2 + 3 - 1)
     assert both[Pair("j", "t")] == pytest.approx((4 + 7) / 2 + 4 - 2)
     # One image: its unconditional half is the same for every text, and is not computed.
-    half = released_scores(by_hand(False), method, ["logits"])
+    half = scores_of(by_hand(False), method)
     assert half[Pair("i", "t")] == pytest.approx(3 / 2 - 1)
-    off = released_scores(by_hand(True), method.model_copy(update={"denoising": False}), ["logits"])
+    off = scores_of(by_hand(True), method.model_copy(update={"denoising": False}))
     assert off[Pair("i", "t")] == pytest.approx((3 + 5) / 2)
 
 
@@ -151,8 +160,8 @@ def test_the_published_timesteps_are_levels() -> None:
     assert [Draw(level, 0).timestep(1000) for level in levels] == list(range(10, 990, 1000 // 4))
 
 
-def test_the_method_asks_for_what_it_needs(alone: Params, tmp_path: Path) -> None:
-    assert normalises(alone.methods, "none") and not normalises(alone.methods, "few-shot")
+def test_the_method_requests_what_it_needs(alone: Params, tmp_path: Path) -> None:
+    assert reads_unconditional(alone.methods, "none") and not reads_unconditional(alone.methods, "few-shot")
     content = read_settings(ROOT)
     content["evidence"]["poolings"].remove("logits")
     write_settings(content, tmp_path)
@@ -163,8 +172,8 @@ def test_the_method_asks_for_what_it_needs(alone: Params, tmp_path: Path) -> Non
 def test_evidence_names_the_layers_of_the_backbone(
     alone: Params, backbone: StableDiffusion, prepared: Path, cached: Path, tmp_path: Path
 ) -> None:
-    score("scenes-com", alone, prepared, cached, tmp_path, tmp_path, split="test")
+    score(Session("scenes-com", alone, Folders(prepared, cached, tmp_path)), tmp_path, split="test")
     examples = read_examples(prepared / "examples.parquet", "test")
-    found = read_evidence(tmp_path, "none", examples, noise_of(alone, "scenes-com"), alone.seed, normalised=True)
-    assert found.layers == backbone.layers and found.latent == 4 * 4 * 4
-    assert found.attention.shape[-2] == len(found.layers)
+    evidence = read_evidence(tmp_path, "none", examples, noise_of(alone, "scenes-com"), alone.seed, compares=True)
+    assert evidence.layers == backbone.layers and evidence.latent == 4 * 4 * 4
+    assert evidence.attention.shape[-2] == len(evidence.layers)

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: what its U-Net is told is what the published pipeline tells it."""
+"""Stable Diffusion XL: its U-Net gets the same inputs as in the published pipeline."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from dsd import Matcher
 from dsd.config import Params, noise_of
 from dsd.data.draws import draws
 from dsd.data.examples import read_examples
-from dsd.engine.encodings import encode
+from dsd.engine.cache import encode
 from dsd.engine.score import score
+from dsd.engine.session import Folders, Session
 from dsd.errors import CheckpointError
 from dsd.models import StableDiffusionXL, load, load_diffusion
-from dsd.models.attention import Recording, during
-from dsd.models.prompts import AttentionPrompt, pooled_latent
+from dsd.models.attention import Capture
+from dsd.models.prompts import AttentionPrompt
 from dsd.scorers.evidence import read_evidence
 from dsd.training.loop import train
 from tests.tiny import row
@@ -53,26 +54,24 @@ def test_noise_is_predicted_as_the_published_pipeline_does(
     side = (backbone.resolution,) * 2
     sizes = pipeline._get_add_time_ids(side, (0, 0), side, torch.float32, pooled.shape[-1]).repeat(3, 1)
     noised, timesteps = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 400, 900])
-    told = {"text_embeds": pooled, "time_ids": sizes}
-    expected = pipeline.unet(noised, timesteps, hidden, added_cond_kwargs=told).sample
+    conditions = {"text_embeds": pooled, "time_ids": sizes}
+    expected = pipeline.unet(noised, timesteps, hidden, added_cond_kwargs=conditions).sample
     ours = backbone.encode_texts(TEXTS)
     found = backbone.predict_noise(noised, timesteps, ours.hidden)
     assert torch.allclose(found, expected, atol=1e-6)
     assert torch.equal(ours.hidden[:, :-1], hidden)
     other = backbone.predict_noise(noised, timesteps, torch.cat([ours.hidden[:, :-1], ours.hidden[:, -1:].flip(0)], 1))
-    assert not torch.allclose(other, expected, atol=1e-3)  # the pooled embedding tells something
+    assert not torch.allclose(other, expected, atol=1e-3)  # the pooled embedding matters
 
 
 @torch.inference_mode()
 def test_each_text_once_or_for_every_row_is_the_same(backbone: StableDiffusionXL, params: Params) -> None:
-    text, texts = backbone.encode_texts(TEXTS[:2]), torch.tensor([1, 0, 0, 1])
+    text, index = backbone.encode_texts(TEXTS[:2]), torch.tensor([1, 0, 0, 1])
     noised, timesteps = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.full((4,), 300)
-    once, each = (Recording.of(params.evidence, text.content[texts]) for _ in range(2))
-    with during(backbone.attention, once, texts_B=texts):
-        found = backbone.predict_noise(noised, timesteps, text.hidden)
-    with during(backbone.attention, each):
-        expected = backbone.predict_noise(noised, timesteps, text.hidden[texts])
-    assert torch.allclose(found, expected, atol=1e-6)
+    once, each = (Capture.of(params.evidence, text.content[index]) for _ in range(2))
+    predicted = backbone.predict_noise(noised, timesteps, text.hidden, index, capture=once)
+    expected = backbone.predict_noise(noised, timesteps, text.hidden[index], capture=each)
+    assert torch.allclose(predicted, expected, atol=1e-6)
     for one, other in zip(once.stacked(), each.stacked(), strict=True):
         assert one.shape[-2:] == (len(backbone.layers), 4) and torch.allclose(one, other, atol=1e-6)
 
@@ -100,17 +99,17 @@ def test_its_resolution_scale_and_limits_are_those_of_its_configs(backbone: Stab
 
 @pytest.mark.parametrize("method", ["cross-attention", "denoising"])
 def test_it_matches_and_draws_heat_maps_as_any_other(xl: Path, method: str) -> None:
-    pictures = list(np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8))
+    images = list(np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8))
     one, many = (Matcher.from_pretrained(xl, method=method, levels=(0.3,), batch_size=size) for size in (1, 64))
-    scores = many.score(pictures, TEXTS[:2])
+    scores = many.score(images, TEXTS[:2])
     assert scores.shape == (2, 2) and scores.std() > 0
-    assert torch.allclose(one.score(pictures, TEXTS[:2]), scores, atol=1e-5)
-    found = many.heatmap(pictures[0], "a green ring")
+    assert torch.allclose(one.score(images, TEXTS[:2]), scores, atol=1e-5)
+    found = many.heatmap(images[0], "a green ring")
     assert found.words == ["a", "green", "ring"] and found.maps.shape == (3, 32, 32)
 
 
 def test_the_stages_run_on_it(params: Params, xl: Path, prepared: Path, tmp_path: Path) -> None:
-    """Cache, train and score, of which none asks for the family."""
+    """Cache, train and score are the same code for every family."""
     methods = {name: params.methods[name] for name in ("dsd-zero-shot", "dsd", "denoising")}
     chosen = params.model_copy(
         update={
@@ -120,28 +119,29 @@ def test_the_stages_run_on_it(params: Params, xl: Path, prepared: Path, tmp_path
             "training": {"dsd": params.training["dsd"]},
         }
     )
-    cached, trained, scored = tmp_path / "cached", tmp_path / "trained", tmp_path / "scored"
-    assert encode("scenes-com", chosen, prepared, cached)["truncated"] == 0
-    curve = list(train("scenes-com", "dsd", chosen, prepared, cached, trained / "dsd"))
+    folders, scored = Folders(prepared, tmp_path / "cached", tmp_path / "trained"), tmp_path / "scored"
+    session = Session("scenes-com", chosen, folders)
+    assert encode(session)["truncated"] == 0
+    curve = list(train(session, "dsd", folders.trained / "dsd"))
     assert curve and all(np.isfinite(step["loss"]) for step in curve)
-    counts = score("scenes-com", chosen, prepared, cached, trained, scored, split="test")
+    counts = score(session, scored, split="test")
     assert counts["computed"] == counts["rows"] > 0
-    examples = read_examples(prepared / "examples.parquet", "test")
-    found = read_evidence(scored, "none", examples, noise_of(chosen, "scenes-com"), chosen.seed, normalised=True)
-    assert found.attention.shape[1] == len(draws(noise_of(chosen, "scenes-com"), chosen.seed))
-    assert np.isfinite(found.attention).all() and np.isfinite(found.error).all()
+    examples, noise = read_examples(prepared / "examples.parquet", "test"), noise_of(chosen, "scenes-com")
+    evidence = read_evidence(scored, "none", examples, noise, chosen.seed, compares=True)
+    assert evidence.attention.shape[1] == len(draws(noise, chosen.seed))
+    assert np.isfinite(evidence.attention).all() and np.isfinite(evidence.error).all()
 
 
-def test_a_prompt_of_nothing_changes_nothing(backbone: StableDiffusionXL, params: Params) -> None:
+def test_a_zero_prompt_changes_nothing(backbone: StableDiffusionXL, params: Params) -> None:
     text, latents = backbone.encode_texts(TEXTS[:2]), torch.randn(2, 4, 4, 4)
     prompt = AttentionPrompt(48, backbone.layer_widths, 4, rank=2, conditional=True, seed=0)
-    found = []
-    for learned in (None, prompt):
-        recording = Recording.of(params.evidence, text.content)
-        with torch.no_grad(), during(backbone.attention, recording, learned, pooled_latent(latents)):
-            backbone.predict_noise(latents, torch.full((2,), 300), text.hidden.clone())
-        found.append(recording.stacked()[0])
-    assert torch.equal(*found)
+    results, timesteps, hidden = [], torch.full((2,), 300), text.hidden.clone()
+    for bound in (None, prompt.bind(latents)):
+        capture = Capture.of(params.evidence, text.content)
+        with torch.no_grad():
+            backbone.predict_noise(latents, timesteps, hidden, capture=capture, prompt=bound)
+        results.append(capture.stacked()[0])
+    assert torch.equal(*results)
 
 
 def edit(file: Path, **changes: object) -> None:
@@ -149,7 +149,7 @@ def edit(file: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda folder: shutil.rmtree(folder / "text_encoder_2"), "of family stable-diffusion, and not"),
         (lambda folder: shutil.rmtree(folder / "text_encoder"), "lacks the component text_encoder/"),
@@ -166,10 +166,10 @@ def edit(file: Path, **changes: object) -> None:
         ),
     ],
 )
-def test_a_defect_is_one_line(damage: Callable[[Path], object], said: str, xl: Path, tmp_path: Path) -> None:
+def test_a_defect_is_one_line(damage: Callable[[Path], object], message: str, xl: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(xl, tmp_path / "xl"))
     damage(folder)
-    with pytest.raises(CheckpointError, match=said) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         load(row(folder, FAMILY), CPU)
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
 

@@ -172,11 +172,11 @@ def tensors(models: Path) -> Tensors:
 
 
 def same_scores(folder: Path, file: Path, config: Path) -> None:
-    picture = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     for method in ("cross-attention", "denoising"):
-        expected = Matcher.from_pretrained(folder, method=method, levels=(0.3, 0.8)).score(picture, TEXTS)
+        expected = Matcher.from_pretrained(folder, method=method, levels=(0.3, 0.8)).score(image, TEXTS)
         one = Matcher.from_pretrained(file, method=method, config=config, levels=(0.3, 0.8))
-        assert torch.allclose(one.score(picture, TEXTS), expected, atol=1e-6) and expected.std() > 0
+        assert torch.allclose(one.score(image, TEXTS), expected, atol=1e-6) and expected.std() > 0
 
 
 def test_a_file_in_the_layout_of_1x_scores_as_its_folder(
@@ -232,7 +232,9 @@ def test_what_does_not_fill_the_model_is_named(settings: Path, tensors: Tensors,
         assert f"tensors of {name} missing" in refused(file, settings)
 
 
-def test_what_is_no_single_file_is_said(models: Path, settings: Path, tensors: Tensors, tmp_path: Path) -> None:
+def test_a_file_that_is_no_checkpoint_is_one_line(
+    models: Path, settings: Path, tensors: Tensors, tmp_path: Path
+) -> None:
     file = tmp_path / "one.safetensors"
     assert "no such file" in refused(file, settings)
     file.write_bytes(b"no tensors")

@@ -1,11 +1,11 @@
-"""Few-shot training: it learns, resumes to the bit, and its choices mean what they say."""
+"""Few-shot training: losses by hand, gradients, learning, and resuming to the bit."""
 
 from __future__ import annotations
 
 import csv
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -21,18 +21,11 @@ from safetensors.torch import load_file
 from dsd.config import Params
 from dsd.data.draws import Draw
 from dsd.data.examples import MatchingExample, read_examples
+from dsd.engine.session import Folders, Session
 from dsd.errors import DataError
-from dsd.training.loop import (
-    ContrastiveLearner,
-    Processes,
-    Trainer,
-    accuracy,
-    learner,
-    matching_loss,
-    shape,
-    table,
-    train,
-)
+from dsd.training import LEARNERS
+from dsd.training.clip_heads import HeadLearner
+from dsd.training.loop import Processes, Trainer, accuracy, matching_loss, shape, table, train
 from tests.conftest import ROOT
 from tests.gradients import check_gradient
 
@@ -43,8 +36,18 @@ SQUARE = MatchingExample("y", ("i", "j"), ("a", "b"), ((1, 0), (0, 1)), "all")
 METHODS = {"dsd": "prompt.safetensors", "clip-finetune": "weights.safetensors", "clip-prompt": "prompt.safetensors"}
 
 
+def opened(params: Params, prepared: Path, cached: Path) -> Session:
+    return Session("scenes-com", params, Folders(prepared, cached, cached))
+
+
+def steps_of(
+    params: Params, prepared: Path, cached: Path, target: Path, method: str = "dsd"
+) -> Iterator[dict[str, float]]:
+    return train(opened(params, prepared, cached), method, target)
+
+
 def run(params: Params, prepared: Path, cached: Path, target: Path, method: str = "dsd") -> list[dict[str, float]]:
-    return list(train("scenes-com", method, params, prepared, cached, target))
+    return list(steps_of(params, prepared, cached, target, method))
 
 
 def test_a_right_pair_comes_first_and_no_text_twice() -> None:
@@ -55,10 +58,10 @@ def test_a_right_pair_comes_first_and_no_text_twice() -> None:
         assert right == [True, False, False]
 
 
-def test_a_square_is_seen_whole_from_either_right_pair() -> None:
-    seen = {tuple(pairs[0]): right for pairs, right in (table(SQUARE, 2, 2, Random(seed)) for seed in range(20))}
-    assert {first[0] for first in seen} == {("j", "a"), ("i", "b")}
-    assert all(right == [[True, False], [False, True]] for right in seen.values())
+def test_a_square_is_compared_whole_from_either_right_pair() -> None:
+    tables = {tuple(pairs[0]): right for pairs, right in (table(SQUARE, 2, 2, Random(seed)) for seed in range(20))}
+    assert {first[0] for first in tables} == {("j", "a"), ("i", "b")}
+    assert all(right == [[True, False], [False, True]] for right in tables.values())
 
 
 def test_another_right_text_is_no_negative() -> None:
@@ -112,8 +115,8 @@ def test_the_prompts_gradient_is_that_of_the_score(params: Params, prepared: Pat
     """Its length against the finite difference along it, through every layer of the U-Net."""
     plain = params.methods["dsd"].model_copy(update={"heads": "mean"})  # eq. 7 holds the weights fixed
     of = params.model_copy(update={"methods": {**params.methods, "dsd": plain}})
-    learns = learner("dsd", of, prepared, cached)
-    weights = list(learns.module.parameters())
+    learner = LEARNERS["attention prompt"](opened(of, prepared, cached), "dsd")
+    weights = list(learner.module.parameters())
     generator = torch.Generator().manual_seed(0)
     for weight in weights:
         weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
@@ -123,7 +126,7 @@ def test_the_prompts_gradient_is_that_of_the_score(params: Params, prepared: Pat
     signs = torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]])
 
     def value() -> torch.Tensor:
-        return (learns.scores(tables, draws) * signs).sum()
+        return (learner.scores(tables, draws) * signs).sum()
 
     check_gradient(value, weights, step=2e-2, rel=0.03)
 
@@ -131,15 +134,16 @@ def test_the_prompts_gradient_is_that_of_the_score(params: Params, prepared: Pat
 def test_a_gradient_does_not_depend_on_what_fits_into_a_batch(params: Params, prepared: Path, cached: Path) -> None:
     examples = read_examples(prepared / "examples.parquet", "train")[:3]
     tables = [table(example, 2, 2, Random(n))[0] for n, example in enumerate(examples)]
-    seen = {}
+    results = {}
     for batch_size in (64, 5, 1):  # all twelve rows at once, some, one
         runtime = params.runtime.model_copy(update={"batch_size": batch_size})
-        mine = learner("dsd", params.model_copy(update={"runtime": runtime}), prepared, cached)
-        scores = mine.scores(tables, [Draw(0.4, n) for n in range(3)])
+        session = opened(params.model_copy(update={"runtime": runtime}), prepared, cached)
+        learner = LEARNERS["attention prompt"](session, "dsd")
+        scores = learner.scores(tables, [Draw(0.4, n) for n in range(3)])
         scores.square().sum().backward()
-        seen[batch_size] = [scores.detach(), *(weight.grad for weight in mine.module.parameters())]
+        results[batch_size] = [scores.detach(), *(weight.grad for weight in learner.module.parameters())]
     for batch_size in (5, 1):
-        for whole, parts in zip(seen[64], seen[batch_size], strict=True):
+        for whole, parts in zip(results[64], results[batch_size], strict=True):
             torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-4)
 
 
@@ -172,7 +176,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(
     method: str, params: Params, prepared: Path, cached: Path, tmp_path: Path
 ) -> None:
     whole = run(params, prepared, cached, tmp_path / "whole", method)
-    cut = train("scenes-com", method, params, prepared, cached, tmp_path / "cut")
+    cut = steps_of(params, prepared, cached, tmp_path / "cut", method)
     for _ in range(3):
         next(cut)
     cut.close()  # as a kill after step 3 and its checkpoint of step 2
@@ -182,12 +186,12 @@ def test_an_interrupted_training_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize("middle", [b"", b"?"])
-def test_a_damaged_state_begins_anew(
+def test_a_damaged_state_is_replaced(
     middle: bytes, params: Params, prepared: Path, cached: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = run(params, prepared, cached, tmp_path, "clip-finetune")
     (tmp_path / "summary.json").unlink()
-    cut = train("scenes-com", "clip-finetune", params, prepared, cached, tmp_path)
+    cut = steps_of(params, prepared, cached, tmp_path, "clip-finetune")
     for _ in range(3):
         next(cut)
     cut.close()
@@ -200,7 +204,7 @@ def test_a_damaged_state_begins_anew(
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "curve.csv", "summary.json"])
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9] + b"123456789")])
-def test_what_is_damaged_is_learned_again(
+def test_damaged_results_are_trained_again(
     name: str, damage: Callable[[Path], Any], params: Params, prepared: Path, cached: Path, tmp_path: Path
 ) -> None:
     run(params, prepared, cached, tmp_path, "clip-finetune")
@@ -211,7 +215,7 @@ def test_what_is_damaged_is_learned_again(
 
 
 def test_a_state_of_other_params_is_not_resumed(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
-    cut = train("scenes-com", "dsd", params, prepared, cached, tmp_path)
+    cut = steps_of(params, prepared, cached, tmp_path)
     for _ in range(3):
         next(cut)
     cut.close()
@@ -236,7 +240,7 @@ def test_steps_are_epochs_of_the_examples(
 def test_it_learns(
     method: str, params: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On one fixed batch the loss falls: the gradient reaches what learns through what is frozen."""
+    """On one fixed batch the loss falls: the gradient passes through the frozen layers."""
     fixed: list[object] = []
     rows = Trainer._rows
 
@@ -257,16 +261,16 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_step(
     where: str, params: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(params, prepared, cached, tmp_path / "whole", "clip-finetune")
-    scores, calls = ContrastiveLearner.scores, [0]
+    scores, calls = HeadLearner.scores, [0]
 
-    def overflows(self: ContrastiveLearner, *arguments: Any) -> torch.Tensor:
+    def overflows(self: HeadLearner, *arguments: Any) -> torch.Tensor:
         calls[0] += 1
         found = scores(self, *arguments)
         if calls[0] == 3:
             return found * torch.inf if where == "loss" else found + (found - found.detach()).abs().sqrt()
         return found
 
-    monkeypatch.setattr(ContrastiveLearner, "scores", overflows)
+    monkeypatch.setattr(HeadLearner, "scores", overflows)
     rare = {"clip-finetune": params.training["clip-finetune"].model_copy(update={"checkpoint_every": 100})}
     with pytest.raises(DataError, match=r"state\.pt: clip-finetune on scenes-com stopped after step 2.*nan") as error:
         run(params.model_copy(update={"training": rare}), prepared, cached, tmp_path / "cut", "clip-finetune")
@@ -275,10 +279,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_step(
     assert again == whole and calls[0] == 5  # steps 3 and 4 alone were taken again
 
 
-def test_nothing_to_train_on_is_said(
+def test_an_empty_few_shot_split_is_an_error(
     params: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsd.training.loop.read_examples", lambda *_: [])
+    monkeypatch.setattr(Session, "examples", lambda *_: [])
     with pytest.raises(DataError, match=r"datasets\.scenes-com\.few_shot"):
         run(params, prepared, cached, tmp_path)
 
@@ -286,7 +290,7 @@ def test_nothing_to_train_on_is_said(
 def together(
     processes: int, steps: int, method: str, params: Params, prepared: Path, cached: Path, target: Path
 ) -> subprocess.CompletedProcess[str]:
-    """So many steps of a training in so many processes. On processors Accelerate has no launcher of its own."""
+    """Some steps of a training in several processes. On CPUs Accelerate has no launcher of its own."""
     settings = target.with_suffix(".json")
     settings.write_text(params.model_dump_json())
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -299,8 +303,7 @@ def together(
 def test_two_processes_take_the_steps_of_one(
     method: str, stopped: int | None, params: Params, prepared: Path, cached: Path, tmp_path: Path
 ) -> None:
-    """The second sees one example of a step more than the first; the curve and what was learned are those of one, also
-    where they were stopped."""
+    """The second process has one example more per step; curve and weights equal those of one process, also resumed."""
     alone = run(params, prepared, cached, tmp_path / "alone", method)
     if stopped:
         assert together(2, stopped, method, params, prepared, cached, tmp_path / "both").returncode == 0

@@ -1,5 +1,5 @@
-"""`torchrun -m tests.together STEPS SETTINGS METHOD PREPARED CACHED TARGET`: so many steps at most of a training on
-scenes-com; prints in how many processes."""
+"""`torchrun -m tests.together STEPS SETTINGS METHOD PREPARED CACHED TARGET`: train on scenes-com for at most this many
+steps; prints the number of processes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from dsd.config import Params
+from dsd.engine.session import Folders, Session
 from dsd.training.loop import train
 
 
@@ -18,8 +19,8 @@ def main() -> None:
     steps, settings, method, prepared, cached, target = sys.argv[1:]
     params = Params.model_validate(json.loads(Path(settings).read_text()))
     print(PartialState(cpu=True).num_processes, flush=True)  # noqa: T201
-    rows = train("scenes-com", method, params, Path(prepared), Path(cached), Path(target))
-    list(islice(rows, int(steps)))
+    session = Session("scenes-com", params, Folders(Path(prepared), Path(cached), Path(target).parent))
+    list(islice(train(session, method, Path(target)), int(steps)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Workers that do not do what they should, where actors can import them."""
+"""Faulty workers, in a module that actors can import."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from dsd.errors import DsdError
 
 
 class Stubborn:
-    """A worker that knows of one shard, and what is wrong with it."""
+    """A worker with one shard, whose computation is a user error."""
 
-    asked = ("known",)
+    shards = ("known",)
 
     def __call__(self, key: str) -> None:
         raise DsdError("model.safetensors: cut short")
 
 
 class Dies(scoring.Worker):
-    """A worker whose process is killed within its first shard, or right after it; the next one lives."""
+    """A worker whose process is killed during its first shard, or right after it; its successor survives."""
 
     def __init__(self, *arguments: Any, marker: Path, when: str, **options: Any) -> None:
         super().__init__(*arguments, **options)

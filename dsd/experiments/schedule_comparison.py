@@ -39,7 +39,7 @@ def compare_schedules(session: Session, evidence: Path, target: Path) -> dict[st
     races, store = params.races, Store(evidence)
     methods = compared_methods(session.name, races.datasets[session.name], params.methods)
     splits = {split: choices(session.examples(split))[: races.examples] for split in (LEARNED_FROM, MEASURED_ON)}
-    proposers = [p for p in races.racing.proposer if p]
+    proposers = compared_proposers(races.racing.proposer, params.methods)
     rows = [params.methods[p].model_dump() for p in proposers]
     settings = digest(races.model_dump(exclude={"datasets", "growth"}), params.evaluate.model_dump(), rows)
 
@@ -89,6 +89,20 @@ def compared_methods(
         if name not in fitting:
             raise ParamsError(f"races.datasets.{dataset}: {unknown('method by means over draws', name, fitting)}")
     return {name: cast(ScheduledMethod, fitting[name]) for name in names}
+
+
+def compared_proposers(names: Sequence[str | None], methods: Mapping[str, MethodParams]) -> list[str]:
+    """The proposers that racing is compared with.
+
+    Raises:
+        ParamsError: params.yaml has no such method, or it is not contrastive.
+    """
+    fitting = [name for name, row in methods.items() if row.contrastive]
+    proposers = [name for name in names if name]
+    for name in proposers:
+        if name not in fitting:
+            raise ParamsError(f"races.racing.proposer: {unknown('contrastive method', name, fitting)}")
+    return proposers
 
 
 def recorded(
