@@ -1,4 +1,4 @@
-"""Actors compute what the local path would, to the byte, whoever of them dies."""
+"""Actors compute the same bytes as the local executor, even if they die."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NAME = "scenes-com"
 
 @pytest.fixture(scope="module")
 def lean(params: Params) -> Params:
-    """Without the tuned CLIPs, whose trainings nothing here asks for."""
+    """Without the tuned CLIPs, whose training is not needed here."""
     methods = {name: row for name, row in params.methods.items() if name not in ("clip-finetune", "clip-prompt")}
     training = {"dsd": params.training["dsd"]}
     return params.model_copy(update={"methods": methods, "training": training})
@@ -76,7 +76,7 @@ def test_nothing_is_missing_of_what_was_computed(lean: Params, folders: Folders,
     assert encoding.missing(lean, folders.prepared, folders.cached) == {}
 
 
-def test_a_shard_that_was_cut_short_is_missing(lean: Params, folders: Folders, tmp_path: Path) -> None:
+def test_a_truncated_shard_is_missing(lean: Params, folders: Folders, tmp_path: Path) -> None:
     key, *_ = lacking(lean, folders, tmp_path)
     worker(lean, folders, tmp_path)(key)
     assert key not in lacking(lean, folders, tmp_path)
@@ -183,13 +183,15 @@ def test_a_missing_package_is_one_line(lean: Params, monkeypatch: pytest.MonkeyP
     assert compute({}, pytest.fail, lean.runtime, "score") == 0  # nothing to do needs none
 
 
-def test_an_actor_tells_a_mistake_and_works_in_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_actor_returns_user_errors_and_works_in_the_workspace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path.parent)
     threads = torch.get_num_threads()
-    tell = Actor(Stubborn, str(tmp_path), threads)
-    assert tell({"key": ["known"]}) == {"key": ["known"], "error": ["model.safetensors: cut short"]}
+    actor = Actor(Stubborn, str(tmp_path), threads)
+    assert actor({"key": ["known"]}) == {"key": ["known"], "error": ["model.safetensors: cut short"]}
     assert Path.cwd() == tmp_path
-    (other,) = tell({"key": ["unknown"]})["error"]
+    (other,) = actor({"key": ["unknown"]})["error"]
     assert other.endswith("all machines need the same data, checkpoints and code")
     (absent,) = Actor(Stubborn, str(tmp_path / "absent"), threads)({"key": ["known"]})["error"]
     assert absent.endswith("absent: no such folder; all machines need the workspace under one path")
@@ -238,7 +240,7 @@ def test_a_cluster_that_does_not_answer_is_one_line(address: str) -> None:
 
 
 @pytest.mark.ray
-def test_an_actors_mistake_is_the_stages(nodes: Any, lean: Params) -> None:
+def test_the_stage_raises_the_user_error_of_an_actor(nodes: Any, lean: Params) -> None:
     with pytest.raises(DsdError, match=r"^model\.safetensors: cut short$"):
         compute({"known": 1}, Stubborn, lean.runtime, "score")
 
@@ -251,7 +253,7 @@ def test_a_shard_that_kills_its_actors_is_given_up(nodes: Any, lean: Params) -> 
 
 
 @pytest.mark.ray
-def test_a_defect_is_no_users_mistake(nodes: Any, lean: Params) -> None:
+def test_a_defect_is_not_a_user_error(nodes: Any, lean: Params) -> None:
     with pytest.raises(Exception, match="ZeroDivisionError") as error:
         compute({"known": 1}, Defective, lean.runtime, "score")
     assert error_line(error.value) is None

@@ -1,4 +1,4 @@
-"""The leaderboard shows what is in the registry: the champion, intervals, verdicts, failures and trends."""
+"""The leaderboard shows the registry: the champion, intervals, verdicts, failures and trends."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def board() -> Board:
 
 
 class Page(HTMLParser):
-    """The page's tables as rows of texts, by caption, and whatever it would fetch."""
+    """The page's tables as rows of texts, by caption, and the addresses that it would fetch."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -116,19 +116,19 @@ def test_the_command_shows_what_the_registry_has(watched: Path, dag: Dag) -> Non
     dag.right = {"a": 100, "b": 180}
     dag.failing = {"c": "score: out of memory"}
     tick()
-    told = json.loads(CliRunner().invoke(app, ["leaderboard", "--json"]).stdout)
-    assert [(e["name"], e["champion"], e["verdict"]) for e in told["entries"]] == [
+    shown = json.loads(CliRunner().invoke(app, ["leaderboard", "--json"]).stdout)
+    assert [(e["name"], e["champion"], e["verdict"]) for e in shown["entries"]] == [
         ("b", True, "promoted"),
         ("a", False, "promoted"),
     ]
-    difference = told["entries"][0]["differences"][REF]
-    assert difference["value"] == pytest.approx(0.4) and difference["low"] > 0.3 and told["entries"][0]["against"] == 1
-    assert [(f["name"], f["attempts"], f["given_up"]) for f in told["failures"]] == [("c", 1, False)]
-    shown = CliRunner().invoke(app, ["leaderboard"], env={"COLUMNS": "80"}).output
+    difference = shown["entries"][0]["differences"][REF]
+    assert difference["value"] == pytest.approx(0.4) and difference["low"] > 0.3 and shown["entries"][0]["against"] == 1
+    assert [(f["name"], f["attempts"], f["given_up"]) for f in shown["failures"]] == [("c", 1, False)]
+    output = CliRunner().invoke(app, ["leaderboard"], env={"COLUMNS": "80"}).output
     for part in ("★ b ", "version 2 ", " 90.0 % ", " [85.0, 95.0] ", " n = 200 ", "promoted", "score: out of memory"):
-        assert part in shown
+        assert part in output
     run = CliRunner().invoke(app, ["leaderboard", "--html", "elsewhere/page.html"])
     assert run.output == "page: elsewhere/page.html\n" and "★ b" in Path("elsewhere/page.html").read_text()
     change(seed=1)
-    told = json.loads(CliRunner().invoke(app, ["leaderboard", "--json"]).stdout)
-    assert [e["now"] for e in told["entries"]] == [False, False] and len(Registry().versions()) == 2
+    shown = json.loads(CliRunner().invoke(app, ["leaderboard", "--json"]).stdout)
+    assert [e["now"] for e in shown["entries"]] == [False, False] and len(Registry().versions()) == 2

@@ -21,7 +21,7 @@ def test_the_table_is_between_the_marks_and_nothing_else_moves() -> None:
     assert updated(new, METRICS) == new
 
 
-def test_missing_marks_are_said() -> None:
+def test_missing_marks_are_an_error() -> None:
     with pytest.raises(DataError, match="lacks the marks"):
         updated("no marks", METRICS)
 
