@@ -158,7 +158,7 @@ def _machine(params: Params) -> Iterator[Check]:
     for name in params.backbones:
         selected = params.model_copy(update={"backbone": name})
         yield Check(f"checkpoint {name}", partial(_checkpoint, selected), ACCESS)
-    yield Check("disk", partial(_disk, params, tested), "free disk space, or use fewer examples (datasets in params.yaml)")
+    yield Check("disk", partial(_disk, params, tested), "free disk space, or use fewer examples (see datasets)")
 
 
 def _device(runtime: RuntimeParams) -> str:
