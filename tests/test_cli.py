@@ -79,7 +79,7 @@ def test_heatmap_is_written(tmp_path: Path) -> None:
         (["--heatmap", "no/such/folder/where.png"], "dsd: --heatmap no/such/folder/where.png: "),
     ],
 )
-def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
+def test_a_user_error_is_one_line(arguments: list[str], message: str) -> None:
     result = run("a.png", "--text", "right", *arguments, code=1)
     assert result.output.startswith(message)
     assert len(result.output.splitlines()) == 1

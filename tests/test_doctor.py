@@ -91,7 +91,7 @@ def test_versions(versions: dict[str, str]) -> None:
         doctor.package("diffusers")
 
 
-def test_the_combination_that_is_known_to_be_bad(versions: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incompatible_combination(versions: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.metadata, "requires", lambda _: None)  # whatever is declared
     assert doctor.package("fastapi") == "0.150.0"
     versions["fastapi"] = "0.151.0"
@@ -108,7 +108,7 @@ def with_row(params: Params, row: BackboneParams, **runtime: str) -> Params:
     )
 
 
-def test_what_there_is_to_compute_with(params: Params) -> None:
+def test_the_device_and_the_checkpoints(params: Params) -> None:
     assert "cores" in look(doctor._machine(params), "device").found
     assert look(doctor._machine(params), "attention") == Finding("attention", "sdpa runs in float32")
     checkpoint = look(doctor._machine(params), "checkpoint embedded")

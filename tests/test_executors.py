@@ -79,7 +79,7 @@ def test_nothing_is_missing_of_what_was_computed(lean: Params, folders: Folders,
     assert encoding.missing(Session(NAME, lean, folders)) == {}
 
 
-def test_a_shard_that_was_cut_short_is_missing(lean: Params, folders: Folders, tmp_path: Path) -> None:
+def test_a_truncated_shard_is_missing(lean: Params, folders: Folders, tmp_path: Path) -> None:
     key, *_ = lacking(lean, folders, tmp_path)
     worker(lean, folders, tmp_path)(key)
     assert key not in lacking(lean, folders, tmp_path)

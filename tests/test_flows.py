@@ -1,4 +1,4 @@
-"""The stages as flows: what they hand to the method, what they leave behind, and how they fail."""
+"""The stages as flows: the arguments they pass to the method, their outputs, and their errors."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def one_dataset(workspace: Path) -> Path:
     return workspace
 
 
-def test_a_stage_sees_the_params_that_dvc_knows_of(one_dataset: Path) -> None:
+def test_a_stage_reads_the_params_that_dvc_lists(one_dataset: Path) -> None:
     granted = params("work")
     assert (granted.seed, list(granted.datasets)) == (0, ["scenes-com"])
-    assert granted.runtime.workers  # changes no result, so it is nobody's dependency
+    assert granted.runtime.workers  # changes no result, so no stage depends on it
     with pytest.raises(AttributeError, match="training"):
         _ = granted.training
 
@@ -96,7 +96,7 @@ def failing(error: Exception) -> Callable[[], None]:
         (OSError(errno.ENOSPC, "No space left on device", "shard"), "fail: shard: disk full, "),
     ],
 )
-def test_a_mistake_in_a_unit_is_one_line(
+def test_a_user_error_in_a_unit_is_one_line(
     one_dataset: Path, prefect_server: None, capfd: pytest.CaptureFixture[str], error: Exception, line: str
 ) -> None:
     with pytest.raises(SystemExit) as exit:
@@ -112,7 +112,7 @@ def test_a_defect_keeps_its_traceback(one_dataset: Path, prefect_server: None) -
         failing(ZeroDivisionError())()
 
 
-def test_a_mistake_is_found_behind_what_it_caused() -> None:
+def test_a_user_error_is_found_among_the_causes() -> None:
     wrapped = RuntimeError("the task failed")
     wrapped.__cause__ = DataError("examples.parquet: no such file")
     assert stages.error_line(wrapped) == "examples.parquet: no such file"
@@ -141,7 +141,7 @@ def refused(url: str) -> httpx.HTTPError:
         (FileNotFoundError(errno.ENOENT, ""), None),
     ],
 )
-def test_what_the_machine_lacks_is_one_line(
+def test_an_error_of_the_machine_is_one_line(
     error: Exception, line: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:42/api")
@@ -151,7 +151,7 @@ def test_what_the_machine_lacks_is_one_line(
     assert found is None if line is None else re.fullmatch(line, str(found))
 
 
-def test_only_the_outside_world_is_tried_again(one_dataset: Path, prefect_server: None) -> None:
+def test_only_transient_errors_are_retried(one_dataset: Path, prefect_server: None) -> None:
     tries: dict[str, int] = {}
 
     def flaky(name: str) -> dict[str, Any]:
@@ -172,27 +172,27 @@ def test_only_the_outside_world_is_tried_again(one_dataset: Path, prefect_server
     assert tries == {"reset": 2, "mistake": 1}
 
 
-def test_a_dataset_that_is_gone_is_removed(tmp_path: Path) -> None:
-    for name in ("kept", "gone"):
+def test_the_folder_of_a_removed_dataset_is_removed(tmp_path: Path) -> None:
+    for name in ("kept", "removed"):
         (tmp_path / name).mkdir()
-    (tmp_path / "gone.txt").touch()
+    (tmp_path / "removed.txt").touch()
     prune(tmp_path, ["kept", "new"])
     prune(tmp_path / "absent", ["kept"])
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each with its params, its folders and nothing else, in the order of dvc.yaml."""
+    """Each with its params and its folders, in the order of dvc.yaml."""
     from flows import tracking
     from flows.stages import cache, download, evaluate, prepare, pretrain, score, train
     from flows.stages import report as reporting
 
-    called: list[tuple[Any, ...]] = []
+    calls: list[tuple[Any, ...]] = []
 
     def note(result: Any) -> Callable[..., Any]:
         def stub(*arguments: Any, **options: Any) -> Any:
             given = [*arguments, *options.values()]
-            called.append(tuple(str(a) for a in given if isinstance(a, str | Path)))
+            calls.append(tuple(str(a) for a in given if isinstance(a, str | Path)))
             return result
 
         return stub
@@ -230,7 +230,7 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
 
     name, learning = "scenes-com", ("dsd", "clip-finetune", "clip-prompt")
     folders = {s: f"data/{s}/{name}" for s in ("download", "prepare", "cache", "train", "score")}
-    assert called == [
+    assert calls == [
         ("data/pretrain", "models"),
         (folders["download"],),
         (name, folders["download"], folders["prepare"]),
@@ -275,11 +275,11 @@ def test_reproducing_twice_runs_the_stages_once(
     assert Path("data/report/index.html").read_text() == "page"
     monkeypatch.setattr(reproduce, "run", pytest.fail)
     assert reproduce.reproduce().splitlines() == ["everything is up to date", first[1]]
-    assert len(small_dag) == 2  # what DVC had in its cache gets published as well
+    assert len(small_dag) == 2  # results from the cache of DVC are published as well
 
 
 @pytest.mark.slow
-def test_only_a_reproduction_from_nothing_is_recorded_as_whole(small_dag: list[Any], prefect_server: None) -> None:
+def test_only_a_reproduction_from_scratch_is_recorded_as_whole(small_dag: list[Any], prefect_server: None) -> None:
     timing = '{"stage": "report", "seconds": 0, "finished": "2999-01-01T00:00:00+00:00"}'
     command = f"mkdir -p data/kept data/timings && echo '{timing}' > data/timings/report.json"
     stage = {"cmd": command, "params": ["seed"], "outs": [{"data/kept": {"persist": True}}]}
@@ -317,16 +317,18 @@ def test_recompute_runs_every_stage_again_but_those_that_are_frozen(small_dag: l
 def test_the_line_of_a_failed_stage_is_the_last(
     small_dag: list[Any], prefect_server: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    Path("dvc.yaml").write_text(Path("dvc.yaml").read_text().replace("cmd: ", "cmd: echo 'what to mend' >&2; exit 1; "))
+    Path("dvc.yaml").write_text(
+        Path("dvc.yaml").read_text().replace("cmd: ", "cmd: echo 'what to correct' >&2; exit 1; ")
+    )
     with pytest.raises(SystemExit) as exit:
         reproduce.main()
     assert exit.value.code == 1
-    assert capfd.readouterr().err.splitlines()[-1] == "what to mend"
+    assert capfd.readouterr().err.splitlines()[-1] == "what to correct"
     assert not small_dag
 
 
 @pytest.mark.slow
-def test_a_stage_that_was_killed_is_told_of(
+def test_a_killed_stage_is_reported(
     small_dag: list[Any], prefect_server: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     Path("dvc.yaml").write_text(Path("dvc.yaml").read_text().replace("cmd: ", "cmd: kill -9 $$; "))
@@ -365,7 +367,7 @@ def test_dvc_writes_the_same_lock_through_our_file_system(small_dag: list[Any]) 
 
 
 @pytest.mark.parametrize("content", ["", '{"read": {"/a'])
-def test_a_list_of_paths_in_use_that_was_cut_short_is_removed(workspace: Path, content: str) -> None:
+def test_a_truncated_rwlock_is_removed(workspace: Path, content: str) -> None:
     reproduce.repair_rwlock()
     reproduce.RWLOCK.parent.mkdir(parents=True)
     reproduce.RWLOCK.write_text("{}")
@@ -377,8 +379,8 @@ def test_a_list_of_paths_in_use_that_was_cut_short_is_removed(workspace: Path, c
 
 
 @pytest.mark.parametrize("left", ["empty", "half"])
-def test_a_memory_of_a_stage_that_was_cut_short_is_removed(small_dag: list[Any], left: str) -> None:
-    """DVC alone fails with a TypeError on it, now or the next time."""
+def test_a_truncated_entry_of_the_run_cache_is_removed(small_dag: list[Any], left: str) -> None:
+    """DVC itself fails on it with a TypeError, in this run or the next."""
     cache = Path(".dvc", "cache")
     for run in range(3):
         with Repo() as repo:
@@ -393,7 +395,7 @@ def test_a_memory_of_a_stage_that_was_cut_short_is_removed(small_dag: list[Any],
             assert not [*cache.glob("runs/*/*"), *cache.rglob("*.tmp")]
 
 
-def test_a_cache_that_others_are_at_work_with_is_left_alone(tmp_path: Path) -> None:
+def test_a_cache_in_use_is_not_repaired(tmp_path: Path) -> None:
     begun = tmp_path / "files" / "md5" / tmp_fname()
     begun.parent.mkdir(parents=True)
     with reproduce.cache_in_use(tmp_path):
@@ -405,14 +407,14 @@ def test_a_cache_that_others_are_at_work_with_is_left_alone(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_params_that_are_wrong_are_one_line(small_dag: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_params_are_one_line(small_dag: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace("resamples:", "resample:"))
     with pytest.raises(SystemExit) as exit:
         reproduce.main()
     assert str(exit.value.code).startswith("reproduce: params.yaml: ")
 
 
-def test_orchestration_is_what_is_not_work(workspace: Path) -> None:
+def test_only_stages_that_finished_since_then_count(workspace: Path) -> None:
     Path("data/timings").mkdir(parents=True)
     for name, finished in (("train", "2030-01-01T00:00:00+00:00"), ("prepare", "2020-01-01T00:00:00+00:00")):
         record = {"stage": name, "seconds": 5.0, "finished": finished}
@@ -421,7 +423,7 @@ def test_orchestration_is_what_is_not_work(workspace: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_server_is_there_and_goes_away(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_starts_and_stops(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with reproduce.server():
         url = f"{os.environ['PREFECT_API_URL']}/health"

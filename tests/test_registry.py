@@ -1,4 +1,4 @@
-"""Checkpoints and prompts are registered once, and the champion's alias goes where the gate lets it."""
+"""Checkpoints and prompts are registered once, and the gate moves the alias of the champion."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXAMPLES = [MatchingExample(f"e{n}", ("a", "b"), (f"t{n}",), ((0, 0),), ["subjec
 
 @pytest.fixture
 def measured(workspace: Path, database: Path, models: Path) -> Params:
-    """The params of a workspace in which a checkpoint was measured on one dataset, and in git."""
+    """The params of a workspace in Git, in which a checkpoint was measured on one dataset."""
     shutil.copy(database, workspace)
     shutil.copytree(models, workspace / "models")
     (workspace / "dvc.lock").write_text("schema: '2.0'\n")
@@ -46,7 +46,7 @@ def measured(workspace: Path, database: Path, models: Path) -> Params:
 
 
 def measure(right: int) -> None:
-    """Leaves what a reproduction leaves of so many right answers, and a prompt that is another one for each number."""
+    """Write the results of so many right answers, and a prompt that differs for each number."""
     from dsd.models.prompts import AttentionPrompt
 
     rows = [{"method": "dsd", "rank": 1 if n < right else 2} for n in range(len(EXAMPLES))]
@@ -96,7 +96,7 @@ def test_code_that_is_not_committed_shows(measured: Params) -> None:
     assert Registry().register(measured, Path()).commit.endswith("+")
 
 
-def test_the_champion_on_other_examples_takes_its_own_place(measured: Params) -> None:
+def test_the_champion_on_other_examples_replaces_its_old_version(measured: Params) -> None:
     registry = Registry()
     registry.challenge(measured, registry.register(measured, Path()))
     others = measured.model_copy(update={"seed": 1})
@@ -114,7 +114,7 @@ def test_the_champion_on_other_examples_takes_its_own_place(measured: Params) ->
     assert not registry.challenge(others, another).promoted  # a tie now
 
 
-def test_a_version_knows_the_row_that_it_can_be_had_by(measured: Params) -> None:
+def test_a_version_has_the_row_that_opens_its_checkpoint(measured: Params) -> None:
     from dsd.models.checkpoint import locate
 
     version = Registry().register(measured, Path())
@@ -131,18 +131,18 @@ def test_other_results_are_another_version(measured: Params) -> None:
     assert aliases() == aliases(PROMPTS) == {CHALLENGER: 2}
 
 
-def test_the_better_challenger_takes_the_place_and_brings_its_prompts(measured: Params) -> None:
+def test_the_better_challenger_is_promoted_with_its_prompts(measured: Params) -> None:
     registry = Registry()
     assert registry.challenge(measured, registry.register(measured, Path())).reason == "there was no champion"
     assert aliases() == aliases(PROMPTS) == {CHAMPION: 1}
     measure(200)
     verdict = registry.challenge(measured, registry.register(measured, Path()))
     assert verdict.promoted and aliases() == aliases(PROMPTS) == {CHAMPION: 2}
-    told = registry.alias(CHAMPION)
-    assert told is not None and (told.verdict, told.reason) == ("promoted", verdict.reason)
+    shown = registry.alias(CHAMPION)
+    assert shown is not None and (shown.verdict, shown.reason) == ("promoted", verdict.reason)
 
 
-def test_a_prompt_that_was_learned_again_goes_with_its_own_measurement(measured: Params) -> None:
+def test_a_prompt_that_was_trained_again_is_promoted_with_its_own_measurement(measured: Params) -> None:
     registry = Registry()
     registry.register(measured, Path())
     file = Path("data/train", COM, "dsd", "prompt.safetensors")
@@ -157,7 +157,9 @@ def test_a_prompt_that_was_learned_again_goes_with_its_own_measurement(measured:
 
 
 @pytest.mark.parametrize("before", ["_promote", "update_model_version"])
-def test_a_kill_within_a_promotion_is_made_good(measured: Params, monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+def test_a_killed_promotion_is_completed_by_the_next(
+    measured: Params, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
     registry = Registry()
     registry.challenge(measured, registry.register(measured, Path()))
     measure(200)
@@ -174,19 +176,19 @@ def test_a_kill_within_a_promotion_is_made_good(measured: Params, monkeypatch: p
     verdict = registry.challenge(measured, registry.register(measured, Path()))
     assert verdict.promoted and verdict.reason.startswith("better on scenes-com")
     assert aliases() == aliases(PROMPTS) == {CHAMPION: 2}
-    told = registry.alias(CHAMPION)
-    assert told is not None and (told.verdict, told.reason, told.against) == ("promoted", verdict.reason, 1)
+    shown = registry.alias(CHAMPION)
+    assert shown is not None and (shown.verdict, shown.reason, shown.against) == ("promoted", verdict.reason, 1)
 
 
-def test_a_tie_keeps_the_champion_and_the_reason_stands_in_the_registry(measured: Params) -> None:
+def test_a_tie_keeps_the_champion_and_the_reason_is_registered(measured: Params) -> None:
     registry = Registry()
     registry.challenge(measured, registry.register(measured, Path()))
     measure(151)
     kept = registry.register(measured, Path())
     assert not registry.challenge(measured, kept).promoted
     assert aliases() == {CHAMPION: 1, CHALLENGER: 2}
-    [told, _] = registry.versions()
-    assert told.verdict == "kept out" and "a tie keeps the champion: scenes-com" in told.reason
+    [shown, _] = registry.versions()
+    assert shown.verdict == "kept out" and "a tie keeps the champion: scenes-com" in shown.reason
 
 
 def test_measurements_by_other_code_are_not_compared(measured: Params, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +237,7 @@ def test_a_killed_registration_is_finished_by_the_next(measured: Params, monkeyp
     assert len(client.search_runs([experiment.experiment_id], "tags.`dsd.kind` = 'evaluation'")) == 1
 
 
-def test_the_key_is_of_what_results_depend_on(measured: Params) -> None:
+def test_the_key_depends_on_what_results_depend_on(measured: Params) -> None:
     def key(**changes: object) -> str:
         return evaluation_key(measured.model_copy(update=changes), "digest")
 
@@ -273,7 +275,7 @@ def test_a_registered_prompt_on_another_backbone_is_refused_with_both_digests(
 @pytest.mark.parametrize(
     "reference", ["models:/nothing@champion", f"models:/{PROMPTS}@nobody", f"models:/{PROMPTS}/9", "models:/"]
 )
-def test_a_prompt_that_is_not_there_is_one_line(measured: Params, reference: str, tmp_path: Path) -> None:
+def test_a_missing_prompt_is_one_line(measured: Params, reference: str, tmp_path: Path) -> None:
     Registry().register(measured, Path())
     with pytest.raises(DsdError) as caught:
         Registry().prompt(reference, tmp_path)
@@ -293,7 +295,7 @@ def test_a_checkpoint_that_has_changed_is_refused(models: Path) -> None:
         locate(row.model_copy(update={"digest": "another"}))
 
 
-def test_promote_tells_what_was_decided(measured: Params) -> None:
+def test_promote_prints_the_verdict(measured: Params) -> None:
     run = CliRunner().invoke(app, ["promote"])
     page = Path("data/leaderboard/index.html")
     assert run.exit_code == 0
@@ -301,10 +303,10 @@ def test_promote_tells_what_was_decided(measured: Params) -> None:
     assert "there was no champion" in page.read_text()
     assert Registry().client.get_model_version(BACKBONE, "1").description == "promoted: there was no champion"
     measure(150 + 50)
-    told = json.loads(CliRunner().invoke(app, ["promote", "--json"]).stdout)
-    assert (told["version"], told["promoted"]) == (2, True)
-    assert told["compared"][COM]["difference"]["n"] == 300 and np.isclose(
-        told["compared"][COM]["difference"]["value"], 1 / 6
+    shown = json.loads(CliRunner().invoke(app, ["promote", "--json"]).stdout)
+    assert (shown["version"], shown["promoted"]) == (2, True)
+    assert shown["compared"][COM]["difference"]["n"] == 300 and np.isclose(
+        shown["compared"][COM]["difference"]["value"], 1 / 6
     )
 
 
@@ -321,9 +323,9 @@ def test_promoting_is_a_flow_too(measured: Params, prefect_server: None) -> None
 
 def test_match_takes_a_registered_prompt(measured: Params) -> None:
     Registry().register(measured, Path())
-    Image.new("RGB", (32, 32)).save("picture.png")
-    asked = ["match", "picture.png", "--text", "a red circle", "--prompt", f"models:/{PROMPTS}@{CHALLENGER}"]
-    run = CliRunner().invoke(app, asked)
+    Image.new("RGB", (32, 32)).save("image.png")
+    arguments = ["match", "image.png", "--text", "a red circle", "--prompt", f"models:/{PROMPTS}@{CHALLENGER}"]
+    run = CliRunner().invoke(app, arguments)
     digest = Registry().versions()[0].digest  # read, and refused: it belongs to none of these
     assert run.exit_code == 1 and f"belongs to backbone the backbone it belongs to, not to {digest}" in str(
         run.exception

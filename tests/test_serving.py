@@ -1,4 +1,4 @@
-"""The champion as a service: its versions as models of MLflow, and answers over HTTP."""
+"""Serving the champion: versions as models of MLflow, and answers over HTTP."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TEXTS = ["a red circle", "a blue star", "a green ring left of a pink bolt"]
 MODEL = f"models:/{BACKBONE}@{CHAMPION}"
 
 
-def picture(seed: int, side: int = 40) -> bytes:
+def image(seed: int, side: int = 40) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 255, (side, side + 10, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -63,7 +63,7 @@ def coded(content: bytes) -> str:
 
 
 def row(seed: int = 0, texts: list[str] = TEXTS, **more: Any) -> dict[str, Any]:
-    return {"image": coded(picture(seed)), "texts": texts, **more}
+    return {"image": coded(image(seed)), "texts": texts, **more}
 
 
 def enter(params: Params, root: Path) -> None:
@@ -137,25 +137,23 @@ def test_a_version_is_a_typed_reference_without_a_pickle_or_a_checkpoint(registe
 
 def test_a_table_is_answered_as_the_matcher_scores(model: PyFuncModel, matcher: Matcher) -> None:
     table = pd.DataFrame(
-        {"image": [picture(0), coded(picture(1)), picture(2)], "texts": [TEXTS, TEXTS[1:], np.array(TEXTS[:1])]}
+        {"image": [image(0), coded(image(1)), image(2)], "texts": [TEXTS, TEXTS[1:], np.array(TEXTS[:1])]}
     )
     found = model.predict(table)
     assert list(found.columns) == ["scores", "best"]
     for n, texts in enumerate(table["texts"]):
-        scores = matcher.score(picture(n), list(texts))[0]
+        scores = matcher.score(image(n), list(texts))[0]
         np.testing.assert_allclose(found["scores"][n], scores, atol=1e-5)
         assert found["best"][n] == texts[int(scores.argmax())]
         alone = model.predict(table[n : n + 1])
         np.testing.assert_allclose(alone["scores"][0], found["scores"][n], atol=1e-5)
 
 
-def test_heat_maps_are_of_the_best_text_where_they_are_asked_for(
-    model: PyFuncModel, matcher: Matcher, web: TestClient
-) -> None:
-    table = pd.DataFrame({"image": [picture(0), picture(1)], "texts": [TEXTS, TEXTS], "heatmap": [True, False]})
+def test_heat_maps_are_of_the_best_text_and_optional(model: PyFuncModel, matcher: Matcher, web: TestClient) -> None:
+    table = pd.DataFrame({"image": [image(0), image(1)], "texts": [TEXTS, TEXTS], "heatmap": [True, False]})
     found = model.predict(table)
     assert found["heatmap"][1] is None
-    heatmap = matcher.heatmap(picture(0), found["best"][0])
+    heatmap = matcher.heatmap(image(0), found["best"][0])
     assert [word["word"] for word in found["heatmap"][0]] == heatmap.words
     maps = [Image.open(io.BytesIO(base64.b64decode(word["map"]))) for word in found["heatmap"][0]]
     np.testing.assert_allclose([np.asarray(drawn) / 255 for drawn in maps], heatmap.maps, atol=0.01)
@@ -164,7 +162,7 @@ def test_heat_maps_are_of_the_best_text_where_they_are_asked_for(
 
 
 @pytest.mark.parametrize("form", ["inputs", "dataframe_records"])
-def test_both_servers_give_the_same_answers(
+def test_both_servers_return_the_same_answers(
     form: str, web: TestClient, its_own: TestClient, model: PyFuncModel
 ) -> None:
     body = {form: [row(0), row(1, TEXTS[:2])]}
@@ -185,17 +183,17 @@ def test_sixteen_clients_get_what_one_gets(service: Service) -> None:
 
 
 def bomb() -> str:
-    """A picture of 20 megapixels in some 20 kB."""
+    """An image of 20 megapixels in some 20 kB."""
     file = io.BytesIO()
     Image.new("1", (5000, 4000)).save(file, "PNG")
     return coded(file.getvalue())
 
 
 BAD = {
-    "no picture": ([row(image=coded(b"no picture"))], "row 1: image of 10 bytes: not an image"),
-    "half a picture": ([row(), row(image=coded(picture(0)[:900]))], "row 2: image of 900 bytes: "),
-    "an empty picture": ([row(image="")], "row 1: image of 0 bytes: not an image"),
-    "a huge picture": ([row(image=bomb())], "5000 x 4000 pixels, more than max_pixels = 16000000"),
+    "no image": ([row(image=coded(b"no picture"))], "row 1: image of 10 bytes: not an image"),
+    "half an image": ([row(), row(image=coded(image(0)[:900]))], "row 2: image of 900 bytes: "),
+    "an empty image": ([row(image="")], "row 1: image of 0 bytes: not an image"),
+    "a huge image": ([row(image=bomb())], "5000 x 4000 pixels, more than max_pixels = 16000000"),
     "an address": ([row(image="http://127.0.0.1/a.png")], "not base64; send the file's content"),
     "a data address": ([row(image="data:image/png;base64,AAAA")], "not base64; send the file's content"),
     "a path": ([row(image="/etc/passwd")], "not base64; send the file's content"),
@@ -205,11 +203,11 @@ BAD = {
     "a long text": ([row(texts=["a red circle " * 20])], "longer than the model's 24 tokens"),
     "a very long text": ([row(texts=["a" * 1_000_000])], "longer than the model's 24 tokens"),
     "too many texts": ([row(texts=["a"] * 65)], "row 1: 65 texts; send 64 at most"),
-    "too many pictures": ([row(texts=["a"])] * 33, "33 images; send 1 to 32 per request"),
+    "too many images": ([row(texts=["a"])] * 33, "33 images; send 1 to 32 per request"),
     "a number for a text": ([row(texts=[1])], "texts"),
     "a text for texts": ([row(texts="a red circle")], "texts"),
-    "a number for a picture": ([row(image=1)], "image"),
-    "no texts": ([{"image": coded(picture(0))}], "texts"),
+    "a number for an image": ([row(image=1)], "image"),
+    "no texts": ([{"image": coded(image(0))}], "texts"),
     "a word for heatmap": ([row(heatmap="very")], "heatmap"),
     "nothing": ([], "0 images; send 1 to 32 per request"),
 }
@@ -217,11 +215,11 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_requests_are_one_line(name: str, web: TestClient, its_own: TestClient) -> None:
-    rows, said = BAD[name]
+    rows, expected = BAD[name]
     response = web.post("/invocations", json={"inputs": rows})
     assert response.status_code == 400
     line = response.json()["message"]
-    assert said in line and "\n" not in line and len(line) < 200
+    assert expected in line and "\n" not in line and len(line) < 200
 
 
 @pytest.mark.parametrize("name", sorted(set(BAD) - {"a word for heatmap"}))  # which MLflow takes for true
@@ -230,7 +228,7 @@ def test_the_server_of_mlflow_refuses_them_too(name: str, its_own: TestClient) -
     assert response.status_code == 400 and "stack_trace" not in response.json()
 
 
-def test_what_we_refuse_in_the_server_of_mlflow_is_one_line_too(its_own: TestClient) -> None:
+def test_refusals_in_the_server_of_mlflow_are_one_line_too(its_own: TestClient) -> None:
     response = its_own.post("/invocations", json={"dataframe_records": [row(image="/etc/passwd")]})
     assert response.json() == {
         "error_code": "BAD_REQUEST",
@@ -239,7 +237,7 @@ def test_what_we_refuse_in_the_server_of_mlflow_is_one_line_too(its_own: TestCli
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "expected"),
     [
         (b"", "Invalid JSON: EOF while parsing"),
         (b"[]", "Input should be an object"),
@@ -250,9 +248,9 @@ def test_what_we_refuse_in_the_server_of_mlflow_is_one_line_too(its_own: TestCli
         (json.dumps({"inputs": [row(texts=["\ud800"])]}).encode(), "Invalid JSON"),
     ],
 )
-def test_bodies_that_are_none(body: bytes, said: str, web: TestClient) -> None:
+def test_invalid_bodies(body: bytes, expected: str, web: TestClient) -> None:
     response = web.post("/invocations", content=body)
-    assert response.status_code == 400 and said in response.json()["message"]
+    assert response.status_code == 400 and expected in response.json()["message"]
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -283,15 +281,13 @@ def test_a_long_request_is_refused_before_it_is_read(service: Service, monkeypat
             assert response.status_code == 413 and "Content Too Large" in response.text
 
 
-def test_pictures_of_a_table_are_bounded_too(service: Service, model: PyFuncModel, monkeypatch: Any) -> None:
+def test_images_of_a_table_are_bounded_too(service: Service, model: PyFuncModel, monkeypatch: Any) -> None:
     monkeypatch.setattr(service, "settings", service.settings.model_copy(update={"max_bytes": 1000}))
     with pytest.raises(Refused, match="bytes of images; send 1000 at most"):
         model.predict(pd.DataFrame([row()]))
 
 
-def test_who_waits_too_long_is_told_so(
-    service: Service, web: TestClient, its_own: TestClient, monkeypatch: Any
-) -> None:
+def test_a_timeout_is_reported(service: Service, web: TestClient, its_own: TestClient, monkeypatch: Any) -> None:
     score = service.rounds.matcher.score_many
     monkeypatch.setattr(service, "settings", service.settings.model_copy(update={"wait_seconds": 0.05}))
     monkeypatch.setattr(service.rounds.matcher, "score_many", lambda asked: time.sleep(0.3) or score(asked))
@@ -301,7 +297,7 @@ def test_who_waits_too_long_is_told_so(
         assert response.json()["message"] == "no answer within 0.05 seconds; try again later"
 
 
-def test_a_defect_tells_nothing_and_hurts_nobody_else(
+def test_a_defect_reveals_nothing_and_affects_no_other_request(
     service: Service, web: TestClient, its_own: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score = service.rounds.matcher.score_many
@@ -349,7 +345,7 @@ def test_a_prompt_travels_with_its_version(models: Path, registered: Path, tmp_p
     save(Settings.of(params, identity), trained, tmp_path / "model")
     expected = Matcher.from_pretrained(
         models / "embedded", prompt=trained, device="cpu", levels=(0.2, 0.6), draws_per_level=2, parity=24
-    ).score(picture(0), TEXTS)
+    ).score(image(0), TEXTS)
     trained.unlink()
     found = mlflow.pyfunc.load_model(str(tmp_path / "model")).predict(pd.DataFrame([row()]))
     np.testing.assert_allclose(found["scores"][0], expected[0], atol=1e-5)
@@ -372,16 +368,16 @@ def test_a_checkpoint_that_has_changed_is_refused(command: str | None, models: P
         mlflow.pyfunc.load_model(str(tmp_path / "model"))
 
 
-def test_a_version_that_is_not_there_is_one_line(registered: Path) -> None:
+def test_a_missing_version_is_one_line(registered: Path) -> None:
     with pytest.raises(
         DsdError, match=r"--model models:/dsd-backbone@loser: .*; `dsd promote` registers versions"
-    ) as told:
+    ) as error:
         serve(f"models:/{BACKBONE}@loser", "127.0.0.1", 1)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"method": "denoisin"}, "serving.method: unknown method 'denoisin': did you mean 'denoising'?"),
         (
@@ -399,7 +395,7 @@ def test_settings_that_make_no_sense(changes: dict[str, Any], said: str, tmp_pat
     write_settings(content, tmp_path)
     with pytest.raises(ParamsError) as told:
         load(tmp_path / "params.yaml")
-    assert said in str(told.value)
+    assert expected in str(error.value)
 
 
 @contextmanager
@@ -444,14 +440,14 @@ MLFLOW = [sys.executable, "-m", "mlflow", "models", "serve", "-m", MODEL, "--env
 @pytest.mark.parametrize("command", [DSD, MLFLOW], ids=["dsd", "mlflow"])
 def test_a_real_server_answers_on_loopback_alone(command: list[str], registered: Path, matcher: Matcher) -> None:
     with process(command) as (port, running):
-        expected = [matcher.score(picture(n), TEXTS)[0].numpy() for n in range(4)]
+        expected = [matcher.score(image(n), TEXTS)[0].numpy() for n in range(4)]
         with ThreadPoolExecutor(16) as clients:
             bodies = [json.dumps({"inputs": [row(n % 4)]}).encode() for n in range(64)]
             found = list(clients.map(lambda body: post(port, body), bodies))
         for n, (status, answer) in enumerate(found):
             assert status == 200
             np.testing.assert_allclose(answer["predictions"][0]["scores"], expected[n % 4], atol=1e-5)
-        for rows in (BAD["an address"][0], BAD["no picture"][0], BAD["an empty text"][0], BAD["too many texts"][0]):
+        for rows in (BAD["an address"][0], BAD["no image"][0], BAD["an empty text"][0], BAD["too many texts"][0]):
             status, answer = post(port, json.dumps({"inputs": rows}).encode())
             assert status == 400 and "\n" not in answer["message"]
         assert post(port, b"{")[0] == 400

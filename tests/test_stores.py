@@ -1,4 +1,4 @@
-"""Stores that a user names: one line for whatever keeps them from us, and the whole DAG on those of a team."""
+"""Configured stores: one line per error, and the whole DAG on the stores of a team."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_file_that_is_locked_or_no_database(tmp_path: Path, monkeypatch: pytes
     assert line.endswith("database is locked: another program writes to it; stop that program, and run again")
 
 
-def test_what_fails_in_mid_run_is_one_line_too(workspace: Path) -> None:
+def test_an_error_during_a_run_is_one_line_too(workspace: Path) -> None:
     locked = OperationalError("insert", {}, sqlite3.OperationalError("database is locked"))
     with pytest.raises(DsdError, match="database is locked: another program"), tracking.mlflow_errors():
         raise MlflowException("SQL and its parameters", TEMPORARILY_UNAVAILABLE) from locked
@@ -94,18 +94,18 @@ def test_what_fails_in_mid_run_is_one_line_too(workspace: Path) -> None:
         raise MlflowException.invalid_parameter_value("a defect of ours")
 
 
-def test_a_folder_that_is_not_there(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MLFLOW, "sqlite:////nosuch/folder/x.db")
     with pytest.raises(DsdError, match="sqlite:////nosuch/folder/x"):
         tracking.Runs()
 
 
-def test_asking_makes_no_file(workspace: Path) -> None:
+def test_a_check_creates_no_file(workspace: Path) -> None:
     check(MLFLOW, uri())
     assert not (workspace / "mlflow.db").exists()
 
 
-def test_a_default_that_fails_says_that_it_is_one(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_default_names_it_as_such(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (workspace / "mlflow.db").write_bytes(b"x" * 2000)
     with pytest.raises(DsdError, match=re.escape("MLFLOW_TRACKING_URI (not set): sqlite:///")):
         check(MLFLOW, uri())
@@ -121,7 +121,7 @@ def test_artifacts_are_ours_unless_a_server_keeps_them(workspace: Path, monkeypa
     assert stores.is_server(uri())
 
 
-def test_only_one_at_a_time_is_at_a_database(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_process_at_a_time_holds_the_lock(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MLFLOW, postgres())
     order = []
 
@@ -138,7 +138,7 @@ def test_only_one_at_a_time_is_at_a_database(postgres: Postgres, monkeypatch: py
     assert order == ["first", "other"]
 
 
-def test_a_mistake_within_is_left_alone(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_block_is_not_changed(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MLFLOW, postgres())
     with pytest.raises(FileNotFoundError), exclusive(MLFLOW, uri()):
         Path("/nosuch/file").read_bytes()
@@ -158,7 +158,7 @@ def test_several_workspaces_open_a_fresh_database_at_once(
     assert [process.wait() for process in processes] == [0, 0, 0]
 
 
-def test_a_reproduction_asks_before_it_starts_a_server(
+def test_a_reproduction_checks_the_stores_before_it_starts_a_server(
     workspace: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(PREFECT, raising=False)

@@ -105,7 +105,7 @@ def test_a_page_of_the_same_results_replaces_the_first(data: Path) -> None:
     assert Path(client().download_artifacts(run.info.run_id, "index.html")).read_text() == "<p>second</p>"
 
 
-def test_what_a_killed_publication_left_is_replaced(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_runs_of_a_killed_publication_are_replaced(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -123,7 +123,7 @@ def _publish(data: Path) -> None:
 
 
 def test_processes_that_publish_at_once(data: Path) -> None:
-    """From a fresh database, whose tables both want to create."""
+    """With a new database, whose tables both processes create."""
     Path("mlflow.db").unlink()
     path = data / "evaluate" / "metrics.json"
     path.write_text(json.dumps({"scenes-com": {"dsd": json.loads(path.read_text())["scenes-com"]["dsd"]}}))
@@ -165,7 +165,7 @@ def test_a_resumed_training_is_one_run(data: Path) -> None:
     assert (run.info.run_name, run.data.tags["dsd.method"]) == ("train dsd on scenes-com", "dsd")
 
 
-def test_rows_appear_while_training_goes_on(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_appear_during_training(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.0)
     with training("clip-prompt", "key", load()) as live:
         live.log(CURVE[0])
@@ -195,6 +195,6 @@ def test_other_code_from_the_same_start_is_another_training(data: Path) -> None:
     assert [len(curve(run)) for run in runs] == [7, 7]
 
 
-def test_a_tracking_server_that_the_user_names_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configured_tracking_server_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     assert tracking.uri() == "http://127.0.0.1:1"

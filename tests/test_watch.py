@@ -1,4 +1,4 @@
-"""The watch evaluates what is new, once, gives up what keeps failing, and leaves the workspace as it is."""
+"""The watch evaluates new checkpoints once, gives up on repeated failures, and does not change the workspace."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ EXAMPLES = [MatchingExample(f"e{n}", (f"i{n}",), ("a", "b"), ((0, 0),), "color")
 
 @dataclass
 class Dag:
-    """Stands for the clone and the DAG in it: how many answers of each checkpoint are right, and what fails."""
+    """A fake of the clone and of its DAG: the number of right answers of each checkpoint, and the failures."""
 
     right: dict[str, int] = field(default_factory=dict)
     failing: dict[str, str | BaseException] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Dag:
 
 
 def measure(folder: Path, right: int, seed: int) -> None:
-    """Leaves what a reproduction leaves; another seed asks other examples."""
+    """Write the results of a reproduction; another seed has other examples."""
     questions(folder, seed)
     rows = [{"method": "dsd", "rank": 1 if n < right else 2} for n in range(len(EXAMPLES) - seed)]
     scores = folder / "data/evaluate/scores"
@@ -136,11 +136,11 @@ def test_every_new_checkpoint_is_evaluated_once_and_challenges_the_champion(watc
     (watched / ".b.tmp" / "unet").mkdir(parents=True)
     (watched / "notes.txt").touch()
     dag.right = {"a": 100, "b": 180}
-    told = tick()
-    assert (told.failed, dag.ran) == (0, ["a", "b"])
-    assert [line.partition(":")[0] for line in told.lines] == ["a", "a", "b", "b"]
-    assert told.lines[1] == "a: version 1 promoted: there was no champion"
-    assert told.lines[3].startswith("b: version 2 promoted: better on scenes-ref +40.0 points")
+    report = tick()
+    assert (report.failed, dag.ran) == (0, ["a", "b"])
+    assert [line.partition(":")[0] for line in report.lines] == ["a", "a", "b", "b"]
+    assert report.lines[1] == "a: version 1 promoted: there was no champion"
+    assert report.lines[3].startswith("b: version 2 promoted: better on scenes-ref +40.0 points")
     champion = Registry().alias(CHAMPION)
     assert champion is not None and (champion.number, champion.name) == (2, "b")
     assert champion.row.digest == champion.digest and champion.source == str(watched.resolve() / "b")
@@ -190,15 +190,15 @@ def test_after_a_change_of_params_the_champion_is_first_and_then_all_others(watc
     watch_settings(sources={"registered": {"kind": "registered"}})
     change(seed=1)
     dag.ran.clear()
-    told = tick()
-    assert dag.ran == ["b", "a", "c"] and told.failed == 0
+    report = tick()
+    assert dag.ran == ["b", "a", "c"] and report.failed == 0
     champion = Registry().alias(CHAMPION)
     assert champion is not None and (champion.number, champion.name, champion.against) == (4, "b", 2)
     assert champion.reason == "the champion itself, measured on other examples than before"
     assert [version.verdict for version in Registry().versions()][:2] == ["kept out", "kept out"]
 
 
-def test_who_cannot_be_compared_yet_is_compared_later(watched: Path, dag: Dag) -> None:
+def test_a_version_that_cannot_be_compared_yet_is_compared_later(watched: Path, dag: Dag) -> None:
     checkpoint(watched, "a")
     tick()
     watch_settings(sources={"checkpoints": watch_sources()["checkpoints"]})
@@ -210,20 +210,20 @@ def test_who_cannot_be_compared_yet_is_compared_later(watched: Path, dag: Dag) -
     assert "not compared: scenes-ref: the champion was measured on other examples" in told.lines[1]
     assert tick().lines == ["nothing new"]
     (watched.parent / "elsewhere").rename(watched / "a")
-    told = tick()
-    assert [line.partition(" promoted")[0] for line in told.lines[1:]] == ["a: version 3", "b: version 2"]
+    report = tick()
+    assert [line.partition(" promoted")[0] for line in report.lines[1:]] == ["a: version 3", "b: version 2"]
     champion = Registry().alias(CHAMPION)
     assert champion is not None and champion.name == "b"
 
 
-def test_what_fails_is_told_why_tried_again_and_given_up_while_others_go_on(watched: Path, dag: Dag) -> None:
+def test_a_failure_is_recorded_retried_and_given_up_and_does_not_affect_others(watched: Path, dag: Dag) -> None:
     for name in ("a", "b"):
         checkpoint(watched, name)
     dag.failing = {"a": "score: checkpoints/a: lacks the component vae/"}
-    told = tick()
-    assert told.lines[0] == "a: failed: score: checkpoints/a: lacks the component vae/" and told.failed == 1
+    report = tick()
+    assert report.lines[0] == "a: failed: score: checkpoints/a: lacks the component vae/" and report.failed == 1
     assert dag.ran == ["a", "b"]
-    assert [path.is_dir() for path in Path(".watch").glob("*/")] == [True]  # what the next attempt goes on with
+    assert [path.is_dir() for path in Path(".watch").glob("*/")] == [True]  # the next attempt resumes it
     for _ in range(3):
         tick()
     assert dag.ran == ["a", "b", "a", "a"]
@@ -238,12 +238,12 @@ def test_what_fails_is_told_why_tried_again_and_given_up_while_others_go_on(watc
     assert "Checkpoints that failed" in Path("data/leaderboard/index.html").read_text()  # the other digest did
 
 
-def test_what_cannot_be_opened_has_its_attempts_too(watched: Path, dag: Dag) -> None:
+def test_a_checkpoint_that_cannot_be_opened_has_attempts_too(watched: Path, dag: Dag) -> None:
     watched.mkdir()
     (watched / "old.ckpt").write_bytes(b"")
     (watched / "one.safetensors").write_bytes(b"")
-    told = tick()
-    assert told.lines == [
+    report = tick()
+    assert report.lines == [
         f"old.ckpt: failed: {watched.resolve()}/old.ckpt: a pickle, which is never opened; convert it to .safetensors",
         f"one.safetensors: failed: {watched.resolve()}/one.safetensors: one file needs config: a folder or hub id of "
         "the same architecture",
@@ -272,12 +272,12 @@ def test_a_repository_is_evaluated_at_the_commit_of_its_branch(
     }
     watch_settings(sources=rows)
     with connected(Hub({"own/model": files, "own/empty": {}}), tmp_path, monkeypatch):
-        told = tick()
-        assert tick().failed == 2  # of the outside world no attempt is counted
-    assert sorted(line.partition(":")[0] for line in told.lines) == [
+        report = tick()
+        assert tick().failed == 2  # an error of the network is not an attempt
+    assert sorted(line.partition(":")[0] for line in report.lines) == [
         "model", "model", "watch.sources.empty", "watch.sources.vanished",
     ]  # fmt: skip
-    assert "own/empty@main: no diffusion model in the diffusers layout" in told.lines[1] + told.lines[0]
+    assert "own/empty@main: no diffusion model in the diffusers layout" in report.lines[1] + report.lines[0]
     [version] = Registry().versions()
     assert (version.digest, version.revision, version.row.family) == (
         f"own/model@{COMMIT}",
@@ -287,7 +287,7 @@ def test_a_repository_is_evaluated_at_the_commit_of_its_branch(
     assert dag.ran == ["model"] and not attempts("FAILED")
 
 
-def test_a_stop_is_no_failed_attempt_and_a_defect_keeps_its_traceback(watched: Path, dag: Dag) -> None:
+def test_a_stopped_attempt_does_not_count_and_a_defect_keeps_its_traceback(watched: Path, dag: Dag) -> None:
     checkpoint(watched, "a")
     for error in (KeyboardInterrupt(), ZeroDivisionError()):
         dag.failing = {"a": error}
@@ -298,7 +298,7 @@ def test_a_stop_is_no_failed_attempt_and_a_defect_keeps_its_traceback(watched: P
     assert tick().lines[0] == "a: evaluated, version 1"
 
 
-def test_a_killed_tick_counts_as_a_failed_attempt_and_is_gone_on_with(watched: Path, dag: Dag) -> None:
+def test_a_killed_tick_counts_as_a_failed_attempt_and_is_resumed(watched: Path, dag: Dag) -> None:
     checkpoint(watched, "a")
     process = multiprocessing.get_context("fork").Process(target=killed_within, args=(dag,))
     process.start()
@@ -360,14 +360,14 @@ def test_two_ticks_at_once_evaluate_once(watched: Path) -> None:
         )
         for n in range(2)
     ]
-    said = sorted((process.communicate()[0] for process in processes), key=len)
-    assert said[0] in ("another tick is running\n", "nothing new\n")
-    assert said[1].startswith("a: evaluated, version 1\n")
+    outputs = sorted((process.communicate()[0] for process in processes), key=len)
+    assert outputs[0] in ("another tick is running\n", "nothing new\n")
+    assert outputs[1].startswith("a: evaluated, version 1\n")
     assert Path("evaluations").read_text() == "one\n" and len(Registry().versions()) == 1
 
 
-def test_who_inherits_the_lock_has_it_too(tmp_path: Path) -> None:
-    """A run that outlives its tick keeps the next one out."""
+def test_a_child_that_inherits_the_lock_holds_it(tmp_path: Path) -> None:
+    """A run that outlives its tick excludes the next tick."""
     with tick_lock(tmp_path / "lock") as lock:
         assert lock is not None
         child = subprocess.Popen([sys.executable, "-c", "input()"], pass_fds=[lock], stdin=subprocess.PIPE)
@@ -380,7 +380,7 @@ def test_who_inherits_the_lock_has_it_too(tmp_path: Path) -> None:
         assert after is not None
 
 
-# A DAG of two stages: what is asked, and the answers of the checkpoint of params.yaml, which its config holds.
+# A DAG of two stages: the examples, and the number of right answers, which the config of the checkpoint has.
 STAGE = """
 import os, sys, time
 from pathlib import Path
@@ -394,13 +394,13 @@ if sys.argv[1] == "prepare":
 else:
     params = load()
     folder, _ = locate(params.backbones[params.backbone])
-    said = (folder / "unet" / "config.json").read_text()
-    while said == "wait" and not os.path.exists(os.environ["RAN"] + ".go"):
+    answer = (folder / "unet" / "config.json").read_text()
+    while answer == "wait" and not os.path.exists(os.environ["RAN"] + ".go"):
         Path(os.environ["RAN"] + ".waits").touch()
         time.sleep(0.05)
-    if said == "fail":
+    if answer == "fail":
         sys.exit("evaluate: no such component")
-    measure(Path(), 100 if said == "wait" else int(said), 0)
+    measure(Path(), 100 if answer == "wait" else int(answer), 0)
 """
 STAGES = {
     "prepare": {"cmd": "python stage.py prepare", "params": ["datasets"], "outs": ["data/prepare"]},
@@ -415,7 +415,7 @@ STAGES = {
 
 @pytest.fixture
 def small_project(watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A workspace with this DAG, reproduced once; returns the file that says which stages ran since."""
+    """A workspace with this DAG, reproduced once; the file that lists the stages that have run since."""
     for name in ("dsd", "flows", "tests"):
         shutil.copytree(ROOT / name, name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / ".dvcignore", ".")
@@ -438,7 +438,7 @@ def small_project(watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def everything() -> dict[str, tuple[int, int]]:
-    """Size and time of every file of the workspace but the stores and what the watch keeps for itself."""
+    """Size and time of every file of the workspace, except the stores and the files of the watch."""
     own = (
         ".watch",
         "mlflow.db",
@@ -455,14 +455,14 @@ def everything() -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.slow
-def test_the_dag_runs_beside_the_workspace_and_leaves_it_as_it_is(watched: Path, small_project: Path) -> None:
+def test_the_dag_runs_in_a_clone_and_does_not_change_the_workspace(watched: Path, small_project: Path) -> None:
     before, status, data = everything(), git("status", "--porcelain"), dvc("status")
     for name, right in (("better", "180"), ("broken", "fail")):
         checkpoint(watched, name, right)
-    told = tick()
-    assert told.lines[0] == "better: evaluated, version 1" and told.failed == 1
-    assert told.lines[-1] == "broken: failed: evaluate: no such component"
-    assert small_project.read_text() == "evaluate evaluate "  # what is asked came out of DVC's cache
+    report = tick()
+    assert report.lines[0] == "better: evaluated, version 1" and report.failed == 1
+    assert report.lines[-1] == "broken: failed: evaluate: no such component"
+    assert small_project.read_text() == "evaluate evaluate "  # the examples were restored from DVC's cache
     assert (git("status", "--porcelain"), dvc("status")) == (status, data)
     assert {name: what for name, what in everything().items() if not name.startswith("checkpoints")} == before
     version = Registry().versions()[0]
@@ -496,8 +496,8 @@ def test_the_whole_dag_on_tiny_models(tmp_path: Path, monkeypatch: pytest.Monkey
     save_file(scaled, f"checkpoints/other/{weights}", metadata={"format": "pt"})
     before, status, data = everything(), git("status", "--porcelain"), dvc("status")
     monkeypatch.setattr("flows.watch.tick.shutil.rmtree", lambda *_, **__: None)
-    told = tick()
-    assert told.lines == ["other: evaluated, version 1", "other: version 1 promoted: there was no champion"]
+    report = tick()
+    assert report.lines == ["other: evaluated, version 1", "other: version 1 promoted: there was no champion"]
     assert (everything(), git("status", "--porcelain"), dvc("status")) == (before, status, data)
     [log] = Path(".watch").glob("*/run.log")
     for stage in ("download", "prepare"):
@@ -510,7 +510,7 @@ def test_the_whole_dag_on_tiny_models(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_a_tick_that_is_killed_takes_its_run_with_it_and_the_next_goes_on(watched: Path, small_project: Path) -> None:
+def test_a_killed_tick_ends_its_run_and_the_next_resumes_it(watched: Path, small_project: Path) -> None:
     checkpoint(watched, "a", "wait")
     command = [sys.executable, "-m", "flows.cli", "watch", "--once"]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
@@ -559,18 +559,18 @@ def test_a_server_a_worker_and_a_deployment(
     def start(*command: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-m", *command], env=environment, start_new_session=True)
 
-    def said(*command: str) -> str:
+    def output(*command: str) -> str:
         done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
         return done.stdout + done.stderr
 
     started = [start("prefect", "server", "start", "--host", "127.0.0.1", "--port", port)]
     try:
         until(lambda: answers(f"{own['PREFECT_API_URL']}/health"))
-        assert "dsd: --pool dsd: " in said("flows.cli", "watch", "--pool", "dsd")  # whom no worker has made yet
+        assert "dsd: --pool dsd: " in output("flows.cli", "watch", "--pool", "dsd")  # no worker has created it yet
         started.append(start("prefect", "worker", "start", "--pool", "dsd", "--type", "process"))
-        until(lambda: "dsd" in said("prefect", "work-pool", "ls"))
-        assert "watch/watch: in the work pool dsd, at * * * * *\n" in said("flows.cli", "watch", "--pool", "dsd")
-        shown = said("prefect", "deployment", "inspect", "watch/watch")
+        until(lambda: "dsd" in output("prefect", "work-pool", "ls"))
+        assert "watch/watch: in the work pool dsd, at * * * * *\n" in output("flows.cli", "watch", "--pool", "dsd")
+        shown = output("prefect", "deployment", "inspect", "watch/watch")
         assert "'cron': '* * * * *'" in shown and "CANCEL_NEW" in shown
         until(lambda: [version.verdict for version in Registry().versions()] == ["kept out", "promoted", "promoted"])
         assert [version.name for version in Registry().versions()] == ["c", "b", "a"]
@@ -598,7 +598,7 @@ def git(*arguments: str) -> str:
 
 @pytest.fixture
 def project(workspace: Path) -> Path:
-    """A workspace in git with DVC, one stage whose output is in DVC's cache, and files that git does not know."""
+    """A workspace in git with DVC, one stage whose output is in DVC's cache, and files that are not in Git."""
     dag = {"stages": {"step": {"cmd": "mkdir -p data/step && touch data/step/done", "outs": ["data/step"]}}}
     Path("dvc.yaml").write_text(yaml.safe_dump(dag))
     Path(".gitignore").write_text("/data/\n/.watch/\n/own/\n")
@@ -638,7 +638,7 @@ def test_a_clone_has_the_commit_the_params_and_the_data(project: Path) -> None:
     assert git("status", "--porcelain") == before
 
 
-def test_a_clone_that_is_whole_is_gone_on_with_on_the_commit_of_now(project: Path) -> None:
+def test_a_complete_clone_is_reused_on_the_current_commit(project: Path) -> None:
     target = clone(Path(".watch/key"), "new", row("/checkpoints/new"))
     (target / "data" / "partial").touch()
     clone(Path(".watch/key"), "new", row("/checkpoints/new"))
@@ -682,7 +682,7 @@ def test_the_reason_is_the_last_line(stderr: str, line: str) -> None:
         ({"interval": 5}, "params.yaml: unknown key 'watch.interval'"),
     ],
 )
-def test_params_that_make_no_sense_are_one_line(watched: Path, changes: dict[str, Any], line: str) -> None:
+def test_invalid_params_are_one_line(watched: Path, changes: dict[str, Any], line: str) -> None:
     watch_settings(**changes)
     with pytest.raises(DsdError) as caught:
         tick()
