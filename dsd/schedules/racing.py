@@ -18,7 +18,7 @@ from scipy.stats import binom
 
 from dsd.config import RacesParams, ScheduleParams
 from dsd.errors import DataError
-from dsd.schedules.base import Comparison, Course, Proposer, ScheduleKind, Setting, draw_levels
+from dsd.schedules.base import Comparison, Course, Proposer, ScheduleKind, Setting
 from dsd.schedules.race import Floats, Mask, RoundState, Schedule, mean
 
 
@@ -178,9 +178,6 @@ class Racing(ScheduleKind):
             threshold = _calibrated(setting["delta"], proposer, comparison)
         forecast = Forecast(**comparison["learned"][str(proposer)])
         return Course(list(forecast.order), racing(forecast, threshold), proposer)
-
-    def evaluations(self, setting: Setting, candidates: int, races: RacesParams) -> int:
-        return candidates * len(draw_levels(races))
 
     def proposer(self, row: ScheduleParams) -> Proposer:
         return getattr(row, "proposer", None)
