@@ -11,9 +11,7 @@ from scipy.stats import qmc
 from dsd.config import RacesParams, ScheduleParams
 from dsd.schedules.race import Mask, RoundState, Schedule, best, mean
 
-Setting = Mapping[
-    str, Any
-]  # of a schedule: a row of `schedules` without `kind`, `budget` and `shortlist`, or one to try
+Setting = Mapping[str, Any]  # a row of `schedules` without `kind`, `budget` and `shortlist`, or one to compare
 Comparison = Mapping[str, Any]  # results of the schedule comparison for one method, as in data/races/*.json
 Proposer = str | None
 
@@ -30,9 +28,7 @@ class ScheduleKind(ABC):
     """A kind of schedule. A new kind is a module of this package with an instance named SCHEDULE."""
 
     kind: ClassVar[str]
-    needs_comparison: ClassVar[bool] = (
-        False  # whether a course needs what the schedule comparison (`make races`) learned
-    )
+    needs_comparison: ClassVar[bool] = False  # whether a course needs the results of `make races`
 
     @abstractmethod
     def course(self, setting: Setting, races: RacesParams, comparison: Comparison) -> Course:
