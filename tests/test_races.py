@@ -73,7 +73,7 @@ def test_a_duplicate_of_the_right_answer_is_one_candidate_and_reported_as_a_tie(
     assert len(pairs([twice])) == 2 and right(twice) == -1
     races = synthetic_races(40)
     tied = races._replace(answers=[-1, *races.answers[1:]])
-    results = compare_settings(races, tied, raced.races, raced.evaluate, raced.seed).results
+    _, results = compare_settings(races, tied, raced.races, raced.evaluate, raced.seed)
     assert results["ties"] == 1
     assert "In 1 no candidate is correct, or an incorrect one is identical" in note(results)
 

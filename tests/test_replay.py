@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,16 +19,7 @@ from dsd.schedules.base import Course, spread_order
 from dsd.schedules.exhaustive import ALL_DRAWS, all_draws
 from dsd.schedules.hierarchical import directed_order, grid, published_name
 from dsd.schedules.racing import racing_name
-from dsd.schedules.replay import (
-    AGREED,
-    SPARED,
-    ComparedSettings,
-    Outcome,
-    RecordedRaces,
-    compare_settings,
-    read_hits,
-    replay,
-)
+from dsd.schedules.replay import AGREED, SPARED, Outcome, RecordedRaces, compare_settings, read_hits, replay
 from dsd.schedules.staged import staged
 from dsd.store import digest
 from tests.raced import LEVELS, few, synthetic_races
@@ -40,7 +32,7 @@ def raced(params: Params) -> Params:
     )
 
 
-def compared(params: Params, learning: int, measured: int) -> ComparedSettings:
+def compared(params: Params, learning: int, measured: int) -> tuple[dict[str, Course], dict[str, Any]]:
     races = synthetic_races(learning), synthetic_races(measured, seed=1)
     return compare_settings(*races, params.races, params.evaluate, params.seed)
 
@@ -69,12 +61,8 @@ def test_every_prefix_is_spread_over_the_levels(params: Params) -> None:
 
 
 def test_directions() -> None:
-    sides = ("clean", "noisy", "middle")
-    assert {side: [k // 2 for k in directed_order(side, LEVELS, 1, 2)] for side in sides} == {
-        "clean": [0, 1, 2, 3],
-        "noisy": [3, 2, 1, 0],
-        "middle": [1, 2, 0, 3],
-    }
+    orders = {side: [k // 2 for k in directed_order(side, LEVELS, 1, 2)] for side in ("clean", "noisy", "middle")}
+    assert orders == {"clean": [0, 1, 2, 3], "noisy": [3, 2, 1, 0], "middle": [1, 2, 0, 3]}
     assert directed_order("clean", LEVELS, 2, 2) == list(range(8))
 
 

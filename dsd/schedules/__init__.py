@@ -7,7 +7,8 @@ from pkgutil import iter_modules
 
 from dsd.schedules.base import ScheduleKind
 
-SCHEDULES: dict[str, ScheduleKind] = {}  # by kind: the SCHEDULE of each module of this package that has one
+# By kind: the SCHEDULE of each module of this package that has one. Defined before the loop, as `replay` imports it.
+SCHEDULES: dict[str, ScheduleKind] = {}
 
 for _module in iter_modules(__path__):
     _schedule = getattr(import_module(f"{__name__}.{_module.name}"), "SCHEDULE", None)

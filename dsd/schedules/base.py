@@ -11,9 +11,7 @@ from scipy.stats import qmc
 from dsd.config import RacesParams, ScheduleParams
 from dsd.schedules.race import Mask, RoundState, Schedule, best, mean
 
-Setting = Mapping[
-    str, Any
-]  # of a schedule: a row of `schedules` without `kind`, `budget` and `shortlist`, or one to try
+Setting = Mapping[str, Any]  # a row of `schedules` without `kind`, `budget` and `shortlist`, or one to compare
 Comparison = Mapping[str, Any]  # results of the schedule comparison for one method, as in data/races/*.json
 Proposer = str | None
 
@@ -30,9 +28,7 @@ class ScheduleKind(ABC):
     """A kind of schedule. A new kind is a module of this package with an instance named SCHEDULE."""
 
     kind: ClassVar[str]
-    needs_comparison: ClassVar[bool] = (
-        False  # whether a course needs what the schedule comparison (`make races`) learned
-    )
+    needs_comparison: ClassVar[bool] = False  # whether a course needs the results of `make races`
 
     @abstractmethod
     def course(self, setting: Setting, races: RacesParams, comparison: Comparison) -> Course:
@@ -42,9 +38,9 @@ class ScheduleKind(ABC):
             DataError: the comparison lacks what the setting needs.
         """
 
-    @abstractmethod
     def evaluations(self, setting: Setting, candidates: int, races: RacesParams) -> int:
-        """The most evaluations that a race takes."""
+        """The most evaluations that a race takes: every draw, unless a kind takes fewer."""
+        return candidates * len(draw_levels(races))
 
     def settings(self, races: RacesParams) -> Iterable[Setting]:
         """The settings that the schedule comparison tries, as far as the draws suffice."""

@@ -27,9 +27,6 @@ class Exhaustive(ScheduleKind):
     def course(self, setting: Setting, races: RacesParams, comparison: Comparison) -> Course:
         return Course(spread_order(races)[: setting["draws"]], all_draws(setting["draws"]), None)
 
-    def evaluations(self, setting: Setting, candidates: int, races: RacesParams) -> int:
-        return candidates * int(setting["draws"])
-
     def settings(self, races: RacesParams) -> Iterable[Setting]:
         return [{"draws": draws} for draws in races.exhaustive.draws]
 

@@ -118,10 +118,6 @@ class Race:
                 raise ValueError("the schedule starts with a proposal, and there is none")
             self._update_ranking()
 
-    @property
-    def done(self) -> bool:
-        return len(self.next_rows()) == 0
-
     def next_rows(self) -> NDArray[np.int64]:
         """Rows (candidate, draw) [R, 2] of the next round; none when the race is over."""
         kept = np.flatnonzero(self._kept)

@@ -18,7 +18,7 @@ from scipy.stats import binom
 
 from dsd.config import RacesParams, ScheduleParams
 from dsd.errors import DataError
-from dsd.schedules.base import Comparison, Course, Proposer, ScheduleKind, Setting, draw_levels
+from dsd.schedules.base import Comparison, Course, Proposer, ScheduleKind, Setting
 from dsd.schedules.race import Floats, Mask, RoundState, Schedule, mean
 
 
@@ -131,7 +131,7 @@ def calibrate(
     confidence: float,
     remedy: str,
 ) -> float:
-    """The lowest threshold at which races miss the winner of all draws at a rate of at most delta.
+    """The lowest threshold at which the rate of races that miss the winner of all draws is at most delta.
 
     Args:
         errors_at: whether each calibration race misses that winner at a threshold. The forecast must not have been
@@ -175,12 +175,9 @@ class Racing(ScheduleKind):
     def course(self, setting: Setting, races: RacesParams, comparison: Comparison) -> Course:
         proposer, threshold = setting["proposer"], setting.get("threshold")
         if threshold is None:  # a row of `schedules` names an error rate instead
-            threshold = _calibrated(setting["delta"], proposer, comparison)
+            threshold = _stored_threshold(setting["delta"], proposer, comparison)
         forecast = Forecast(**comparison["learned"][str(proposer)])
         return Course(list(forecast.order), racing(forecast, threshold), proposer)
-
-    def evaluations(self, setting: Setting, candidates: int, races: RacesParams) -> int:
-        return candidates * len(draw_levels(races))
 
     def proposer(self, row: ScheduleParams) -> Proposer:
         return getattr(row, "proposer", None)
@@ -190,7 +187,7 @@ class Racing(ScheduleKind):
             yield {"proposer": proposer, "threshold": threshold}
 
 
-def _calibrated(delta: float, proposer: Proposer, comparison: Comparison) -> float:
+def _stored_threshold(delta: float, proposer: Proposer, comparison: Comparison) -> float:
     for setting in comparison.get("promised", []):
         if (setting["proposer"], setting["delta"]) == (proposer, delta):
             return float(setting["threshold"])

@@ -21,7 +21,7 @@ from dsd.config import EvaluateParams, RacesParams
 from dsd.data.examples import MatchingExample
 from dsd.metrics import Hits
 from dsd.schedules import SCHEDULES
-from dsd.schedules.base import Course, Proposer, ScheduleKind, Setting, draw_levels
+from dsd.schedules.base import Course, ScheduleKind, Setting, draw_levels
 from dsd.schedules.exhaustive import ALL_DRAWS, exhaustive_course
 from dsd.schedules.race import Floats, Race
 from dsd.schedules.racing import calibrate, fit_forecast, racing_name
@@ -117,25 +117,24 @@ class Trial(NamedTuple):
         return {"schedule": self.kind.kind, "setting": self.setting, **on}
 
 
-class ComparedSettings(NamedTuple):
-    """The courses that were chosen, by name, and the results of all: what is stored in data/races/*.json."""
-
-    chosen: dict[str, Course]
-    results: dict[str, Any]
-
-
 def compare_settings(
     learning: RecordedRaces, measured: RecordedRaces, races: RacesParams, evaluate: EvaluateParams, seed: int
-) -> ComparedSettings:
+) -> tuple[dict[str, Course], dict[str, Any]]:
     """Replay every setting of every schedule, choose the best of each schedule, and calibrate racing.
 
     Racing is fitted on a random part of the learning races, and chosen and calibrated on the others.
+
+    Returns: the chosen courses by name, and the results of all, as in data/races/*.json.
     """
     shuffled = np.random.default_rng(seed).permutation(len(learning.values))
     parts = np.split(shuffled, [math.ceil(races.racing.learning * len(shuffled))])
     fitting, calibration = (learning.subset(part.tolist()) for part in parts)
-    comparison = {"learned": {str(p): _forecast(fitting, races, p) for p in races.racing.proposer}}
-
+    levels, rivals = draw_levels(races), races.racing.rivals
+    forecasts = {
+        str(p): fit_forecast(fitting.values, levels, rivals, fitting.proposals[p] if p else None)
+        for p in races.racing.proposer
+    }
+    comparison = {"learned": {proposer: asdict(forecast) for proposer, forecast in forecasts.items()}}
     # The kinds with a section in `races`, in the order of the sections: the order of the results.
     kinds = [SCHEDULES[section] for section in type(races).model_fields if section in SCHEDULES]
     trials = []
@@ -150,7 +149,7 @@ def compare_settings(
         *((trial.kind.kind, trial.kind, trial.setting) for trial in _best(trials, races.within)),
         *((name, SCHEDULES["racing"], setting) for name, setting in calibrated.items()),
     ]
-    draws, everything = len(draw_levels(races)), exhaustive_course(races)
+    draws, everything = len(levels), exhaustive_course(races)
     chosen = {ALL_DRAWS: ({"draws": draws}, everything)} | {
         name: (setting, kind.course(setting, races, comparison)) for name, kind, setting in settings
     }
@@ -171,12 +170,7 @@ def compare_settings(
         },
         "runs": [trial.as_dict(draws) for trial in trials],
     }
-    return ComparedSettings({name: course for name, (_, course) in chosen.items()}, results)
-
-
-def _forecast(fitting: RecordedRaces, races: RacesParams, proposer: Proposer) -> dict[str, Any]:
-    proposals = fitting.proposals[proposer] if proposer else None
-    return asdict(fit_forecast(fitting.values, draw_levels(races), races.racing.rivals, proposals))
+    return {name: course for name, (_, course) in chosen.items()}, results
 
 
 def _best(trials: Sequence[Trial], within: float) -> list[Trial]:
