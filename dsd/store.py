@@ -88,20 +88,21 @@ def libraries() -> dict[str, str]:
     return {name: ".".join(version(name).split(".")[:2]) for name in LIBRARIES}
 
 
-@cache
-def _warn_of_libraries(place: Path, recorded: tuple[tuple[str, str], ...], remedy: str) -> None:
-    differing = [f"{name} {minor}, not {libraries()[name]}" for name, minor in recorded if libraries()[name] != minor]
-    if differing:
-        log.warning("%s: computed with %s; to recompute: %s", place, " and ".join(differing), remedy)
-
-
 def check_libraries(place: Path, recorded: Mapping[str, str], remedy: str = RECOMPUTE) -> None:
-    """Warn, once a place, where results were computed with other minor versions of the libraries than are installed.
+    """Warn, once per place, if results were computed with other minor versions of the libraries than are installed.
 
-    Results without a record are from before versions were recorded, and are taken as they are.
+    Results without a record are from before versions were recorded, and are valid.
     """
-    known = {name: minor for name, minor in recorded.items() if name in LIBRARIES}
-    _warn_of_libraries(place, tuple(sorted(known.items())), remedy)
+    installed = libraries()
+    others = [name for name in LIBRARIES if recorded.get(name, installed[name]) != installed[name]]
+    differing = [f"{name} {recorded[name]}, not {installed[name]}" for name in others]
+    if differing:
+        _warn_once(f"{place}: computed with {' and '.join(differing)}; to recompute: {remedy}")
+
+
+@cache
+def _warn_once(line: str) -> None:
+    log.warning(line)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

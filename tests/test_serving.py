@@ -389,11 +389,11 @@ def test_a_missing_version_is_one_line(registered: Path) -> None:
         ({"max_texts": 0}, "serving.max_texts: "),
     ],
 )
-def test_settings_that_make_no_sense(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_settings_that_make_no_sense(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:
     content = read_settings(ROOT)
     content["serving"] |= changes
     write_settings(content, tmp_path)
-    with pytest.raises(ParamsError) as told:
+    with pytest.raises(ParamsError) as error:
         load(tmp_path / "params.yaml")
     assert expected in str(error.value)
 
