@@ -25,7 +25,6 @@ from dsd.config import (
     mistake,
     noise_of,
     prompted,
-    proposer_of,
     raced,
     read,
     split,
@@ -274,7 +273,7 @@ def test_a_new_kind_is_one_class() -> None:
 
     params = Params.model_validate(settings)
     assert isinstance(params.methods["mine"], MineMethod) and isinstance(params.datasets["own"], OwnDataset)
-    assert (list(raced(params)), proposer_of(params.schedules["few"])) == (["mine"], "clip-zero-shot")
+    assert (list(raced(params)), params.schedules["few"].proposed_by) == (["mine"], "clip-zero-shot")
     assert (backbone_of(params, "mine"), noise_of(params, "own")) == (params.backbone, params.noise)
     assert params.model_dump(mode="json")["methods"]["mine"] == settings["methods"]["mine"]
     assert Params.model_validate(params.model_dump()) == params

@@ -19,7 +19,6 @@ from dsd.config.methods import (
     ContrastiveMethod,
     CrossAttentionMethod,
     DenoisingMethod,
-    DiffusionMethod,
     FusionParams,
     MethodParams,
     ScheduledMethod,
@@ -194,16 +193,6 @@ def noise_of(params: Params, dataset: str) -> NoiseParams:
 def backbone_of(params: Params, method: str) -> str:
     """The row of `backbones` that a method uses."""
     return params.methods[method].own_backbone or params.backbone
-
-
-def proposer_of(row: ScheduleParams) -> str | None:
-    """The contrastive method whose scores a schedule starts from, if any."""
-    return row.proposed_by
-
-
-def diffusion(params: Params) -> dict[str, DiffusionMethod]:
-    """The methods that use the diffusion model under test."""
-    return {name: row for name, row in params.methods.items() if isinstance(row, DiffusionMethod)}
 
 
 def contrastive(params: Params) -> dict[str, ContrastiveMethod]:

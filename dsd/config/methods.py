@@ -245,13 +245,11 @@ class ScheduleParams(Kind):
     """A row of `schedules`; its `kind` selects the class. Its draws are those of `races`.
 
     budget: maximum number of evaluations, as a multiple of the number of candidates.
-    needs_races: learned and calibrated by `make races`.
     proposer_key: the key of `proposed_by`.
     """
 
     selector: ClassVar[str] = "kind"
     package: ClassVar[str] = "dsd.schedules"
-    needs_races: ClassVar[bool] = False
     proposer_key: ClassVar[str] = "proposer"
 
     budget: Annotated[float, Field(ge=1)] | None
@@ -262,11 +260,6 @@ class ScheduleParams(Kind):
         def kind(self) -> str: ...
         @property
         def shortlist(self) -> ShortlistParams | None: ...
-
-    @property
-    def candidates_kept(self) -> int | None:
-        """How many candidates the proposer lets in; None lets in all."""
-        return None
 
     @property
     def proposed_by(self) -> str | None:
@@ -292,10 +285,6 @@ class ShortlistSchedule(ScheduleParams):
     """A schedule that may start from a shortlist."""
 
     proposer_key: ClassVar[str] = "shortlist.proposer"
-
-    @property
-    def candidates_kept(self) -> int | None:
-        return self.shortlist.keep if self.shortlist else None
 
     @property
     def proposed_by(self) -> str | None:
@@ -337,8 +326,6 @@ class HierarchicalSchedule(ShortlistSchedule):
 
 class RacingSchedule(ScheduleParams):
     """Learned by `make races` for methods with the same score, and calibrated for this δ."""
-
-    needs_races: ClassVar[bool] = True
 
     kind: Literal["racing"]
     delta: Annotated[float, Field(gt=0, lt=1)]

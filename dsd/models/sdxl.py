@@ -27,7 +27,7 @@ class StableDiffusionXL(StableDiffusion):
     of its own, so that the two are out of step after a "!!", here as in the published pipeline.
     """
 
-    family = "stable-diffusion-xl"
+    family = layout = "stable-diffusion-xl"
     encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}  # noqa: RUF012
 
     @property

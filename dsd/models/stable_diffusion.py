@@ -42,6 +42,7 @@ class StableDiffusion:
     """
 
     family: ClassVar[str] = "stable-diffusion"
+    layout: ClassVar[str] = "stable-diffusion"  # the family, by `family_of`, of folders with the same components
     encoders: ClassVar[Mapping[str, Any]] = {"text_encoder": CLIPTextModel}
 
     def __init__(self, row: BackboneParams, device: torch.device, attention: str) -> None:
@@ -55,7 +56,7 @@ class StableDiffusion:
         self._folder, self.digest = locate(row)
         tokenizers = [name.replace("text_encoder", "tokenizer") for name in self.encoders]
         components = ("vae", "unet", *self.encoders, *tokenizers, "scheduler")
-        require(self._folder, self.family, components, weights=one_file(row) is None)
+        require(self._folder, self.layout, components, weights=one_file(row) is None)
         self.device, self.dtype, self.prediction = device, DTYPES[row.dtype], prediction_of(self._folder, row)
         self.attention = AttentionState()
 

@@ -50,11 +50,6 @@ class ScheduleKind(ABC):
         """Settings that the schedule comparison reports under a name of their own, whether they are best or not."""
         return {}
 
-    def proposer(self, row: ScheduleParams) -> Proposer:
-        """The contrastive method whose scores come before the first draw of a row, if any."""
-        shortlist = getattr(row, "shortlist", None)
-        return shortlist.proposer if shortlist else None
-
     def course_of(self, row: ScheduleParams, races: RacesParams, comparison: Comparison) -> Course:
         """The course of a row of `schedules`; `comparison` may be empty unless `needs_comparison`."""
         course, shortlist = self.course(_setting(row), races, comparison), getattr(row, "shortlist", None)
