@@ -120,8 +120,8 @@ def test_from_a_clone_to_a_report_and_back_after_a_kill(tmp_path: Path) -> None:
     for stage, kept in (("train", "state.pt"), ("score", "evidence-*.json")):
         place = folder / "data" / stage / "scenes-com"
         shutil.rmtree(place)
-        killed(folder, f"flows.{stage}", lambda place=place, kept=kept: any(place.rglob(kept)))  # type: ignore[misc]
-        assert run(folder, f"flows.{stage}").returncode == 0
+        killed(folder, f"flows.stages.{stage}", lambda place=place, kept=kept: any(place.rglob(kept)))  # type: ignore[misc]
+        assert run(folder, f"flows.stages.{stage}").returncode == 0
     assert run(folder, "flows.stages.evaluate").returncode == 0
     assert (folder / "data/evaluate/metrics.json").read_bytes() == metrics
 
