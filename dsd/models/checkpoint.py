@@ -1,4 +1,7 @@
-"""Finds a checkpoint and opens its components; every defect is one line that names the place and the component."""
+"""Locate checkpoints and open their components.
+
+Every defect raises CheckpointError, with one line that names the place and the component.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ from dsd.store import digest, file_digest
 
 transformers_logging.disable_progress_bar()  # a bar for each component would drown those of the stages
 
-# What is read of a checkpoint, and so its identity. Beside it lie cards and pictures, and on the hub the same weights
-# in other layouts and precisions, many gigabytes of them.
+# The files that are read, and so digested. A repository may also hold model cards, images, and gigabytes of the same
+# weights in other layouts and precisions.
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
 SETTINGS = (
     *("config.json", "merges.txt", "model_index.json", "preprocessor_config.json", "special_tokens_map.json"),
@@ -30,7 +33,7 @@ SETTINGS = (
     *(f"{part}/*{suffix}" for part in PARTS for suffix in (".json", ".txt")),
 )
 WEIGHTS = ("model.safetensors*", "model-*.safetensors", *(f"{part}/*.safetensors" for part in PARTS))
-# Of open_clip's layout, beside which a repository may hold the same model in that of transformers.
+# The files of open_clip's layout; a repository may also hold the same model in the layout of transformers.
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 OPEN_CLIP = (
     *(OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS),
@@ -42,26 +45,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def device_of(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one; asking for CUDA where there is none is a user's error."""
+    """Return the device of `runtime.device`; "auto" is CUDA if it is available."""
     if name == "cuda" and not torch.cuda.is_available():
         raise CheckpointError("runtime.device: cuda, but torch sees no CUDA device; use auto or cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def one_file(row: BackboneParams) -> Path | None:
-    """The file of a checkpoint that is one file of weights; None where it is a folder.
-
-    Raises:
-        CheckpointError: a pickle, a file that is not there, or one without the `config` that it needs.
-    """
+    """Return the path of a single-file checkpoint, or None for a folder."""
     path = Path(row.source)
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path}: a pickle, which is never opened; convert it to .safetensors")
     if path.suffix != ".safetensors":
         if row.config is not None:
-            raise CheckpointError(
-                f"{row.source}: config is for one file .safetensors; set it to null, not {row.config}"
-            )
+            config = row.config
+            raise CheckpointError(f"{row.source}: config is for one file .safetensors; set it to null, not {config}")
         return None
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
@@ -71,27 +69,30 @@ def one_file(row: BackboneParams) -> Path | None:
 
 
 def folder_of(row: BackboneParams) -> Path:
-    """The checkpoint's folder, of one file that of its settings; from the hub no more is fetched than is read."""
+    """Return the checkpoint's folder (for a single file, the folder of its settings), downloaded if necessary.
+
+    A downloaded folder is named by its commit.
+    """
     source, patterns = _read_of(row)
-    return Path(source) if _is_local(source) else _fetch(source, row.revision, patterns)
+    if _is_local(source):
+        return Path(source)
+    options = {"revision": row.revision, "allow_patterns": patterns, "ignore_patterns": list(VARIANTS)}
+    with hub_errors(source, row.revision, error=CheckpointError):
+        return Path(snapshot_download(source, **options))
 
 
 def locate(row: BackboneParams) -> tuple[Path, str]:
-    """The checkpoint's folder (see `folder_of`) and its digest.
+    """Return the checkpoint's folder (see `folder_of`) and its digest, which must equal the row's digest if it has one.
 
-    The digest is of the files where it is local, of id and commit on the hub; and of the LoRA and of what the U-Net is
-    said to predict, where the row has them: with others it is another checkpoint.
-
-    Raises:
-        CheckpointError: it is not there, or is not the one that the row's digest names.
+    The digest covers the files of a local checkpoint, or the id and commit of one on the hub, and the row's LoRA and
+    prediction if they are set.
     """
     folder, (source, patterns) = folder_of(row), _read_of(row)
     if Path(source).is_dir():
         names = {file: file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()}
-        read = {file: name for file, name in names.items() if _matches(name, patterns) and not _matches(name, VARIANTS)}
-        identity = digest({name: file_digest(file) for file, name in read.items()})
+        identity = digest({name: file_digest(file) for file, name in names.items() if _is_read(name, patterns)})
     else:
-        identity = f"{source}@{folder.name}"  # which is the commit
+        identity = f"{source}@{folder.name}"
     if file := one_file(row):
         identity = digest(file_digest(file), identity)
     if row.lora is not None:
@@ -100,31 +101,22 @@ def locate(row: BackboneParams) -> tuple[Path, str]:
         identity = digest(identity, file_digest(Path(row.lora)))
     if row.prediction is not None:
         identity = digest(identity, row.prediction)
+    if family_of(folder) not in (None, row.family):  # another family on the files of a known one
+        identity = digest(identity, row.family)
     if row.digest not in (None, identity):
         raise CheckpointError(f"{row.source}: is not the checkpoint of digest {row.digest}, but {identity}")
     return folder, identity
 
 
-def digest_of(row: BackboneParams) -> str:
-    """The digest that the backbone of a row has once it is open."""
-    _, identity = locate(row)
-    # Of a CLIP the features are stored, and are other numbers in other arithmetic.
-    return digest(identity, row.dtype) if row.family in ("clip", "open-clip") and row.dtype != "float32" else identity
-
-
 def _read_of(row: BackboneParams) -> tuple[str, tuple[str, ...]]:
-    """Where the settings are, and which files are read there."""
+    """Return the source of the settings and the patterns of the files that are read there."""
     if one_file(row):
         return str(row.config), SETTINGS
     return row.source, OPEN_CLIP if row.family == "open-clip" else (*SETTINGS, *WEIGHTS)
 
 
 def _is_local(source: str) -> bool:
-    """Whether it is a folder here; if not, it must be an id on the hub.
-
-    Raises:
-        CheckpointError: it can be neither.
-    """
+    """Return whether the source is a local folder; otherwise it must have the form of a hub id."""
     local = Path(source)
     if not local.is_dir() and (local.is_absolute() or source.startswith(".") or source.count("/") != 1):
         raise CheckpointError(f"{source}: no such checkpoint folder")
@@ -133,45 +125,32 @@ def _is_local(source: str) -> bool:
     return local.is_dir()
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
+def _is_read(name: str, patterns: Sequence[str]) -> bool:
+    def matches(patterns: Sequence[str]) -> bool:
+        return any(fnmatch(name, pattern) for pattern in patterns)
 
-
-def _fetch(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The files of a repository on the hub, as a folder named by its commit; what was fetched is not fetched again."""
-    with hub_errors(source, revision, error=CheckpointError):
-        kept = snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=list(VARIANTS))
-    return Path(kept)
+    return matches(patterns) and not matches(VARIANTS)
 
 
 def remote(row: BackboneParams) -> int:
-    """The bytes of a checkpoint that are fetched from the hub where none of them is here yet; 0 of a local one.
-
-    Raises:
-        CheckpointError: it cannot be had; one line.
-    """
+    """Return the bytes to download from the hub if nothing is cached; 0 for a local checkpoint."""
     source, patterns = _read_of(row)
     if _is_local(source):
         return 0
     with hub_errors(source, row.revision, error=CheckpointError):
         info = HfApi().model_info(source, revision=row.revision, files_metadata=True)
-        if info.gated:  # all may read what there is, and not all what is in it
+        if info.gated:  # its file list is public, its files are not
             HfApi().auth_check(source)
-    files = info.siblings or []
-    read = [f for f in files if _matches(f.rfilename, patterns) and not _matches(f.rfilename, VARIANTS)]
-    if not one_file(row) and not any(file.rfilename.endswith(".safetensors") for file in read):
+    files = [file for file in info.siblings or [] if _is_read(file.rfilename, patterns)]
+    if not one_file(row) and not any(file.rfilename.endswith(".safetensors") for file in files):
         raise CheckpointError(
             f"{source}: has no weights in safetensors for family {row.family}; pickles are not opened"
         )
-    return sum(file.size or 0 for file in read)
+    return sum(file.size or 0 for file in files)
 
 
 def commit(row: BackboneParams) -> str | None:
-    """The commit that a row's source on the hub is at today; None of a local one.
-
-    Raises:
-        CheckpointError: it cannot be had; one line.
-    """
+    """Return the current commit of a row's source on the hub, or None for a local source."""
     source, _ = _read_of(row)
     if _is_local(source):
         return None
@@ -180,11 +159,7 @@ def commit(row: BackboneParams) -> str | None:
 
 
 def component_config(row: BackboneParams, component: str) -> dict[str, Any]:
-    """The configuration of a component, without its weights.
-
-    Raises:
-        CheckpointError: there is none, or it is no JSON; one line.
-    """
+    """Read the configuration of a component, without its weights."""
     source, _ = _read_of(row)
     name = f"{component}/config.json"
     if _is_local(source):
@@ -195,72 +170,71 @@ def component_config(row: BackboneParams, component: str) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}/{name}: does not load: {' '.join(str(error).split())[:160]}") from None
+        raise CheckpointError(f"{source}/{name}: does not load: {brief(error)}") from None
 
 
 def family_of(folder: Path) -> str | None:
-    """The family that the folder's content says, None where it does not."""
+    """Return the family that the folder's files imply, or None if they imply none."""
     if (folder / "unet").is_dir():
         return "stable-diffusion-xl" if (folder / "text_encoder_2").is_dir() else "stable-diffusion"
-    if '"vision_config"' in _text(folder / "config.json"):
+    config = folder / "config.json"
+    if config.is_file() and '"vision_config"' in config.read_text(errors="replace"):
         return "clip"
     return "open-clip" if (folder / OPEN_CLIP_CONFIG).is_file() else None
 
 
-def _text(file: Path) -> str:
-    return file.read_text(errors="replace") if file.is_file() else ""
-
-
 def require(folder: Path, family: str, components: Sequence[str], *, weights: bool = True) -> None:
-    """The folder is of this family, every component is there, and its weights are safetensors: a pickle is never
-    opened."""
-    if (found := family_of(folder)) not in (None, family):
-        raise CheckpointError(f"{folder}: of family {found}, and not {family}; correct family")
+    """Check that the folder is of this family and has every component, with weights in safetensors."""
+    if (actual := family_of(folder)) not in (None, family):
+        raise CheckpointError(f"{folder}: of family {actual}, and not {family}; correct family")
     for component in components:
         place = folder / component
         if not place.is_dir():
             raise CheckpointError(f"{folder}: lacks the component {component}/ (needed: {', '.join(components)})")
         if weights and (place / "config.json").exists() and not list(place.glob("*.safetensors")):
-            pickles = [file.name for file in sorted(place.iterdir()) if file.suffix in PICKLES]
-            found = f"only {pickles[0]}, a pickle; convert it to safetensors" if pickles else "no weights"
-            raise CheckpointError(f"{place}: {found}")
+            raise CheckpointError(f"{place}: {pickle_note(place) or 'no weights'}")
+
+
+def pickle_note(folder: Path) -> str:
+    """Return what to do about a pickle in a folder that lacks safetensors, "" if there is none."""
+    pickles = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
+    return f"only {pickles[0]}, a pickle; convert it to safetensors" if pickles else ""
 
 
 def prediction_of(folder: Path, row: BackboneParams) -> str:
-    """What the U-Net predicts, "epsilon" or "v_prediction": by the row, else by the scheduler, else (the oldest have no
-    word on it) ε.
+    """Return the U-Net's target, "epsilon" or "v_prediction": by the row, else by the scheduler, else "epsilon".
 
-    Raises:
-        CheckpointError: row and scheduler disagree, or the scheduler says something else.
+    The oldest schedulers have no key for it. Row and scheduler must not disagree.
     """
     file = folder / "scheduler" / "scheduler_config.json"
     try:
-        said = json.loads(file.read_text()).get("prediction_type")
+        kind = json.loads(file.read_text()).get("prediction_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file}: does not load: {' '.join(str(error).split())[:160]}") from None
-    if said not in (None, "epsilon", "v_prediction"):
-        raise CheckpointError(f"{file}: prediction_type {said!r} is neither epsilon nor v_prediction")
-    if None not in (said, row.prediction) and said != row.prediction:
+        raise CheckpointError(f"{file}: does not load: {brief(error)}") from None
+    if kind not in (None, "epsilon", "v_prediction"):
+        raise CheckpointError(f"{file}: prediction_type {kind!r} is neither epsilon nor v_prediction")
+    if None not in (kind, row.prediction) and kind != row.prediction:
         raise CheckpointError(
-            f"{row.source}: prediction of its row is {row.prediction}, but its scheduler says {said}; null takes {said}"
+            f"{row.source}: prediction of its row is {row.prediction}, but its scheduler says {kind}; null takes {kind}"
         )
-    return str(row.prediction or said or "epsilon")
+    return str(row.prediction or kind or "epsilon")
 
 
 def tokenizer(folder: Path, name: str) -> CLIPTokenizer:
-    """The tokenizer in `<folder>/<name>`. transformers makes one of three tokens where it finds no file."""
+    """Load the tokenizer in `<folder>/<name>`."""
     place = folder / name
+    # Without a file, transformers makes a tokenizer of three tokens.
     if not any((place / file).is_file() for file in ("tokenizer.json", "vocab.json")):
         raise CheckpointError(f"{place}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
     try:
         return CLIPTokenizer.from_pretrained(place)
-    except Exception as error:  # the reader of tokenizer.json raises nothing more exact
-        raise CheckpointError(f"{place}: tokenizer does not load: {' '.join(str(error).split())[:160]}") from None
+    except Exception as error:  # the reader of tokenizer.json raises nothing more specific
+        raise CheckpointError(f"{place}: tokenizer does not load: {brief(error)}") from None
 
 
 def longer(tokens: CLIPTokenizer, texts: Iterable[str], limit: int) -> Iterator[tuple[str, int]]:
-    """The texts of more tokens than the limit, each with its number of tokens, begin and end among them."""
-    # No token of ASCII is less than a letter, so a short text need not be cut into tokens: of millions most are short.
+    """Yield the texts with more tokens than the limit, and their numbers of tokens including begin and end."""
+    # A token of ASCII text is at least one character, so short texts, most of millions, need no tokenizing.
     doubtful = (text for text in texts if not (text.isascii() and len(text) + 2 <= limit))
     while batch := list(islice(doubtful, 4096)):
         counted = zip(batch, map(len, tokens(batch).input_ids), strict=True)
@@ -268,7 +242,7 @@ def longer(tokens: CLIPTokenizer, texts: Iterable[str], limit: int) -> Iterator[
 
 
 def component(folder: Path, kind: Any, name: str, dtype: torch.dtype) -> Any:
-    """`kind.from_pretrained`, refusing weights that do not fill the model exactly; name "" is the folder itself."""
+    """Call `kind.from_pretrained` and check that no weight is missing or misshapen; name "" is the folder itself."""
     place = folder / name
     options: dict[str, Any] = {"subfolder": name} if name else {}
     if kind.__module__.startswith("diffusers"):
@@ -277,11 +251,13 @@ def component(folder: Path, kind: Any, name: str, dtype: torch.dtype) -> Any:
         options |= {"dtype": dtype}
     try:
         model, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
-    except Exception as error:  # each library has its own family of errors; all mean that this folder does not load
-        raise CheckpointError(
-            f"{place}: does not load as {kind.__name__}: {' '.join(str(error).split())[:200]}"
-        ) from None
-    wrong = [*info.get("mismatched_keys", ()), *info.get("missing_keys", ())]
-    if wrong:
+    except Exception as error:  # each library has its own family of errors
+        raise CheckpointError(f"{place}: does not load as {kind.__name__}: {brief(error, 200)}") from None
+    if wrong := [*info.get("mismatched_keys", ()), *info.get("missing_keys", ())]:
         raise CheckpointError(f"{place}: {len(wrong)} tensors missing or misshapen, the first {wrong[0]}")
     return model.eval().requires_grad_(False)
+
+
+def brief(error: object, length: int = 160) -> str:
+    """Return an error's message in one line, cut to a length."""
+    return " ".join(str(error).split())[:length]
