@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 ORDER = ["pretrain", "download", "prepare", "cache", "train", "score", "evaluate", "report"]
 LAZY = {"dsd", "flows", "flows.stages"}  # packages that import nothing of the project
-TABLES = {"dsd.datasets", "dsd.models", "dsd.schedules", "dsd.scorers", "dsd.training"}  # packages that import all their modules, found by `pkgutil`
+# Packages that import all their modules, found by `pkgutil`.
+TABLES = {"dsd.datasets", "dsd.models", "dsd.schedules", "dsd.scorers", "dsd.training"}
 SECTIONS = set(Params.model_fields)
 
 
