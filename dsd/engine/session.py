@@ -18,7 +18,7 @@ from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
 from dsd.data.image_table import ImageTable
 from dsd.engine.encodings import Arrays, Encodings, all_texts, contrastive_encodings, diffusion_encodings, read_all
 from dsd.engine.engine import Engine, fill
-from dsd.errors import DataError
+from dsd.errors import CheckpointError, DataError
 from dsd.models import Clip, StableDiffusion, device_of, load_clip, load_diffusion
 from dsd.models.checkpoint import DTYPES
 from dsd.models.clip_heads import FILES, Head, learned
@@ -162,7 +162,10 @@ class Session:
         """The key of the cosines of these pairs under the contrastive method of this name."""
         method = self.params.methods[name]
         file = FILES.get(method.learns or "")
-        weights = file_digest(self.folders.trained / name / file) if file else None
+        path = self.folders.trained / name / file if file else None
+        if path and not path.exists():
+            raise CheckpointError(f"{path}: no such file; train {name} with the stage `train`")
+        weights = file_digest(path) if path else None
         return versioned("cosines", digest(self.clip(str(method.own_backbone)).digest, weights, asked))
 
     @torch.inference_mode()
