@@ -60,7 +60,6 @@ def planned(session: Session, split: str) -> Iterator[Planned]:
     params, examples = session.params, session.examples(split)
     fitting = fitting_examples(session.examples("train"), params.methods, params.fusion, params.seed)
     for prompt in evidence_prompts(params.methods):
-        session.prompt(prompt)
         source, compares = session.evidence_key(prompt), reads_unconditional(params.methods, prompt)
         entries = {prompt: examples} | ({fitting_entry(prompt): fitting} if fitting else {})
         for entry, some in entries.items():
@@ -169,9 +168,7 @@ def score_raced(session: Session, comparisons: Path, target: Path, *, split: str
     return costs
 
 
-def stored_values(
-    runner: RaceRunner, examples: Sequence[MatchingExample], scored: Path
-) -> Mapping[Request, float]:
+def stored_values(runner: RaceRunner, examples: Sequence[MatchingExample], scored: Path) -> Mapping[Request, float]:
     """The values of a method's pairs that are known because a method without a schedule has the same draws."""
     session, method = runner.session, runner.method
     params, prompt = session.params, method.prompt

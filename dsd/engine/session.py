@@ -112,7 +112,8 @@ class Session:
         return AttentionPrompt.load(file, self.backbone.digest) if file else None
 
     def evidence_key(self, prompt: str) -> str:
-        """The digest of all that evidence depends on, except its rows."""
+        """The digest of all that evidence depends on, except its rows; for errors see `prompt`."""
+        self.prompt(prompt)
         file, row = self.prompt_file(prompt), self.params.backbones[self.params.backbone]
         trained = None if file is None else file_digest(file)
         settings, resolution = self.params.evidence.model_dump(exclude={"shard"}), self.params.images.resolution
