@@ -252,7 +252,7 @@ def _outside(backbones: Mapping[str, BackboneParams], datasets: Mapping[str, Dat
     used = any(map(_on_hub, rows))
     yield Check("hub", partial(_hub, used), "log in with `hf auth login`, or set HF_TOKEN")
     for name, row in datasets.items():
-        if not row.kind.startswith("scenes-"):
+        if not row.generated:
             yield Check(f"dataset {name}", partial(_dataset, name, row), ACCESS)
 
 
