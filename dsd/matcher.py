@@ -1,6 +1,6 @@
 """The public API: score images against texts in five lines.
 
-Shapes: I images, T texts, M words, R picture side.
+Shapes: I images, T texts, K draws, M words, R image side in pixels.
 """
 
 from __future__ import annotations
@@ -20,14 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dsd.config import (
-    EXHAUSTIVE,
-    BackboneParams,
-    CrossAttentionMethod,
-    DenoisingMethod,
-    EvidenceParams,
-    NoiseParams,
-)
+from dsd.config import EXHAUSTIVE, BackboneParams, CrossAttentionMethod, DenoisingMethod, EvidenceParams, NoiseParams
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import Pair
 from dsd.data.images import ImageSource, image_id, load_image, resize, to_array
@@ -42,17 +35,17 @@ from dsd.models.prompts import AttentionPrompt
 from dsd.progress import progress
 from dsd.scorers.evidence import UNCONDITIONAL
 
-KEPT_TEXTS = 512  # whose encodings are kept: some 240 kB each with Stable Diffusion 1.x
+KEPT_TEXTS = 512  # encodings in memory: 240 kB each with Stable Diffusion 1.x
 MAX_PIXELS = 40_000_000
-AT_ONCE = 16  # batches whose evidence is held at once
+AT_ONCE = 16  # batches of evidence in memory
 METHODS = ("cross-attention", "denoising")
 MethodName = Literal["cross-attention", "denoising"]
-Picture = NDArray[np.uint8]  # [R, R, 3] as `Matcher.picture` gives it
+Picture = NDArray[np.uint8]  # [R, R, 3] as `Matcher.picture` returns it
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Where a text looks in a picture: one map a word, each [R, R] in 0…1 of its own range."""
+    """The cross-attention of each word of a text over an image, each map scaled to 0…1."""
 
     words: list[str]
     maps: np.ndarray  # [M, R, R] float32
@@ -79,14 +72,14 @@ class Matcher:
         seed: int,
         resolution: int | None = None,
     ) -> None:
-        """`method` is a row of params.yaml, or a name; `resolution` is the backbone's own where none is given."""
+        """`method` is a row of params.yaml, or a name; `resolution` is the backbone's own by default."""
         self.backbone, self.prompt = backbone, prompt
         self._row = _row(method, prompt, noise) if isinstance(method, str) else method
         self.method: MethodName = self._row.scorer
         self._draws, self._evidence, self._batch_size = draws(noise, seed), evidence, batch_size
         self._parity, self._resolution = parity, resolution or backbone.resolution
         self._known: LRUCache[str, Arrays] = LRUCache(KEPT_TEXTS)
-        self._reading = Lock()  # a tokenizer is changed by its use
+        self._reading = Lock()  # tokenizers are not thread-safe
 
     @classmethod
     def from_pretrained(
@@ -109,14 +102,20 @@ class Matcher:
         batch_size: int = 64,
         seed: int = 0,
     ) -> Matcher:
-        """Opens a checkpoint and, if given, a trained attention prompt.
+        """Open a checkpoint and optionally a trained attention prompt.
 
-        The checkpoint is in the diffusers layout (a folder or a hub id), or one file .safetensors with `config`, a
-        folder or hub id of the same architecture; `family` is what it looks like where none is given, prediction and
-        attention are as in params.yaml.
-        `method` is "cross-attention" (DSD) or "denoising" (Diffusion Classifier); `levels` are noise levels in (0, 1);
-        `scale` is λ of eq. 3; `parity` resizes pictures to so many pixels first, as a comparison with CLIP does.
-        Raises CheckpointError, in one line, where the checkpoint or the prompt does not load.
+        Args:
+            path_or_id: a folder or hub id in the diffusers layout, or a file .safetensors with `config`, a folder or
+                hub id of the same architecture.
+            method: "cross-attention" (DSD) or "denoising" (Diffusion Classifier).
+            family: detected from the files by default.
+            prediction, attention: as in params.yaml.
+            levels: noise levels in (0, 1).
+            scale: λ of eq. 3.
+            parity: resize images to this side in pixels first, as in a comparison with CLIP.
+
+        Raises:
+            CheckpointError: the checkpoint or the prompt does not load.
         """
         if method not in METHODS:
             raise CheckpointError(unknown("method", method, METHODS))
@@ -129,44 +128,42 @@ class Matcher:
             lora=None,
             dtype=dtype,
         )
-        if family is None and (found := family_of(folder_of(row))):
-            row = row.model_copy(update={"family": found})
+        if family is None and (detected := family_of(folder_of(row))):
+            row = row.model_copy(update={"family": detected})
         backbone = load_diffusion(row, device_of(device), attention)
-        learned = (
-            AttentionPrompt.load(Path(prompt), backbone.digest).to(backbone.device) if prompt is not None else None
-        )
+        learned = None if prompt is None else AttentionPrompt.load(Path(prompt), backbone.digest).to(backbone.device)
         noise = NoiseParams(levels=tuple(levels), draws_per_level=draws_per_level)
         evidence = EvidenceParams(poolings=("logsumexp",), scale=scale, normalise=False, tokens="content", shard=1)
         chosen: MethodName = "denoising" if method == "denoising" else "cross-attention"
         return cls(backbone, learned, chosen, noise, evidence, parity=parity, batch_size=batch_size, seed=seed)
 
     def score(self, images: Sequence[ImageSource] | ImageSource, texts: Sequence[str] | str) -> Tensor:
-        """Scores [I, T], higher is better. Images are paths, PIL images, arrays or bytes.
+        """Return scores [I, T], higher is better, for images given as paths, PIL images, arrays or bytes.
 
-        Raises ImageError for a picture that cannot be read and TextError for an empty text; a text over the model's
-        token limit is cut with a warning.
+        Raise ImageError for an unreadable image and TextError for an empty text; a text over the model's token limit is
+        cut with a warning.
         """
         if isinstance(images, str | Path | bytes | np.ndarray | Image.Image):
             images = [images]
         texts = [texts] if isinstance(texts, str) else list(texts)
         check_texts(texts)
-        [found] = self.score_many([([self.picture(image) for image in images], texts)])
+        [scores_IT] = self.score_many([([self.picture(image) for image in images], texts)])
         for text in self.cut(texts):
             warnings.warn(
                 f"text is longer than the model's {self.backbone.max_tokens} tokens and was cut: {text[:60]!r}…",
                 stacklevel=2,
             )
-        return found
+        return scores_IT
 
     def score_many(self, problems: Sequence[tuple[Sequence[Picture], Sequence[str]]]) -> list[Tensor]:
-        """`score` of several (pictures, texts) at once: their rows side by side in full batches.
+        """Score several (images, texts) together in full batches; what they share is computed once.
 
-        What they have in common is encoded and computed once. Texts are taken as they are; see `check_texts` and `cut`.
+        Texts are not checked; see `check_texts` and `cut`.
         """
-        pictures = {image_id(picture): picture for some, _ in problems for picture in some}
-        asked = [[[Pair(image_id(p), text) for text in self._columns(texts)] for p in some] for some, texts in problems]
-        rows = list(dict.fromkeys((pair, d) for found in asked for row in found for pair in row for d in self._draws))
-        latents, texts = self._latents(pictures), self._encoded({pair.text: None for pair, _ in rows})
+        by_id = {image_id(image): image for images, _ in problems for image in images}
+        tables = [[[Pair(image_id(i), t) for t in self._columns(texts)] for i in images] for images, texts in problems]
+        rows = list(dict.fromkeys((pair, d) for table in tables for row in table for pair in row for d in self._draws))
+        latents, texts = self._latents(by_id), self._encoded({pair.text: None for pair, _ in rows})
         engine = Engine(
             self.backbone, self.prompt, self._evidence, partial(_stacked, latents), partial(_stacked, texts),
             self._batch_size,
@@ -174,59 +171,56 @@ class Matcher:
         values: dict[tuple[Pair, Draw], float] = {}
         size = AT_ONCE * self._batch_size
         for n in progress(range(0, len(rows), size), desc="score", leave=False):
-            arrays = engine.compute(rows[n : n + size])
-            values |= zip(
-                rows[n : n + size], row_values(arrays, self._row, self._evidence.poolings).tolist(), strict=True
-            )
-        self._batch_size = engine.batch_size  # which it halves where memory does not suffice
-        return [
-            self._set_off(torch.tensor([[[values[pair, d] for d in self._draws] for pair in row] for row in found]))
-            for found in asked
-        ]
+            part = rows[n : n + size]
+            values_R = row_values(engine.compute(part), self._row, self._evidence.poolings)
+            values |= zip(part, values_R.tolist(), strict=True)
+        self._batch_size = engine.batch_size  # halved if memory was too small
+        values_ITK = ([[[values[pair, d] for d in self._draws] for pair in row] for row in table] for table in tables)
+        return [self._reduced(torch.tensor(table)) for table in values_ITK]
 
     def rows(self, images: int, texts: int) -> int:
-        """How many (pair, draw) rows a problem of this size is."""
+        """Return the number of (pair, draw) rows of a problem of this size."""
         return images * len(self._columns([""] * texts)) * len(self._draws)
 
     @property
     def full(self) -> int:
-        """The rows that fill all that is computed at once."""
+        """The number of rows that are computed at once."""
         return self._batch_size * cores(self.backbone.device)
 
     def _columns(self, texts: Sequence[str]) -> list[str]:
-        """The unconditional pass makes images comparable with each other, not only texts."""
+        """Add the unconditional pass, which makes scores of different images comparable."""
         return [*texts, UNCONDITIONAL] if self._row.compares_unconditional else [*texts]
 
-    def _set_off(self, values_ITK: Tensor) -> Tensor:
-        found_IT = values_ITK.mean(-1)
-        return found_IT[:, :-1] - found_IT[:, -1:] if self._row.compares_unconditional else found_IT
+    def _reduced(self, values_ITK: Tensor) -> Tensor:
+        means_IT = values_ITK.mean(-1)
+        return means_IT[:, :-1] - means_IT[:, -1:] if self._row.compares_unconditional else means_IT
 
     @torch.inference_mode()
     def heatmap(self, image: ImageSource, text: str) -> Heatmap:
-        """Cross-attention of each word over the picture, averaged over layers, heads and draws."""
+        """Return the cross-attention of each word over the image, averaged over layers, heads and draws."""
         return self.heatmap_of(self.picture(image), text)
 
     @torch.inference_mode()
     def heatmap_of(self, picture: Picture, text: str) -> Heatmap:
-        """`heatmap` of a picture that is prepared."""
-        latents, hidden, content = self._seen(picture, text)
+        """Return the `heatmap` of an image that `picture` returned."""
+        latents, hidden, content = self._encoded_pair(picture, text)
         maps = [self._maps(latents, hidden, content, draw, picture.shape[0])[0] for draw in self._draws]
         return Heatmap(self._words(text), _stretched(torch.stack(maps).sum(0)), picture)
 
     @torch.inference_mode()
     def heatmaps(self, image: ImageSource, text: str) -> dict[float, Heatmap]:
-        """By noise level, at the first draw of each: what the model sees, decoded, and where each word looks in it."""
-        picture = self.picture(image)
-        latents, hidden, content = self._seen(picture, text)
+        """Return for each noise level the `heatmap` of its first draw, over the noised image."""
+        array = self.picture(image)
+        latents, hidden, content = self._encoded_pair(array, text)
         first = {draw.level: draw for draw in reversed(self._draws)}
-        found = {}
+        heatmaps = {}
         for level, draw in sorted(first.items()):
-            maps, noised = self._maps(latents, hidden, content, draw, picture.shape[0])
-            found[level] = Heatmap(self._words(text), _stretched(maps), self.backbone.decode_images(noised)[0])
-        return found
+            maps, noised = self._maps(latents, hidden, content, draw, array.shape[0])
+            heatmaps[level] = Heatmap(self._words(text), _stretched(maps), self.backbone.decode_images(noised)[0])
+        return heatmaps
 
     def _maps(self, latents: Tensor, hidden: Tensor, content: Tensor, draw: Draw, side: int) -> tuple[Tensor, Tensor]:
-        """Of one draw, the attention of each word summed over layers [M, R, R], and the noised latents [1, C, r, r]."""
+        """Return the attention of each word at one draw, summed over layers [M, R, R], and the noised latents."""
         capture = Capture.of(self._evidence, content, keep_maps=True)
         timesteps = torch.tensor([draw.timestep(self.backbone.schedule_length)], device=latents.device)
         noise = draw.noise(tuple(latents.shape[1:]))[None].to(latents.device)
@@ -236,64 +230,63 @@ class Matcher:
         assert capture.maps is not None
         total = torch.zeros(int(content.sum()), side, side)
         for attn_BHNM in capture.maps:
-            own = round(attn_BHNM.shape[-2] ** 0.5)
-            maps = attn_BHNM[0].mean(0).T[content[0]].reshape(1, -1, own, own)
+            size = round(attn_BHNM.shape[-2] ** 0.5)
+            maps = attn_BHNM[0].mean(0).T[content[0]].reshape(1, -1, size, size)
             total += torch.nn.functional.interpolate(maps, (side, side), mode="bicubic")[0].cpu()
         return total, noised
 
     def _words(self, text: str) -> list[str]:
-        """The content tokens of a text."""
+        """Return the content tokens of a text."""
         limit = self.backbone.max_tokens
         with self._reading:
             ids = self.backbone.tokenizer(text, truncation=True, max_length=limit).input_ids[1:-1]
         return [piece.removesuffix("</w>") for piece in self.backbone.tokenizer.convert_ids_to_tokens(ids)]
 
     def picture(self, image: ImageSource, max_pixels: int = MAX_PIXELS) -> Picture:
-        """What the model sees of an image. Raises ImageError, in one line, where there is nothing to see."""
+        """Load an image at the model's resolution; raise ImageError if it cannot be read."""
         loaded = load_image(image, max_pixels=max_pixels)
         return to_array(resize(loaded, parity=self._parity, resolution=self._resolution))
 
     def cut(self, texts: Sequence[str]) -> list[str]:
-        """Those of the texts that are longer than the model's limit."""
-        found = self._encoded(dict.fromkeys(texts))
-        return [text for text in texts if found[text]["truncated"]]
+        """Return the texts that exceed the model's token limit."""
+        encoded = self._encoded(dict.fromkeys(texts))
+        return [text for text in texts if encoded[text]["truncated"]]
 
-    def _latents(self, pictures: Mapping[str, Picture]) -> dict[str, Arrays]:
-        """The latent of each picture by its id."""
-        ids, found = list(pictures), dict[str, Arrays]()
+    def _latents(self, images: Mapping[str, Picture]) -> dict[str, Arrays]:
+        ids, encoded = list(images), dict[str, Arrays]()
         for n in range(0, len(ids), 16):
-            latents = self.backbone.encode_images(np.stack([pictures[i] for i in ids[n : n + 16]])).cpu().numpy()
-            found |= {i: {"latents": latent} for i, latent in zip(ids[n:], latents, strict=False)}
-        return found
+            latents = self.backbone.encode_images(np.stack([images[i] for i in ids[n : n + 16]])).cpu().numpy()
+            encoded |= {i: {"latents": latent} for i, latent in zip(ids[n:], latents, strict=False)}
+        return encoded
 
     def _encoded(self, texts: Iterable[str]) -> dict[str, Arrays]:
-        """hidden [M, D], content [M] and whether it was truncated, of each text: encoded once while it is kept."""
+        """Return hidden [M, D], content [M] and truncated of each text, encoded unless they are in memory."""
         with self._reading:
-            found = {text: self._known.get(text) for text in texts}
-            if new := [text for text, arrays in found.items() if arrays is None]:
+            encoded = {text: self._known.get(text) for text in texts}
+            if new := [text for text, arrays in encoded.items() if arrays is None]:
                 out = self.backbone.encode_texts(new)
                 for n, text in enumerate(new):
                     tensors = {"hidden": out.hidden[n], "content": out.content[n], "truncated": out.truncated[n]}
-                    self._known[text] = found[text] = {k: v.cpu().numpy().copy() for k, v in tensors.items()}
-        return {text: arrays for text, arrays in found.items() if arrays is not None}
+                    self._known[text] = encoded[text] = {k: v.cpu().numpy().copy() for k, v in tensors.items()}
+        return {text: arrays for text, arrays in encoded.items() if arrays is not None}
 
-    def _seen(self, picture: Picture, text: str) -> tuple[Tensor, Tensor, Tensor]:
-        """latents [1, C, r, r], hidden [1, M, D] and content [1, M] of a pair."""
+    def _encoded_pair(self, image: Picture, text: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return latents [1, C, r, r], hidden [1, M, D] and content [1, M] of a pair."""
         check_texts([text])
         arrays = _stacked(self._encoded([text]), [text])
         hidden, content = (torch.from_numpy(arrays[name]).to(self.backbone.device) for name in ("hidden", "content"))
-        return self.backbone.encode_images(picture[None]), hidden, content
+        return self.backbone.encode_images(image[None]), hidden, content
 
 
 def check_texts(texts: Sequence[str]) -> None:
-    """Raises TextError, in one line, where one of the texts is empty."""
+    """Raise TextError if one of the texts is empty."""
     for number, text in enumerate(texts):
         if not text.strip():
             raise TextError(f"text {number + 1} of {len(texts)} is empty; give it at least one word")
 
 
 def _row(name: MethodName, prompt: AttentionPrompt | None, noise: NoiseParams) -> ScheduledMethod:
-    """The method of this name, as the papers have it."""
+    """Return the method of this name with the settings of its paper."""
     common: dict[str, Any] = dict(prompt="few-shot" if prompt else "none", levels=noise.levels, schedule=EXHAUSTIVE)
     if name == "denoising":
         return DenoisingMethod(scorer=name, **common)
@@ -305,6 +298,6 @@ def _stacked(table: Mapping[str, Arrays], items: Sequence[str]) -> Arrays:
 
 
 def _stretched(maps: Tensor) -> np.ndarray:
-    """Each map [M, R, R] to 0…1 of its own range."""
+    """Scale each map [M, R, R] to 0…1."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return ((maps - low) / (high - low).clamp(min=1e-9)).numpy()

@@ -1,4 +1,4 @@
-"""Files named by what they hold: written whole or not at all, checked when read, resumable.
+"""A content-addressed store: atomic writes, checked reads, resumable.
 
 A shard is one safetensors file of named arrays under a key; the key is a digest of everything that the arrays
 were computed from, so a shard is never stale: another input has another key. Its manifest is removed before
@@ -34,32 +34,32 @@ from dsd.errors import DsdError
 
 log = logging.getLogger(__name__)
 
-# What numpy can give back: it has no bfloat16, which float32 holds exactly.
+# The dtypes of numpy; it has no bfloat16, which float32 represents exactly.
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 DTYPES = ("bool", *INTEGERS, "float16", "float32", "float64")
-LIBRARIES = ("torch", "diffusers", "transformers")  # whose arithmetic the arrays are
+LIBRARIES = ("torch", "diffusers", "transformers")  # whose versions can change results
 KEY = re.compile(r"[A-Za-z0-9._-]+")
 PLAIN = {str, int, float, bool, type(None)}
 RECOMPUTE = "dsd reproduce --recompute"
 ATTEMPTS = 20
-_BACKOFF = random.SystemRandom()  # neither moves the seeded generators nor repeats itself in forked workers
+_BACKOFF = random.SystemRandom()  # independent of seeded generators, different in forked workers
 
 
 def digest(*parts: object) -> str:
-    """The first 32 hexadecimal digits of the SHA-256 of the parts as canonical JSON.
+    """Return the first 32 hexadecimal digits of the SHA-256 of the parts as canonical JSON.
 
     Dictionaries are sorted, floats are written by repr, tuples equal lists, dataclasses and pydantic models
     count as their fields. 1, 1.0 and True differ.
 
     Raises:
-        TypeError: a path (it says where, not what: use `file_digest`) or anything else that JSON cannot hold.
+        TypeError: a path (use `file_digest`), or anything else that JSON cannot represent.
     """
     text = json.dumps(_plain(parts), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _plain(part: Any) -> Any:
-    if type(part) in PLAIN:  # most parts are
+    if type(part) in PLAIN:
         return part
     if isinstance(part, PurePath):
         raise TypeError(f"{part} is a place, not a content: digest its file_digest instead")
@@ -77,26 +77,24 @@ def _plain(part: Any) -> Any:
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file's content, 64 hexadecimal digits."""
+    """Return the SHA-256 of a file's content, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @cache
 def libraries() -> dict[str, str]:
-    """The installed minor version of each library, such as {"torch": "2.13"}: patch releases keep the arithmetic."""
+    """Return the installed minor version of each library, such as {"torch": "2.13"}; patch releases keep results."""
     return {name: ".".join(version(name).split(".")[:2]) for name in LIBRARIES}
 
 
 def check_libraries(place: Path, recorded: Mapping[str, str], remedy: str = RECOMPUTE) -> None:
     """Warn, once per place, if results were computed with other minor versions of the libraries than are installed.
 
-    Results without a record are from before versions were recorded, and are valid.
+    Results without recorded versions are valid.
     """
-    installed = libraries()
-    others = [name for name in LIBRARIES if recorded.get(name, installed[name]) != installed[name]]
-    differing = [f"{name} {recorded[name]}, not {installed[name]}" for name in others]
-    if differing:
+    pairs = ((name, recorded.get(name, own), own) for name, own in libraries().items())
+    if differing := [f"{name} {used}, not {own}" for name, used, own in pairs if used != own]:
         _warn_once(f"{place}: computed with {' and '.join(differing)}; to recompute: {remedy}")
 
 
@@ -106,11 +104,7 @@ def _warn_once(line: str) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that its name holds the old content or all of the new, whatever happens in between.
-
-    Raises:
-        DsdError: the disk is full; nothing is left behind.
-    """
+    """Replace a file by new content, completely or not at all; raise DsdError if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -129,9 +123,9 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 class Store:
-    """A folder of shards; any number of processes may read and write it at once.
+    """A folder of shards that several processes may read and write concurrently.
 
-    `corrupt` counts the shards that this object found damaged.
+    `corrupt` counts the damaged shards that this object has read.
     """
 
     def __init__(self, root: Path) -> None:
@@ -139,46 +133,46 @@ class Store:
         self.corrupt = 0
 
     def write(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Write the shard of a key, replacing one that is there.
+        """Write or replace the shard of a key.
 
         Raises:
-            ValueError: a key that is no plain name, or an array of a dtype that would not come back.
+            ValueError: the key is not a plain name, or the dtype of an array is not supported.
             DsdError: the disk is full, or the shard does not read back as written.
         """
         file, manifest = self._file(key), self._manifest(key)
         for name, array in arrays.items():
             if array.dtype.name not in DTYPES:
                 raise ValueError(f"{key}: array {name!r} is {array.dtype}, not one of {', '.join(DTYPES)}")
-        # save() copies memory as it lies: an array that is not in C order would come back shuffled.
+        # save() copies raw memory: an array that is not in C order would be read back shuffled.
         data = save({name: np.asarray(arrays[name], order="C") for name in sorted(arrays)})
         shapes = {name: {"dtype": array.dtype.name, "shape": list(array.shape)} for name, array in arrays.items()}
         sha256 = hashlib.sha256(data).hexdigest()
-        described = {"sha256": sha256, "size": len(data), "arrays": shapes, "libraries": libraries()}
-        content = json.dumps(described, sort_keys=True, indent=1).encode()
+        description = {"sha256": sha256, "size": len(data), "arrays": shapes, "libraries": libraries()}
+        content = json.dumps(description, sort_keys=True, indent=1).encode()
         for attempt in range(ATTEMPTS):
             start = time.monotonic()
             manifest.unlink(missing_ok=True)
             write_atomic(file, data)
             write_atomic(manifest, content)
-            # Another writer of this key may have come in between. Whoever changes something last also looks
-            # last, so when all writers are done the file and the manifest are of one piece.
+            # Another writer of this key may have interfered. The last to write is also the last to check, so file and
+            # manifest agree when all writers have returned.
             if self._load(key, _bytes(manifest)) is not None:
                 return
             time.sleep(_BACKOFF.uniform(0, (time.monotonic() - start) * (attempt + 1)))
         raise DsdError(f"{file}: does not read back as written, tried {ATTEMPTS} times")
 
     def read(self, key: str) -> dict[str, NDArray[Any]] | None:
-        """All arrays of a shard, checked against its manifest; None where it is absent.
+        """Return all arrays of a shard, checked against its manifest, or None if it is absent.
 
-        A damaged shard is logged, counted, renamed to `<key>.corrupt` and answered as absent, so that the
-        caller computes it again.
+        A damaged shard is logged, counted, renamed to `<key>.corrupt` and treated as absent, so that the caller
+        recomputes it.
         """
         manifest = self._manifest(key)
         content = _bytes(manifest)
         if content is None:
             return None
         arrays = self._load(key, content)
-        # A manifest that has changed meanwhile is a writer at work, not damage.
+        # If the manifest has changed since, another process is writing; that is no damage.
         if arrays is None and _bytes(manifest) == content:
             log.warning("%s does not match its manifest: set aside, to be computed again", self._file(key))
             self.corrupt += 1
@@ -190,13 +184,13 @@ class Store:
         return arrays
 
     def rows(self, key: str, name: str, indices: ArrayLike) -> NDArray[Any]:
-        """The rows [len(indices), ...] of one array, in the order asked for, without reading the others.
+        """Return rows [len(indices), ...] of one array, in the order of the indices, without reading the others.
 
-        Only the file's size is checked: `read` is what checks the content.
+        Only the file's size is checked, not its content.
 
         Raises:
-            KeyError: no such shard, or no such array in it.
-            IndexError: an index outside the array's first dimension.
+            KeyError: there is no such shard or array.
+            IndexError: an index is outside the array's first dimension.
         """
         if key not in self:
             raise KeyError(f"{self.root}: no shard {key!r}")
@@ -207,7 +201,7 @@ class Store:
             rows = shard.get_slice(name)
             count = rows.get_shape()[0]
             if np.any((index_n < 0) | (index_n >= count)):
-                raise IndexError(f"{self._file(key)}: rows of {name!r} are 0..{count - 1}, asked for {index_n}")
+                raise IndexError(f"{self._file(key)}: rows of {name!r} are 0..{count - 1}, not {index_n}")
             if not index_n.size:  # safetensors refuses to slice an array without rows
                 empty: NDArray[Any] = rows[0:0] if count else shard.get_tensor(name)
                 return empty
@@ -216,7 +210,7 @@ class Store:
             return np.concatenate(parts)
 
     def __contains__(self, key: object) -> bool:
-        """Whether the shard is complete: its manifest is there, and a file of the right size."""
+        """Return whether the shard is complete: it has a manifest and a file of the right size."""
         if not isinstance(key, str):
             return False
         try:
@@ -226,13 +220,13 @@ class Store:
             return False
 
     def keys(self) -> list[str]:
-        """The keys of all complete shards, sorted."""
+        """Return the keys of all complete shards, sorted."""
         return sorted(key for key in (path.stem for path in self.root.glob("*.json")) if key in self)
 
     def prune(self, keep: set[str]) -> int:
-        """Remove every shard that is not in `keep`, and what killed writers and damaged shards left behind.
+        """Remove every shard that is not in `keep`, temporary files and damaged shards; return the number of shards.
 
-        Not while another process writes. Returns the number of shards removed.
+        No other process may write at the same time.
         """
         removed = 0
         for file in self.root.glob("*.safetensors"):
@@ -247,7 +241,7 @@ class Store:
         return removed
 
     def _load(self, key: str, manifest: bytes | None) -> dict[str, NDArray[Any]] | None:
-        """The arrays of a shard; None unless its file is there and is the one that the manifest describes."""
+        """Return the arrays of a shard, or None unless its file exists and matches the manifest."""
         data = _bytes(self._file(key))
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a manifest that is itself damaged
             if data and manifest and hashlib.sha256(data).hexdigest() == json.loads(manifest)["sha256"]:
@@ -268,7 +262,7 @@ def _checked(key: str) -> str:
 
 
 def _bytes(path: Path) -> bytes | None:
-    """A file's content, None where there is no such file (asking first would race with other processes)."""
+    """Return a file's content, or None if it does not exist (checking first would race with other processes)."""
     try:
         return path.read_bytes()
     except FileNotFoundError:

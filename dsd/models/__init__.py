@@ -1,4 +1,4 @@
-"""Backbones: one small interface over model families. One file a family."""
+"""Backbones: one interface to all model families; one file per family."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsd.models.open_clip import OpenClip
 from dsd.models.sdxl import StableDiffusionXL
 from dsd.models.stable_diffusion import StableDiffusion, TextEmbeddings
 
-FAMILIES: dict[str, type[StableDiffusion] | type[Clip]] = {}  # by name: the BACKBONES of each module of this package
+FAMILIES: dict[str, type[StableDiffusion] | type[Clip]] = {}  # by name, from BACKBONES of each module of this package
 
 for _module in iter_modules(__path__):
     FAMILIES.update(getattr(import_module(f"{__name__}.{_module.name}"), "BACKBONES", {}))
@@ -38,12 +38,9 @@ __all__ = [
 def load(
     row: BackboneParams, device: torch.device, attention: str = "sdpa", *, lazy: bool = False
 ) -> StableDiffusion | Clip:
-    """Open the checkpoint of a `backbones` row; if lazy, its components are opened when they are first used.
+    """Open the checkpoint of a `backbones` row; if lazy, each component is opened at its first use.
 
-    `attention` is the backend of `runtime.attention`, which changes no result.
-
-    Raises:
-        CheckpointError: the checkpoint does not load; one line.
+    `attention` is the backend of `runtime.attention`, which changes no result. Every defect raises CheckpointError.
     """
     if row.family not in FAMILIES:
         raise CheckpointError(unknown("family", row.family, FAMILIES))

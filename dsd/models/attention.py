@@ -1,4 +1,4 @@
-"""Cross-attention of a U-Net: inject the prompt, pool the maps, weight the heads — in one processor.
+"""Cross-attention of a U-Net: add the prompt, pool the maps and weight the heads in one processor.
 
 Shapes: B batch, H heads, N image tokens, M text tokens, D width of a head, L cross-attention layers, P poolings.
 """
@@ -18,13 +18,14 @@ from torch import Tensor
 
 from dsd.config import EvidenceParams
 from dsd.errors import CheckpointError, unknown
+from dsd.models.checkpoint import brief
 
 
 def logsumexp_pooling(attn_BHNM: Tensor, scale: float, normalise: bool) -> tuple[Tensor, Tensor]:
-    """Eq. 3 over the image tokens, and eq. 7 in closed form: S [B, H, M] and the attribution Σ_i A ∂S/∂A [B, H, M].
+    """Return eq. 3 over the image tokens, S [B, H, M], and eq. 7 in closed form, Σ_i A ∂S/∂A [B, H, M].
 
-    ∂S_j/∂A_ij = softmax_i(λ A_ij), so the attribution of a token is the softmax-weighted mean of its own column. A lies
-    in [0, 1] and λ ≤ 60 (params), so that exp(λA) cannot overflow float32 and needs no shift by the maximum.
+    ∂S_j/∂A_ij = softmax_i(λ A_ij), so the attribution of a token is the softmax-weighted mean of its own column. A is
+    in [0, 1] and λ ≤ 60 (params), so exp(λA) cannot overflow float32 and needs no shift by the maximum.
     """
     exp_BHNM = (attn_BHNM * scale).exp_()
     sum_BHM = exp_BHNM.sum(-2)
@@ -35,7 +36,7 @@ def logsumexp_pooling(attn_BHNM: Tensor, scale: float, normalise: bool) -> tuple
 
 
 def maximum_pooling(attn_BHNM: Tensor) -> Tensor:
-    """The limit λ → ∞ of eq. 3: [B, H, M]. By halves, which processors do ten times as fast as one strided amax."""
+    """Return the limit λ → ∞ of eq. 3, [B, H, M]; by halves, ten times as fast on CPUs as one strided amax."""
     while (half := attn_BHNM.shape[-2] // 2) * 2 == attn_BHNM.shape[-2]:
         attn_BHNM = torch.maximum(attn_BHNM[..., :half, :], attn_BHNM[..., half:, :])
     return attn_BHNM.amax(-2)
@@ -44,11 +45,10 @@ def maximum_pooling(attn_BHNM: Tensor) -> Tensor:
 def cosine_pooling(query_BHND: Tensor, key_BHMD: Tensor) -> Tensor:
     """Cosine between each text token's key and the image tokens' queries, averaged over the image: [B, H, M].
 
-    The paper compares "the shared dimensions" of the image and text features; W^q and W^k already map both to the same
-    dimensions, so nothing has to be cut off.
+    The paper compares "the shared dimensions" of the image and text features; W^q and W^k map both to the same
+    dimensions, so none is cut off.
     """
-    # Lengths as products with ones, and the mean of the unit queries as one with their inverse lengths: no unit vectors
-    # are written down, and products are what processors do fastest.
+    # Norms and means are matrix products, the fastest operation, and no unit vectors are stored.
     ones_D1 = query_BHND.new_ones(query_BHND.shape[-1], 1)
     queries_BH1N = (query_BHND.square() @ ones_D1).clamp_min(1e-24).rsqrt().transpose(-1, -2)
     keys_BHM1 = (key_BHMD.square() @ ones_D1).clamp_min(1e-24).rsqrt()
@@ -57,18 +57,17 @@ def cosine_pooling(query_BHND: Tensor, key_BHMD: Tensor) -> Tensor:
 
 
 def logits_pooling(logits_BHNM: Tensor, attn_BHNM: Tensor) -> Tensor:
-    """The rule of the published implementation: log Σ_j exp(logits_ij) over all text tokens j, padding and special ones
-    included, averaged over the image tokens: [B, H].
+    """Return log Σ_j exp(logits_ij) over all text tokens j, averaged over the image tokens: [B, H].
 
-    The softmax A is at hand, and log A_ij = logits_ij − logsumexp_i for every j, so one column of both gives it without
-    another exponential. We take the begin token, which attention falls back on: the identity needs A_i0 > 0 in float32,
-    which is lost only where its logit lies more than 87 below the largest of the row.
+    This is the rule of the published implementation; padding and special tokens count. It is computed without another
+    exponential from log A_ij = logits_ij − logsumexp_i, which holds for every j. We take the begin token, which gets
+    the most attention: the identity needs A_i0 > 0 in float32, so a logit at most 87 below the largest of its row.
     """
     return (logits_BHNM[..., 0] - attn_BHNM[..., 0].log()).mean(-1)
 
 
 def token_weights(tokens_BM: Tensor) -> Tensor:
-    """1 / the number of the text tokens that count at each of them, 0 at the others: [B, 1, M]."""
+    """Return the weights [B, 1, M] of a mean over the text tokens that count."""
     return (tokens_BM / tokens_BM.sum(-1, keepdim=True))[:, None, :]
 
 
@@ -81,13 +80,13 @@ class Prompt(Protocol):
     """An attention prompt for the images of a batch (dsd.models.prompts.BoundPrompt)."""
 
     def __call__(self, layer: int, text_BMD: Tensor) -> tuple[Tensor, Tensor]:
-        """What p_k(x) and p_v(x) add to the keys and values of a layer, each [B, M, inner]."""
+        """Return what p_k(x) and p_v(x) add to the keys and values of a layer, each [B, M, inner]."""
         ...
 
 
 @dataclass
 class Capture:
-    """What one pass with capture leaves behind, a list entry per layer in the order of the U-Net's forward pass."""
+    """The recorded attention of one pass, with a list entry per layer in the order of the forward pass."""
 
     poolings: tuple[str, ...]
     scale: float
@@ -103,7 +102,7 @@ class Capture:
         return cls(params.poolings, params.scale, params.normalise, weights_B1M, maps=[] if keep_maps else None)
 
     def add(self, logits_BHNM: Tensor, attn_BHNM: Tensor, query_BHND: Tensor, key_BHMD: Tensor) -> None:
-        """Pools one layer: its scaled logits QKᵀ/√d, their softmax in float32, and what they are made of."""
+        """Pool one layer, given its scaled logits QKᵀ/√d, their softmax in float32, its queries and its keys."""
         weights_B1M = self.weights_B1M
         soft, attribution = logsumexp_pooling(attn_BHNM, self.scale, self.normalise)
         pooled: dict[str, Callable[[], Tensor]] = {
@@ -118,10 +117,10 @@ class Capture:
             self.maps.append(attn_BHNM)
 
     def stacked(self) -> tuple[Tensor, Tensor]:
-        """Pooled attention [B, P, L, H] and attribution [B, L, H].
+        """Return pooled attention [B, P, L, H] and attribution [B, L, H].
 
-        Layers may have fewer heads than others, as in Stable Diffusion 2: what they lack is zero in both, and the
-        attribution of a head that is there never is.
+        Layers with fewer heads than others, as in Stable Diffusion 2, are padded with zeros; the attribution of an
+        actual head is never zero.
         """
         heads = max(layer.shape[-1] for layer in self.attribution)
 
@@ -133,7 +132,7 @@ class Capture:
 
 
 class AttentionState(threading.local):
-    """What the processors of one U-Net need to know of the pass that this thread is in; `during` sets it."""
+    """What the processors of one U-Net need for this thread's current pass; `during` sets it."""
 
     capture: Capture | None = None
     prompt: Prompt | None = None
@@ -141,10 +140,7 @@ class AttentionState(threading.local):
 
 
 class CrossAttentionProcessor:
-    """Replaces the processor of one cross-attention layer.
-
-    Without capture or prompt it calls the fused kernel, exactly as diffusers does.
-    """
+    """The processor of one cross-attention layer; without capture or prompt it calls the same kernel as diffusers."""
 
     def __init__(self, layer: int, state: AttentionState) -> None:
         self.layer, self.state = layer, state
@@ -163,7 +159,7 @@ class CrossAttentionProcessor:
             key, value = key[index_B], value[index_B]
         if self.state.prompt is not None:
             text_BMD = text if index_B is None else text[index_B]
-            # A prompt is float32, whatever the U-Net is.
+            # A prompt is float32, whatever the dtype of the U-Net.
             add_key, add_value = self.state.prompt(self.layer, text_BMD.float())
             key, value = key + add_key.to(key.dtype), value + add_value.to(value.dtype)
         query_BHND, key_BHMD, value_BHMD = (
@@ -172,9 +168,9 @@ class CrossAttentionProcessor:
         if self.state.capture is None:
             mixed = torch.nn.functional.scaled_dot_product_attention(query_BHND, key_BHMD, value_BHMD, scale=attn.scale)
         else:
-            if attn.upcast_attention:  # as Stable Diffusion 2.1 asks: its logits do not fit into float16
+            if attn.upcast_attention:  # in Stable Diffusion 2.1, whose logits overflow float16
                 query_BHND, key_BHMD = query_BHND.float(), key_BHMD.float()
-            # There are fewer text than image tokens: it is the keys that are scaled.
+            # Scale the keys: there are fewer text tokens than image tokens.
             logits_BHNM = query_BHND @ (key_BHMD * attn.scale).transpose(-1, -2)
             attn_BHNM = logits_BHNM.softmax(-1, dtype=torch.float32)
             self.state.capture.add(logits_BHNM, attn_BHNM, query_BHND, key_BHMD)
@@ -184,7 +180,7 @@ class CrossAttentionProcessor:
 
 
 class SelfAttentionProcessor:
-    """Replaces the processor of one self-attention layer: by `fused`, from queries, keys and values [B, N, H, D]."""
+    """The processor of one self-attention layer with the kernel `fused`, of queries, keys and values [B, N, H, D]."""
 
     def __init__(self, fused: Callable[..., Tensor]) -> None:
         self.fused = fused
@@ -198,11 +194,11 @@ class SelfAttentionProcessor:
 
 
 def _sdpa(unet: UNet2DConditionModel) -> None:
-    """PyTorch's fused kernel, which diffusers calls by itself."""
+    """Keep PyTorch's fused kernel, the default of diffusers."""
 
 
 def _xformers(unet: UNet2DConditionModel) -> None:
-    """The kernel of xformers, tried once: it imports where it cannot run, and says so only when it is called."""
+    """Install the kernel of xformers after a trial call: it can be imported where it cannot run."""
     weight, layers = unet.conv_in.weight, [module for _, module in attention_layers(unet, "attn1")]
     try:
         from xformers.ops import memory_efficient_attention
@@ -211,14 +207,12 @@ def _xformers(unet: UNet2DConditionModel) -> None:
             tokens_BNHD = weight.new_zeros(1, 8, heads, inner // heads)
             memory_efficient_attention(tokens_BNHD, tokens_BNHD, tokens_BNHD)
     except ImportError:
-        raise CheckpointError(
-            "runtime.attention: xformers is not installed; install the extra `gpu`, or use sdpa"
-        ) from None
+        remedy = "install the extra `gpu`, or use sdpa"
+        raise CheckpointError(f"runtime.attention: xformers is not installed; {remedy}") from None
     except (NotImplementedError, RuntimeError) as error:
-        reason, kind = " ".join(str(error).split())[:80], str(weight.dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"runtime.attention: xformers cannot run on {weight.device.type} in {kind}; use sdpa ({reason})"
-        ) from None
+        place = f"{weight.device.type} in {str(weight.dtype).removeprefix('torch.')}"
+        reason = brief(error, 80)
+        raise CheckpointError(f"runtime.attention: xformers cannot run on {place}; use sdpa ({reason})") from None
     for layer in layers:
         layer.set_processor(SelfAttentionProcessor(memory_efficient_attention))
 
@@ -227,15 +221,11 @@ SELF_ATTENTION = {"sdpa": _sdpa, "xformers": _xformers}  # what `runtime.attenti
 
 
 def attention_layers(unet: UNet2DConditionModel, kind: str) -> list[tuple[str, Attention]]:
-    """The layers of self-attention ("attn1") or cross-attention ("attn2"), by name, in the order in which a forward
-    pass visits them (down, mid, up)."""
+    """Return names and layers of self-attention ("attn1") or cross-attention ("attn2"), in forward-pass order."""
     order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-    found = [
-        (name, module)
-        for name, module in unet.named_modules()
-        if name.endswith(f".{kind}") and isinstance(module, Attention)
-    ]
-    return sorted(found, key=lambda item: order[item[0].split(".")[0]])  # stable: within a block, by index
+    attention = ((name, module) for name, module in unet.named_modules() if isinstance(module, Attention))
+    layers = [(name, module) for name, module in attention if name.endswith(f".{kind}")]
+    return sorted(layers, key=lambda item: order[item[0].split(".")[0]])  # stable: within a block, by index
 
 
 def cross_attention_layers(unet: UNet2DConditionModel) -> list[tuple[str, Attention]]:
@@ -243,12 +233,10 @@ def cross_attention_layers(unet: UNet2DConditionModel) -> list[tuple[str, Attent
 
 
 def install(unet: UNet2DConditionModel, state: AttentionState, backend: str = "sdpa") -> None:
-    """Put the processor into every cross-attention layer of the U-Net; the state drives all of them.
-
-    Self-attention goes through the backend, which changes no result.
+    """Set the processor of every cross-attention layer, all with this state, and the backend of self-attention.
 
     Raises:
-        CheckpointError: there is no such backend, or it cannot run here; one line.
+        CheckpointError: the backend is unknown or cannot run here.
     """
     if backend not in SELF_ATTENTION:
         raise CheckpointError(f"runtime.attention: {unknown('attention backend', backend, SELF_ATTENTION)}")
@@ -261,7 +249,7 @@ def install(unet: UNet2DConditionModel, state: AttentionState, backend: str = "s
 def during(
     state: AttentionState, capture: Capture | None, prompt: Prompt | None, text_index_B: Tensor | None
 ) -> Iterator[None]:
-    """Capture and prompt for the pass within the block, in this thread; `predict_noise` of a backbone enters it."""
+    """Set capture and prompt for the forward passes of this thread within the block."""
     state.capture, state.prompt, state.text_index_B = capture, prompt, text_index_B
     try:
         yield

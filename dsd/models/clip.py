@@ -1,6 +1,6 @@
-"""CLIP: the contrastive comparison.
+"""CLIP in the layout of transformers.
 
-Shapes: B batch, P picture side in pixels, F width of a tower, M text tokens, N context tokens, W width of a text token.
+Shapes: B batch, P image side in pixels, F width of a tower, M text tokens, N context tokens, W width of a text token.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from transformers import CLIPModel, CLIPTokenizer
 from dsd.config import BackboneParams
 from dsd.data.images import resize, to_array, to_model
 from dsd.errors import CheckpointError
-from dsd.models.checkpoint import DTYPES, component, locate, require, tokenizer
+from dsd.models.checkpoint import DTYPES, brief, component, locate, require, tokenizer
 from dsd.store import digest
 
 
 class Opened(NamedTuple):
-    """What a folder makes, whatever its layout.
+    """An opened CLIP of any layout.
 
-    model: `vision_model`, `text_model` and their linear heads `visual_projection` and `text_projection`, which are
-        named, called and answer as those of transformers' CLIPModel.
-    resolution: P, of the pictures that it was trained on.
-    mean_3, deviation_3: of each colour's values in 0…1, by which pixels are normalised.
+    model: has `vision_model`, `text_model`, `visual_projection` and `text_projection` with the interface of
+        transformers' CLIPModel.
+    resolution: P of the images that it was trained on.
+    mean_3, deviation_3: normalisation of each colour's values in 0…1.
     """
 
     model: Any
@@ -40,25 +40,21 @@ class Opened(NamedTuple):
 
 
 class Clip:
-    """A frozen CLIPModel in the transformers layout; its tokenizer beside the weights, or in `tokenizer/`.
+    """A frozen CLIPModel in the transformers layout; its tokenizer is in the same folder or in `tokenizer/`.
 
-    Pixels are normalised as `preprocessor_config.json` says, and to −1…1 where there is none.
+    Pixels are normalised according to `preprocessor_config.json`, or to −1…1 without this file.
     """
 
     family: ClassVar[str] = "clip"
 
     def __init__(self, row: BackboneParams, device: torch.device) -> None:
         folder, identity = locate(row)
-        # Its features are stored, and are other numbers in other arithmetic.
+        # Features are stored, and depend on the dtype.
         self.digest = identity if row.dtype == "float32" else digest(identity, row.dtype)
         self.device, self.dtype, self._folder = device, DTYPES[row.dtype], folder
 
     def open(self) -> None:
-        """Open the model, unless it is open.
-
-        Raises:
-            CheckpointError: it does not load; one line.
-        """
+        """Open the model unless it is open; raise CheckpointError if it does not load."""
         _ = self._opened
 
     @cached_property
@@ -76,7 +72,6 @@ class Clip:
 
     @property
     def resolution(self) -> int:
-        """The side in pixels of the images that it was trained on."""
         return self._opened.resolution
 
     @classmethod
@@ -92,32 +87,30 @@ class Clip:
         return int(min(self.tokenizer.model_max_length, self.model.text_model.config.max_position_embeddings))
 
     @torch.inference_mode()
-    def image_features(self, pictures: np.ndarray) -> Tensor:
-        """uint8 [B, R, R, 3] to what the image tower's projection sees [B, F]; another size is resized."""
-        if pictures.shape[1] != self.resolution:
-            pictures = np.stack(
-                [to_array(resize(Image.fromarray(p), parity=None, resolution=self.resolution)) for p in pictures]
+    def image_features(self, images: np.ndarray) -> Tensor:
+        """Return the inputs [B, F] of the image projection for uint8 images [B, R, R, 3], resized to P if necessary."""
+        if images.shape[1] != (side := self.resolution):
+            images = np.stack(
+                [to_array(resize(Image.fromarray(image), parity=None, resolution=side)) for image in images]
             )
-        # From −1…1, which is what `to_model` gives: the mean and deviation are those of values in 0…1.
+        # `to_model` gives values in −1…1; the mean and deviation are of values in 0…1.
         mean_3, deviation_3 = self._opened.mean_3, self._opened.deviation_3
         scale_3, shift_3 = 0.5 / deviation_3, (0.5 - mean_3) / deviation_3
-        pixels = torch.from_numpy(to_model(pictures)) * scale_3[:, None, None] + shift_3[:, None, None]
-        pixels = pixels.to(self.device, self.dtype)
-        return self.model.vision_model(pixel_values=pixels).pooler_output.float()
+        pixels = torch.from_numpy(to_model(images)) * scale_3[:, None, None] + shift_3[:, None, None]
+        return self.model.vision_model(pixel_values=pixels.to(self.device, self.dtype)).pooler_output.float()
 
     @torch.inference_mode()
     def text_features(self, texts: list[str]) -> Tensor:
-        """What the text tower's projection sees [B, F]; a text over the model's maximum is cut."""
-        batch = self.tokenizer(
-            texts, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
-        )
+        """Return the inputs [B, F] of the text projection; texts over the model's maximum are cut."""
+        limit = self.max_tokens
+        batch = self.tokenizer(texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
         return self.model.text_model(**{k: v.to(self.device) for k, v in batch.items()}).pooler_output.float()
 
     def prompted_features(self, ids_BM: Tensor, context_BNW: Tensor) -> Tensor:
-        """`text_features` with context vectors between the begin token and the text; differentiable in the context.
+        """Return `text_features` with context vectors after the begin token; differentiable in the context.
 
-        The context takes the places of N further begin tokens, so positions, causal mask and the pooling at the end
-        token are those of the text encoder itself.
+        The context replaces N additional begin tokens, so that the encoder's own positions, causal mask and pooling at
+        the end token apply.
         """
         count = context_BNW.shape[1]
         longer = torch.cat([ids_BM[:, :1].expand(-1, count), ids_BM], 1)
@@ -133,7 +126,7 @@ class Clip:
 
 
 def normalisation(file: Path) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [3] of each colour's values in 0…1, by a preprocessor_config.json if it is there."""
+    """Read mean and standard deviation [3] of each colour from a preprocessor_config.json; 0.5 without the file."""
     if not file.exists():
         return torch.full((3,), 0.5), torch.full((3,), 0.5)
     try:
@@ -142,8 +135,7 @@ def normalisation(file: Path) -> tuple[Tensor, Tensor]:
         if mean_3.shape != (3,) or not (deviation_3 > 0).all():
             raise ValueError(f"image_mean {settings['image_mean']}, image_std {settings['image_std']}")
     except (ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{file}: needs image_mean and image_std of three colours ({reason})") from None
+        raise CheckpointError(f"{file}: needs image_mean and image_std of three colours ({brief(error)})") from None
     return mean_3, deviation_3
 
 

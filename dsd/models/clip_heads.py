@@ -1,4 +1,4 @@
-"""The contrastive scorer: CLIP's cosine of image and text, as it is, fine-tuned, or under a learned context.
+"""CLIP's cosine of image and text: zero-shot, with fine-tuned projections, or with a learned context.
 
 Shapes: B pairs, F width of a tower, D width of the joint space, M text tokens, N context tokens, W width of a token.
 """
@@ -25,11 +25,11 @@ from dsd.models.checkpoint import longer
 from dsd.models.prompts import PROMPT, load_learned, save_learned
 
 WEIGHTS = "weights.safetensors"
-FILES = {"projections": WEIGHTS, "context": PROMPT}  # what the training of a head leaves, by what it tunes
+FILES = {"projections": WEIGHTS, "context": PROMPT}  # the file that training writes, by what it tunes
 
 
 class Features(Protocol):
-    """`features` [B, F] of the images or texts of a dataset, before the projection into the joint space."""
+    """The `features` [B, F] of the images or texts of a dataset, before the projection into the joint space."""
 
     @property
     def items(self) -> Sequence[str]: ...
@@ -42,9 +42,9 @@ def cosine(images_BD: Tensor, texts_BD: Tensor) -> Tensor:
 
 
 class Projections(nn.Module):
-    """The last linear head of each tower: CLIP's own, or fine-tuned from there (the first paper's "CLIP fine-tuning").
+    """The last linear layer of each tower, initially CLIP's own (the first paper's "CLIP fine-tuning").
 
-    Everything below is frozen, so an image or text passes through its tower once.
+    Everything below is frozen, so features are computed once.
     """
 
     file = WEIGHTS
@@ -71,13 +71,13 @@ class ContextPrompt(nn.Module):
 
     Zhou et al. 2022, "Conditional Prompt Learning for Vision-Language Models": t(x) = [v_1 + π, …, v_N + π, text] with
     π = h_θ(x), h_θ two linear maps with a ReLU between them. Its last layer starts at zero: no shift at step 0.
-    The text of every pair passes through the text encoder, since its context depends on the image.
+    Every pair needs a pass of the text encoder, since the context depends on the image.
     """
 
     file = PROMPT
 
     def __init__(self, clip: Clip, images: Features, texts: Features, *, tokens: int, hidden: int, seed: int) -> None:
-        """Raises TextError for a text that has no room for the context; one line."""
+        """Raise TextError if a text leaves no room for the context."""
         super().__init__()
         self._clip, self._images = clip, images
         for text, count in longer(clip.tokenizer, texts.items, clip.max_tokens - tokens):
@@ -102,7 +102,7 @@ class ContextPrompt(nn.Module):
         images_BD = F.normalize(clip.model.visual_projection(features_BF.to(clip.dtype)).float(), dim=-1)
         context_BNW = self.context + self.net(images_BD)[:, None]
         ids = [torch.tensor(ids) for ids in clip.tokenizer([pair.text for pair in pairs]).input_ids]
-        # Nothing reads what stands after the end token.
+        # Padding follows the end token and has no effect.
         ids_BM = pad_sequence(ids, batch_first=True, padding_value=clip.tokenizer.pad_token_id).to(clip.device)
         texts_BF = clip.prompted_features(ids_BM, context_BNW)
         return cosine(images_BD, clip.model.text_projection(texts_BF.to(clip.dtype)).float())
@@ -117,14 +117,14 @@ Head = Projections | ContextPrompt
 def untrained(
     method: ContrastiveMethod, clip: Clip, images: Features, texts: Features, context: ContextParams, seed: int
 ) -> Head:
-    """Where the training of a method starts."""
+    """Return the head of a method before its first training step."""
     if method.tuned == "context":
         return ContextPrompt(clip, images, texts, tokens=context.tokens, hidden=context.hidden, seed=seed)
     return Projections(clip, images, texts)
 
 
 def learned(method: ContrastiveMethod, clip: Clip, images: Features, texts: Features, folder: Path) -> Head:
-    """What scores under a method; `folder` is where its training ended. Raises CheckpointError, in one line."""
+    """Return the head of a method as its training saved it in `folder`; raise CheckpointError if it does not load."""
     if method.tuned == "none":
         return Projections(clip, images, texts).requires_grad_(False)
     if method.tuned == "projections":

@@ -1,4 +1,4 @@
-"""CLIP in the layout in which open_clip publishes it: a ResNet, or a vision transformer, beside the text tower.
+"""CLIP in the layout of open_clip, with a ResNet or a vision transformer as image tower.
 
 The text tower and the vision transformer are those of transformers, under other names. F is the width of a tower.
 """
@@ -15,15 +15,10 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, Validati
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from dsd.errors import CheckpointError
-from dsd.models.checkpoint import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, PICKLES, family_of, tokenizer
+from dsd.models.checkpoint import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, brief, family_of, pickle_note, tokenizer
 from dsd.models.clip import Clip, Opened
 from dsd.models.resnet import ResNet
 
@@ -33,7 +28,7 @@ class _Settings(BaseModel):
 
 
 class Vision(_Settings):
-    """`layers` of a ResNet are the bottlenecks of its four stages; of a transformer, which has patches, a number."""
+    """The image tower; `layers` are the bottlenecks of a ResNet's four stages, or the depth of a transformer."""
 
     image_size: PositiveInt
     layers: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] | PositiveInt
@@ -52,7 +47,7 @@ class Vision(_Settings):
 
     @property
     def features(self) -> int:
-        """F, which in a ResNet grows with its stages."""
+        """The width F of the tower's output."""
         return self.width if isinstance(self.layers, int) else 32 * self.width
 
 
@@ -65,7 +60,7 @@ class Text(_Settings):
 
 
 class Model(_Settings):
-    """What is built; a key that is not here stands for a kind of CLIP that is not built here."""
+    """The supported kinds of CLIP; any other key is an error."""
 
     embed_dim: PositiveInt
     quick_gelu: bool = False
@@ -74,7 +69,7 @@ class Model(_Settings):
 
 
 class Preprocess(BaseModel):
-    """How pixels are normalised; how pictures are cut and resized is no matter of the checkpoint here."""
+    """How pixels are normalised; settings for cropping and resizing are ignored."""
 
     mean: tuple[float, float, float]
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
@@ -86,13 +81,12 @@ class Config(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> Config:
-        """Raises CheckpointError, in one line, where it is not there or says what cannot be built."""
+        """Read the configuration in a folder; raise CheckpointError if it is missing or not supported."""
         file = folder / OPEN_CLIP_CONFIG
         if not file.is_file():
-            found = (
-                f"of family {other}; correct family" if (other := family_of(folder)) else "not in open_clip's layout"
-            )
-            raise CheckpointError(f"{folder}: no {OPEN_CLIP_CONFIG}: {found}")
+            family = family_of(folder)
+            reason = f"of family {family}; correct family" if family else "not in open_clip's layout"
+            raise CheckpointError(f"{folder}: no {OPEN_CLIP_CONFIG}: {reason}")
         try:
             return cls.model_validate_json(file.read_text(errors="replace"))
         except ValidationError as error:
@@ -100,43 +94,41 @@ class Config(BaseModel):
             key = "".join(f"{part}: " if part == first["loc"][-1] else f"{part}." for part in first["loc"])
             unknown = first["type"] == "extra_forbidden"
             reason = "a setting of another kind of CLIP than is built here" if unknown else first["msg"]
-            raise CheckpointError(f"{file}: {key}{' '.join(reason.split())[:160]}") from None
+            raise CheckpointError(f"{file}: {key}{brief(reason)}") from None
 
 
 class Towers(nn.Module):
-    """Both towers and their linear heads, named as in transformers' CLIPModel; untrained.
-
-    `end` is the token at which a text is pooled.
-    """
+    """Both towers and their linear heads, named as in transformers' CLIPModel; untrained."""
 
     def __init__(self, config: Model, end: int) -> None:
+        """end: the token at which a text is pooled."""
         super().__init__()
         vision, text = config.vision_cfg, config.text_cfg
         shared = {"projection_dim": config.embed_dim, "hidden_act": "quick_gelu" if config.quick_gelu else "gelu"}
-        words = CLIPTextModelWithProjection(
+        texts = CLIPTextModelWithProjection(
             CLIPTextConfig(
                 vocab_size=text.vocab_size, max_position_embeddings=text.context_length, hidden_size=text.width,
                 intermediate_size=4 * text.width, num_hidden_layers=text.layers, num_attention_heads=text.heads,
                 eos_token_id=end, **shared,
             )
         )  # fmt: skip
-        self.text_model, self.text_projection = words.text_model, words.text_projection
+        self.text_model, self.text_projection = texts.text_model, texts.text_projection
         if isinstance(vision.layers, tuple):
             self.vision_model = ResNet(vision.layers, vision.width, vision.image_size, vision.head_width)
             self.visual_projection = nn.Linear(vision.features, config.embed_dim)
         else:
-            pictures = CLIPVisionModelWithProjection(
+            images = CLIPVisionModelWithProjection(
                 CLIPVisionConfig(
                     image_size=vision.image_size, patch_size=vision.patch_size, hidden_size=vision.width,
                     intermediate_size=int(vision.width * vision.mlp_ratio), num_hidden_layers=vision.layers,
                     num_attention_heads=vision.width // vision.head_width, **shared,
                 )
             )  # fmt: skip
-            self.vision_model, self.visual_projection = pictures.vision_model, pictures.visual_projection
+            self.vision_model, self.visual_projection = images.vision_model, images.visual_projection
         self.logit_scale = nn.Parameter(torch.zeros(()))
 
 
-# Parts of names, ours and open_clip's, in the order in which they are replaced.
+# Parts of names: transformers' → open_clip's, in the order in which they are replaced.
 NAMES = {
     "text_model.embeddings.token_embedding": "token_embedding",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -160,7 +152,7 @@ RESNET_NAMES = {"visual_projection.": "visual.attnpool.c_proj."}
 
 
 class Origin(NamedTuple):
-    """Where in the file a tensor of ours is: as `name`, from left to right where `flipped`, or a third of it."""
+    """The tensor of the file that one of ours comes from: `name`, transposed if `flipped`, or a third of it."""
 
     name: str
     flipped: bool = False
@@ -171,12 +163,12 @@ class Origin(NamedTuple):
         name = key
         for ours, theirs in ((RESNET_NAMES if resnet else {}) | NAMES).items():
             name = name.replace(ours, theirs)
-        if found := re.fullmatch(r"(.*resblocks\.\d+\.attn)\.([qkv])_proj\.(weight|bias)", name):
-            return cls(f"{found[1]}.in_proj_{found[3]}", third="qkv".index(found[2]))
+        if match := re.fullmatch(r"(.*resblocks\.\d+\.attn)\.([qkv])_proj\.(weight|bias)", name):
+            return cls(f"{match[1]}.in_proj_{match[3]}", third="qkv".index(match[2]))
         return cls(name, flipped=name in ("text_projection", "visual.proj"))
 
     def shape(self, ours: torch.Size) -> tuple[int, ...]:
-        """What the tensor of the file must have for one of ours."""
+        """Return the required shape of the file's tensor, given ours."""
         if self.third is not None:
             return 3 * ours[0], *ours[1:]
         return tuple(reversed(ours)) if self.flipped else tuple(ours)
@@ -188,15 +180,15 @@ class Origin(NamedTuple):
 
 
 def fill(towers: Towers, file: Path) -> None:
-    """Puts the weights of the file into the towers.
+    """Load the weights of the file into the towers.
 
     Raises:
-        CheckpointError: no safetensors there, or the file lacks a tensor, has one more or one of another shape.
+        CheckpointError: not a file in safetensors, or a tensor is missing, unexpected or misshapen.
     """
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a file in safetensors ({' '.join(str(error).split())[:160]})") from None
+        raise CheckpointError(f"{file}: not a file in safetensors ({brief(error)})") from None
     resnet = isinstance(towers.vision_model, ResNet)
     ours = {key: own for key, own in towers.state_dict().items() if not _counts(key)}
     origins = {key: Origin.of(key, resnet) for key in ours}
@@ -218,12 +210,12 @@ def fill(towers: Towers, file: Path) -> None:
 
 
 def _counts(name: str) -> bool:
-    """Of a batch norm: how many batches it was trained on, which nothing reads."""
+    """Return whether a tensor is the batch counter of a batch norm, which is not used."""
     return name.endswith("num_batches_tracked")
 
 
 class OpenClip(Clip):
-    """A frozen CLIP of `open_clip_config.json` and `open_clip_model.safetensors`, its tokenizer beside them."""
+    """A frozen CLIP of `open_clip_config.json` and `open_clip_model.safetensors`, with its tokenizer next to them."""
 
     family: ClassVar[str] = "open-clip"
 
@@ -231,21 +223,18 @@ class OpenClip(Clip):
     def _open(cls, folder: Path, dtype: torch.dtype) -> Opened:
         config, weights = Config.read(folder), folder / OPEN_CLIP_WEIGHTS
         if not weights.is_file():
-            pickles = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
-            found = f", only {pickles[0]}, a pickle; convert it to safetensors" if pickles else ""
-            raise CheckpointError(f"{folder}: no {OPEN_CLIP_WEIGHTS}{found}")
+            raise CheckpointError(", ".join(filter(None, [f"{folder}: no {OPEN_CLIP_WEIGHTS}", pickle_note(folder)])))
         tokens = tokenizer(folder, "")
         if len(tokens) != (size := config.model_cfg.text_cfg.vocab_size):
             raise CheckpointError(f"{folder}: tokenizer of {len(tokens)} tokens, but vocab_size is {size}")
         try:
             towers = Towers(config.model_cfg, int(tokens.eos_token_id))
         except (StrictDataclassError, RuntimeError) as error:  # sizes that do not fit each other, or no memory
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{folder / OPEN_CLIP_CONFIG}: makes no CLIP ({reason})") from None
+            raise CheckpointError(f"{folder / OPEN_CLIP_CONFIG}: makes no CLIP ({brief(error, 200)})") from None
         fill(towers, weights)
         mean_3, deviation_3 = (torch.tensor(x) for x in (config.preprocess_cfg.mean, config.preprocess_cfg.std))
-        towers = towers.to(dtype).eval().requires_grad_(False)
-        return Opened(towers, tokens, config.model_cfg.vision_cfg.image_size, mean_3, deviation_3)
+        towers, side = towers.to(dtype).eval().requires_grad_(False), config.model_cfg.vision_cfg.image_size
+        return Opened(towers, tokens, side, mean_3, deviation_3)
 
 
 BACKBONES = {OpenClip.family: OpenClip}

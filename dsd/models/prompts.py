@@ -1,6 +1,6 @@
 """The attention prompt: low-rank additions to W^k and W^v of every cross-attention layer (eq. 5).
 
-p(x) = p + π with π = m_θ(x). A full matrix per image is out of reach at the size of Stable Diffusion, so
+p(x) = p + π with π = m_θ(x). A full matrix per image is too large for Stable Diffusion, so
 p_layer(x) = U diag(1 + m_θ(x)) V with V [rank, D] and U [inner, rank]; m_θ is a linear map of the pooled latent.
 Without an image condition p = U V.
 
@@ -24,21 +24,21 @@ from torch import Tensor, nn
 from dsd.errors import CheckpointError
 from dsd.store import write_atomic
 
-PROMPT = "prompt.safetensors"  # the file that the stage `train` leaves in a method's folder
+PROMPT = "prompt.safetensors"  # written by the stage `train` into a method's folder
 Learned = TypeVar("Learned", bound=nn.Module)
 
 
 def save_learned(module: nn.Module, path: Path, backbone: str, **shape: Any) -> None:
-    """Writes what was learned, with the digest of the backbone it belongs to; safetensors, atomically."""
+    """Write a module's weights, its shape and the digest of its backbone to a file in safetensors, atomically."""
     metadata = {"dsd": json.dumps({"backbone": backbone, **shape})}
     write_atomic(path, save({k: v.contiguous() for k, v in module.state_dict().items()}, metadata))
 
 
 def load_learned(build: Callable[..., Learned], path: Path, backbone: str, kind: str) -> Learned:
-    """What `build` makes of the shape in the file, with the file's weights, frozen; `kind` is what a user calls it.
+    """Build a module of the shape in the file and load the file's weights, frozen; `kind` names it in errors.
 
     Raises:
-        CheckpointError: the file is missing, of another kind, or belongs to another backbone; one line.
+        CheckpointError: the file is missing, of another kind, or belongs to another backbone.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -54,18 +54,18 @@ def load_learned(build: Callable[..., Learned], path: Path, backbone: str, kind:
     try:
         module = build(**shape)
         module.load_state_dict(tensors)
-    except (TypeError, RuntimeError):  # what torch raises for another shape and for other names
+    except (TypeError, RuntimeError):  # of another shape, with other names
         raise CheckpointError(f"{path}: not {kind}; another kind of tensors") from None
     return module.eval().requires_grad_(False)
 
 
 def pooled_latent(latents_BCrr: Tensor) -> Tensor:
-    """[B, C, r, r] to [B, 2C]: mean and standard deviation of every channel."""
+    """Return mean and standard deviation [B, 2C] of every channel of latents [B, C, r, r]."""
     return torch.cat([latents_BCrr.mean((-2, -1)), latents_BCrr.std((-2, -1))], -1)
 
 
 class AttentionPrompt(nn.Module):
-    """U starts at zero, so that step 0 is the zero-shot score."""
+    """The weights of p; U starts at zero, so that step 0 is the zero-shot score."""
 
     def __init__(
         self, text_width: int, inner: list[int], latent_channels: int, rank: int, conditional: bool, seed: int
@@ -81,7 +81,7 @@ class AttentionPrompt(nn.Module):
             nn.init.normal_(self.map, std=0.1 * (2 * latent_channels) ** -0.5, generator=generator)
 
     def forward(self, layer: int, text_BMD: Tensor, latents_BC: Tensor) -> tuple[Tensor, Tensor]:
-        """What is added to keys and values of the layer: [B, M, inner] each."""
+        """Return what is added to keys and values of a layer, [B, M, inner] each."""
         added = []
         for side in range(2):
             core_BMR = text_BMD @ self.down[layer, side].T
@@ -106,7 +106,7 @@ class AttentionPrompt(nn.Module):
 
     @classmethod
     def load(cls, path: Path, backbone: str) -> AttentionPrompt:
-        """Raises CheckpointError where the file is not a prompt or belongs to another backbone."""
+        """Load a prompt; raise CheckpointError if the file is not a prompt or belongs to another backbone."""
         return load_learned(partial(cls, seed=0), path, backbone, "an attention prompt")
 
 

@@ -1,7 +1,7 @@
 """The image tower of the smaller CLIPs: a ResNet as OpenAI built it.
 
-Shapes: B batch, P picture side in pixels, C channels, S side of a map of features, F width of the tower, H heads,
-L places of a map and their mean.
+Shapes: B batch, P image side in pixels, C channels, S side of a feature map, F width of the tower, H heads,
+L positions of a feature map and their mean.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 class Bottleneck(nn.Module):
-    """In place of a stride, features are averaged: in the branch before its last convolution, and beside it."""
+    """A residual block with average pooling instead of a stride, in the branch and in the shortcut."""
 
     def __init__(self, wide: int, narrow: int, stride: int) -> None:
         super().__init__()
@@ -26,20 +26,19 @@ class Bottleneck(nn.Module):
         self.downsample = nn.Sequential(nn.Conv2d(wide, out, 1, bias=False), nn.BatchNorm2d(out)) if changes else None
 
     def forward(self, maps_BCSS: Tensor) -> Tensor:
-        beside = maps_BCSS if self.downsample is None else self.downsample(self.pool(maps_BCSS))
+        shortcut = maps_BCSS if self.downsample is None else self.downsample(self.pool(maps_BCSS))
         inner = F.relu(self.bn1(self.conv1(maps_BCSS)))
         inner = F.relu(self.bn2(self.conv2(inner)))
-        return F.relu(self.bn3(self.conv3(self.pool(inner))) + beside)
+        return F.relu(self.bn3(self.conv3(self.pool(inner))) + shortcut)
 
 
 def _stage(wide: int, narrow: int, depth: int, *, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        Bottleneck(wide, narrow, stride), *(Bottleneck(4 * narrow, narrow, 1) for _ in range(depth - 1))
-    )
+    rest = (Bottleneck(4 * narrow, narrow, 1) for _ in range(depth - 1))
+    return nn.Sequential(Bottleneck(wide, narrow, stride), *rest)
 
 
 class AttentionPool(nn.Module):
-    """The mean of all places asks them, and itself, what they hold."""
+    """Attention pooling: the mean over all positions is the query; keys and values are the positions and the mean."""
 
     def __init__(self, side: int, width: int, heads: int) -> None:
         super().__init__()
@@ -48,21 +47,21 @@ class AttentionPool(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
 
     def forward(self, maps_BFSS: Tensor) -> Tensor:
-        places_BLF = maps_BFSS.flatten(2).mT
-        places_BLF = torch.cat([places_BLF.mean(1, keepdim=True), places_BLF], 1) + self.positional_embedding
-        asked = (self.q_proj(places_BLF[:, :1]), self.k_proj(places_BLF), self.v_proj(places_BLF))
-        query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in asked)  # [B, H, L, F / H]
+        maps_BLF = maps_BFSS.flatten(2).mT
+        maps_BLF = torch.cat([maps_BLF.mean(1, keepdim=True), maps_BLF], 1) + self.positional_embedding
+        projected = (self.q_proj(maps_BLF[:, :1]), self.k_proj(maps_BLF), self.v_proj(maps_BLF))
+        query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected)  # [B, H, L, F / H]
         return F.scaled_dot_product_attention(query, key, value).flatten(1)
 
 
 class ResNet(nn.Module):
     """CLIP's ResNet (Radford et al. 2021, 2.4) up to its last linear map, which is its projection into the joint space.
 
-    A stem of three convolutions, averaged; bottlenecks; attention over places in place of their mean.
+    A stem of three convolutions and average pooling, four stages of bottlenecks, and attention pooling.
     """
 
     def __init__(self, layers: tuple[int, int, int, int], width: int, image_size: int, head_width: int) -> None:
-        """`layers` are the bottlenecks of each stage, `width` the channels of the first; F is 32 of it."""
+        """`layers` are the bottlenecks of each stage, `width` the channels of the first; F = 32 × width."""
         super().__init__()
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
@@ -75,7 +74,7 @@ class ResNet(nn.Module):
         self.attnpool = AttentionPool(image_size // 32, 32 * width, 32 * width // head_width)
 
     def forward(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
-        """Normalised pixels [B, 3, P, P] to features [B, F], answered as transformers' vision models answer."""
+        """Return the features [B, F] of normalised pixels [B, 3, P, P], in the form of transformers' vision models."""
         maps = pixel_values
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             maps = F.relu(norm(conv(maps)))

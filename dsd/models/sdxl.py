@@ -1,5 +1,4 @@
-"""Stable Diffusion XL behind the backbone protocol: two text encoders, and a U-Net that is also told a text's pooled
-embedding and the size of the picture.
+"""Stable Diffusion XL: two text encoders, and a U-Net conditioned on pooled text embedding and image size as well.
 
 Shapes: B batch, T texts, M text tokens, D text width (of both encoders together), P width of the pooled embedding.
 """
@@ -20,11 +19,10 @@ from dsd.models.stable_diffusion import StableDiffusion
 class StableDiffusionXL(StableDiffusion):
     """The base model of XL and its fine-tunes (Podell et al. 2023).
 
-    Micro-conditioning: the U-Net is told that every picture was of the model's own resolution and not cropped, as the
-    published pipeline tells it, and nothing of the picture at hand.
+    Micro-conditioning is the same for every image, as in the published pipeline: the model's resolution, not cropped.
 
-    Content tokens are those of the first tokenizer. The second pads with "!" and takes each "!" of a text for a token
-    of its own, so that the two are out of step after a "!!", here as in the published pipeline.
+    Content tokens are those of the first tokenizer. The second pads with "!" and makes each "!" of a text one token, so
+    that the two are misaligned after a "!!", as in the published pipeline.
     """
 
     family = layout = "stable-diffusion-xl"
@@ -49,11 +47,10 @@ class StableDiffusionXL(StableDiffusion):
             )
 
     def _hidden(self, ids: Sequence[Tensor]) -> Tensor:
-        """[B, M + 1, D]: the penultimate hidden states of both encoders side by side, and in the last row the second's
-        pooled embedding, filled up with zeros."""
-        outputs = [
-            encoder(some, output_hidden_states=True) for encoder, some in zip(self.text_encoders, ids, strict=True)
-        ]
+        """Return [B, M + 1, D]: the penultimate hidden states of both encoders, concatenated, and in the last row the
+        second encoder's pooled embedding, padded with zeros."""
+        encoders = zip(self.text_encoders, ids, strict=True)
+        outputs = [encoder(ids_BM, output_hidden_states=True) for encoder, ids_BM in encoders]
         hidden_BMD = torch.cat([output.hidden_states[-2] for output in outputs], -1)
         pooled_BD = torch.nn.functional.pad(outputs[1].text_embeds, (0, hidden_BMD.shape[-1] - self._pooled))
         return torch.cat([hidden_BMD, pooled_BD[:, None]], 1)

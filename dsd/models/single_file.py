@@ -1,8 +1,8 @@
-"""A checkpoint that is one file: the original layout of latent diffusion, in which most fine-tunes are published.
+"""Single-file checkpoints: the original layout of latent diffusion, in which most fine-tunes are published.
 
 The file has all weights, under the names of the original implementation, and no settings: those are read from a folder
-of the same architecture. diffusers knows the names of both layouts; it would leave at random what a file lacks, so that
-the weights are put into the models here.
+of the same architecture. Names are converted by diffusers. Weights are loaded here, because diffusers leaves missing
+ones at random values.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dsd.errors import CheckpointError
+from dsd.models.checkpoint import brief
 
-# Where a text encoder is, in the layout of transformers (1.x, and the first of XL) or of OpenCLIP (2.x, the second).
+# Prefixes of text encoders in the layouts of transformers (1.x, the first of XL) and OpenCLIP (2.x, the second of XL).
 TRANSFORMERS = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
 OPEN_CLIP = {"text_encoder": "cond_stage_model.model.", "text_encoder_2": "conditioner.embedders.1.model."}
 
@@ -36,20 +37,19 @@ class SingleFile:
         try:
             self.tensors: dict[str, Tensor] = load_file(path)
         except (SafetensorError, OSError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise CheckpointError(f"{path}: not a file in safetensors ({reason})") from None
+            raise CheckpointError(f"{path}: not a file in safetensors ({brief(error)})") from None
 
     def component(self, kind: Any, name: str, dtype: torch.dtype) -> Any:
-        """The model of this kind that the file and `<folder>/<name>/config.json` make, refusing weights that do not
-        fill it exactly."""
+        """Build the model of `<folder>/<name>/config.json`, load its weights and check that none is missing."""
         try:
-            model: nn.Module = self._untrained(kind, name)
+            if kind.__module__.startswith("diffusers"):
+                model: nn.Module = kind.from_config(kind.load_config(self.folder, subfolder=name))
+            else:
+                model = kind(kind.config_class.from_pretrained(self.folder / name))
             tensors = self._tensors(name, model)
         except Exception as error:  # two libraries, each with its own errors for settings that do not fit
-            reason = " ".join(str(error).split())[:160]
-            raise CheckpointError(
-                f"{self.path}: {name} does not load as {kind.__name__} by {self.folder}: {reason}"
-            ) from None
+            problem = f"{name} does not load as {kind.__name__} by {self.folder}: {brief(error)}"
+            raise CheckpointError(f"{self.path}: {problem}") from None
         shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
         if wrong := [key for key, shape in shapes.items() if key not in tensors or tensors[key].shape != shape]:
             raise CheckpointError(
@@ -59,21 +59,16 @@ class SingleFile:
         model.load_state_dict({key: tensors[key] for key in shapes})
         return model.to(dtype).eval().requires_grad_(False)
 
-    def _untrained(self, kind: Any, name: str) -> Any:
-        if kind.__module__.startswith("diffusers"):
-            return kind.from_config(kind.load_config(self.folder, subfolder=name))
-        return kind(kind.config_class.from_pretrained(self.folder / name))
-
     def _tensors(self, name: str, model: Any) -> dict[str, Tensor]:
-        """The tensors of a component under the names of diffusers or transformers."""
+        """Return the tensors of a component under the names of diffusers or transformers."""
         if name == "unet":
             return dict(convert_ldm_unet_checkpoint(self.tensors, model.config))
         if name == "vae":
             return dict(convert_ldm_vae_checkpoint(self.tensors, model.config))
         if name == "text_encoder" and any(key.startswith(TRANSFORMERS) for key in self.tensors):
-            found = convert_ldm_clip_checkpoint(self.tensors)
+            tensors = convert_ldm_clip_checkpoint(self.tensors)
         else:
-            found = convert_open_clip_checkpoint(model, self.tensors, prefix=OPEN_CLIP[name])
+            tensors = convert_open_clip_checkpoint(model, self.tensors, prefix=OPEN_CLIP[name])
         if hasattr(model, "text_model"):
-            return dict(found)
-        return {key.removeprefix("text_model."): tensor for key, tensor in found.items()}
+            return dict(tensors)
+        return {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}

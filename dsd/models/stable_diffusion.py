@@ -1,11 +1,12 @@
-"""Stable Diffusion 1.x and 2.x behind the backbone protocol: ε or v, any size.
+"""Stable Diffusion 1.x and 2.x: ε or v prediction, any size.
 
-Shapes: B batch, C latent channels, R picture side in pixels, r latent side, T texts, M text tokens, D text width.
+Shapes: B batch, C latent channels, R image side in pixels, r latent side, T texts, M text tokens, D text width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
@@ -22,34 +23,34 @@ from dsd.data.images import to_model
 from dsd.errors import CheckpointError
 from dsd.models import lora
 from dsd.models.attention import AttentionState, Capture, Prompt, cross_attention_layers, during, install
-from dsd.models.checkpoint import DTYPES, component, locate, longer, one_file, prediction_of, require, tokenizer
+from dsd.models.checkpoint import DTYPES, brief, component, locate, longer, one_file, prediction_of, require, tokenizer
 from dsd.models.single_file import SingleFile
 
-AT_ONCE = 2**21  # pixels of the pictures that pass the VAE together: 512 of 64², 8 of 512²
+AT_ONCE = 2**21  # pixels per batch of the VAE: 512 images of 64², 8 of 512²
 
 
 class TextEmbeddings(NamedTuple):
-    hidden: Tensor  # [B, M, D], and whatever else of a text `predict_noise` takes, in further rows
+    hidden: Tensor  # [B, M, D], with additional rows for other inputs of `predict_noise`
     content: Tensor  # [B, M] bool: the tokens between begin and end
-    truncated: Tensor  # [B] bool: the text is longer than the model's limit and was cut
+    truncated: Tensor  # [B] bool: the text exceeded the token limit and was cut
 
 
 class StableDiffusion:
     """A frozen latent diffusion model, in the diffusers layout or as one file.
 
-    Its components are opened when they are first used, or all by `open`. Images and texts are encoded in float32,
-    whatever the arithmetic of the U-Net: each is encoded once.
+    Components are opened at their first use, or all by `open`. Images and texts are encoded in float32, whatever the
+    dtype of the U-Net, because each is encoded only once.
     """
 
     family: ClassVar[str] = "stable-diffusion"
-    layout: ClassVar[str] = "stable-diffusion"  # the family, by `family_of`, of folders with the same components
+    layout: ClassVar[str] = "stable-diffusion"  # what `family_of` returns for folders with these components
     encoders: ClassVar[Mapping[str, Any]] = {"text_encoder": CLIPTextModel}
 
     def __init__(self, row: BackboneParams, device: torch.device, attention: str) -> None:
-        """Find the checkpoint and read its settings, but no weights.
+        """Locate the checkpoint and read its settings, but no weights.
 
         Raises:
-            CheckpointError: it is not there, lacks a component, or its scheduler does not load; one line.
+            CheckpointError: it is missing, lacks a component, or its scheduler does not load.
         """
         self._row, self._backend, self._lock = row, attention, RLock()
         self._file: SingleFile | None = None
@@ -61,14 +62,11 @@ class StableDiffusion:
         self.attention = AttentionState()
 
     def open(self) -> None:
-        """Open every component.
-
-        Raises:
-            CheckpointError: one of them does not load, or they do not fit each other; one line.
-        """
+        """Open every component; raise CheckpointError if one does not load or does not match the others."""
         if file := one_file(self._row):
-            self._file = SingleFile(file, self._folder)  # read once for all components, and dropped then
-        _ = self.tokenizers, self.schedule, self.vae, self.text_encoders, self.unet
+            self._file = SingleFile(file, self._folder)  # read once for all components, then dropped
+        _ = self.vae, vars(self).get("unet") or self._bare_unet, self.text_encoders, self.tokenizers, self.schedule
+        _ = self.unet
         self._file = None
 
     @cached_property
@@ -84,11 +82,18 @@ class StableDiffusion:
         return [tokenizer(self._folder, name.replace("text_encoder", "tokenizer")) for name in self.encoders]
 
     @cached_property
+    def _bare_unet(self) -> UNet2DConditionModel:
+        """The U-Net as stored; `unet` checks and changes it."""
+        unet: UNet2DConditionModel = self._component(UNet2DConditionModel, "unet", self.dtype)
+        return unet
+
+    @cached_property
     def unet(self) -> UNet2DConditionModel:
         with self._lock:
             if (opened := self.__dict__.get("unet")) is not None:  # another thread was first
                 return cast(UNet2DConditionModel, opened)
-            unet: UNet2DConditionModel = self._component(UNet2DConditionModel, "unet", self.dtype)
+            unet = self._bare_unet
+            del self._bare_unet  # opened again after an error below, which may leave it half changed
             self._check_shapes(unet.config)
             if self._row.lora is not None:
                 lora.merge(unet, Path(self._row.lora))
@@ -101,8 +106,7 @@ class StableDiffusion:
         try:
             return DDPMScheduler.from_pretrained(self._folder, subfolder="scheduler")
         except (OSError, ValueError, KeyError, NotImplementedError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise CheckpointError(f"{self._folder}/scheduler: does not load: {reason}") from None
+            raise CheckpointError(f"{self._folder}/scheduler: does not load: {brief(error)}") from None
 
     @cached_property
     def _alphas(self) -> tuple[Tensor, Tensor]:
@@ -116,32 +120,33 @@ class StableDiffusion:
         return component(self._folder, kind, name, dtype).to(self.device)
 
     def _config(self, name: str) -> Any:
-        """The configuration of a component with its defaults, without its weights."""
-        if (kind := self.encoders.get(name)) is not None:
-            return kind.config_class.from_pretrained(self._folder / name)
-        return AutoencoderKL.from_config(AutoencoderKL.load_config(self._folder, subfolder=name)).config
+        """Return the configuration of a component including defaults, without its weights."""
+        with _config_errors(self._folder / name):
+            if (kind := self.encoders.get(name)) is not None:
+                return kind.config_class.from_pretrained(self._folder / name)
+            return AutoencoderKL.from_config(AutoencoderKL.load_config(self._folder, subfolder=name)).config
 
     @cached_property
     def _shape(self) -> UNet2DConditionModel:
-        """The U-Net, without weights unless it is open: for what depends on its configuration alone."""
+        """The U-Net if it is open, else one without weights, for attributes that depend on the configuration alone."""
         if "unet" in self.__dict__:
             return self.unet
-        return unet_skeleton(UNet2DConditionModel.load_config(self._folder, subfolder="unet"), str(self._folder))
+        with _config_errors(self._folder / "unet"):
+            config = UNet2DConditionModel.load_config(self._folder, subfolder="unet")
+        return unet_skeleton(config, str(self._folder))
 
     def _check_shapes(self, unet: Any) -> None:
-        """Whether the other components fit this configuration of the U-Net."""
+        """Check that the other components match this configuration of the U-Net."""
         folder, width = self._folder, sum(self._config(name).hidden_size for name in self.encoders)
         if unet.cross_attention_dim != width:
-            raise CheckpointError(
-                f"{folder}: unet expects texts of width {unet.cross_attention_dim}, {' and '.join(self.encoders)} "
-                f"give {width}"
-            )
+            expected, encoders = unet.cross_attention_dim, " and ".join(self.encoders)
+            raise CheckpointError(f"{folder}: unet expects texts of width {expected}, {encoders} give {width}")
         if unet.in_channels != (channels := self._config("vae").latent_channels):
             raise CheckpointError(f"{folder}: unet expects {unet.in_channels} latent channels, vae gives {channels}")
 
     @property
     def tokenizer(self) -> CLIPTokenizer:
-        """The one whose tokens words are counted in."""
+        """The tokenizer that content tokens refer to."""
         return self.tokenizers[0]
 
     @cached_property
@@ -156,7 +161,7 @@ class StableDiffusion:
 
     @cached_property
     def scale(self) -> int:
-        """Pixels a latent position covers, along a side."""
+        """Pixels per latent position, along a side."""
         return int(2 ** (len(self._config("vae").block_out_channels) - 1))
 
     @property
@@ -165,7 +170,7 @@ class StableDiffusion:
 
     @property
     def layers(self) -> list[str]:
-        """The names of the cross-attention layers, in the order of the forward pass."""
+        """Names of the cross-attention layers, in the order of the forward pass."""
         return [name for name, _ in cross_attention_layers(self._shape)]
 
     @property
@@ -181,46 +186,45 @@ class StableDiffusion:
         return int(self._shape.config.in_channels)
 
     @torch.inference_mode()
-    def encode_images(self, pictures: np.ndarray) -> Tensor:
-        """uint8 [B, R, R, 3] to scaled latent means [B, C, r, r]: the mean, so that an image has one latent."""
-        size = max(1, AT_ONCE // pictures.shape[1] ** 2)
+    def encode_images(self, images: np.ndarray) -> Tensor:
+        """Return the scaled latent means [B, C, r, r] of uint8 images [B, R, R, 3]; nothing is sampled."""
+        size = max(1, AT_ONCE // images.shape[1] ** 2)
         means = []
-        for first in range(0, len(pictures), size):
-            pixels = torch.from_numpy(to_model(pictures[first : first + size])).to(self.device)
+        for first in range(0, len(images), size):
+            pixels = torch.from_numpy(to_model(images[first : first + size])).to(self.device)
             means.append(self.vae.encode(pixels).latent_dist.mean)
         return torch.cat(means) * self.vae.config.scaling_factor
 
     @torch.inference_mode()
     def decode_images(self, latents: Tensor) -> np.ndarray:
-        """Scaled latents [B, C, r, r] to uint8 [B, R, R, 3]; noisy ones give a noisy picture."""
+        """Decode scaled latents [B, C, r, r], which may be noisy, to uint8 images [B, R, R, 3]."""
         pixels = self.vae.decode(latents / self.vae.config.scaling_factor).sample
         return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
     @torch.inference_mode()
     def encode_texts(self, texts: list[str]) -> TextEmbeddings:
-        """Padded to the model's maximum, as in its training. A text over the limit is cut, and `truncated` says so."""
+        """Encode texts, padded to the model's maximum as in its training; those over the limit are cut."""
         limit = self.max_tokens
         padded = [
             tokens(texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
             for tokens in self.tokenizers
         ]
         lengths = torch.tensor([[len(ids) for ids in tokens(texts).input_ids] for tokens in self.tokenizers])
-        # Content: between begin and end. A truncated text has its end put in the last place.
-        position = torch.arange(limit)
+        position = torch.arange(limit)  # a truncated text has its end token in the last position
         content = (position > 0) & (position < lengths[0].clamp(max=limit)[:, None] - 1)
         hidden = self._hidden([ids.to(self.device) for ids in padded])
         return TextEmbeddings(hidden, content, (lengths > limit).any(0))
 
     def truncated(self, texts: Collection[str]) -> int:
-        """How many of the texts are longer than the limit; none is encoded."""
+        """Return the number of texts over the token limit, without encoding them."""
         return len({text for tokens in self.tokenizers for text, _ in longer(tokens, texts, self.max_tokens)})
 
     def _hidden(self, ids: Sequence[Tensor]) -> Tensor:
-        """Of the ids [B, M] of each text encoder, what `predict_noise` takes of a text."""
+        """Return `TextEmbeddings.hidden`, given the ids [B, M] of each text encoder."""
         return cast(Tensor, self.text_encoders[0](ids[0]).last_hidden_state)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """z_t = √ᾱ_t z + √(1 − ᾱ_t) ε."""
+        """Return z_t = √ᾱ_t z + √(1 − ᾱ_t) ε."""
         (signal, sigma), shape = self._alphas, (-1, 1, 1, 1)
         return signal[timesteps].view(shape) * latents + sigma[timesteps].view(shape) * noise
 
@@ -234,12 +238,12 @@ class StableDiffusion:
         capture: Capture | None = None,
         prompt: Prompt | None = None,
     ) -> Tensor:
-        """ε_θ(z_t, t, y) [B, C, r, r], whatever the checkpoint predicts: v is turned into ε = √ᾱ v + √(1 − ᾱ) z_t.
+        """Return ε_θ(z_t, t, y) [B, C, r, r]; a prediction of v is converted to ε = √ᾱ v + √(1 − ᾱ) z_t.
 
         Args:
             noised: [B, C, r, r]; timesteps: [B].
-            hidden: [B, M, D] the text of each row; with text_index [B], [T, M, D] each text once, so that its keys and
-                values are computed once.
+            hidden: [B, M, D] the text of each row; or with text_index [B], the unique texts [T, M, D], whose keys and
+                values are then computed once.
             capture: records the cross-attention of this pass.
             prompt: an attention prompt, bound to the latents of this batch.
         """
@@ -254,18 +258,22 @@ class StableDiffusion:
         return cast(Tensor, self.unet(noised, timesteps, hidden).sample)
 
 
-def unet_skeleton(config: Mapping[str, Any], source: str) -> UNet2DConditionModel:
-    """A U-Net of this configuration without weights.
+@contextmanager
+def _config_errors(place: Path) -> Iterator[None]:
+    """Raise CheckpointError if a configuration does not load."""
+    try:
+        yield
+    except Exception as error:  # each library has its own errors for settings that do not fit
+        raise CheckpointError(f"{place}/config.json: does not load: {brief(error)}") from None
 
-    Raises:
-        CheckpointError: the configuration makes no U-Net.
-    """
+
+def unet_skeleton(config: Mapping[str, Any], source: str) -> UNet2DConditionModel:
+    """Build a U-Net without weights; raise CheckpointError if the configuration is not one of a U-Net."""
     try:
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(config)
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{source}: unet/config.json makes no U-Net ({reason})") from None
+        raise CheckpointError(f"{source}: unet/config.json makes no U-Net ({brief(error)})") from None
 
 
 BACKBONES = {StableDiffusion.family: StableDiffusion}

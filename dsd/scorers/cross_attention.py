@@ -35,11 +35,7 @@ class CrossAttention(Scorer):
     name = "cross-attention"
 
     def scores(
-        self,
-        name: str,
-        method: CrossAttentionMethod,
-        stored: StoredEvidence,
-        heads_LH: NDArray[np.bool_] | None = None,
+        self, name: str, method: CrossAttentionMethod, stored: StoredEvidence, heads_LH: NDArray[np.bool_] | None = None
     ) -> Scores:
         """heads_LH: the heads that count; None is all of them."""
         evidence = stored.evidence(method.prompt)

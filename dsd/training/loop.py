@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 CURVE, SUMMARY = "curve.csv", "summary.json"
 DIGEST = hashlib.sha256().digest_size  # bytes before a saved state: torch opens most damaged ones as if they were whole
+
+
 def table(example: MatchingExample, images: int, texts: int, rng: Random) -> tuple[Table, list[list[bool]]]:
     """So many images and texts of the example, and which pairs are right; a right pair first, others at random.
 
