@@ -118,6 +118,22 @@ def cached(params: Params, prepared: Path, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the components with weights that are opened from here on; that of a CLIP is ""."""
+    from dsd.models import clip, stable_diffusion
+
+    names: list[str] = []
+    for module in (stable_diffusion, clip):
+
+        def counted(folder: Path, kind: Any, name: str, dtype: Any, whole: Any = module.component) -> Any:
+            names.append(name)
+            return whole(folder, kind, name, dtype)
+
+        monkeypatch.setattr(module, "component", counted)
+    return names
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """A PostgreSQL server; `postgres()` is the URL of a new database on it. Skips where none is installed."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import ModuleType
 from typing import Literal
 
@@ -15,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsd.config import Params
+from dsd.config.base import Pooling
 from dsd.errors import CheckpointError
 from dsd.models import StableDiffusion, attention, load_diffusion
 from dsd.models.attention import AttentionState, Capture, during, logsumexp_pooling, over_tokens, token_weights
@@ -76,6 +80,80 @@ def test_capture_changes_no_prediction(backbone: StableDiffusion, params: Params
         capture = Capture.of(params.evidence, content)
         captured = backbone.predict_noise(latents, timesteps, hidden, capture=capture)
     assert torch.allclose(bare, captured, atol=1e-5)
+
+
+def state(backbone: StableDiffusion) -> tuple[object, ...]:
+    return backbone.attention.capture, backbone.attention.prompt, backbone.attention.text_index_B
+
+
+def random_prompt(backbone: StableDiffusion, seed: int) -> AttentionPrompt:
+    prompt = AttentionPrompt(32, backbone.layer_widths, 4, rank=2, conditional=True, seed=seed)
+    for up in prompt.up:
+        torch.nn.init.normal_(up, generator=torch.Generator().manual_seed(seed))
+    return prompt.requires_grad_(False)
+
+
+@torch.inference_mode()
+def test_a_pass_leaves_no_state_behind(backbone: StableDiffusion, params: Params) -> None:
+    latents, timesteps, hidden, content = inputs(backbone, 3)
+    bare, index = backbone.predict_noise(latents, timesteps, hidden), torch.tensor([2, 0, 1])
+    capture, prompt = Capture.of(params.evidence, content[index]), random_prompt(backbone, 0).bind(latents)
+    prompted = backbone.predict_noise(latents, timesteps, hidden, index, capture=capture, prompt=prompt)
+    assert state(backbone) == (None, None, None) and len(capture.pooled) == len(backbone.layers)
+    assert torch.equal(backbone.predict_noise(latents, timesteps, hidden), bare)
+    assert not torch.allclose(prompted, bare, atol=1e-3) and len(capture.pooled) == len(backbone.layers)
+
+    def fails(layer: int, text_BMD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert state(backbone) == (capture, fails, index)
+        if layer == 2:
+            raise RuntimeError("in the middle of a pass")
+        return prompt(layer, text_BMD)
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        backbone.predict_noise(latents, timesteps, hidden, index, capture=capture, prompt=fails)
+    assert state(backbone) == (None, None, None)
+    assert torch.equal(backbone.predict_noise(latents, timesteps, hidden), bare)
+
+
+def test_threads_with_other_captures_and_prompts_do_not_mix(backbone: StableDiffusion, params: Params) -> None:
+    """Two passes enter every layer together, since their prompts wait there; between two layers, a third pass without
+    capture and prompt runs in this thread."""
+    latents, timesteps, hidden, content = inputs(backbone, 3)
+    jobs: list[tuple[tuple[Pooling, ...], AttentionPrompt, torch.Tensor]] = [
+        (("logsumexp",), random_prompt(backbone, 0), torch.tensor([0, 1, 2])),
+        (("maximum", "cosine"), random_prompt(backbone, 1), torch.tensor([2, 2])),
+    ]
+
+    @torch.inference_mode()
+    def evidence(number: int, wait: Callable[[], object]) -> tuple[torch.Tensor, ...]:
+        poolings, prompt, index = jobs[number]
+        capture = Capture.of(params.evidence.model_copy(update={"poolings": poolings}), content[index])
+        bound, rows = prompt.bind(latents[: len(index)]), slice(len(index))
+
+        def waiting(layer: int, text_BMD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            wait()
+            return bound(layer, text_BMD)
+
+        predicted = backbone.predict_noise(
+            latents[rows], timesteps[rows], hidden, index, capture=capture, prompt=waiting
+        )
+        return predicted, *capture.stacked()
+
+    with torch.inference_mode():
+        bare = backbone.predict_noise(latents, timesteps, hidden)
+    alone = [evidence(number, lambda: None) for number in range(2)]
+    barrier = Barrier(3, timeout=60)
+    with ThreadPoolExecutor(2) as threads:
+        futures = [threads.submit(evidence, number, barrier.wait) for number in range(2)]
+        barrier.wait()
+        for _ in backbone.layers[1:]:
+            with torch.inference_mode():
+                assert torch.allclose(backbone.predict_noise(latents, timesteps, hidden), bare, atol=1e-6)
+            barrier.wait()
+        together = [future.result() for future in futures]
+    for expected, found in zip(alone, together, strict=True):
+        for one, other in zip(expected, found, strict=True):
+            assert one.shape == other.shape and torch.allclose(one, other, atol=1e-6)
 
 
 def test_captured_maps_are_softmax_of_query_and_key(backbone: StableDiffusion, params: Params) -> None:

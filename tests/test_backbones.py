@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from dsd import Matcher
 from dsd.config import Params
 from dsd.engine.session import Folders, Session
 from dsd.errors import CheckpointError
-from dsd.models import load, load_clip, load_diffusion, stable_diffusion
-from dsd.models.attention import Capture
+from dsd.models import StableDiffusion, load, load_clip, load_diffusion, stable_diffusion
+from dsd.models.attention import Capture, cross_attention_layers
 from dsd.models.checkpoint import commit, locate, remote
 from dsd.models.clip_heads import cosine
 from dsd.models.prompts import AttentionPrompt
@@ -182,6 +183,126 @@ def test_a_card_is_no_part_of_the_identity(folder: Path) -> None:
     before = load_diffusion(row(folder), CPU).digest
     (folder / "README.md").write_text("a card")
     assert load_diffusion(row(folder), CPU).digest == before
+
+
+# Components are opened at their first use.
+
+
+def description(backbone: StableDiffusion) -> dict[str, object]:
+    """All that a backbone says of itself, without its digest."""
+    names = ("layers", "layer_widths", "text_width", "latent_channels", "resolution", "scale", "max_tokens")
+    return {name: getattr(backbone, name) for name in (*names, "schedule_length", "prediction")}
+
+
+def test_a_lazy_backbone_is_described_without_weights(folder: Path, opened: list[str]) -> None:
+    eager = load_diffusion(row(folder), CPU)
+    assert sorted(opened) == ["text_encoder", "unet", "vae"]
+    opened.clear()
+    lazy = load_diffusion(row(folder), CPU, lazy=True)
+    assert description(lazy) == description(eager) and lazy.digest == eager.digest and opened == []
+    assert (lazy.text_width, lazy.latent_channels, lazy.resolution, lazy.max_tokens) == (32, 4, 32, 24)
+    assert lazy.layer_widths == [len(m.to_k.weight) for _, m in cross_attention_layers(eager.unet)]
+    assert lazy.text_width == eager.encode_texts(["a"]).hidden.shape[-1]
+    lazy.open()
+    assert description(lazy) == description(eager) and sorted(opened) == ["text_encoder", "unet", "vae"]
+    lazy.open()
+    assert len(opened) == 3
+    for file in folder.rglob("*.safetensors"):
+        file.write_bytes(b"no tensors")
+    assert description(load_diffusion(row(folder), CPU, lazy=True)) == description(eager)
+
+
+def test_each_component_is_opened_at_its_first_use(folder: Path, opened: list[str]) -> None:
+    lazy, eager = load_diffusion(row(folder), CPU, lazy=True), load_diffusion(row(folder), CPU)
+    opened.clear()
+    text = lazy.encode_texts(["a red circle"])
+    assert opened == ["text_encoder"] and torch.equal(text.hidden, eager.encode_texts(["a red circle"]).hidden)
+    assert lazy.truncated(["a ring " * 40]) == 1 and opened == ["text_encoder"]
+    image = np.random.default_rng(0).integers(0, 255, (1, 32, 32, 3), dtype=np.uint8)
+    latents = lazy.encode_images(image)
+    assert opened == ["text_encoder", "vae"] and torch.equal(latents, eager.encode_images(image))
+    timesteps = torch.tensor([300])
+    noised = lazy.add_noise(latents, torch.ones_like(latents), timesteps)
+    assert opened == ["text_encoder", "vae"]
+    with torch.inference_mode():
+        predicted, expected = (b.predict_noise(noised, timesteps, text.hidden) for b in (lazy, eager))
+    assert opened == ["text_encoder", "vae", "unet"] and torch.equal(predicted, expected)
+
+
+def test_threads_open_the_denoiser_once(folder: Path, opened: list[str]) -> None:
+    lazy = load_diffusion(row(folder), CPU, lazy=True)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: lazy.unet, range(8)))
+    assert opened == ["unet"] and all(unet is found[0] for unet in found)
+
+
+@pytest.mark.parametrize(
+    ("component", "use"),
+    [
+        ("unet", lambda backbone: backbone.unet),
+        ("vae", lambda backbone: backbone.encode_images(np.zeros((1, 32, 32, 3), dtype=np.uint8))),
+        ("text_encoder", lambda backbone: backbone.encode_texts(["a"])),
+    ],
+)
+def test_weights_that_do_not_load_are_one_line_at_their_first_use(
+    component: str, use: Callable[[StableDiffusion], object], folder: Path
+) -> None:
+    next((folder / component).glob("*.safetensors")).write_bytes(b"no tensors")
+    lazy = load_diffusion(row(folder), CPU, lazy=True)
+    for attempt in (lambda: use(lazy), lambda: use(lazy), lazy.open, lambda: load(row(folder), CPU)):
+        with pytest.raises(CheckpointError, match=f"{component}: does not load as") as error:
+            attempt()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("component", "content"),
+    [
+        *(("unet", content) for content in (None, "{", '{"block_out_channels": "wide"}')),
+        *(("vae", content) for content in (None, "{", '{"block_out_channels": "wide"}')),
+        *(("text_encoder", content) for content in ("{", '{"hidden_size": "wide"}')),
+    ],
+)
+def test_a_config_that_does_not_load_is_one_line(component: str, content: str | None, folder: Path) -> None:
+    file = folder / component / "config.json"
+    if content is None:
+        file.unlink()
+    else:
+        file.write_text(content)
+    lazy = load_diffusion(row(folder), CPU, lazy=True)
+    use = {
+        "unet": lambda: lazy.layers,
+        "vae": lambda: lazy.scale,
+        "text_encoder": lambda: lazy.max_tokens,
+    }[component]
+    for attempt in (use, lambda: lazy.unet, lambda: load(row(folder), CPU)):
+        with pytest.raises(CheckpointError) as error:
+            attempt()
+        assert "\n" not in str(error.value) and component in str(error.value)
+
+
+def test_an_incomplete_folder_is_reported_before_anything_is_opened(folder: Path, opened: list[str]) -> None:
+    edit(folder / SCHEDULER, prediction_type="sample")
+    with pytest.raises(CheckpointError, match="neither epsilon nor v_prediction"):
+        load_diffusion(row(folder), CPU, lazy=True)
+    weights = next((folder / "unet").glob("*.safetensors"))
+    weights.rename(weights.with_name("diffusion_pytorch_model.bin"))
+    with pytest.raises(CheckpointError, match="a pickle"):
+        load_diffusion(row(folder), CPU, lazy=True)
+    shutil.rmtree(folder / "unet")
+    with pytest.raises(CheckpointError, match="lacks the component unet/"):
+        load_diffusion(row(folder), CPU, lazy=True)
+    assert opened == []
+
+
+def test_a_lazy_clip_is_opened_at_its_first_use(models: Path, opened: list[str]) -> None:
+    lazy = load_clip(row(models / "embedded-clip", "clip"), CPU, lazy=True)
+    identity = lazy.digest
+    assert opened == []
+    eager = load_clip(row(models / "embedded-clip", "clip"), CPU)
+    assert opened == [""] and eager.digest == identity
+    assert torch.equal(lazy.text_features(["a red circle"]), eager.text_features(["a red circle"]))
+    assert opened == ["", ""] and (lazy.resolution, lazy.max_tokens) == (eager.resolution, eager.max_tokens)
 
 
 # Layouts as they are published, some years old.

@@ -8,11 +8,9 @@ import shutil
 import string
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
@@ -25,7 +23,7 @@ from dsd.engine.cache import Worker, encode, missing
 from dsd.engine.encodings import Arrays, Encodings, all_texts, read_all
 from dsd.engine.score import score
 from dsd.engine.session import Folders, Session
-from dsd.models import StableDiffusion, clip, device_of, load_diffusion, stable_diffusion
+from dsd.models import StableDiffusion, device_of, load_diffusion
 from dsd.models.checkpoint import longer
 from dsd.scorers.evidence import INDEX, Requests, plan
 from dsd.store import Store
@@ -136,21 +134,6 @@ def test_stored_texts_are_removed_above_the_limit(params: Params, prepared: Path
     exact = params.model_copy(update={"runtime": params.runtime.model_copy(update={"kept_texts": len(texts)})})
     encode(session_of(exact, prepared, tmp_path))
     assert "texts" in kinds(tmp_path)
-
-
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the components that are opened from here on; that of a CLIP is ""."""
-    names: list[str] = []
-    for module in (stable_diffusion, clip):
-        whole = module.component
-
-        def counted(folder: Path, kind: Any, name: str, dtype: torch.dtype, whole: Any = whole) -> Any:
-            names.append(name)
-            return whole(folder, kind, name, dtype)
-
-        monkeypatch.setattr(module, "component", counted)
-    return names
 
 
 def test_the_cache_opens_no_denoiser_and_only_what_is_missing(

@@ -25,7 +25,7 @@ from dsd.engine.forward import Batch, row_values
 from dsd.engine.score import Worker, missing, score
 from dsd.engine.session import Folders, Session
 from dsd.errors import DataError
-from dsd.models import StableDiffusion, clip, load_diffusion, stable_diffusion
+from dsd.models import StableDiffusion, load_diffusion
 from dsd.models.prompts import PROMPT, AttentionPrompt
 from dsd.schedules.race import all_rows
 from dsd.scorers.evidence import INDEX, UNCONDITIONAL, plan, read_evidence, requests, with_unconditional
@@ -220,21 +220,6 @@ def test_missing_encodings_are_computed_in_one_thread(
 
 
 # Models are opened when they are needed, and not before.
-
-
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the components that are opened from here on; that of a CLIP is ""."""
-    names: list[str] = []
-    for module in (stable_diffusion, clip):
-        whole = module.component
-
-        def counted(folder: Path, kind: Any, name: str, dtype: torch.dtype, whole: Any = whole) -> Any:
-            names.append(name)
-            return whole(folder, kind, name, dtype)
-
-        monkeypatch.setattr(module, "component", counted)
-    return names
 
 
 @pytest.fixture

@@ -90,6 +90,22 @@ def test_merged_weights_act_as_low_rank_layers_beside_them(
     assert torch.equal(predict(backbone), before)
 
 
+def test_a_lora_is_merged_when_the_denoiser_is_opened(
+    params: Params, backbone: StableDiffusion, tensors: Tensors, tmp_path: Path, opened: list[str]
+) -> None:
+    save_file(tensors, tmp_path / "lora.safetensors")
+    eager = load_diffusion(with_lora(params, tmp_path / "lora.safetensors"), CPU)
+    opened.clear()
+    lazy = load_diffusion(with_lora(params, tmp_path / "lora.safetensors"), CPU, lazy=True)
+    assert lazy.digest == eager.digest != backbone.digest and opened == []
+    assert torch.equal(predict(lazy), predict(eager)) and not torch.equal(predict(lazy), predict(backbone))
+    save_file({"weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    other = load_diffusion(with_lora(params, tmp_path / "lora.safetensors"), CPU, lazy=True)
+    for _ in range(2):  # a U-Net without its LoRA is never left behind
+        with pytest.raises(CheckpointError, match="not a LoRA of this U-Net"):
+            predict(other)
+
+
 def test_a_lora_is_part_of_the_identity(
     params: Params, backbone: StableDiffusion, tensors: Tensors, tmp_path: Path
 ) -> None:

@@ -353,6 +353,12 @@ def test_few_shot_training_runs_on_it(
         assert not torch.equal(learned["image.weight"], before.weight)
 
 
+def test_a_lazy_clip_is_opened_at_its_first_use(saved: tuple[Path, CLIPModel]) -> None:
+    eager, lazy = opened(saved[0]), load_clip(row(saved[0], "open-clip"), CPU, lazy=True)
+    assert lazy.digest == eager.digest and "_opened" not in vars(lazy)
+    assert torch.equal(lazy.text_features(TEXTS), eager.text_features(TEXTS)) and "_opened" in vars(lazy)
+
+
 def test_cosines_are_of_what_both_projections_make(saved: tuple[Path, CLIPModel]) -> None:
     clip = opened(saved[0])
     features = (clip.image_features(images_of(64)), clip.text_features(TEXTS))

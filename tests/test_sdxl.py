@@ -25,6 +25,7 @@ from dsd.models.attention import Capture
 from dsd.models.prompts import AttentionPrompt
 from dsd.scorers.evidence import read_evidence
 from dsd.training.loop import train
+from tests.test_backbones import description
 from tests.tiny import row
 
 CPU = torch.device("cpu")
@@ -95,6 +96,20 @@ def test_its_resolution_scale_and_limits_are_those_of_its_configs(backbone: Stab
     half = load_diffusion(row(xl, FAMILY, dtype="bfloat16"), CPU)
     assert half.unet.dtype == torch.bfloat16 and half.vae.dtype == torch.float32  # which overflows in float16
     assert half.digest == backbone.digest
+
+
+def test_a_lazy_backbone_is_described_without_weights(backbone: StableDiffusionXL, xl: Path, opened: list[str]) -> None:
+    lazy = load_diffusion(row(xl, FAMILY), CPU, lazy=True)
+    assert isinstance(lazy, StableDiffusionXL)
+    assert description(lazy) == description(backbone) and lazy.digest == backbone.digest and opened == []
+    assert (lazy.text_width, lazy.latent_channels, len(lazy.layers)) == (32 + 16, 4, 8)
+    text = lazy.encode_texts(TEXTS)
+    assert opened == ["text_encoder", "text_encoder_2"] and torch.equal(
+        text.hidden, backbone.encode_texts(TEXTS).hidden
+    )
+    lazy.open()
+    assert sorted(opened) == ["text_encoder", "text_encoder_2", "unet", "vae"]
+    assert description(lazy) == description(backbone)
 
 
 @pytest.mark.parametrize("method", ["cross-attention", "denoising"])

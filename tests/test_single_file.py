@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dsd import Matcher
 from dsd.errors import CheckpointError
-from dsd.models import load, load_diffusion
+from dsd.models import load, load_diffusion, single_file
+from tests.test_backbones import description
 from tests.test_released import SD21
 from tests.tiny import row
 
@@ -211,6 +212,30 @@ def test_weights_and_settings_are_its_identity(settings: Path, tensors: Tensors,
     assert load_diffusion(row(file, config=str(copy)), CPU).digest != opened.digest
     save_file({key: tensor * 1.01 for key, tensor in tensors.items()}, file)
     assert load_diffusion(row(file, config=str(settings)), CPU).digest != opened.digest
+
+
+@pytest.mark.parametrize("layout", ["1.x", "xl"])
+def test_a_lazy_file_is_described_without_weights_and_opened_as_a_whole_once(
+    layout: str, models: Path, xl: Path, settings: Path, tensors: Tensors, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    file, config, folder, family = tmp_path / "one.safetensors", settings, models / "embedded", "stable-diffusion"
+    if layout == "xl":
+        texts = in_transformers(weights(xl, "text_encoder"), "conditioner.embedders.0")
+        texts |= in_open_clip(weights(xl, "text_encoder_2"), "conditioner.embedders.1", unused=0)
+        tensors, config, folder, family = original(xl, texts), xl, xl, "stable-diffusion-xl"
+    save_file(tensors, file)
+    reads: list[Path] = []
+    monkeypatch.setattr(single_file, "load_file", lambda path: (reads.append(path), load_file(path))[1])
+    expected = load_diffusion(row(folder, family), CPU)
+    lazy = load_diffusion(row(file, family, config=str(config)), CPU, lazy=True)
+    assert description(lazy) == description(expected) and reads == []
+    lazy.open()
+    assert description(lazy) == description(expected) and reads == [file]
+    assert all(torch.equal(weight, lazy.unet.state_dict()[key]) for key, weight in expected.unet.state_dict().items())
+    alone = load_diffusion(row(file, family, config=str(config)), CPU, lazy=True)
+    assert torch.equal(alone.encode_texts(TEXTS).hidden, expected.encode_texts(TEXTS).hidden)
+    assert not {"unet", "vae"} & vars(alone).keys()
 
 
 def refused(file: Path, config: Path | None, **changes: object) -> str:
