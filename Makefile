@@ -12,13 +12,13 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-reproduce: $(READY) ## From a clone to data/report/index.html; a second time it does only what has changed
+reproduce: $(READY) ## From a clone to data/report/index.html; later runs compute only what has changed
 	@$(BIN)/python -m flows.reproduce
 
-studies: $(READY) ## Searches, other samples and shares, other forward passes: what is missing of them, some hours
+studies: $(READY) ## Parameter searches and other training sets, some hours; computes what is missing
 	@$(BIN)/python -m flows.studies
 
-races: $(READY) ## Evidence at every draw, and what each schedule would have asked for of it: some hours
+races: $(READY) ## Compare the schedules on evidence at every draw, some hours; computes what is missing
 	@$(BIN)/python -m flows.races
 
 test: $(READY) ## Lint, contracts, types and tests
@@ -27,13 +27,13 @@ test: $(READY) ## Lint, contracts, types and tests
 	$(BIN)/mypy dsd flows
 	$(BIN)/pytest
 
-chaos: $(READY) ## Kills, full disks, damaged files and the like, in mid-run: the results must stay, half an hour
+chaos: $(READY) ## Kills, full disks and damaged files in mid-run; results must stay equal; half an hour
 	$(BIN)/pytest -v -m chaos
 
 bench: $(READY) ## Measure speed on this machine
 	@$(BIN)/python -m benchmarks
 
-readme: $(READY) ## Put the results of data/evaluate/metrics.json into README.md
+readme: $(READY) ## Write the table and the figure of results in README.md
 	@$(BIN)/python -m dsd.report.readme
 
 clean: ## Remove what tools leave behind; the environment and the data stay

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,13 +20,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dsd.config import EXHAUSTIVE, BackboneParams, CrossAttentionMethod, DenoisingMethod, EvidenceParams, NoiseParams
+from dsd.config import (
+    EXHAUSTIVE,
+    BackboneParams,
+    CrossAttentionMethod,
+    DenoisingMethod,
+    EvidenceParams,
+    NoiseParams,
+    ScheduledMethod,
+)
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import Pair
 from dsd.data.images import ImageSource, image_id, load_image, resize, to_array
 from dsd.engine.encodings import Arrays
 from dsd.engine.engine import Engine, cores
-from dsd.engine.forward import ScheduledMethod, row_values
+from dsd.engine.forward import row_values
 from dsd.errors import CheckpointError, TextError, unknown
 from dsd.models import StableDiffusion, device_of, load_diffusion
 from dsd.models.attention import Capture
@@ -75,7 +83,7 @@ class Matcher:
         """`method` is a row of params.yaml, or a name; `resolution` is the backbone's own by default."""
         self.backbone, self.prompt = backbone, prompt
         self._row = _row(method, prompt, noise) if isinstance(method, str) else method
-        self.method: MethodName = self._row.scorer
+        self.method = cast(MethodName, self._row.scorer)
         self._draws, self._evidence, self._batch_size = draws(noise, seed), evidence, batch_size
         self._parity, self._resolution = parity, resolution or backbone.resolution
         self._known: LRUCache[str, Arrays] = LRUCache(KEPT_TEXTS)

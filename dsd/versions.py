@@ -1,8 +1,9 @@
 """Versions of the code whose results are stored.
 
-Every stored key contains the versions of the code that made the result: raise a constant when a change moves results of
-its kind, and everything that depends on it is computed again. Version 1 adds nothing to a key, so that what was stored
-before there were versions stays valid. tests/test_golden.py fails when results move and the constant did not.
+Every stored key contains the versions of the code that made the result. Raise a constant when a change moves results of
+its kind: they, and all results that depend on them, get other keys and are computed again. Version 1 adds nothing to a
+key, so that results from before there were versions stay valid. tests/test_golden.py fails when results move and the
+constant did not.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ COSINES = 1  # dsd/models/clip_heads.py
 PROMPTS = 1  # training of attention prompts: dsd/training
 HEADS = 1  # training of CLIP's heads: dsd/training
 RACES = 1  # dsd/schedules and how dsd/engine runs them
-SCORES = 1  # dsd/scorers, dsd/evaluation, dsd/metrics.py: computed at every run, but compared between checkpoints
+SCORES = 1  # dsd/scorers, dsd/evaluation, dsd/metrics.py: not stored, but the gate compares them
 STUDIES = 1  # dsd/experiments/studies.py
-SCALING = 1  # dsd/experiments/scaling.py and dsd/schedules
+SCALING = 1  # dsd/experiments/scaling.py and dsd/schedules: raise it with RACES if a schedule changes
 
 VERSIONS = {
     "latents": LATENTS,

@@ -11,7 +11,7 @@ from flows.stages.common import Details, each, main, unit
 
 @flow(name="races", persist_result=False)
 def races() -> None:
-    """Run what is missing of the section `races` of params.yaml; resumable."""
+    """Run what is missing of races.yaml; resumable."""
     from dsd.engine.session import Folders, Session
     from dsd.experiments.scaling import measure_scaling
     from dsd.experiments.schedule_comparison import compare_schedules

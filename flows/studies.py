@@ -15,7 +15,7 @@ from flows.stages.common import Details, each, main, unit
 
 @flow(name="studies", persist_result=False)
 def studies() -> None:
-    """Run what is missing of the studies of params.yaml, or of those named as arguments; resumable."""
+    """Run what is missing of studies.yaml, or of those named as arguments; resumable."""
     from dsd.experiments.studies import missing_pieces, run_piece
     from dsd.experiments.variants import Study
 

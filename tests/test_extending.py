@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from dsd.config import (
     DatasetParams,
-    DiffusionMethod,
     MethodParams,
     Params,
     RacesParams,
+    ScheduledMethod,
     ScheduleParams,
 )
 from dsd.config.base import Positive
@@ -80,18 +80,13 @@ STRIPES: Benchmark[StripesDataset] = Benchmark(
 )
 
 
-class ContrastMethod(DiffusionMethod):
+class ContrastMethod(ScheduledMethod):
     """The share of the denoising error that a text removes; trained on nothing, or by the learner below."""
 
     scorer: Literal["contrast"]
     schedule: str
 
-    can_have_schedule: ClassVar[bool] = True
     compares_unconditional: ClassVar[bool] = True
-
-    @property
-    def has_schedule(self) -> bool:
-        return self.schedule != "exhaustive"
 
     @property
     def learns(self) -> str | None:

@@ -1,1 +1,1 @@
-"""Evidence of (pair, draw) requests: sessions, encodings, batches, races."""
+"""Computes the evidence of (pair, draw) requests: sessions, encodings, batches, races."""

@@ -1,6 +1,6 @@
-"""Races side by side: batches are filled from all races, and stay full while candidates drop out.
+"""Concurrent races: batches are filled from all of them, and stay full while candidates are dropped.
 
-No model runs here: `compute` turns requests into values.
+No model is run here: `compute` turns requests into values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dsd.scorers.evidence import Request, without_text
 
 @dataclass(eq=False)
 class Entry:
-    """A race over the pairs of one example, at draws in the order in which the schedule counts them.
+    """A race over the pairs of one example, with the draws in the order of the schedule.
 
     compares: whether the value of the unconditional pass is subtracted from each pair's.
     """
@@ -32,12 +32,12 @@ class Entry:
     compares: bool
 
     def requests(self) -> list[Request]:
-        """The requests of the next round, none when the race is over."""
+        """Return the requests of the next round, none when the race is over."""
         rows = self._rows()
         return rows + (list(dict.fromkeys(map(without_text, rows))) if self.compares else [])
 
     def record(self, values: Mapping[Request, float]) -> None:
-        """Give the race the values of its requests."""
+        """Record the values of the requests in the race."""
         rows = self._rows()
         self.race.record([values[row] - (values[without_text(row)] if self.compares else 0.0) for row in rows])
 
@@ -47,10 +47,10 @@ class Entry:
 
 @dataclass
 class Filled:
-    """How full the batches were, until the last race had begun."""
+    """The utilisation of batches until the last race has begun."""
 
     rows: int = 0  # computed
-    places: int = 0  # in the batches before the last race had begun
+    places: int = 0  # in the batches before the last race began
     taken: int = 0  # of these places
 
     @property
@@ -65,21 +65,20 @@ def side_by_side(
     filled: Filled,
     stored: dict[Request, float],
 ) -> Iterator[Entry]:
-    """Run all races to their ends, in batches of `size` requests; yield each entry when its race is over.
+    """Run all races in batches of `size` requests; yield each entry when its race is over.
 
-    Values in `stored` are not computed, and a request that several open races share is computed once. Which requests
-    share a batch depends on the order of the entries and on `size`; the values that a race records do not, so neither
-    does its answer.
+    Values in `stored` are not computed, and a request of several open races is computed once. The order of the entries
+    and `size` determine which requests share a batch, but not the values and results of a race.
     """
-    queue: dict[Request, None] = {}  # to be computed, oldest first
+    queue: dict[Request, None] = {}  # requests to compute, oldest first
     computed: dict[Request, float] = {}
     known = ChainMap(computed, stored)
-    users: dict[Request, int] = {}  # how many open rounds need it
+    users: dict[Request, int] = {}  # number of open rounds that need a request
     open_rounds: dict[Entry, list[Request]] = {}
     coming, more = iter(entries), True
 
     def begin(entry: Entry) -> bool:
-        """Queue the next round of an entry; False where its race is over."""
+        """Queue the next round of an entry; return False if its race is over."""
         requests = entry.requests()
         for request in requests:
             users[request] = users.get(request, 0) + 1

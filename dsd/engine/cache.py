@@ -1,4 +1,4 @@
-"""The stage cache: every image and text of a dataset is encoded, once."""
+"""The stage `cache`: encode every image and text of a dataset once."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from dsd.engine.session import Session
 
 
 def tables(session: Session) -> list[Encodings]:
-    """All encodings of a dataset, of every backbone that a method names."""
-    clips = (table for backbone in session.clips for table in session.features(backbone))
-    return [*session.diffusion_encodings, *clips]
+    """Return all encodings of a dataset, of every backbone that a method uses."""
+    return [*session.diffusion_encodings, *(table for name in session.clips for table in session.features(name))]
 
 
 def encode(session: Session) -> dict[str, int | float]:
-    """Fill the cache of a dataset; returns the numbers of images, texts, truncated texts and damaged shards."""
-    every = tables(session)
-    for table in every:
+    """Fill the cache of a dataset; return the numbers of images, texts, truncated texts and damaged shards."""
+    encodings = tables(session)
+    for table in encodings:
         table.fill()
-    session.cache.prune({key for table in every for key in table.keys})
-    images, texts, *_ = every
+    session.cache.prune({key for table in encodings for key in table.keys})
+    images, texts, *_ = encodings
     return {
         "images": len(images.items),
         "texts": len(texts.items),
@@ -28,7 +27,7 @@ def encode(session: Session) -> dict[str, int | float]:
 
 
 def missing(session: Session) -> dict[str, int]:
-    """The shards that a dataset's cache lacks: the number of items of each, by key."""
+    """Return the number of items of each missing shard of a dataset's cache, by key."""
     return {key: size for table in tables(session) for key, size in table.missing().items()}
 
 
@@ -39,5 +38,5 @@ class Worker:
         self.shards = {key: table for table in tables(session) for key in table.keys}
 
     def __call__(self, key: str) -> None:
-        """Compute the shard of a key, unless it is there."""
+        """Compute the shard of a key unless it exists."""
         self.shards[key].make(key)

@@ -1,5 +1,4 @@
-"""Every image through the VAE once, every text through the text encoder once; or, where there are more texts than may
-be stored, whenever one is asked for.
+"""Encodings of images and texts: computed once and stored, or on access if there are too many texts to store.
 
 Shapes: C latent channels, r latent side, M text tokens, D text width.
 """
@@ -24,36 +23,27 @@ from dsd.versions import versioned
 
 SPLITS = ("train", "validation", "test")
 SHARD = 256  # items that are computed and stored together
-HELD = 8  # shards, or as many items, that are held in memory
+HELD = 8  # shards in memory, or the same number of items
 Arrays = dict[str, np.ndarray]
 
 
 class Encodings:
-    """Named arrays with one row an item, computed once and kept in shards of a store.
+    """Named arrays with one row per item, computed once and stored in shards; a few shards are in memory.
 
-    An absent or damaged shard is computed when it is first asked for, so a reader never fails on a cache; a few shards
-    at a time are held in memory, whatever the number of items.
+    A missing or damaged shard is computed at its first access, so that reading never fails.
 
-    Items that are not `kept` are computed when they are asked for, those that are asked for together in one batch.
-    Nothing of them is stored; the last used are held in memory, as many of them as of those that are kept.
+    If not `kept`, items are computed at each access, those of one call in batches, and not stored; the most recently
+    used are in memory.
     """
 
     def __init__(
-        self,
-        store: Store,
-        kind: str,
-        source: str,
-        items: Sequence[str],
-        compute: Callable[[list[str]], Arrays],
-        *,
+        self, store: Store, kind: str, source: str, items: Sequence[str], compute: Callable[[list[str]], Arrays], *,
         kept: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.items, self.kept, self._kind, self._store, self._compute = items, kept, kind, store, compute
         self._shards = [list(items[i : i + SHARD]) for i in range(0, len(items), SHARD)] if kept else []
         self.keys = [f"{kind}-{digest(source, shard_items)}" for shard_items in self._shards]
-        self._place = {
-            item: (n, row) for n, shard_items in enumerate(self._shards) for row, item in enumerate(shard_items)
-        }
+        self._place = {item: divmod(n, SHARD) for n, item in enumerate(items)} if kept else {}
         self._read = lru_cache(maxsize=HELD)(self._load)
         self._last: LRUCache[str, Arrays] = LRUCache(maxsize=HELD * SHARD)
 
@@ -61,48 +51,48 @@ class Encodings:
         key = self.keys[number]
         arrays = self._store.read(key) if key in self._store else None
         if arrays is None:
-            # In the order in which they are read back: how its input lies in memory moves the U-Net's last bits.
+            # As they are read from the store: the memory layout of its input changes the U-Net's last bits.
             arrays = {name: np.ascontiguousarray(array) for name, array in self._compute(self._shards[number]).items()}
             self._store.write(key, arrays)
         return arrays
 
     def missing(self) -> dict[str, int]:
-        """The shards that the store lacks: how many items each has, by key."""
+        """Return the number of items of each missing shard, by key."""
         sizes = {key: len(items) for key, items in zip(self.keys, self._shards, strict=True)}
         return {key: size for key, size in sizes.items() if key not in self._store}
 
     def make(self, key: str) -> None:
-        """Computes the shard of a key, unless it is there."""
+        """Compute the shard of a key unless it exists."""
         self._load(self.keys.index(key))
 
     def fill(self) -> None:
-        """Stores what is kept and not there yet."""
+        """Compute all missing shards."""
         for number in progress(range(len(self._shards)), desc=f"encode {self._kind}", unit="shard"):
             self._load(number)
 
     def __call__(self, items: Sequence[str]) -> Arrays:
-        """The rows of the items, stacked in their order."""
+        """Return the rows of the items, stacked in their order."""
         if self.kept:
             places = [self._place[item] for item in items]
             rows = [(self._read(number), row) for number, row in places]
             return {name: np.stack([arrays[name][row] for arrays, row in rows]) for name in rows[0][0]}
-        found = self._found(dict.fromkeys(items))
-        return {name: np.stack([found[item][name] for item in items]) for name in found[items[0]]}
+        arrays_of = self._unstored(dict.fromkeys(items))
+        return {name: np.stack([arrays_of[item][name] for item in items]) for name in arrays_of[items[0]]}
 
-    def _found(self, items: Collection[str]) -> dict[str, Arrays]:
-        """Of items that are not kept, those that are held and those that are computed now."""
-        found = {item: self._last[item] for item in items if item in self._last}
-        lacking = [item for item in items if item not in found]
-        for batch in (lacking[i : i + SHARD] for i in range(0, len(lacking), SHARD)):
+    def _unstored(self, items: Collection[str]) -> dict[str, Arrays]:
+        """Return the arrays of items that are not kept, from memory or computed."""
+        arrays_of = {item: self._last[item] for item in items if item in self._last}
+        missing = [item for item in items if item not in arrays_of]
+        for batch in (missing[i : i + SHARD] for i in range(0, len(missing), SHARD)):
             arrays = self._compute(batch)
-            # Copies: a row of a batch would hold the whole of it.
-            found |= {item: {name: array[n].copy() for name, array in arrays.items()} for n, item in enumerate(batch)}
-        self._last.update(found)
-        return found
+            # Copies: a view of a row would keep the whole batch in memory.
+            arrays_of |= {item: {name: a[n].copy() for name, a in arrays.items()} for n, item in enumerate(batch)}
+        self._last.update(arrays_of)
+        return arrays_of
 
 
 def all_texts(examples: Iterable[MatchingExample]) -> list[str]:
-    """The unconditional text and every text of the examples, in order of first appearance: neighbours share shards."""
+    """Return the unconditional text and every text of the examples, in order of first appearance."""
     return list(dict.fromkeys([UNCONDITIONAL, *(text for example in examples for text in example.texts)]))
 
 
@@ -113,9 +103,9 @@ def read_all(prepared: Path) -> Iterator[MatchingExample]:
 def diffusion_encodings(
     backbone: StableDiffusion, images: ImageTable, texts: Sequence[str], resolution: int, store: Store, kept: int
 ) -> tuple[Encodings, Encodings]:
-    """Latents [C, r, r] by image id; hidden states [M, D], content mask [M] and truncation by text.
+    """Return latents [C, r, r] by image id; hidden states [M, D], content mask [M] and truncation by text.
 
-    `kept`: texts are stored where there are at most this many (`runtime.kept_texts`).
+    kept: texts are stored if there are at most this many (`runtime.kept_texts`).
     """
 
     def latents(ids: list[str]) -> Arrays:
@@ -123,24 +113,17 @@ def diffusion_encodings(
         return {"latents": backbone.encode_images(batch).cpu().numpy()}
 
     def embeddings(batch: list[str]) -> Arrays:
-        encoded = backbone.encode_texts(batch)
-        return {
-            "hidden": encoded.hidden.cpu().numpy(),
-            "content": encoded.content.numpy(),
-            "truncated": encoded.truncated.numpy(),
-        }
+        return {name: tensor.cpu().numpy() for name, tensor in backbone.encode_texts(batch)._asdict().items()}
 
     image_key = versioned("latents", digest(backbone.digest, resolution))
-    text_key = versioned("texts", backbone.digest)
-    return Encodings(store, "latents", image_key, images.ids, latents), Encodings(
-        store, "texts", text_key, texts, embeddings, kept=len(texts) <= kept
-    )
+    by_text = Encodings(store, "texts", versioned("texts", backbone.digest), texts, embeddings, kept=len(texts) <= kept)
+    return Encodings(store, "latents", image_key, images.ids, latents), by_text
 
 
 def contrastive_encodings(
     clip: Clip, images: ImageTable, texts: Sequence[str], store: Store, kept: int
 ) -> tuple[Encodings, Encodings]:
-    """Features [F] by image id and by text: the inputs of CLIP's projections."""
+    """Return the inputs [F] of CLIP's projections by image id and by text."""
 
     def image_features(ids: list[str]) -> Arrays:
         return {"features": clip.image_features(np.stack([to_array(images[i]) for i in ids])).cpu().numpy()}
@@ -149,6 +132,5 @@ def contrastive_encodings(
         return {"features": clip.text_features(batch).cpu().numpy()}
 
     key = versioned("features", clip.digest)
-    return Encodings(store, "clip-image-features", key, images.ids, image_features), Encodings(
-        store, "clip-text-features", key, texts, text_features, kept=len(texts) <= kept
-    )
+    by_text = Encodings(store, "clip-text-features", key, texts, text_features, kept=len(texts) <= kept)
+    return Encodings(store, "clip-image-features", key, images.ids, image_features), by_text

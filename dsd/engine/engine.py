@@ -1,4 +1,4 @@
-"""The engine: (pair, draw) requests to evidence, in full batches, each once, resumable.
+"""The engine computes the evidence of (pair, draw) requests, in full batches, each once, resumable.
 
 Shapes: R rows of a shard, P poolings, L layers, H heads.
 """
@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from dsd.config import EvidenceParams
+from dsd.config import EvidenceParams, ScheduledMethod
 from dsd.engine.batching import Entry, Filled, side_by_side
 from dsd.engine.encodings import Arrays
-from dsd.engine.forward import Batch, Lookup, ScheduledMethod, Values, observe, row_values
+from dsd.engine.forward import Batch, Lookup, Values, observe, row_values
 from dsd.models import StableDiffusion
 from dsd.models.prompts import AttentionPrompt
 from dsd.progress import progress
@@ -25,7 +25,7 @@ from dsd.store import Store
 
 log = logging.getLogger(__name__)
 
-OWN_BATCH = 32  # rows from which on two cores are faster with a batch each than with one that they share
+OWN_BATCH = 32  # from this size on, a batch per core is faster than a shared one
 
 
 class Engine:
@@ -43,8 +43,8 @@ class Engine:
     ) -> None:
         """latents [B, C, r, r] by image id; hidden [T, M, D] and content [T, M] by text.
 
-        `cores`: cut batches as on a processor with this many cores, so that two processes compute evidence that is
-        equal to the bit; None: this processor's threads.
+        cores: divide batches as on a CPU with this many cores, so that processes with other numbers of threads compute
+        equal bits; by default this process's threads.
         """
         self.backbone, self.evidence, self.batch_size = backbone, evidence, batch_size
         self._as_on = cores
@@ -52,10 +52,10 @@ class Engine:
         self._latents, self._texts = latents, texts
 
     def compute(self, rows: Sequence[Request]) -> Arrays:
-        """The evidence of the rows: attention [R, P, L, H], attribution [R, L, H], error [R]; float32.
+        """Return the evidence of the rows: attention [R, P, L, H], attribution [R, L, H], error [R]; float32.
 
-        On a CPU each core has a batch of its own, all of one size: that is faster than to share one, except for the
-        last few rows. Out of memory, batches are halved until they fit, and stay so.
+        On a CPU each core computes its own batch, which is faster except for the last few rows. If memory is too small,
+        the batch size is halved permanently.
         """
         while True:
             try:
@@ -71,7 +71,7 @@ class Engine:
         if apart := self._cores > 1 and len(rows) >= self._cores * min(OWN_BATCH, self.batch_size):
             count = self._cores * math.ceil(count / self._cores)
         chunks = (rows[len(rows) * n // count : len(rows) * (n + 1) // count] for n in range(count))
-        inputs = map(self._inputs, chunks)  # in this thread: what the cache lacks is computed while it is read
+        inputs = map(self._inputs, chunks)  # in this thread: reading may compute missing encodings
         if apart:
             with ThreadPoolExecutor(torch.get_num_threads(), "batch", torch.set_num_threads, (1,)) as pool:
                 batches = list(pool.map(self._batch, inputs))
@@ -81,7 +81,7 @@ class Engine:
 
     @property
     def _cores(self) -> int:
-        """How many batches are computed at once, where there are as many cores."""
+        """The number of concurrent batches that determines their sizes."""
         return self._as_on if self._as_on and self.backbone.device.type == "cpu" else cores(self.backbone.device)
 
     def _inputs(self, rows: Sequence[Request]) -> Batch:
@@ -89,22 +89,19 @@ class Engine:
 
     @torch.inference_mode()
     def _batch(self, batch: Batch) -> Arrays:
-        attention, attribution, error = observe(
-            self.backbone, self.prompt, self.evidence, batch.to(self.backbone.device)
-        )
-        evidence = {"attention": attention, "attribution": attribution, "error": error}
-        return {name: tensor.float().cpu().contiguous().numpy() for name, tensor in evidence.items()}
+        evidence = observe(self.backbone, self.prompt, self.evidence, batch.to(self.backbone.device))
+        arrays = (tensor.float().cpu().contiguous().numpy() for tensor in evidence)
+        return dict(zip(("attention", "attribution", "error"), arrays, strict=True))
 
     def race(
         self, entries: Iterable[Entry], method: ScheduledMethod, filled: Filled, stored: dict[Request, float]
     ) -> Iterator[Entry]:
-        """Run races side by side, in batches that are full until the last of them; see `side_by_side`."""
-        size = self.batch_size * self._cores
+        """Run races concurrently in full batches; see `side_by_side`."""
 
         def compute(rows: list[Request]) -> Values:
             return row_values(self.compute(rows), method, self.evidence.poolings)
 
-        return side_by_side(entries, compute, size, filled, stored)
+        return side_by_side(entries, compute, self.batch_size * self._cores, filled, stored)
 
 
 def fill(
@@ -114,9 +111,9 @@ def fill(
     title: str,
     keep: Callable[[Arrays], Arrays] = lambda arrays: arrays,
 ) -> int:
-    """Compute the shards that the store lacks or holds damaged; returns how many (pair, draw) rows that were.
+    """Compute missing and damaged shards; return the number of computed (pair, draw) rows.
 
-    opened: the engine; not called where nothing is missing. keep: what of the evidence is stored.
+    opened: returns the engine; not called if nothing is missing. keep: maps the evidence to the arrays to store.
     """
     computed = 0
     bar = progress(total=sum(len(shard.rows) for shard in shards), desc=title, unit="row", unit_scale=True)
@@ -130,5 +127,5 @@ def fill(
 
 
 def cores(device: torch.device) -> int:
-    """How many batches are computed at once."""
+    """Return the number of concurrent batches."""
     return torch.get_num_threads() if device.type == "cpu" else 1

@@ -1,7 +1,7 @@
-"""One forward pass: requests (pair, draw) to a batch, a batch to evidence.
+"""One forward pass: a batch from (pair, draw) requests, and its evidence.
 
-Shapes: B rows of a batch, T texts, M text tokens, D text width, C latent channels, r latent side; P poolings, L layers,
-H heads.
+Shapes: B rows of a batch, R rows of evidence, T texts, M text tokens, D text width, C latent channels, r latent side;
+P poolings, L layers, H heads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsd.config import CrossAttentionMethod, DenoisingMethod, EvidenceParams
+from dsd.config import EvidenceParams, ScheduledMethod
 from dsd.engine.encodings import Arrays
 from dsd.models import StableDiffusion
 from dsd.models.attention import Capture
@@ -22,13 +22,12 @@ from dsd.models.prompts import AttentionPrompt
 from dsd.scorers import SCORERS
 from dsd.scorers.evidence import Request
 
-ScheduledMethod = DenoisingMethod | CrossAttentionMethod  # whose score is a mean over draws
 Values = NDArray[np.float32]
 Lookup = Callable[[Sequence[str]], Arrays]  # rows of named arrays by image id or text
 
 
 class Batch(NamedTuple):
-    """What a forward pass depends on; each text once."""
+    """The inputs of a forward pass; each text occurs once."""
 
     latents: Tensor  # [B, C, r, r]
     hidden: Tensor  # [T, M, D]
@@ -39,14 +38,11 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[Request], schedule_length: int, latents_of: Lookup, texts_of: Lookup) -> Batch:
-        """The batch of these requests, on the CPU.
-
-        latents_of: `latents` by image id. texts_of: `hidden` and `content` by text.
-        """
+        """Build the batch on the CPU; latents_of: `latents` by image id, texts_of: `hidden` and `content` by text."""
         latents = torch.from_numpy(latents_of([pair.image for pair, _ in rows])["latents"])
         unique, index = np.unique([pair.text for pair, _ in rows], return_inverse=True)
         texts = texts_of(unique.tolist())
-        # An unconditional row has no content token; its attention is never read, so the begin token serves.
+        # An unconditional row has no content token; its attention is never used, so the begin token is marked.
         content = torch.from_numpy(texts["content"])
         content[:, 0] |= ~content.any(-1)
         noise = {draw: draw.noise(tuple(latents.shape[1:])) for draw in dict.fromkeys(draw for _, draw in rows)}
@@ -66,24 +62,18 @@ class Batch(NamedTuple):
 def observe(
     backbone: StableDiffusion, prompt: AttentionPrompt | None, evidence: EvidenceParams, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The evidence of a batch: pooled attention [B, P, L, H], attribution [B, L, H] and denoising error [B].
-
-    Differentiable in the prompt.
-    """
+    """Return pooled attention [B, P, L, H], attribution [B, L, H] and error [B], differentiable in the prompt."""
     tokens = batch.content if evidence.tokens == "content" else torch.ones_like(batch.content)
     capture = Capture.of(evidence, tokens[batch.text_index])
+    noised = backbone.add_noise(batch.latents, batch.noise, batch.timesteps)
+    bound = None if prompt is None else prompt.bind(batch.latents)
     predicted = backbone.predict_noise(
-        backbone.add_noise(batch.latents, batch.noise, batch.timesteps),
-        batch.timesteps,
-        batch.hidden,
-        batch.text_index,
-        capture=capture,
-        prompt=None if prompt is None else prompt.bind(batch.latents),
+        noised, batch.timesteps, batch.hidden, batch.text_index, capture=capture, prompt=bound
     )
     return *capture.stacked(), (batch.noise - predicted).square().mean((1, 2, 3))
 
 
 def row_values(arrays: Arrays, method: ScheduledMethod, poolings: Sequence[str]) -> Values:
-    """The value [R] of each row of evidence under a method; the score of a pair is their mean over draws."""
+    """Return the value [R] of each row of evidence under a method; a pair's score is the mean over draws."""
     values: Values = SCORERS[method.scorer].row_values(arrays, method, poolings)
     return values

@@ -1,21 +1,24 @@
-"""Races of one method on one dataset: its examples under a schedule, many side by side in full batches.
+"""Races of one method on the examples of a dataset, concurrently in full batches.
 
 Shapes: C candidates, K draws; E pairs.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from dsd.config import NoiseParams
+from dsd.config import NoiseParams, ScheduledMethod
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import MatchingExample, Pair, pairs
 from dsd.engine.batching import Entry, Filled
-from dsd.engine.forward import ScheduledMethod, Values, row_values
+from dsd.engine.encodings import Arrays
+from dsd.engine.forward import Values, row_values
 from dsd.engine.session import Session
+from dsd.errors import DataError
 from dsd.schedules.base import Course
 from dsd.schedules.race import Floats, Race
 from dsd.scorers.evidence import Request, plan, requests, unconditional, with_unconditional
@@ -24,20 +27,16 @@ from dsd.versions import versioned
 
 
 def choices(examples: Iterable[MatchingExample]) -> list[MatchingExample]:
-    """The examples; one with several right pairs becomes one choice among its images for each right pair's text."""
-    return [choice for example in examples for choice in _choices(example)]
-
-
-def _choices(example: MatchingExample) -> list[MatchingExample]:
-    if len(example.answer) <= 1:
-        return [example]
-    return [
-        replace(example, id=f"{example.id}/{t}", texts=(example.texts[t],), answer=((i, 0),)) for i, t in example.answer
-    ]
+    """Split examples with several right pairs into one choice among the images for each right pair's text."""
+    split: list[MatchingExample] = []
+    for e in examples:
+        each = [replace(e, id=f"{e.id}/{t}", texts=(e.texts[t],), answer=((i, 0),)) for i, t in e.answer]
+        split += [e] if len(each) <= 1 else each
+    return split
 
 
 def right(example: MatchingExample) -> int:
-    """The index of the example's right pair; −1 if there is none, or a wrong candidate equals it: a tie is wrong."""
+    """Return the index of the example's right pair; −1 if there is none, or an equal wrong one (a tie is wrong)."""
     if not example.answer:
         return -1
     ((image, text),) = example.answer
@@ -46,11 +45,18 @@ def right(example: MatchingExample) -> int:
     return pairs([example]).index(answer) if candidates.count(answer) == 1 else -1
 
 
-class RaceRunner:
-    """Runs the races of one method of a session; the engine is opened when it is needed.
+def read_shard(store: Store, key: str) -> Arrays:
+    """Read a shard that was just written; raise DataError if another process has removed or damaged it since."""
+    if (arrays := store.read(key)) is None:
+        raise DataError(f"{store.root / key}: removed or damaged while it was used; run the command again")
+    return arrays
 
-    source: digest of all that evidence depends on, except the rows.
-    key: digest of the models and params, the same on every machine: the last bits of a training are not in it.
+
+class RaceRunner:
+    """Runs the races of one method of a session; the engine is opened at first use.
+
+    source: digest of everything that evidence depends on, except the rows.
+    key: digest of models and params, but not of trained weights, whose last bits differ between machines.
     """
 
     def __init__(self, session: Session, method: ScheduledMethod) -> None:
@@ -67,11 +73,11 @@ class RaceRunner:
         self.key = versioned("prompts", key) if training else key
 
     def open(self) -> None:
-        """Open the models, so that they do not count in timings."""
+        """Open the models, so that opening does not count in timings."""
         _ = self.session.engine(self.method.prompt).backbone.unet
 
     def collect(self, examples: Sequence[MatchingExample], store: Store, title: str) -> list[Values]:
-        """The values [C, K] of every example at all draws, level by level; resumable."""
+        """Return the values [C, K] of every example at all draws, ordered by level; resumable."""
         params, compares = self.session.params, self.method.compares_unconditional
         rows = requests(examples, self.noise, params.seed, compares)
         shards = plan(rows, self.source, params.evidence.shard)
@@ -80,10 +86,11 @@ class RaceRunner:
             self.method.prompt, shards, store, title,
             lambda arrays: {"values": row_values(arrays, self.method, poolings)},
         )  # fmt: skip
-        parts = [part["values"] for part in (store.read(shard.key) for shard in shards) if part is not None]
-        every = with_unconditional(examples, compares)
-        values_EK = np.concatenate(parts).reshape(len(every), -1)
-        values_EK, index = values_EK - unconditional(every, values_EK), {pair: n for n, pair in enumerate(every)}
+        parts = [read_shard(store, shard.key)["values"] for shard in shards]
+        requested = with_unconditional(examples, compares)
+        values_EK = np.concatenate(parts).reshape(len(requested), -1)
+        values_EK -= unconditional(requested, values_EK)
+        index = {pair: n for n, pair in enumerate(requested)}
         return [values_EK[[index[pair] for pair in pairs([example])]] for example in examples]
 
     def run(
@@ -96,27 +103,21 @@ class RaceRunner:
         budget: float | None = None,
         stored: Mapping[Request, float] | None = None,
     ) -> Iterator[Entry]:
-        """Run the examples as races; yields each when it has ended.
+        """Run the examples as races; yield each when its race is over.
 
         Args:
-            proposals: the scores of the course's proposer, None without one.
-            budget: maximum of evaluations, as a multiple of the candidates.
-            stored: values that are known already.
+            proposals: the scores of the course's proposer, if it has one.
+            budget: maximum number of evaluations, as a multiple of the candidates.
+            stored: values that are already known.
         """
-        entries = self._entries(course, examples, proposals, budget)
-        return self.session.engine(self.method.prompt).race(entries, self.method, filled, dict(stored or {}))
-
-    def _entries(
-        self,
-        course: Course,
-        examples: Sequence[MatchingExample],
-        proposals: Sequence[Floats] | None,
-        budget: float | None,
-    ) -> Iterator[Entry]:
         ordered = [self.draws[k] for k in course.order]
-        for number, example in enumerate(examples):
+
+        def entry(number: int, example: MatchingExample) -> Entry:
             candidates = pairs([example])
             most = None if budget is None else int(budget * len(candidates))
             race = Race(len(candidates), course.schedule, proposals[number] if proposals else None, most)
             compares = self.method.compares_unconditional and len(example.images) > 1
-            yield Entry(example.id, race, candidates, ordered, compares)
+            return Entry(example.id, race, candidates, ordered, compares)
+
+        entries = itertools.starmap(entry, enumerate(examples))
+        return self.session.engine(self.method.prompt).race(entries, self.method, filled, dict(stored or {}))

@@ -1,10 +1,11 @@
-"""The stage score: everything that the methods need of a split of a dataset is computed and stored, each once."""
+"""The stage `score`: compute and store what the methods need of a split of a dataset, each result once."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from dsd.data.examples import MatchingExample, pairs
 from dsd.engine.batching import Filled
 from dsd.engine.encodings import Arrays
 from dsd.engine.forward import row_values
-from dsd.engine.races import RaceRunner
+from dsd.engine.races import RaceRunner, read_shard
 from dsd.engine.session import Session
 from dsd.errors import DataError
 from dsd.progress import progress
@@ -52,7 +53,7 @@ class Planned(NamedTuple):
 
 
 def planned(session: Session, split: str) -> Iterator[Planned]:
-    """All evidence that the methods need, one entry at a time; no model is opened.
+    """Yield all evidence that the methods need, by entry; no model is opened.
 
     Raises:
         CheckpointError: a prompt is missing, or belongs to another backbone.
@@ -62,20 +63,20 @@ def planned(session: Session, split: str) -> Iterator[Planned]:
     for prompt in evidence_prompts(params.methods):
         source, compares = session.evidence_key(prompt), reads_unconditional(params.methods, prompt)
         entries = {prompt: examples} | ({fitting_entry(prompt): fitting} if fitting else {})
-        for entry, some in entries.items():
-            rows = requests(some, session.scoring_noise, params.seed, compares)
+        for entry, split_examples in entries.items():
+            rows = requests(split_examples, session.scoring_noise, params.seed, compares)
             yield Planned(entry, prompt, plan(rows, source, params.evidence.shard))
 
 
 def missing(session: Session, target: Path, *, split: str) -> dict[str, int]:
-    """The shards of evidence that are still to be computed: the number of rows of each, by key."""
+    """Return the number of rows of each missing shard of evidence, by key."""
     store = Store(target)
     shards = (shard for part in planned(session, split) for shard in part.shards)
     return {shard.key: len(shard.rows) for shard in shards if shard.key not in store}
 
 
 class Worker:
-    """Computes evidence of a dataset shard by shard, with a session of its own."""
+    """Computes the evidence of a dataset shard by shard, with a session of its own."""
 
     def __init__(self, session: Session, target: Path, *, split: str) -> None:
         parts = planned(session, split)
@@ -83,16 +84,13 @@ class Worker:
         self._session, self._store = session, Store(target)
 
     def __call__(self, key: str) -> None:
-        """Compute the shard of a key, unless it is there."""
+        """Compute the shard of a key unless it exists."""
         prompt, shard = self.shards[key]
         self._session.fill_evidence(prompt, [shard], self._store, key)
 
 
 def score(session: Session, target: Path, *, split: str) -> dict[str, Any]:
-    """Store the evidence of a split for every method; resumable.
-
-    Where evidence is fused, also that of the few-shot examples that the weights are fitted on.
-    """
+    """Store the evidence of a split, and of few-shot examples for methods that fit weights; resumable."""
     store, examples = Store(target), session.examples(split)
     keys: dict[str, list[str]] = {}
     total, computed = 0, 0
@@ -101,14 +99,14 @@ def score(session: Session, target: Path, *, split: str) -> dict[str, Any]:
         keys[entry] = [shard.key for shard in shards]
         total += sum(len(shard.rows) for shard in shards)
     keys |= score_contrastive(session, pairs(examples), store)
-    store.prune({key for some in keys.values() for key in some})
+    store.prune(set(chain.from_iterable(keys.values())))
     latents, _ = session.diffusion_encodings
     write_index(target, keys, session.backbone.layers, latents(session.images.ids[:1])["latents"][0].size)
     return {"pairs": len(pairs(examples)), "rows": total, "computed": computed, "corrupt": store.corrupt}
 
 
 def score_contrastive(session: Session, every: Sequence[Any], store: Store) -> dict[str, list[str]]:
-    """Store the cosines of every contrastive method in a shard each; returns the shard of each method."""
+    """Store the cosines of each contrastive method in a shard; return the shard of each method."""
     keys: dict[str, list[str]] = {}
     for name, method in session.params.methods.items():
         if method.contrastive:
@@ -122,9 +120,8 @@ def score_contrastive(session: Session, every: Sequence[Any], store: Store) -> d
 def score_raced(session: Session, comparisons: Path, target: Path, *, split: str) -> dict[str, float]:
     """Run the races of every method with a schedule on a split; resumable.
 
-    A shard has, for some examples one after the other, the place of each candidate, from 1, and for each example the
-    evaluations and the lost draws. Races of several shards run side by side; a shard is written once its last race has
-    ended.
+    A shard holds, for a group of examples, the rank of each candidate from 1, and evaluations and lost draws of each
+    example. It is written when its last race is over; races of several shards run concurrently.
 
     Args:
         comparisons: the folder with the results of `make races`.
@@ -132,7 +129,7 @@ def score_raced(session: Session, comparisons: Path, target: Path, *, split: str
     Returns: evaluations per example, by method.
 
     Raises:
-        DataError: a schedule needs results of `make races` that are missing, or of other params.
+        DataError: results of `make races` that a schedule needs are missing, or of other params.
     """
     name, params = session.name, session.params
     store, examples = Store(target / RACES), session.examples(split)
@@ -148,12 +145,12 @@ def score_raced(session: Session, comparisons: Path, target: Path, *, split: str
         contents = [digest(runner.source, settings, [astuple(e) for e in group]) for group in groups]
         keys[row] = [f"races-{versioned('races', content)}" for content in contents]
         missing = {key: group for key, group in zip(keys[row], groups, strict=True) if store.read(key) is None}
-        if some := [example for group in missing.values() for example in group]:
-            proposals = session.proposals(course.proposer, some) if course.proposer else None
+        if remaining := list(chain.from_iterable(missing.values())):
+            proposals = session.proposals(course.proposer, remaining) if course.proposer else None
             ended: dict[str, Race] = {}
-            bar = progress(total=len(some), desc=f"races of {row} on {name}", unit="example")
+            bar = progress(total=len(remaining), desc=f"races of {row} on {name}", unit="example")
             stored = stored_values(runner, examples, target)
-            for entry in runner.run(course, some, proposals, Filled(), budget=schedule.budget, stored=stored):
+            for entry in runner.run(course, remaining, proposals, Filled(), budget=schedule.budget, stored=stored):
                 ended[entry.id] = entry.race
                 bar.update()
                 for key, group in list(missing.items()):
@@ -161,15 +158,15 @@ def score_raced(session: Session, comparisons: Path, target: Path, *, split: str
                         store.write(key, places([ended.pop(example.id) for example in group]))
                         del missing[key]
             bar.close()
-        parts = [part for part in map(store.read, keys[row]) if part is not None]
-        costs[row] = float(np.concatenate([part["evaluations"] for part in parts]).mean())
-    store.prune({key for some_keys in keys.values() for key in some_keys})
+        parts = [read_shard(store, key)["evaluations"] for key in keys[row]]
+        costs[row] = float(np.concatenate(parts).mean())
+    store.prune(set(chain.from_iterable(keys.values())))
     write_atomic(store.root / INDEX, json.dumps(keys, indent=1).encode())
     return costs
 
 
 def stored_values(runner: RaceRunner, examples: Sequence[MatchingExample], scored: Path) -> Mapping[Request, float]:
-    """The values of a method's pairs that are known because a method without a schedule has the same draws."""
+    """Return the values of a method's pairs that evidence of a method without a schedule already contains."""
     session, method = runner.session, runner.method
     params, prompt = session.params, method.prompt
     if not (scored / INDEX).exists() or set(draws(session.scoring_noise, params.seed)).isdisjoint(runner.draws):
@@ -182,7 +179,7 @@ def stored_values(runner: RaceRunner, examples: Sequence[MatchingExample], score
 
 
 def places(races: Sequence[Race]) -> Arrays:
-    """The places of all candidates, one race after the other, and of each race the evaluations and lost draws."""
+    """Return the ranks of all candidates, concatenated, and the evaluations and lost draws of each race."""
     return {
         "place": np.concatenate([race.ranking().argsort() + 1 for race in races]).astype(np.int32),
         "evaluations": np.array([race.evaluations for race in races], dtype=np.int32),
@@ -191,11 +188,7 @@ def places(races: Sequence[Race]) -> Arrays:
 
 
 def comparison_of(file: Path, row: str, key: str) -> dict[str, Any]:
-    """The results of the schedule comparison for the score of method `row`.
-
-    Raises:
-        DataError: there are none for these params and models.
-    """
+    """Return the results of the schedule comparison for method `row`; raise DataError if none has this key."""
     for comparison in read_comparisons(file).values():
         if comparison["key"] == key:
             return dict(comparison)

@@ -1,6 +1,6 @@
-"""A session: everything that a run on one dataset opens, each once and when it is first used.
+"""A session: everything that a run on one dataset opens, each once at its first use.
 
-Shapes: C candidates.
+Shapes: C candidates, E pairs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dsd.versions import versioned
 
 
 class Folders(NamedTuple):
-    """What the stages before leave of a dataset."""
+    """The folders of a dataset that the previous stages wrote."""
 
     prepared: Path
     cached: Path
@@ -59,7 +59,7 @@ class Session:
 
     @property
     def scoring_noise(self) -> NoiseParams:
-        """The noise that the dataset's examples are scored at."""
+        """The noise levels and draws of scoring on this dataset."""
         return noise_of(self.params, self.name)
 
     @cached_property
@@ -71,11 +71,7 @@ class Session:
         return all_texts(read_all(self.folders.prepared))
 
     def examples(self, split: str) -> list[MatchingExample]:
-        """The examples of a split.
-
-        Raises:
-            DataError: nothing was prepared.
-        """
+        """Read the examples of a split; raise DataError if the dataset is not prepared."""
         file = self.folders.prepared / "examples.parquet"
         if not file.exists():
             raise DataError(f"{file}: no such file; run `make reproduce` first")
@@ -83,7 +79,7 @@ class Session:
 
     @cached_property
     def backbone(self) -> StableDiffusion:
-        """The diffusion model under test; its components are opened when they are first used."""
+        """The diffusion model under test; its components are opened at first use."""
         row, runtime = self.params.backbones[self.params.backbone], self.params.runtime
         return load_diffusion(row, self.device, runtime.attention, lazy=True)
 
@@ -94,25 +90,21 @@ class Session:
         return diffusion_encodings(self.backbone, self.images, self.texts, resolution, self.cache, kept)
 
     def training_of(self, prompt: str) -> str | None:
-        """The method whose training leaves the attention prompt "few-shot"; None for "none"."""
+        """Return the method whose training writes the attention prompt "few-shot"; None for "none"."""
         return prompted(self.params) if prompt == "few-shot" else None
 
     def prompt_file(self, prompt: str) -> Path | None:
-        """The file with the attention prompt that evidence is computed under; None for "none"."""
+        """Return the file of an attention prompt; None for "none"."""
         training = self.training_of(prompt)
         return self.folders.trained / training / PROMPT if training else None
 
     def prompt(self, prompt: str) -> AttentionPrompt | None:
-        """The attention prompt "few-shot" as trained; None for "none".
-
-        Raises:
-            CheckpointError: it is missing, or belongs to another backbone.
-        """
+        """Load an attention prompt, None for "none"; raise CheckpointError if it is missing or of another backbone."""
         file = self.prompt_file(prompt)
         return AttentionPrompt.load(file, self.backbone.digest) if file else None
 
     def evidence_key(self, prompt: str) -> str:
-        """The digest of all that evidence depends on, except its rows; for errors see `prompt`."""
+        """Return the digest of everything that evidence depends on, except its rows; for errors see `prompt`."""
         self.prompt(prompt)
         file, row = self.prompt_file(prompt), self.params.backbones[self.params.backbone]
         trained = None if file is None else file_digest(file)
@@ -121,7 +113,7 @@ class Session:
         return versioned("evidence", content)
 
     def engine(self, prompt: str) -> Engine:
-        """The engine of evidence under a prompt ("none", "few-shot")."""
+        """Return the engine of evidence under a prompt ("none", "few-shot")."""
         if prompt not in self._engines:
             learned, encodings = self.prompt(prompt), self.diffusion_encodings
             evidence, size = self.params.evidence, self.params.runtime.batch_size
@@ -132,17 +124,17 @@ class Session:
         self, prompt: str, shards: Sequence[Shard], store: Store, title: str,
         keep: Callable[[Arrays], Arrays] = lambda arrays: arrays,
     ) -> int:  # fmt: skip
-        """Compute the shards that are missing; see `dsd.engine.engine.fill`."""
+        """Compute missing shards; see `dsd.engine.engine.fill`."""
         return fill(lambda: self.engine(prompt), shards, store, title, keep)
 
     def clip(self, backbone: str) -> Clip:
-        """The CLIP of a row of `backbones`; the model is opened when it is first used."""
+        """Return the CLIP of a row of `backbones`, opened at its first use."""
         if backbone not in self._clips:
             self._clips[backbone] = load_clip(self.params.backbones[backbone], self.device, lazy=True)
         return self._clips[backbone]
 
     def features(self, backbone: str) -> tuple[Encodings, Encodings]:
-        """The features of the images and of the texts of a CLIP."""
+        """Return a CLIP's features of the images and of the texts."""
         if backbone not in self._features:
             clip, kept = self.clip(backbone), self.params.runtime.kept_texts
             self._features[backbone] = contrastive_encodings(clip, self.images, self.texts, self.cache, kept)
@@ -150,35 +142,35 @@ class Session:
 
     @property
     def clips(self) -> list[str]:
-        """The rows of `backbones` that contrastive methods name."""
+        """The rows of `backbones` that contrastive methods use."""
         return sorted({m.own_backbone for m in self.params.methods.values() if m.contrastive and m.own_backbone})
 
     def head(self, name: str) -> Head:
-        """What scores under the contrastive method of this name, as trained."""
+        """Return the trained head of a contrastive method."""
         method = cast(ContrastiveMethod, self.params.methods[name])
         clip, features = self.clip(method.backbone), self.features(method.backbone)
         return learned(method, clip, *features, self.folders.trained / name)
 
-    def cosines_key(self, name: str, asked: Sequence[Pair]) -> str:
-        """The key of the cosines of these pairs under the contrastive method of this name."""
+    def cosines_key(self, name: str, requested: Sequence[Pair]) -> str:
+        """Return the key of the cosines of these pairs under a contrastive method."""
         method = self.params.methods[name]
         file = FILES.get(method.learns or "")
         path = self.folders.trained / name / file if file else None
         if path and not path.exists():
             raise CheckpointError(f"{path}: no such file; train {name} with the stage `train`")
         weights = file_digest(path) if path else None
-        return versioned("cosines", digest(self.clip(str(method.own_backbone)).digest, weights, asked))
+        return versioned("cosines", digest(self.clip(str(method.own_backbone)).digest, weights, requested))
 
     @torch.inference_mode()
-    def cosines(self, name: str, asked: Sequence[Pair]) -> np.ndarray:
-        """The cosine [E] of each pair under the contrastive method of this name."""
+    def cosines(self, name: str, requested: Sequence[Pair]) -> np.ndarray:
+        """Return the cosine [E] of each pair under a contrastive method."""
         head, size = self.head(name), self.params.runtime.batch_size
-        batches = [asked[i : i + size] for i in range(0, len(asked), size)]
+        batches = [requested[i : i + size] for i in range(0, len(requested), size)]
         bar = progress(batches, desc="cosines", unit="batch", leave=False)
         return np.concatenate([head(batch).float().cpu().numpy() for batch in bar])
 
     def proposals(self, proposer: str, examples: Sequence[MatchingExample]) -> list[np.ndarray]:
-        """The scores [C] of each example's candidates under a contrastive method."""
-        asked = pairs(examples)
-        scores = dict(zip(asked, self.cosines(proposer, asked).astype(float).tolist(), strict=True))
+        """Return the scores [C] of each example's candidates under a contrastive method."""
+        requested = pairs(examples)
+        scores = dict(zip(requested, self.cosines(proposer, requested).astype(float).tolist(), strict=True))
         return [np.array([scores[pair] for pair in pairs([example])]) for example in examples]

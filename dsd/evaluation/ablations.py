@@ -1,4 +1,4 @@
-"""Ablations: methods with one of their keys changed, reduced from stored evidence; nothing is computed again.
+"""Ablations: methods with one key changed, scored from stored evidence.
 
 Shapes: L layers, H heads.
 """
@@ -35,7 +35,7 @@ Ablations = dict[str, dict[str, dict[str, dict[str, Interval]]]]  # method → k
 
 
 def values(ablations: AblationParams, keys: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
-    """(key, value as text, value) of every change; a number of random heads is tried averaged and weighted."""
+    """Yield (key, value as text, value) of every change; a number of random heads is both averaged and weighted."""
     for key in keys:
         for value in getattr(ablations, key):
             if key == "heads" and isinstance(value, int):
@@ -45,7 +45,7 @@ def values(ablations: AblationParams, keys: Sequence[str]) -> Iterator[tuple[str
 
 
 def subsets(evidence: Evidence, heads: int, count: int, seed: int) -> Iterator[NDArray[np.bool_]]:
-    """Random choices [L, H] of `heads` heads of each layer; a layer with no more keeps all of them."""
+    """Yield random choices [L, H] of `heads` heads per layer, or of all heads of a layer with fewer."""
     present_LH = (evidence.attribution > 0).any((0, 1))
     for number in range(count):
         rng = np.random.default_rng([seed, heads, number])
@@ -54,12 +54,12 @@ def subsets(evidence: Evidence, heads: int, count: int, seed: int) -> Iterator[N
 
 
 def ablate(scored: ScoredSplit, ablations: AblationParams, seed: int) -> VariantHits:
-    """Hits of every variant of every method of `ablations`.
+    """Return the hits of every variant of every method of `ablations`.
 
-    Where a number of heads is chosen at random, an example's hit is its mean over the choices. The weights of a fusion
-    are fitted again for each choice of parts.
+    With random heads, an example's hit is its mean over the choices. The weights of a fusion are fitted again for each
+    choice of parts.
     """
-    found: VariantHits = {}
+    variants: VariantHits = {}
 
     def hits(name: str, changes: Mapping[str, Any], **options: Any) -> dict[str, Hits]:
         row = scored.methods[name].model_copy(update=changes)
@@ -68,35 +68,35 @@ def ablate(scored: ScoredSplit, ablations: AblationParams, seed: int) -> Variant
     for name in ablations.methods:
         method = scored.methods[name]
         for key, text, value in values(ablations, method.ablation_keys):
+            variant = Variant(name, key, text)
             if key == "heads" and isinstance(value, tuple):
                 number, how = value
-                evidence = scored.stored.evidence(method.prompt)
-                choices = subsets(evidence, number, ablations.subsets, seed)
-                found[Variant(name, key, text)] = mean([hits(name, {"heads": how}, heads_LH=some) for some in choices])
+                choices = subsets(scored.stored.evidence(method.prompt), number, ablations.subsets, seed)
+                variants[variant] = mean([hits(name, {"heads": how}, heads_LH=heads_LH) for heads_LH in choices])
             else:
-                found[Variant(name, key, text)] = hits(name, {key: value})
-    return found
+                variants[variant] = hits(name, {key: value})
+    return variants
 
 
 def mean(several: list[dict[str, Hits]]) -> dict[str, Hits]:
-    """Hits averaged example by example; the groups are the same in all."""
+    """Average hits by example; the groups are the same in all."""
     return {m: (np.mean([hits[m][0] for hits in several], axis=0), groups) for m, (_, groups) in several[0].items()}
 
 
 def with_intervals(
-    examples: Sequence[MatchingExample], found: VariantHits, evaluate: EvaluateParams, seed: int
+    examples: Sequence[MatchingExample], variants: VariantHits, evaluate: EvaluateParams, seed: int
 ) -> Ablations:
-    """Every metric of every variant with its clustered bootstrap interval."""
+    """Return every metric of every variant with its clustered bootstrap interval."""
     nested: Ablations = {}
-    for (method, key, value), hits in found.items():
+    for (method, key, value), hits in variants.items():
         nested.setdefault(method, {}).setdefault(key, {})[value] = intervals(examples, hits, evaluate, seed)
     return nested
 
 
-def write(found: Mapping[str, Ablations], target: Path) -> None:
-    """`ablations.json`: dataset → method → key → value → metric → value, low, high, n."""
+def write(ablations: Mapping[str, Ablations], target: Path) -> None:
+    """Write `ablations.json`: dataset → method → key → value → metric → value, low, high, n."""
 
     def plain(node: Any) -> Any:
         return node.as_dict() if isinstance(node, Interval) else {key: plain(child) for key, child in node.items()}
 
-    write_atomic(target / "ablations.json", (json.dumps(plain(found), indent=1) + "\n").encode())
+    write_atomic(target / "ablations.json", (json.dumps(plain(ablations), indent=1) + "\n").encode())

@@ -1,9 +1,8 @@
 """Tests of the claims of the two papers, and of two of our own, by paired differences.
 
-A claim is a set of comparisons on the test split that must all be true. Its effect is the smallest of their
-differences. The claim holds if the effect is above zero and is contradicted if it is below, in either case only if p,
-corrected for the comparisons of the claim and for the number of claims, is below 1 − confidence; otherwise it is not
-shown.
+A claim is a set of comparisons on the test split that must all be true; its effect is their smallest difference. If p,
+corrected for the comparisons of the claim and the number of claims, is below 1 − confidence, the claim holds (effect
+above zero) or is contradicted (below zero). Otherwise it is not shown.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ TASKS = {  # task → kinds of datasets
     "answering": ("scenes-vqa", "vqav2"),
     "classifying": ("scenes-cls", "cifar10", "stl10", "fgvc-aircraft"),
 }
-MARGIN = 0.04  # by which accuracy may be lower and count as kept or comparable
-ABOUT_HALF = 0.42  # of the evaluations: the least reduction in the second paper's Table 1, 19 to 11 hours
+MARGIN = 0.04  # an accuracy lower by up to this much counts as kept or comparable
+ABOUT_HALF = 0.42  # of the evaluations: the smallest reduction in the second paper's Table 1, from 19 to 11 hours
 
 
 class Answers(NamedTuple):
@@ -54,12 +53,12 @@ class Answers(NamedTuple):
         return list(next(iter(self.methods.values())))
 
     def of(self, side: Side) -> dict[str, Hits] | None:
-        """Hits by metric, None if the side was not evaluated."""
+        """Return the hits by metric, or None if the side was not evaluated."""
         return self.methods.get(side) if isinstance(side, str) else self.variants.get(side)
 
 
 class Comparison(NamedTuple):
-    """a − b on a metric must exceed `least`; with `against`, the difference is a on the metric minus b on `against`."""
+    """A condition: a on `metric` minus b on the same metric, or on `against` if it is set, exceeds `least`."""
 
     dataset: str
     metric: str
@@ -80,7 +79,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Judgement:
-    """effect, low and high are those of the smallest difference; p has Holm's correction."""
+    """The result for a claim; effect, low and high are those of the smallest difference, p has Holm's correction."""
 
     claim: str
     effect: float
@@ -94,13 +93,12 @@ Data = Mapping[str, Answers]  # by dataset
 
 
 def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]]:
-    """The claims of the papers, 1 to 13, and two of our own: text and comparisons by number.
+    """Return text and comparisons of each claim by number: 1 to 13 of the papers, and two of our own.
 
     Claims about ablations are tested on the headline metric of image choices and of referring expressions.
     """
-    ours = prompted(params) or ""  # without a prompted method its claims are not testable
-    untrained = twin(params)
-    bare = [] if untrained is None else [untrained]
+    ours = prompted(params) or ""  # without a prompted method its claims cannot be tested
+    zero_shot = [untrained] if (untrained := twin(params)) is not None else []
     tuned = [method for method in trained(params) if method != ours]
     matching, referring, answering, classifying = (
         [d for d in data if data[d].kind in kinds] for kinds in TASKS.values()
@@ -137,51 +135,39 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
     for key, text, _ in values(params.ablations, CrossAttentionMethod.ablation_keys):
         texts.setdefault(key, []).append(text)
     last = [text for text in texts["layers"] if text != "all"]
-    some = [text for text in texts["heads"] if text.endswith(" mean")]
-    together = max(texts["levels"], key=len)
+    subsets = [text for text in texts["heads"] if text.endswith(" mean")]
+    ensemble = max(texts["levels"], key=len)
+    tuned_clip = all_metrics(matching, *tuned)
+    poolings = chain("pooling", ("logsumexp", "maximum"), ("maximum", "cosine"))
+    levels = chain("levels", *((ensemble, level) for level in texts["levels"] if "," not in level))
+    slots = [Comparison(d, slot, ours, ours, "predicate") for d in matching for slot in ("subject", "object")]
+    halved = [*pruned("top1", exhaustive, -MARGIN), *pruned(SPARED, exhaustive, ABOUT_HALF)]
+    kept = "racing keeps accuracy within 4 points of exhaustive, at fewer evaluations than staged and hierarchical"
     return {
-        1: (
-            "few-shot DSD is ahead of tuned CLIP on image choices, every slot and average",
-            all_metrics(matching, *tuned),
-        ),
+        1: ("few-shot DSD is ahead of tuned CLIP on image choices, every slot and average", tuned_clip),
         2: ("few-shot DSD is ahead of tuned CLIP on referring expressions", all_metrics(referring, *tuned)),
         3: ("few-shot DSD is ahead of tuned CLIP on questions: binary, other, all", all_metrics(answering, *tuned)),
-        4: ("few-shot DSD is ahead of zero-shot DSD", all_metrics([*matching, *referring, *answering], *bare)),
+        4: ("few-shot DSD is ahead of zero-shot DSD", all_metrics([*matching, *referring, *answering], *zero_shot)),
         5: ("all layers are ahead of the last few", chain("layers", *(("all", few) for few in last))),
-        6: (
-            "LogSumExp is ahead of the maximum, and that of the cosine",
-            chain("pooling", ("logsumexp", "maximum"), ("maximum", "cosine")),
-        ),
-        7: ("all heads are ahead of subsets of them", chain("heads", *(("mean", few) for few in some))),
+        6: ("LogSumExp is ahead of the maximum, and that of the cosine", poolings),
+        7: ("all heads are ahead of subsets of them", chain("heads", *(("mean", subset) for subset in subsets))),
         8: ("weighted heads are ahead of averaged heads", chain("heads", ("weighted", "mean"))),
-        9: (
-            "the ensemble of noise levels is ahead of each alone",
-            chain("levels", *((together, alone) for alone in texts["levels"] if "," not in alone)),
-        ),
-        10: (
-            "the predicate is the hardest slot",
-            [Comparison(d, slot, ours, ours, "predicate") for d in matching for slot in ("subject", "object")],
-        ),
-        11: (
-            "hierarchical pruning keeps accuracy within 4 points, at about half the cost of exhaustive",
-            [*pruned("top1", exhaustive, -MARGIN), *pruned(SPARED, exhaustive, ABOUT_HALF)],
-        ),
+        9: ("the ensemble of noise levels is ahead of each alone", levels),
+        10: ("the predicate is the hardest slot", slots),
+        11: ("hierarchical pruning keeps accuracy within 4 points, at about half the cost of exhaustive", halved),
         12: ("hierarchical pruning is comparable with a small CLIP, within 4 points", pruned("top1", clip, -MARGIN)),
         13: ("starting clean is the best direction", [*pruned("top1", noisy), *pruned("top1", middle)]),
         14: ("racing names another winner than all draws at a rate of at most its δ", list(error_rates())),
-        15: (
-            "racing keeps accuracy within 4 points of exhaustive, at fewer evaluations than staged and hierarchical",
-            list(racing_ahead()),
-        ),
+        15: (kept, list(racing_ahead())),
     }
 
 
 def measure(comparison: Comparison, data: Data, params: Params) -> Measured:
-    """The paired difference of two methods on the same examples, or of two metrics on the same clusters."""
+    """Return the paired difference of two methods on the same examples, or of two metrics on the same clusters."""
     answers, settings = data[comparison.dataset], dict(params.evaluate.model_dump(), seed=params.seed)
     clusters = np.array([example.cluster for example in answers.examples])
     one, other = answers.of(comparison.a), answers.of(comparison.b)
-    assert one is not None and other is not None  # as `judge` checks
+    assert one is not None and other is not None  # `judge` checks it
     hits_n, groups = one[comparison.metric]
     if comparison.against is None:
         other_n, _ = other[comparison.metric]
@@ -191,11 +177,9 @@ def measure(comparison: Comparison, data: Data, params: Params) -> Measured:
             difference = paired_difference(hits_n, other_n, clusters, groups, **settings)
         shares = [float(np.mean([values_n[mask].mean() for mask in groups])) for values_n in (hits_n, other_n)]
     else:
-        # The two metrics are on different examples of the same sentences: a pair is a sentence that has both.
-        other_n, others = other[comparison.against]
-        sides = [
-            _by_cluster(values, clusters, np.any(masks, 0)) for values, masks in ((hits_n, groups), (other_n, others))
-        ]
+        # The two metrics count different examples of the same sentences: a pair is a sentence that has both.
+        metrics = ((hits_n, groups), other[comparison.against])
+        sides = [_by_cluster(values_n, clusters, np.any(masks, 0)) for values_n, masks in metrics]
         shared = sorted(sides[0].keys() & sides[1].keys())
         a_n, b_n = ([side[cluster] for cluster in shared] for side in sides)
         difference = paired_difference(a_n, b_n, shared, **settings)
@@ -208,10 +192,10 @@ def _by_cluster(hits_n: np.ndarray, clusters: np.ndarray, mask_n: np.ndarray) ->
 
 
 def uncorrected(comparisons: Sequence[Measured]) -> float:
-    """p of one claim, before Holm's correction for the number of claims.
+    """Return p of one claim, before Holm's correction for the number of claims.
 
-    If every difference is a gain, p is the largest of theirs; otherwise it is the smallest of the losses, times the
-    number of comparisons (Bonferroni).
+    If every difference is a gain, this is the largest p; otherwise the smallest p of the losses, times the number of
+    comparisons (Bonferroni).
     """
     if min(m.difference.value for m in comparisons) > 0:
         return max(m.difference.p for m in comparisons)
@@ -220,7 +204,7 @@ def uncorrected(comparisons: Sequence[Measured]) -> float:
 
 
 def judge(params: Params, data: Data) -> tuple[dict[int, Judgement], dict[int, list[Measured]]]:
-    """Judgements and measured comparisons by number, of every claim whose methods and datasets are evaluated."""
+    """Return judgements and comparisons by number, for every claim whose methods and datasets are evaluated."""
     measured: dict[int, list[Measured]] = {}
     claims = stated(params, data)
     for number, (_, comparisons) in claims.items():

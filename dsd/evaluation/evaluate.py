@@ -1,6 +1,6 @@
-"""Evidence to scores to metrics with intervals. No model is run here.
+"""Scores and metrics with intervals from stored evidence; no model is run here.
 
-Shapes: I images, T texts of an example; E pairs, K draws, P poolings, L layers, H heads.
+Shapes: I images, T texts, C candidates of an example; n examples.
 """
 
 from __future__ import annotations
@@ -34,32 +34,31 @@ Results = dict[str, dict[str, Interval]]  # method → metric → interval
 
 
 class Evaluated(NamedTuple):
-    """The metrics of a dataset by method, in the order of params.yaml, and the hits that they are means of."""
+    """The metrics of a dataset by method, in the order of params.yaml, and the hits that they average."""
 
     results: Results
     hits: dict[str, dict[str, Hits]]
 
 
 def table(example: MatchingExample, scores: Scores) -> np.ndarray:
-    """The example's scores [I, T]."""
+    """Return the example's scores [I, T]."""
     return np.array([[scores[Pair(image, text)] for text in example.texts] for image in example.images])
 
 
 def tables(examples: Sequence[MatchingExample], scores: Scores) -> list[np.ndarray]:
-    """The scores [I, T] of every example."""
     return [table(example, scores) for example in examples]
 
 
-def ranked(examples: Sequence[MatchingExample], found: Sequence[np.ndarray]) -> NDArray[np.int64]:
-    """[n] the rank of the right pair of every example."""
-    return np.array([rank(scores_IT, example.answer) for scores_IT, example in zip(found, examples, strict=True)])
+def ranked(examples: Sequence[MatchingExample], scores: Sequence[np.ndarray]) -> NDArray[np.int64]:
+    """Return the rank [n] of the right pair of every example."""
+    return np.array([rank(scores_IT, example.answer) for scores_IT, example in zip(scores, examples, strict=True)])
 
 
 def hits_of(kind: str, examples: Sequence[MatchingExample], ranks_n: NDArray[np.int64]) -> dict[str, Hits]:
-    """Hits and groups of every metric of a dataset kind.
+    """Return hits and groups of every metric of a dataset kind.
 
     Raises:
-        DataError: a metric counts examples of a category that none has.
+        DataError: a metric needs a category that no example has.
     """
     try:
         return METRICS[benchmark(kind).metrics](ranks_n, [example.category for example in examples])
@@ -70,7 +69,7 @@ def hits_of(kind: str, examples: Sequence[MatchingExample], ranks_n: NDArray[np.
 def intervals(
     examples: Sequence[MatchingExample], hits: Mapping[str, Hits], evaluate: EvaluateParams, seed: int
 ) -> dict[str, Interval]:
-    """Every metric with its clustered bootstrap interval."""
+    """Return every metric with its clustered bootstrap interval."""
     clusters = [example.cluster for example in examples]
     options = dict(evaluate.model_dump(), seed=seed)
     return {metric: clustered_mean(hits_n, clusters, groups, **options) for metric, (hits_n, groups) in hits.items()}
@@ -78,7 +77,7 @@ def intervals(
 
 @dataclass(frozen=True)
 class ScoredSplit:
-    """A split of a dataset, and what the stage score stored of it for every method."""
+    """A split of a dataset, and what the stage `score` stored for it."""
 
     kind: str
     examples: list[MatchingExample]
@@ -88,7 +87,7 @@ class ScoredSplit:
 
     @classmethod
     def of(cls, name: str, params: Params, prepared: Path, scored: Path, split: str = "test") -> ScoredSplit:
-        """Args: prepared, scored: the folders of the dataset that the stages `prepare` and `score` left."""
+        """prepared, scored: the dataset's folders of the stages `prepare` and `score`."""
         examples, few_shot = (read_examples(prepared / "examples.parquet", part) for part in (split, "train"))
         stored = StoredEvidence(
             scored,
@@ -103,14 +102,11 @@ class ScoredSplit:
         return cls(params.datasets[name].kind, examples, params.methods, stored, scored)
 
     def scores(self, method: MethodParams, name: str, **options: Any) -> Scores:
-        """The score of every pair under a method, which need not be a row of params; `options` are the scorer's."""
+        """Return the score of every pair under a method, a row of params or any other; `options` are the scorer's."""
         return SCORERS[method.scorer].scores(name, method, self.stored, **options)
 
     def tables(self, name: str) -> list[np.ndarray]:
-        """The scores [I, T] of every example under the method of this name.
-
-        With a schedule: minus the place at which each candidate ended, because a race only ranks.
-        """
+        """Return the scores [I, T] of every example under a method; with a schedule, minus each candidate's rank."""
         method = self.methods[name]
         if not method.has_schedule:
             return tables(self.examples, self.scores(method, name))
@@ -120,9 +116,9 @@ class ScoredSplit:
             for example, place_C in zip(self.examples, places, strict=True)
         ]
 
-    def hits(self, found: Sequence[np.ndarray]) -> dict[str, Hits]:
-        """Hits and groups of every metric, from the scores [I, T] of every example."""
-        return hits_of(self.kind, self.examples, ranked(self.examples, found))
+    def hits(self, scores: Sequence[np.ndarray]) -> dict[str, Hits]:
+        """Return hits and groups of every metric, from the scores [I, T] of every example."""
+        return hits_of(self.kind, self.examples, ranked(self.examples, scores))
 
 
 SCHEMA = pa.schema(
@@ -137,17 +133,17 @@ SCHEMA = pa.schema(
 
 
 def evaluate(name: str, scored: ScoredSplit, params: EvaluateParams, seed: int, target: Path) -> Evaluated:
-    """The metrics of every method on a split of dataset `name`; writes `scores/<name>.parquet` under target."""
+    """Compute the metrics of every method on a split of dataset `name`; write `scores/<name>.parquet` to target."""
     examples = scored.examples
     hits: dict[str, dict[str, Hits]] = {}
     rows = []
     for method in scored.methods:
-        found = scored.tables(method)
-        ranks = ranked(examples, found)
+        scores = scored.tables(method)
+        ranks = ranked(examples, scores)
         hits[method] = hits_of(scored.kind, examples, ranks)
         rows += [
             dict(id=e.id, category=e.category, method=method, scores=t.ravel().tolist(), rank=int(r))
-            for e, t, r in zip(examples, found, ranks, strict=True)
+            for e, t, r in zip(examples, scores, ranks, strict=True)
         ]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink)
@@ -157,7 +153,7 @@ def evaluate(name: str, scored: ScoredSplit, params: EvaluateParams, seed: int, 
 
 
 def write_metrics(results: dict[str, Results], target: Path) -> None:
-    """`metrics.json` (dataset → method → metric → value, low, high, n) and the same as rows in `metrics.csv`."""
+    """Write `metrics.json` (dataset → method → metric → value, low, high, n) and the same as rows in `metrics.csv`."""
     nested = {
         d: {m: {k: v.as_dict() for k, v in row.items()} for m, row in rows.items()} for d, rows in results.items()
     }

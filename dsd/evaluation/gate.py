@@ -1,4 +1,4 @@
-"""The gate: whether a challenger replaces the champion, from the ranks of both on the same examples."""
+"""The gate decides whether a challenger replaces the champion, from the ranks of both on the same examples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dsd.store import digest
 
 
 class Ranks(NamedTuple):
-    """The ranks of one checkpoint on the n test examples of a dataset, and what comparing them needs."""
+    """The ranks of one checkpoint on the test examples of a dataset, and what a comparison needs."""
 
     kind: str
     examples: str  # digest of the examples; ranks on other examples are not comparable
@@ -45,7 +45,7 @@ class Compared:
     minimum_effect: float
     maximum_regression: float
     better: bool
-    kept: bool  # shown not to have lost more than maximum_regression
+    kept: bool  # significantly no worse than maximum_regression allows
 
     def __str__(self) -> str:
         d = self.difference
@@ -54,7 +54,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the challenger is promoted, why, and by dataset what that rests on (nothing, without a champion)."""
+    """Whether the challenger is promoted, the reason, and the comparisons by dataset (none without a champion)."""
 
     promoted: bool
     reason: str
@@ -62,11 +62,7 @@ class Verdict:
 
 
 def check_gate(params: Params, datasets: Sequence[str]) -> None:
-    """Check that `gate` names a method and datasets that exist, and at least one of these datasets.
-
-    Raises:
-        ParamsError: it does not.
-    """
+    """Check that `gate` names existing methods and datasets, at least one of them in `datasets`; raise ParamsError."""
     gate = params.gate
     if gate.method not in params.methods:
         raise ParamsError(f"gate.method: {unknown('method', gate.method, params.methods)}")
@@ -84,11 +80,11 @@ def judge(
     challenger: Mapping[str, Ranks],
     champion: Mapping[str, Ranks] | None,
 ) -> Verdict:
-    """The verdict on a challenger.
+    """Return the verdict on a challenger.
 
-    It is promoted if it is shown to be better on a dataset by at least `minimum_effect` (the paired test of
-    `paired_difference`, corrected by Holm for the number of datasets), and on every dataset not to be worse by more
-    than `maximum_regression` (the interval of the difference lies above). So a tie keeps the champion.
+    It is promoted if on some dataset it is significantly better, and by at least `minimum_effect` (by
+    `paired_difference`, corrected by Holm for the number of datasets), and on every dataset it is not worse by more
+    than `maximum_regression` (by the interval of the difference). A tie keeps the champion.
 
     Raises:
         DataError: the champion was measured on other examples.
@@ -112,7 +108,7 @@ def judge(
 
 
 def other_examples(gate: GateParams, challenger: Mapping[str, Ranks], champion: Mapping[str, Ranks]) -> list[str]:
-    """The datasets of `gate` on which the champion was measured on other examples than the challenger, or on none."""
+    """Return the challenger's datasets in `gate` on which the champion has other examples or was not measured."""
     names = [name for name in gate.datasets if name in challenger]
     return [n for n in names if n not in champion or champion[n].examples != challenger[n].examples]
 

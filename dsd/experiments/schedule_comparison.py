@@ -15,10 +15,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from dsd.config import MethodParams
+from dsd.config import MethodParams, ScheduledMethod
 from dsd.data.examples import MatchingExample
 from dsd.engine.batching import Filled
-from dsd.engine.forward import ScheduledMethod, Values
+from dsd.engine.forward import Values
 from dsd.engine.races import RaceRunner, choices, right
 from dsd.engine.session import Session
 from dsd.errors import ParamsError, unknown

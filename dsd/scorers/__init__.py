@@ -1,4 +1,4 @@
-"""Scorers: evidence to scores, higher is better. One file a scorer; no torch."""
+"""Scorers reduce evidence to scores, higher is better; one file per scorer, no torch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pkgutil import iter_modules
 
 from dsd.scorers.base import Scorer
 
-SCORERS: dict[str, Scorer] = {}  # by name: the SCORER of each module of this package that has one
+SCORERS: dict[str, Scorer] = {}  # by name, from SCORER of the modules of this package
 
 for _module in iter_modules(__path__):
-    _scorer = getattr(import_module(f"{__name__}.{_module.name}"), "SCORER", None)
-    if _scorer is not None:
+    if (_scorer := getattr(import_module(f"{__name__}.{_module.name}"), "SCORER", None)) is not None:
         SCORERS[_scorer.name] = _scorer

@@ -1,4 +1,4 @@
-"""What a scorer is, and the stored evidence that it reduces to scores."""
+"""The interface of scorers, and the stored evidence that they reduce to scores."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Scores = dict[Pair, float]
 
 
 class StoredEvidence:
-    """What the stage score stored for some examples of a dataset, read when a scorer needs it.
+    """What the stage `score` stored for some examples of a dataset, read at first use.
 
-    few_shot: the examples of the few-shot split whose evidence was stored too, for scorers that fit weights.
+    few_shot: examples of the few-shot split with stored evidence, for scorers that fit weights.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class StoredEvidence:
         return pairs(self.examples)
 
     def _evidence(self, prompt: str) -> Evidence:
-        """The evidence of the examples under a prompt ("none", "few-shot"); for errors see `read_shards`."""
+        """Read the evidence of the examples under a prompt ("none", "few-shot"); for errors see `read_shards`."""
         return self._read(prompt, prompt, self.examples)
 
     def _few_shot_evidence(self, prompt: str, entry: str) -> Evidence:
-        """The evidence of the few-shot examples under a prompt, which the index holds under the name `entry`."""
+        """Read the evidence of the few-shot examples under a prompt, the index's entry `entry`."""
         return self._read(prompt, entry, self.few_shot)
 
     def _read(self, prompt: str, entry: str, examples: Sequence[MatchingExample]) -> Evidence:
@@ -56,23 +56,25 @@ class StoredEvidence:
         return read_evidence(self._scored, entry, examples, self._noise, self._seed, compares)
 
     def cosines(self, name: str) -> Scores:
-        """The cosines of all pairs under the contrastive method of this name."""
+        """Read the cosines of all pairs under a contrastive method."""
         return dict(zip(self.pairs, read_shards(self._scored, name)["cosine"].tolist(), strict=True))
 
 
 class Scorer(Protocol):
-    """Reduces stored evidence to scores, higher is better. A module of this package has one, named SCORER.
+    """Reduces stored evidence to scores, higher is better; a module of this package exports one as SCORER.
 
-    The evidence that a method needs is said by its row of params; see `dsd.config.MethodParams`.
+    The params row of a method defines the evidence that it needs; see `dsd.config.MethodParams`.
     """
 
     name: ClassVar[str]
 
     def scores(self, name: str, method: Any, stored: StoredEvidence) -> Scores:
-        """The score of every pair under a row of `methods`, which is called `name`."""
+        """Return the score of every pair under the method `name`, a row of `methods`."""
         ...
 
     def row_values(self, arrays: Mapping[str, np.ndarray], method: Any, poolings: Sequence[str]) -> np.ndarray:
-        """The value [R] of each row of evidence; the score is their mean over draws, minus that of the unconditional
-        pass. Needed where rows of the scorer may have a schedule (`can_have_schedule`)."""
+        """Return the value [R] of each row of evidence, for scorers whose methods can have a schedule.
+
+        A score is the mean of its values over draws, minus that of the unconditional pass.
+        """
         raise TypeError(f"{self.name}: no mean over draws")

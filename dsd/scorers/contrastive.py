@@ -1,4 +1,4 @@
-"""The scorer contrastive: the cosine of a CLIP, which the stage score stores for every pair."""
+"""The scorer contrastive: the cosine of a CLIP, stored for every pair by the stage `score`."""
 
 from __future__ import annotations
 

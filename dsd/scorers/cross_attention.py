@@ -16,11 +16,11 @@ from dsd.scorers.base import Scorer, Scores, StoredEvidence
 
 
 def reduce(pooled: Any, attribution: Any, *, layers: int | Literal["all"], heads: Literal["weighted", "mean"]) -> Any:
-    """Pooled attention [..., L, H] and attribution [..., L, H] (eq. 7) to scores [...].
+    """Reduce pooled attention [..., L, H] and attribution [..., L, H] (eq. 7) to scores [...].
 
-    `weighted`: a head counts in proportion to its attribution ΣAttr_h(A) within its layer. The paper gives Attr per
-    element and not how heads are then combined; in proportion to their sums is our reading. `mean`: all heads alike.
-    A head of attribution 0 does not count: it pads a layer that has fewer heads than another, or was left out.
+    `weighted`: heads are weighted by their attribution ΣAttr_h(A) within the layer. The paper gives Attr per element
+    and not how heads are combined; weighting by the sums is our interpretation. `mean`: equal weights. Heads of
+    attribution 0 are padding or excluded, and do not count.
     `layers`: all, or the last n in the order of the forward pass.
     """
     if layers != "all":
@@ -30,14 +30,12 @@ def reduce(pooled: Any, attribution: Any, *, layers: int | Literal["all"], heads
 
 
 class CrossAttention(Scorer):
-    """The pooled attention reduced over heads and layers, averaged over the draws of the method's levels."""
-
     name = "cross-attention"
 
     def scores(
         self, name: str, method: CrossAttentionMethod, stored: StoredEvidence, heads_LH: NDArray[np.bool_] | None = None
     ) -> Scores:
-        """heads_LH: the heads that count; None is all of them."""
+        """heads_LH: the heads that count, by default all."""
         evidence = stored.evidence(method.prompt)
         draws, pooling = evidence.at(method.levels), list(stored.poolings).index(method.pooling)
         attribution = evidence.attribution[:, draws]

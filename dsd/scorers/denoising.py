@@ -1,4 +1,4 @@
-"""The scorer denoising, the Diffusion Classifier: the text with the lowest denoising error."""
+"""The scorer denoising (Diffusion Classifier): the text with the lowest denoising error is the best."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ Array = NDArray[np.float32]
 
 
 def reduce(error: Array, without_text: Array) -> Array:
-    """Errors ‖ε − ε_θ(x_t, y)‖² with and without the text, [..., draws] each, to scores [...]: minus the error,
-    normalised by the unconditional one at the same draw."""
+    """Reduce errors ‖ε − ε_θ(x_t, y)‖² with and without the text, [..., draws] each, to scores [...]."""
     return (without_text - error).mean(-1)
 
 

@@ -1,4 +1,4 @@
-"""Evidence as a table: its (pair, draw) rows, their shards, and how they are read back. No model runs here.
+"""Evidence as a table: its (pair, draw) rows, their shards, and how they are read; no model is run here.
 
 Shapes: E pairs, K draws, P poolings, L layers, H heads.
 """
@@ -20,21 +20,18 @@ from dsd.errors import DataError
 from dsd.store import Store, digest, write_atomic
 
 UNCONDITIONAL = ""  # the text of the unconditional pass
-INDEX = "index.json"  # written last: it names the shards that hold all the evidence of the params, and the layers
-RACES = "races"  # the folder, beside the evidence, of what races have ended with
+INDEX = "index.json"  # written last: the shards of all evidence, and the layers
+RACES = "races"  # the folder of the results of races, next to the evidence
 Request = tuple[Pair, Draw]
 
 
 @dataclass(frozen=True)
 class Requests(Sequence[Request]):
-    """Every pair at every draw, a pair's draws together; a row is made when it is read.
-
-    So millions of rows take no more memory than their pairs.
-    """
+    """Every pair at every draw, ordered by pair; rows are made on access, so millions take only the memory of pairs."""
 
     pairs: Sequence[Pair]
     draws: Sequence[Draw]
-    places: range  # which of the rows these are
+    places: range  # the selected rows
 
     def __len__(self) -> int:
         return len(self.places)
@@ -50,13 +47,13 @@ class Requests(Sequence[Request]):
         return self.pairs[pair], self.draws[draw]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What another process is sent is these rows, and not the pairs of all others."""
+        """Pickle only the selected rows."""
         return tuple, (tuple(self),)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows (pair, draw) that are computed and stored together under the key of their content."""
+    """Rows (pair, draw) that are computed and stored together under a content key."""
 
     key: str
     rows: Sequence[Request]
@@ -69,76 +66,68 @@ class Evidence:
     pairs: list[Pair]
     draws: list[Draw]
     attention: np.ndarray  # [E, K, P, L, H] pooled attention
-    attribution: np.ndarray  # [E, K, L, H] weight of each head, eq. 7
+    attribution: np.ndarray  # [E, K, L, H] weight of each head (eq. 7)
     error: np.ndarray  # [E, K] ‖ε − ε_θ‖², mean over the latent
-    layers: list[str]  # the names of the L layers, in the order of the forward pass
-    latent: int  # the number of values of a latent, over which `error` is a mean
+    layers: list[str]  # names of the L layers, in the order of the forward pass
+    latent: int  # the number of values of a latent
 
     def at(self, levels: Sequence[float]) -> list[int]:
-        """The indices of the draws of these noise levels."""
+        """Return the indices of the draws of these noise levels."""
         return [k for k, draw in enumerate(self.draws) if draw.level in levels]
 
 
 def evidence_prompts(methods: Mapping[str, MethodParams]) -> list[str]:
-    """The prompts ("none", "few-shot") that the methods need evidence under."""
+    """Return the prompts ("none", "few-shot") under which the methods need evidence."""
     return sorted({prompt for method in methods.values() for prompt in method.evidence_prompts}, reverse=True)
 
 
-# The unconditional pass makes images comparable, which differ in how easy they are to denoise. The value of a pair is
-# taken minus that of its image without a text, at the same draw; only where an example has several images, since
-# otherwise all candidates share the second term.
+# Images differ in how easy they are to denoise. To make them comparable, the value of the image's unconditional pass at
+# the same draw is subtracted from a pair's. With a single image it is the same for all candidates, and is omitted.
 
 
 def reads_unconditional(methods: Mapping[str, MethodParams], prompt: str) -> bool:
-    """Whether a method subtracts the unconditional pass under this prompt."""
+    """Return whether a method subtracts the unconditional pass under this prompt."""
     return any(method.reads_unconditional(prompt) for method in methods.values())
 
 
 def with_unconditional(examples: Sequence[MatchingExample], compares: bool) -> list[Pair]:
-    """The pairs of the examples; if `compares`, also the unconditional pass of each image that has rivals."""
+    """Return the pairs of the examples and, if `compares`, the unconditional passes of examples with several images."""
     compared = [e for e in examples if compares and len(e.images) > 1]
     return [*pairs(examples), *dict.fromkeys(Pair(image, UNCONDITIONAL) for e in compared for image in e.images)]
 
 
 def without_text(request: Request) -> Request:
-    """The unconditional pass of the same image at the same draw."""
+    """Return the unconditional pass of the same image at the same draw."""
     pair, draw = request
     return Pair(pair.image, UNCONDITIONAL), draw
 
 
 def unconditional(every: Sequence[Pair], values: np.ndarray) -> np.ndarray:
-    """Of values [E, ...], the row of the unconditional pass of each pair's image; zeros where it has no rivals."""
-    row = {pair: n for n, pair in enumerate(every)}
-    nothing = np.zeros_like(values[0])
-    alone = (row.get(Pair(pair.image, UNCONDITIONAL)) for pair in every)
-    return np.stack([nothing if n is None else values[n] for n in alone])
+    """Return for each pair, of values [E, ...], those of its image's unconditional pass; zeros if there is none."""
+    values_of, zeros = dict(zip(every, values, strict=True)), np.zeros_like(values[0])
+    return np.stack([values_of.get(Pair(pair.image, UNCONDITIONAL), zeros) for pair in every])
 
 
 def requests(examples: Sequence[MatchingExample], noise: NoiseParams, seed: int, compares: bool) -> Requests:
-    """Every (pair, draw) of the examples, a pair's draws together; `compares` as in `with_unconditional`."""
+    """Return every (pair, draw) of the examples, ordered by pair; `compares` as in `with_unconditional`."""
     every, all_draws = with_unconditional(examples, compares), draws(noise, seed)
     return Requests(every, all_draws, range(len(every) * len(all_draws)))
 
 
 def plan(rows: Sequence[Request], source: str, size: int) -> list[Shard]:
-    """Cuts the rows into shards; `source` is the digest of backbone, prompt and evidence params."""
+    """Divide the rows into shards; `source` is the digest of backbone, prompt and evidence params."""
     chunks = (rows[i : i + size] for i in range(0, len(rows), size))
     return [Shard(f"evidence-{digest(source, [[*p, *d] for p, d in chunk])}", chunk) for chunk in chunks]
 
 
 def write_index(scored: Path, keys: dict[str, list[str]], layers: Sequence[str], latent: int) -> None:
-    """Names the shards of each prompt ("none", "few-shot") and contrastive method, in the order of the rows, and says
-    what `Evidence` needs to know of the diffusion model: its layers and the size of its latents."""
+    """Write the shards of each prompt and contrastive method in the order of their rows, the layers and latent size."""
     content = {"layers": list(layers), "latent": latent, "shards": keys}
     write_atomic(scored / INDEX, json.dumps(content, indent=1).encode())
 
 
 def read_index(scored: Path) -> dict[str, Any]:
-    """What `write_index` has written.
-
-    Raises:
-        DataError: the stage `score` has left no index, or one of another form.
-    """
+    """Read what `write_index` has written; raise DataError if it is missing or of another form."""
     path = scored / INDEX
     try:
         index: dict[str, Any] = json.loads(path.read_text())
@@ -150,18 +139,17 @@ def read_index(scored: Path) -> dict[str, Any]:
 
 
 def read_shards(scored: Path, name: str) -> dict[str, np.ndarray]:
-    """The arrays of an entry of the index, its shards joined.
+    """Read the arrays of an entry of the index, its shards concatenated.
 
     Raises:
-        DataError: the stage `score` has left no such evidence, or a shard of it is damaged.
+        DataError: the stage `score` has left no such evidence, or a shard is damaged.
     """
     shards, store = read_index(scored)["shards"], Store(scored)
     if name not in shards:
         raise DataError(f"{scored / INDEX}: no evidence for {name!r}; run the stage `score`")
     parts = []
     for key in shards[name]:
-        arrays = store.read(key)
-        if arrays is None:
+        if (arrays := store.read(key)) is None:
             raise DataError(f"{scored / key}: missing or damaged; run the stage `score` again")
         parts.append(arrays)
     return {array: np.concatenate([part[array] for part in parts]) for array in parts[0]}
@@ -170,7 +158,7 @@ def read_shards(scored: Path, name: str) -> dict[str, np.ndarray]:
 def read_evidence(
     scored: Path, entry: str, examples: Sequence[MatchingExample], noise: NoiseParams, seed: int, compares: bool
 ) -> Evidence:
-    """The stored evidence of the examples, under the name of its entry; for errors see `read_shards`."""
+    """Read the evidence of the examples from an entry of the index; for errors see `read_shards`."""
     every, all_draws = with_unconditional(examples, compares), draws(noise, seed)
     index, arrays = read_index(scored), read_shards(scored, entry)
     if len(arrays["error"]) != len(every) * len(all_draws):
@@ -180,10 +168,10 @@ def read_evidence(
 
 
 def read_places(scored: Path, method: str, examples: Sequence[MatchingExample]) -> list[np.ndarray]:
-    """Of a method with a schedule, the place of every candidate [C] of each example, from 1.
+    """Read the rank [C] of every candidate of each example, from 1, under a method with a schedule.
 
     Raises:
-        DataError: the stage `score` has run no such races, or a shard of them is damaged.
+        DataError: the stage `score` has run no such races, or a shard is damaged.
     """
     store, path = Store(scored / RACES), scored / RACES / INDEX
     keys = json.loads(path.read_text()).get(method) if path.exists() else None

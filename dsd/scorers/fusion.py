@@ -1,8 +1,8 @@
 """The scorer fusion: a weighted sum of several kinds of evidence, whose weights are fitted on the few-shot split.
 
 The weights are those of a conditional logit: the probability of a candidate among its rivals is the softmax of their
-scores (McFadden 1974). It is convex, so the fit does not depend on its start. The strength of the penalty on the
-weights is chosen by cross-validation within the few-shot split.
+scores (McFadden 1974). The fit is convex and independent of its start. The penalty on the weights is chosen by
+cross-validation within the few-shot split.
 
 Shapes: E pairs, K draws, L layers, F features; n contests of at most C candidates.
 """
@@ -40,22 +40,21 @@ class Fitted:
 
 
 def fitting_entry(prompt: str) -> str:
-    """The entry of the index that holds the evidence of the few-shot examples."""
+    """Return the name of the index's entry with the evidence of the few-shot examples."""
     return f"{prompt}, few-shot split"
 
 
 def fitting_examples(
     few_shot: Sequence[MatchingExample], methods: Mapping[str, MethodParams], fusion: FusionParams, seed: int
 ) -> list[MatchingExample]:
-    """The few-shot examples that weights are fitted on, each with at most `fusion.candidates` texts; [] if no method
-    fits weights."""
+    """Return the few-shot examples that weights are fitted on, narrowed; none if no method fits weights."""
     if not any(method.fits_weights for method in methods.values()):
         return []
     return [narrowed(example, fusion.candidates, seed) for example in few_shot[: fusion.examples]]
 
 
 def narrowed(example: MatchingExample, candidates: int, seed: int) -> MatchingExample:
-    """The example with at most `candidates` texts: the right ones, and wrong ones at random."""
+    """Return the example with at most `candidates` texts: the right ones, and wrong ones at random."""
     right = sorted({t for _, t in example.answer})
     wrong = [t for t in range(len(example.texts)) if t not in right]
     rng = Random(f"fusion/{seed}/{example.id}")
@@ -65,17 +64,12 @@ def narrowed(example: MatchingExample, candidates: int, seed: int) -> MatchingEx
 
 
 class Fusion(Scorer):
-    """The weighted sum; its weights are fitted whenever scores are computed."""
-
     name = "fusion"
 
     def scores(self, name: str, method: FusionMethod, stored: StoredEvidence) -> Scores:
-        """The weighted sum for every pair.
+        """Return the weighted sum for every pair, with newly fitted weights; for errors see `fit_stored`.
 
-        It is rounded to float32, as evidence is: the bits below depend on the processor.
-
-        Raises:
-            DataError: the few-shot examples cannot be split for cross-validation.
+        It is rounded to float32 like evidence, since lower bits depend on the CPU.
         """
         weights_F = fit_stored(method, stored).weights_F
         _, every, values_EF = features(stored.evidence("none"), stored.evidence("few-shot"), method, stored.poolings)
@@ -87,7 +81,7 @@ SCORER = Fusion()
 
 
 def fit_stored(method: FusionMethod, stored: StoredEvidence) -> Fitted:
-    """The weights of a method, fitted on the stored evidence of the few-shot examples.
+    """Fit the weights of a method on the stored evidence of the few-shot examples.
 
     Raises:
         DataError: the examples cannot be split for cross-validation.
@@ -104,13 +98,12 @@ def fit_stored(method: FusionMethod, stored: StoredEvidence) -> Fitted:
 def features(
     plain: Evidence, prompted: Evidence, method: FusionMethod, poolings: Sequence[str]
 ) -> tuple[list[str], list[Pair], Floats]:
-    """The names [F] of the features, the pairs [E] and the values [E, F], averaged over the draws of a noise level.
+    """Return the names [F] of the features, the pairs [E] and the values [E, F], averaged over the draws of a level.
 
     attention, prompted-attention: the pooled attention of each layer, without and with the attention prompt.
-    denoising, prompted-denoising: the error without a text minus that with it; the first is never prompted.
+    denoising, prompted-denoising: the error without a text, never prompted, minus that with it.
     """
-    names: list[str] = []
-    columns: list[Floats] = []
+    columns: dict[str, Floats] = {}
     without = unconditional(plain.pairs, plain.error)
     row = {pair: n for n, pair in enumerate(prompted.pairs)}
     common = [n for n, pair in enumerate(plain.pairs) if pair in row]
@@ -123,32 +116,28 @@ def features(
                 pooled = evidence.attention[rows][:, draws, poolings.index(method.pooling)]
                 attribution = evidence.attribution[rows][:, draws]
                 for layer in range(pooled.shape[2]):
-                    one = slice(layer, layer + 1)
-                    value = cross_attention.reduce(
-                        pooled[:, :, one], attribution[:, :, one], layers="all", heads=method.heads
-                    )
-                    names.append(f"{part}, level {level}, layer {layer + 1}")
-                    columns.append(value.mean(-1))
+                    own = (values[:, :, layer : layer + 1] for values in (pooled, attribution))
+                    scores = cross_attention.reduce(*own, layers="all", heads=method.heads)
+                    columns[f"{part}, level {level}, layer {layer + 1}"] = scores.mean(-1)
             else:
-                names.append(f"{part}, level {level}")
-                columns.append((without[common][:, draws] - evidence.error[rows][:, draws]).mean(-1))
-    return names, [plain.pairs[n] for n in common], np.stack(columns, -1).astype(np.float64)
+                errors = without[common][:, draws] - evidence.error[rows][:, draws]
+                columns[f"{part}, level {level}"] = errors.mean(-1)
+    return list(columns), [plain.pairs[n] for n in common], np.stack(list(columns.values()), -1).astype(np.float64)
 
 
 def contests(examples: Sequence[MatchingExample], pairs: Sequence[Pair]) -> Iterator[tuple[list[int], int]]:
-    """(rows of the candidates, which is right): the images of a text where there are several, else the texts."""
+    """Yield (rows of the candidates, the right one): the images of a text if there are several, else the texts."""
     row = {pair: n for n, pair in enumerate(pairs)}
     for example in examples:
         for i, t in example.answer:
             if len(example.images) > 1:
-                rows = [row[Pair(image, example.texts[t])] for image in example.images]
-                yield rows, i
+                yield [row[Pair(image, example.texts[t])] for image in example.images], i
             else:
                 yield [row[Pair(example.images[i], text)] for text in example.texts], t
 
 
 def related(examples: Sequence[MatchingExample]) -> NDArray[np.int64]:
-    """The group [n] of each contest: examples that share an image, or are linked by others that do, are one group."""
+    """Return the group [n] of each contest: examples that share images, directly or through others, are one group."""
     number = {image: n for n, image in enumerate(dict.fromkeys(i for e in examples for i in e.images))}
     row, column = zip(*((n, number[image]) for n, e in enumerate(examples) for image in e.images), strict=True)
     shows = coo_array((np.ones(len(row)), (row, column)), shape=(len(examples), len(number)))
@@ -163,16 +152,16 @@ def fit(
     group_n: NDArray[np.int64],
     fusion: FusionParams,
 ) -> Fitted:
-    """The weights under the penalty with the best cross-validated likelihood; a group is held out as a whole.
+    """Fit weights under the penalty with the best cross-validated likelihood; groups are held out as a whole.
 
-    Denoising has few and informative features: the penalty on their weights is smaller, by `fusion.denoising`.
+    The features of denoising are few and informative: the penalty on their weights is multiplied by `fusion.denoising`.
     """
     width = max(len(candidates) for candidates, _ in rows)
     there_nC = np.array([[c < len(candidates) for c in range(width)] for candidates, _ in rows])
     padded = [candidates + candidates[:1] * (width - len(candidates)) for candidates, _ in rows]
     values_nCF = np.stack([values_EF[candidates] for candidates in padded])
     right_n = np.array([right for _, right in rows])
-    # Only differences within a contest count. They give each feature its unit; one that never differs gets no weight.
+    # Only differences within a contest count. Their deviation is a feature's unit; a constant feature gets no weight.
     centred_nCF = values_nCF - (values_nCF * there_nC[..., None]).sum(1, keepdims=True) / there_nC.sum(1)[:, None, None]
     unit_F = centred_nCF[there_nC].std(0)
     unit_F[unit_F <= 1e-9 * np.abs(values_EF).max(0)] = np.inf
@@ -181,12 +170,12 @@ def fit(
     fold_n, free_F = group_n % fusion.folds, np.zeros_like(relative_F)
 
     def validated(penalty: float) -> float:
-        lost = 0.0
+        loss = 0.0
         for fold in np.unique(fold_n):
-            seen, held = fold_n != fold, fold_n == fold
-            weights_F = _weights(values_nCF[seen], there_nC[seen], right_n[seen], penalty * relative_F)
-            lost += held.sum() * _loss(weights_F, values_nCF[held], there_nC[held], right_n[held], free_F)[0]
-        return float(lost)
+            kept, held = fold_n != fold, fold_n == fold
+            weights_F = _weights(values_nCF[kept], there_nC[kept], right_n[kept], penalty * relative_F)
+            loss += held.sum() * _loss(weights_F, values_nCF[held], there_nC[held], right_n[held], free_F)[0]
+        return float(loss)
 
     penalty = min(fusion.penalties, key=validated)
     return Fitted(names, _weights(values_nCF, there_nC, right_n, penalty * relative_F) / unit_F, penalty)
@@ -195,7 +184,7 @@ def fit(
 def _loss(
     weights_F: Floats, values_nCF: Floats, there_nC: NDArray[np.bool_], right_n: NDArray[np.int64], penalty_F: Floats
 ) -> tuple[float, Floats]:
-    """The mean negative log-likelihood plus the penalties on the squared weights, and its gradient."""
+    """Return the mean negative log-likelihood plus the penalties on the squared weights, and its gradient."""
     n = np.arange(len(right_n))
     scores_nC = np.where(there_nC, values_nCF @ weights_F, -np.inf)
     logs_nC = scores_nC - logsumexp(scores_nC, axis=1, keepdims=True)
@@ -208,5 +197,5 @@ def _loss(
 
 def _weights(values_nCF: Floats, there_nC: NDArray[np.bool_], right_n: NDArray[np.int64], penalty_F: Floats) -> Floats:
     start = np.zeros(values_nCF.shape[-1])
-    found = minimize(_loss, start, (values_nCF, there_nC, right_n, penalty_F), method="L-BFGS-B", jac=True)
-    return np.asarray(found.x)
+    result = minimize(_loss, start, (values_nCF, there_nC, right_n, penalty_F), method="L-BFGS-B", jac=True)
+    return np.asarray(result.x)

@@ -1,7 +1,7 @@
-"""The scoring rule of the published implementation of Discriminative Stable Diffusion, which is not the paper's.
+"""The scoring rule of the published implementation of Discriminative Stable Diffusion, which differs from the paper's.
 
-That one averages its attention term over the batch, so that a score depends on its neighbours: a defect, and here the
-term is each sample's own.
+The published code averages the attention term over the batch, so that scores depend on each other: a defect. Here the
+term is per sample.
 
 Shapes: K draws, L layers, H heads; any leading dimensions.
 """
@@ -22,11 +22,10 @@ STAGES = ("down_blocks", "mid_block", "up_blocks")
 
 
 def last_blocks(layers: Sequence[str]) -> list[int]:
-    """The numbers of the layers that count: those of the last block with cross-attention on the way down, of the middle
-    one and of the last on the way up.
+    """Return the indices of the layers that count: of the last down block, the middle block and the last up block.
 
-    `layers` are the names of the cross-attention layers in the order of the forward pass; of Stable Diffusion 2.1's
-    sixteen, 2 + 1 + 3 count.
+    `layers` are the names of the cross-attention layers in the order of the forward pass; of the 16 in Stable Diffusion
+    2.1, 2 + 1 + 3 count.
     """
     chosen: list[int] = []
     for stage in STAGES:
@@ -37,17 +36,17 @@ def last_blocks(layers: Sequence[str]) -> list[int]:
 
 
 def reduce(logits: Array, attribution: Array, error: Array, *, size: int, denoising: bool) -> Array:
-    """Evidence of the unconditional (0) and of the conditional (1) half to scores [...].
+    """Reduce the evidence of the unconditional (0) and the conditional (1) half to scores [...].
 
     Args:
-        logits: [2, ..., K, L, H] pooled logits (the evidence's pooling `logits`) of the layers that count. Their mean
-            over both halves, heads, layers and draws is the first term.
-        attribution: [..., K, L, H] of the same layers: 0 says that a layer lacks the head, and its logits are 0 too.
-        error: [2, ..., K] ‖ε − ε_θ‖² as mean over the values of the latent.
-        size: how many values a latent has: the norms below are those of the whole latent.
+        logits: [2, ..., K, L, H] the pooling `logits` of the layers that count. Their mean over both halves, heads,
+            layers and draws is the first term.
+        attribution: [..., K, L, H] of the same layers; 0 for a missing head, whose logits are 0 too.
+        error: [2, ..., K] ‖ε − ε_θ‖², the mean over the values of the latent.
+        size: the number of values of a latent.
         denoising: whether ‖ε − ε_θ(x_t, ∅)‖₂ − ‖ε − ε_θ(x_t, y)‖₂ is added, not squared.
 
-    Where an example has one image, its unconditional half is common to all candidates, and zeros will do.
+    With one image per example, the unconditional half is the same for all candidates and may be zeros.
     """
     scores: Array = (logits.mean(0).sum(-1) / (attribution > 0).sum(-1)).mean(-1)
     if denoising:
@@ -57,8 +56,6 @@ def reduce(logits: Array, attribution: Array, error: Array, *, size: int, denois
 
 
 class Released(Scorer):
-    """The rule of the published implementation, with the unconditional half where images are compared."""
-
     name = "released"
 
     def scores(self, name: str, method: ReleasedMethod, stored: StoredEvidence) -> Scores:

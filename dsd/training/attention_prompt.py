@@ -1,4 +1,4 @@
-"""The learner of the attention prompt (eq. 5), by the score of a cross-attention method.
+"""The learner of the attention prompt (eq. 5), trained on the score of a cross-attention method.
 
 Shapes: E examples of a step, I images and T texts of each; rows are their pairs.
 """
@@ -41,24 +41,24 @@ class AttentionPromptLearner:
         ).to(backbone.device)
 
     def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
-        """The pairs of an example share its draw, which removes most of the variance.
+        """Score tables; the pairs of an example share its draw, which removes most of the variance.
 
-        More rows than a batch pass through the U-Net a batch at a time, and again for their gradient, so that no more
-        than a batch is held in memory (Chen et al. 2016, arXiv:1604.06174).
+        More rows than a batch are checkpointed: each batch is computed again for its gradient, so that only one is in
+        memory (Chen et al. 2016, arXiv:1604.06174).
         """
         rows = [(pair, draw) for table, draw in zip(tables, draws, strict=True) for line in table for pair in line]
         size = self._batch_size
         if len(rows) <= size:
-            flat = self._scores(rows)
+            scores = self._scores(rows)
         else:
             batches = (rows[first : first + size] for first in range(0, len(rows), size))
-            flat = torch.cat([checkpoint(self._scores, batch, use_reentrant=False) for batch in batches])
-        return flat.view(len(tables), len(tables[0]), -1)
+            scores = torch.cat([checkpoint(self._scores, batch, use_reentrant=False) for batch in batches])
+        return scores.view(len(tables), len(tables[0]), -1)
 
     def _scores(self, rows: list[Request]) -> Tensor:
         batch = Batch.of(rows, self._backbone.schedule_length, *self._encodings).to(self._backbone.device)
         pooled, attribution, _ = observe(self._backbone, self.module, self._evidence, batch)
-        # Eq. 7 weights the heads by a gradient, which is itself held fixed while the prompt is updated.
+        # Eq. 7 weights the heads by a gradient, which is constant in the update of the prompt.
         scores: Tensor = cross_attention.reduce(
             pooled[:, 0], attribution.detach(), layers=self._method.layers, heads=self._method.heads
         )

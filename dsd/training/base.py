@@ -1,6 +1,6 @@
-"""What a learner is: everything that trainings differ in.
+"""The interface of learners.
 
-Shapes: E examples of a step, I images and T texts of each that are compared.
+Shapes: E examples of a step, I images and T texts of each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Table = list[list[Pair]]  # I images × T texts of one example
 
 
 class Learner(Protocol):
-    """What a method learns, how it scores with it, and how it is saved."""
+    """What a method learns, its scores, and how it is saved."""
 
     @property
     def module(self) -> nn.Module: ...
@@ -30,10 +30,10 @@ class Learner(Protocol):
         ...
 
     def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
-        """[E, I, T], differentiable in the module; higher is better. One draw per example, none without noise."""
+        """Return scores [E, I, T], differentiable in the module; higher is better. One draw per example, or none."""
         ...
 
     def save(self, path: Path) -> None: ...
 
 
-Build = Callable[[Session, str], Learner]  # from a session and the name of a method; as before the first step
+Build = Callable[[Session, str], Learner]  # session, name of a method → untrained learner

@@ -1,4 +1,4 @@
-"""The learners of CLIP's heads, by the cosine: its projections, or the context vectors of CoCoOp."""
+"""The learners of CLIP's projections and of CoCoOp's context vectors, trained on the cosine."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ class HeadLearner:
         self.file = self.module.file
 
     def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:
-        flat = [pair for rows in tables for row in rows for pair in row]
-        cosines: Tensor = self.module(flat)
+        cosines: Tensor = self.module([pair for rows in tables for row in rows for pair in row])
         return cosines.view(len(tables), len(tables[0]), -1)
 
     def save(self, path: Path) -> None:

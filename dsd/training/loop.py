@@ -1,9 +1,9 @@
-"""Few-shot training (eq. 6) of the attention prompt and of the tuned CLIPs; the backbone stays frozen.
+"""Few-shot training (eq. 6) of the attention prompt and of the tuned CLIPs; the backbone is frozen.
 
 One loop, resumable to the bit; see `dsd.training.base.Learner`. Processes launched together by Accelerate share the
-examples of each step, and take the steps that one process would take.
+examples of each step; the steps are those of one process.
 
-Shapes: E examples of a step, I images and T texts of each that are compared.
+Shapes: E examples of a step, I images and T texts of each.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from dsd.versions import versioned
 log = logging.getLogger(__name__)
 
 CURVE, SUMMARY = "curve.csv", "summary.json"
-DIGEST = hashlib.sha256().digest_size  # bytes before a saved state: torch opens most damaged ones as if they were whole
+DIGEST = hashlib.sha256().digest_size  # bytes before a saved state: torch.load does not detect most damage
 
 
 def table(example: MatchingExample, images: int, texts: int, rng: Random) -> tuple[Table, list[list[bool]]]:
-    """So many images and texts of the example, and which pairs are right; a right pair first, others at random.
+    """Choose images and texts of an example, a right pair first and others at random; return also which are right.
 
-    No other image is right for the first text, nor another text for the first image.
+    Except the first, no image is right for the first text, and no text for the first image.
     """
     i, t = rng.choice(example.answer)
     wrong_images = [k for k in range(len(example.images)) if (k, t) not in example.answer]
@@ -57,10 +57,10 @@ def table(example: MatchingExample, images: int, texts: int, rng: Random) -> tup
 
 
 def shape(examples: Sequence[MatchingExample], most: int) -> tuple[int, int]:
-    """Images and texts of a table: at most so many, and as many as every right pair has wrong ones to fill it with.
+    """Return the images and texts of a table: at most `most`, and at most what the wrong pairs of each example allow.
 
     Raises:
-        DataError: an example leaves nothing to choose.
+        DataError: no example has a wrong image or text.
     """
     right = [(example, i, t) for example in examples for i, t in example.answer]
     images = min(1 + sum((k, t) not in e.answer for k in range(len(e.images))) for e, _, t in right)
@@ -71,14 +71,14 @@ def shape(examples: Sequence[MatchingExample], most: int) -> tuple[int, int]:
 
 
 def contests(scores_EIT: Tensor) -> list[int]:
-    """The dimensions along which there is something to choose: images for a text, texts for an image, or both."""
+    """Return the dimensions with several candidates: images for a text, texts for an image, or both."""
     return [dim for dim in (1, 2) if scores_EIT.shape[dim] > 1]
 
 
 def matching_loss(scores_EIT: Tensor, right_EIT: Tensor, training: TrainingParams) -> Tensor:
-    """Eq. 6 over tables of scores, of which right_EIT [E, I, T] bool marks the right pairs; one of three losses.
+    """Return the loss of eq. 6 over tables of scores; right_EIT [E, I, T] bool marks the right pairs.
 
-    softmax (METHOD: the default): cross-entropy of each right pair among the images of its text and the texts of its
+    softmax: cross-entropy of each right pair among the images of its text and the texts of its
     image. binary: cross-entropy of each pair against the example's mean score. hinge: against the hardest negative of
     row and column, with a margin in units of the score.
     """
@@ -98,29 +98,29 @@ def matching_loss(scores_EIT: Tensor, right_EIT: Tensor, training: TrainingParam
 
 
 def accuracy(scores_EIT: Tensor, right_EIT: Tensor) -> Tensor:
-    """The share of right pairs that beat every wrong pair with the same image or the same text."""
+    """Return the share of right pairs that score above every wrong pair with the same image or text."""
     wrong_EIT = scores_EIT.masked_fill(right_EIT, -torch.inf)
-    beaten = [(scores_EIT > wrong_EIT.amax(dim, keepdim=True))[right_EIT] for dim in contests(scores_EIT)]
-    return torch.stack(beaten).all(0).float().mean()
+    above = [(scores_EIT > wrong_EIT.amax(dim, keepdim=True))[right_EIT] for dim in contests(scores_EIT)]
+    return torch.stack(above).all(0).float().mean()
 
 
 class Processes:
-    """Those that Accelerate has launched together, of which this is one; alone where it has launched none.
+    """The processes that Accelerate has launched together, or this one alone.
 
-    Each sees some of a step's examples and learns the others' scores, so that the loss is the same in all of them; what
-    flows back through its own scores is its part of the gradient.
+    Each scores some of a step's examples and gathers the others' scores, so that all compute the same loss. The
+    gradient through its own scores is its part of the whole gradient.
     """
 
     def __init__(self, state: PartialState) -> None:
         self.count, self.number = state.num_processes, state.process_index
 
     def own(self, examples: int, number: int | None = None) -> slice:
-        """Which of so many examples are this process's, or that number's."""
+        """Return which of the examples belong to this process, or to process `number`."""
         n = self.number if number is None else number
         return slice(examples * n // self.count, examples * (n + 1) // self.count)
 
     def joined(self, own_EIT: Tensor, examples: int) -> Tensor:
-        """The scores of all examples, differentiable in what its own depend on."""
+        """Return the scores of all examples; only this process's own are differentiable."""
         if self.count == 1:
             return own_EIT
         padded = F.pad(own_EIT.detach(), (0, 0, 0, 0, 0, math.ceil(examples / self.count) - len(own_EIT)))
@@ -132,14 +132,14 @@ class Processes:
         return torch.cat(parts)
 
     def add_up(self, weights: Sequence[nn.Parameter]) -> None:
-        """Puts the whole gradient in place of this process's part."""
+        """Replace this process's part of the gradient by the whole."""
         if self.count > 1:
             for weight in weights:
                 weight.grad = reduce(weight.grad, "sum")
 
 
 class Trainer:
-    """The state of one training: what learns, optimiser, step and curve."""
+    """The state of one training: learner, optimizer, step and curve."""
 
     def __init__(
         self, name: str, training: TrainingParams, seed: int, learner: Learner, examples: Sequence[MatchingExample]
@@ -148,18 +148,18 @@ class Trainer:
         self.shape = shape(examples, training.candidates)
         self.batch = min(training.examples_per_step, len(examples))
         self.processes = Processes(PartialState())
-        # Rounded first: 0.07 × 100 is a little more than 7.
-        seen = math.ceil(round(training.epochs * len(examples) / self.batch, 6))
-        self.steps = max(1, training.least_steps, seen)
+        # Round first: 0.07 × 100 is slightly more than 7.
+        steps = math.ceil(round(training.epochs * len(examples) / self.batch, 6))
+        self.steps = max(1, training.least_steps, steps)
         self.weights = list(learner.module.parameters())
         self.optimizer = torch.optim.AdamW(self.weights, lr=training.learning_rate, weight_decay=0.0)
         self.step = 0
         self.curve: list[dict[str, float]] = []
 
     def _rows(self) -> tuple[list[Table], Tensor, list[Draw]]:
-        """The step's tables, their right pairs [E, I, T] and a draw for each: a function of (seed, step) alone.
+        """Return the step's tables, their right pairs [E, I, T] and a draw for each, determined by name, seed and step.
 
-        Methods with as many examples a step see the same tables.
+        Methods with the same number of examples per step train on the same tables.
         """
         rng = Random(f"train/{self.name}/{self.seed}/{self.step}")
         chosen = rng.sample(self.examples, self.batch)
@@ -169,10 +169,10 @@ class Trainer:
         return list(tables), torch.tensor(right), draws
 
     def advance(self) -> dict[str, float]:
-        """One step; returns its row of the curve.
+        """Take one step and return its row of the curve.
 
         Raises:
-            DataError: the loss or its gradient is not finite; nothing has changed then.
+            DataError: the loss or its gradient is not finite; nothing has changed.
         """
         training = self.training
         rate = training.learning_rate * min(1.0, (self.step + 1) / max(1, training.warmup))
@@ -192,32 +192,25 @@ class Trainer:
             raise DataError(f"step {self.step + 1}: the loss is {loss.item():g} and its gradient {norm.item():g}")
         self.optimizer.step()
         self.step += 1
-        won = accuracy(scores, right).item()
-        self.curve.append({"step": self.step, "loss": round(loss.item(), 6), "accuracy": round(won, 6)})
+        share = accuracy(scores, right).item()
+        self.curve.append({"step": self.step, "loss": round(loss.item(), 6), "accuracy": round(share, 6)})
         return self.curve[-1]
 
     def save(self, path: Path, key: str) -> None:
         if self.processes.number > 0:
             return
-        buffer = io.BytesIO()
-        state = dict(
-            key=key,
-            step=self.step,
-            curve=self.curve,
-            module=self.learner.module.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-        )
-        torch.save(state, buffer)
+        buffer, weights, moments = io.BytesIO(), self.learner.module.state_dict(), self.optimizer.state_dict()
+        torch.save(dict(key=key, step=self.step, curve=self.curve, module=weights, optimizer=moments), buffer)
         data = buffer.getvalue()
         write_atomic(path, hashlib.sha256(data).digest() + data)
 
     def resume(self, path: Path, key: str) -> None:
-        """Goes on from a saved state of this very training; another training's state is of no use and is replaced."""
+        """Restore a saved state if it is of this key; the state of another training is ignored."""
         if not path.exists():
             return
         content = path.read_bytes()
         if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:
-            log.warning("%s is damaged: the training begins anew", path)
+            log.warning("%s is damaged: the training restarts", path)
             return
         state: dict[str, Any] = torch.load(io.BytesIO(content[DIGEST:]), weights_only=True)
         if state["key"] == key:
@@ -227,7 +220,7 @@ class Trainer:
 
 
 def training_key(session: Session, method: str) -> str:
-    """The digest of everything that the training of a method on a dataset depends on."""
+    """Return the digest of everything that the training of a method on a dataset depends on."""
     params, row = session.params, session.params.methods[method]
     examples = file_digest(session.folders.prepared / "examples.parquet")
     opened = params.backbones[backbone_of(params, method)]
@@ -238,9 +231,8 @@ def training_key(session: Session, method: str) -> str:
         "attention prompt": [params.evidence.model_copy(update={"shard": 1}), params.prompt],
         "context": [params.context],
     }
-    sections = learned.get(str(row.learns), [])
-    training = params.training[method]
-    content = digest(session.name, backbone, examples, training, row, params.seed, params.images, *sections)
+    sections = [params.training[method], row, params.seed, params.images, *learned.get(str(row.learns), [])]
+    content = digest(session.name, backbone, examples, *sections)
     return versioned("heads" if row.contrastive else "prompts", content)
 
 
@@ -253,11 +245,11 @@ def curve_csv(curve: Sequence[dict[str, float]]) -> bytes:
 
 
 def is_done(target: Path, key: str) -> bool:
-    """Whether the training of this key has left its folder as its summary says: a damaged file is made again."""
+    """Return whether the folder holds the undamaged results of the training of this key."""
     try:
         summary = json.loads((target / SUMMARY).read_text())
-        whole = all(file_digest(target / name) == content for name, content in summary["files"].items())
-        if done := bool(whole and summary["key"] == key):
+        intact = all(file_digest(target / name) == content for name, content in summary["files"].items())
+        if done := bool(intact and summary["key"] == key):
             check_libraries(target, summary.get("libraries", {}))
         return done
     except (FileNotFoundError, ValueError, KeyError):
@@ -265,16 +257,16 @@ def is_done(target: Path, key: str) -> bool:
 
 
 def train(session: Session, method: str, target: Path) -> Iterator[dict[str, float]]:
-    """Train a method on the few-shot split of a dataset; yields a row of the curve per step, resumed ones too.
+    """Train a method on the few-shot split of a dataset; yield a row of the curve per step, including earlier ones.
 
-    Writes what was learned, `curve.csv` and, last, `summary.json` with their key and digests. With several processes
-    the first one writes, into folders that all of them can read.
+    Writes the learned weights, `curve.csv` and, last, `summary.json` with their key and digests. With several processes
+    only the first writes, into folders that all of them can read.
 
     Raises:
-        DataError: the split is empty or leaves nothing to choose, or the loss stops being finite; one line.
+        DataError: the split is empty or has nothing to choose, or the loss is no longer finite.
     """
     name, params = session.name, session.params
-    PartialState(cpu=params.runtime.device == "cpu")  # on GPUs each process has its own from here on
+    PartialState(cpu=params.runtime.device == "cpu")  # assigns a GPU to each process
     key, state = training_key(session, method), target / "state.pt"
     if is_done(target, key):
         with (target / CURVE).open(newline="") as file:
@@ -286,10 +278,8 @@ def train(session: Session, method: str, target: Path) -> Iterator[dict[str, flo
     learner = LEARNERS[str(params.methods[method].learns)](session, method)
     trainer = Trainer(name, params.training[method], params.seed, learner, examples)
     if trainer.batch < (count := trainer.processes.count):
-        raise DataError(
-            f"training.{method}.examples_per_step: {trainer.batch} examples of a step on {name} are too few for "
-            f"{count} processes; launch fewer"
-        )
+        problem = f"{trainer.batch} examples of a step on {name} are too few for {count} processes; launch fewer"
+        raise DataError(f"training.{method}.examples_per_step: {problem}")
     target.mkdir(parents=True, exist_ok=True)
     trainer.resume(state, key)
     yield from list(trainer.curve)

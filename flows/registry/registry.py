@@ -33,8 +33,8 @@ if TYPE_CHECKING:  # it imports scipy
 BACKBONE = "dsd-backbone"
 CHAMPION, CHALLENGER = "champion", "challenger"
 PROMOTED, KEPT_OUT, NOT_COMPARED = "promoted", "kept out", "not compared"  # the gate's verdicts
-# What no result depends on, and what stands apart from those of `evaluate`.
-ASIDE = {
+# Sections left out of the key: those that change no result, and those that `evaluation_key` adds itself.
+EXCLUDED = {
     *("ablations", "backbone", "backbones", "gate", "pretrain", "races"),
     *("report", "runtime", "serving", "studies", "watch"),
 }
@@ -100,9 +100,9 @@ class Version:
 def evaluation_key(params: Params, identity: str) -> str:
     """The digest of a checkpoint's own digest, and of each setting and code version that its results depend on."""
     used = {name: params.backbones[name] for m in params.methods if (name := backbone_of(params, m)) != params.backbone}
-    aside = ASIDE - {"races"} if raced(params) else ASIDE
+    excluded = EXCLUDED - {"races"} if raced(params) else EXCLUDED
     arithmetic = params.backbones[params.backbone].dtype
-    return versioned("scores", digest(identity, arithmetic, used, params.model_dump(mode="json", exclude=aside)))
+    return versioned("scores", digest(identity, arithmetic, used, params.model_dump(mode="json", exclude=excluded)))
 
 
 class Registry:
