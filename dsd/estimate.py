@@ -1,4 +1,4 @@
-"""What a reproduction needs, estimated before anything is downloaded or computed: access, memory, passes, time, disk.
+"""Estimates of what a reproduction needs before anything is downloaded: access, memory, passes, time, disk space.
 
 Numbers of passes are upper bounds: pairs that examples share are computed once. Shapes: L layers, H heads, P poolings.
 """
@@ -24,13 +24,13 @@ from dsd.models.stable_diffusion import unet_skeleton
 from dsd.schedules import SCHEDULES
 from dsd.scorers.evidence import evidence_prompts, reads_unconditional
 
-BACKWARD = 3  # passes that a pass and its gradient cost
-TOKENS = 77  # of a text, for every published model
-RATE = 1e14  # floating-point operations per second that times are stated for; scale them to the device's own
+BACKWARD = 3  # the cost of a pass and its gradient, in passes
+TOKENS = 77  # per text, in every published model
+RATE = 1e14  # floating-point operations per second that times assume; scale them to the device
 
 
 class Need(NamedTuple):
-    """One requirement, its amount, and what stands against it, if anything."""
+    """A requirement, its amount, and the problem with it, if any."""
 
     what: str
     where: str
@@ -41,7 +41,7 @@ class Need(NamedTuple):
 
 @dataclass(frozen=True)
 class UNet:
-    """The costs of one pass for one image and text."""
+    """The cost of one pass for one image and text."""
 
     operations: float  # floating-point
     layers: int
@@ -52,11 +52,7 @@ class UNet:
 
     @classmethod
     def of(cls, row: BackboneParams) -> UNet:
-        """From the configuration; no weights are read.
-
-        Raises:
-            CheckpointError: the configuration is not available or makes no U-Net.
-        """
+        """Compute it from the configuration, without weights; raise CheckpointError if there is no valid one."""
         unet = unet_skeleton(component_config(row, "unet"), row.source)
         with torch.device("meta"):
             operations = _operations(unet)
@@ -67,7 +63,7 @@ class UNet:
         return cls(operations, len(attention), heads, size, 4 * text, 4 * latents)
 
     def evidence(self, poolings: int) -> int:
-        """Bytes of the evidence of a pass: pooled attention and attribution of every head, and the error."""
+        """Return the bytes of a pass's evidence: pooled attention and attribution of every head, and the error."""
         return 4 * ((poolings + 1) * self.layers * self.heads + 1)
 
 
@@ -84,11 +80,11 @@ def _operations(unet: UNet2DConditionModel) -> float:
 
 
 def needs(params: Params, free: int) -> Iterator[Need]:
-    """All requirements, in the order in which they arise; `free`: bytes of disk space."""
-    fetched = 0
+    """Yield all requirements in the order of a reproduction; `free`: bytes of disk space."""
+    downloaded = 0
     names = dict.fromkeys([params.backbone, *(backbone_of(params, method) for method in params.methods)])
     for need in (*_checkpoints({n: params.backbones[n] for n in names}), *_datasets(params.datasets)):
-        fetched += int(need.amount)
+        downloaded += int(need.amount)
         yield need
     tested = params.backbones[params.backbone]
     try:
@@ -102,16 +98,17 @@ def needs(params: Params, free: int) -> Iterator[Need]:
         work = Workload(name, params)
         stored += work.disk(unet)
         if work.texts > params.runtime.kept_texts:
-            why = f"{name}, {work.texts * unet.text / 1e9:,.0f} GB, and more than runtime.kept_texts"
-            yield Need("texts encoded at each use, not stored", why, work.texts, "texts", None)
+            where = f"{name}, {work.texts * unet.text / 1e9:,.0f} GB, and more than runtime.kept_texts"
+            yield Need("texts encoded at each use, not stored", where, work.texts, "texts", None)
         yield Need("passes of the U-Net", f"score {name}", work.scoring, "passes", None)
         if work.training:
             yield Need("passes of the U-Net", f"train {name}", work.training, "passes", None)
         operations += (work.scoring + work.training) * unet.operations
     rate = f"at {RATE / 1e12:g} TFLOP/s, {unet.operations / 1e12:.2g} a pass"
     yield Need("time", rate, operations / RATE / 3600, "h", None)
-    short = f"{(fetched + stored - free) / 1e9:.1f} GB more than is free" if fetched + stored > free else None
-    yield Need("disk", "downloads, latents, texts and evidence", fetched + stored, "bytes", short)
+    total = downloaded + stored
+    problem = f"{(total - free) / 1e9:.1f} GB more than is free" if total > free else None
+    yield Need("disk", "downloads, latents, texts and evidence", total, "bytes", problem)
 
 
 def _checkpoints(rows: Mapping[str, BackboneParams]) -> Iterator[Need]:
@@ -133,11 +130,11 @@ def _access(what: str, where: str, size: Callable[[], int]) -> Need:
 
 
 def _memory(unet: UNet, dtype: str, device_name: str) -> Need:
-    """The weights of the U-Net alone: batches are halved until they fit into the rest."""
+    """Require the memory of the U-Net's weights; batches are halved until they fit into the rest."""
     device = device_of(device_name)
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    short = None if available is None or unet.weights < available else f"{available / 1e9:.1f} GB are free"
-    return Need("memory of the device", f"U-Net in {dtype}", unet.weights, "bytes", short)
+    problem = None if available is None or unet.weights < available else f"{available / 1e9:.1f} GB are free"
+    return Need("memory of the device", f"U-Net in {dtype}", unet.weights, "bytes", problem)
 
 
 class Workload:
@@ -149,19 +146,17 @@ class Workload:
 
     @property
     def examples(self) -> int:
-        """Of all splits."""
-        learning = (self._row.few_shot + self._row.validation) * self._expected.learning
-        return self._expected.test + round(learning)
+        """The number of examples of all splits."""
+        return self._expected.test + round((self._row.few_shot + self._row.validation) * self._expected.learning)
 
     @property
     def texts(self) -> int:
         return self._expected.texts * (1 if self._expected.shared else self.examples)
 
     def disk(self, unet: UNet) -> int:
-        """Bytes of latents, text embeddings and evidence.
+        """Return the bytes of latents, text embeddings and evidence.
 
-        Learned weights are small, and CLIP's features of a text about a hundredth of its embedding. A method with a
-        schedule leaves no evidence.
+        Trained weights and CLIP features are negligible, and methods with a schedule store no evidence.
         """
         embeddings = self.texts * unet.text if self.texts <= self._params.runtime.kept_texts else 0
         evidence = self._exhaustive * unet.evidence(len(self._params.evidence.poolings))
@@ -178,7 +173,7 @@ class Workload:
         params, expected = self._params, self._expected
         draws = len(self._noise.levels) * self._noise.draws_per_level
         pairs = expected.images * expected.texts
-        shown = max(expected.images, expected.texts)  # a few-shot choice of images has a text for each
+        texts = max(expected.images, expected.texts)  # a few-shot choice of images has a text for each
         fitting = 0
         if any(method.fits_weights for method in params.methods.values()):
             fitting = min(params.fusion.examples, round(self._row.few_shot * expected.learning))
@@ -186,7 +181,7 @@ class Workload:
         for prompt in evidence_prompts(params.methods):
             alone = expected.images if expected.images > 1 and reads_unconditional(params.methods, prompt) else 0
             passes += expected.test * (pairs + alone) * draws
-            passes += fitting * (expected.images * min(shown, params.fusion.candidates) + alone) * draws
+            passes += fitting * (expected.images * min(texts, params.fusion.candidates) + alone) * draws
         return passes
 
     @property
@@ -208,6 +203,6 @@ class Workload:
         if training is None:
             return 0
         images, texts, learning = self._expected.images, self._expected.texts, self._expected.learning
-        shown = min(training.candidates, images) * min(training.candidates, max(images, texts))
+        pairs = min(training.candidates, images) * min(training.candidates, max(images, texts))
         steps = training.epochs * self._row.few_shot * learning / training.examples_per_step
-        return BACKWARD * round(max(training.least_steps, steps) * training.examples_per_step * shown)
+        return BACKWARD * round(max(training.least_steps, steps) * training.examples_per_step * pairs)

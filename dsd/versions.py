@@ -50,20 +50,17 @@ INPUTS = {
 
 
 def versioned(kind: str, key: str) -> str:
-    """The key of a result of this kind under the versions of the code that computes it."""
+    """Return the key of a result of this kind under the versions of the code that computes it."""
     raised = {name: VERSIONS[name] for name in sorted(dependencies(kind)) if VERSIONS[name] != 1}
     return digest(key, raised) if raised else key
 
 
 def dependencies(kind: str) -> set[str]:
-    """The kind itself and all that results of this kind are computed from."""
+    """Return the kind itself and all kinds that its results are computed from."""
     return {kind}.union(*(dependencies(name) for name in INPUTS.get(kind, ())))
 
 
 def moved_versions(before: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
-    """How the code that scores depend on differs between two records, such as ["evidence 1 → 2"].
-
-    A kind that is not in a record has version 1.
-    """
+    """Return changes of the code that scores depend on, such as ["evidence 1 → 2"]; unrecorded kinds have version 1."""
     pairs = {kind: (before.get(kind, 1), now.get(kind, 1)) for kind in dependencies("scores")}
     return [f"{kind} {a} → {b}" for kind, (a, b) in sorted(pairs.items()) if a != b]

@@ -1,8 +1,8 @@
 """The registry of checkpoints and prompts by version and alias, and the promotion of the champion.
 
-A version of the model `dsd-backbone` is a checkpoint as it was measured with some params. It refers to the checkpoint
-and holds no copy; MLflow can load and serve it (`flows.serving`). A version of `dsd-prompt-<dataset>` is the attention
-prompt that was trained for it, with the digest of its backbone. Registering the same results twice changes nothing.
+A version of the model `dsd-backbone` is a checkpoint as measured with some params. It refers to the checkpoint without
+a copy; MLflow can load and serve it (`flows.serving`). A version of `dsd-prompt-<dataset>` is the attention prompt that
+was trained for it, with the digest of its backbone. Registering the same results twice changes nothing.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Version:
 
 
 def evaluation_key(params: Params, identity: str) -> str:
-    """The digest of a checkpoint's own digest, and of each setting and code version that its results depend on."""
+    """Return the digest of a checkpoint's own digest and of every setting and version that its results depend on."""
     used = {name: params.backbones[name] for m in params.methods if (name := backbone_of(params, m)) != params.backbone}
     excluded = EXCLUDED - {"races"} if raced(params) else EXCLUDED
     arithmetic = params.backbones[params.backbone].dtype
@@ -113,11 +113,11 @@ class Registry:
         self.client = self.runs.client
 
     def versions(self) -> list[Version]:
-        """All measured checkpoints, the newest first."""
+        """Return all measured checkpoints, the newest first."""
         return [Version.of(version) for version in self._all(BACKBONE)]
 
     def alias(self, alias: str) -> Version | None:
-        """The measured checkpoint with this alias."""
+        """Return the measured checkpoint with this alias."""
         number = self._aliases(BACKBONE).get(alias)
         return None if number is None else Version.of(self.client.get_model_version(BACKBONE, number))
 
@@ -146,12 +146,12 @@ class Registry:
     def challenge(self, params: Params, challenger: Version) -> Verdict:
         """Compare a version with the champion, write the verdict to its tags, and move the aliases.
 
-        Where the champion itself was measured again on other examples or by other code, its old results can be compared
-        with nothing: its new version replaces the old one.
+        If the champion itself was measured again on other examples or by other code, its old results are no longer
+        comparable, and the new version replaces the old one.
 
         Raises:
-            DsdError: see `dsd.evaluation.gate.judge`, or measured by other code than the champion; the tags hold it as
-                the reason of the verdict "not compared".
+            DsdError: see `dsd.evaluation.gate.judge`, or measured by other code than the champion. The tags hold the
+                message as the reason of the verdict "not compared".
         """
         from dsd.evaluation.gate import Verdict, check_gate, judge, other_examples
 
@@ -160,7 +160,7 @@ class Registry:
             if champion is not None and champion.number == challenger.number:
                 if challenger.verdict:
                     return Verdict(False, "it is the champion already", {})
-                self._carry_out(challenger, PROMOTED, challenger.reason)  # a kill came before the verdict was written
+                self._carry_out(challenger, PROMOTED, challenger.reason)  # interrupted before the verdict was written
                 return Verdict(True, challenger.reason, {})
             against = {} if champion is None else {"against": str(champion.number)}
             try:
@@ -180,14 +180,14 @@ class Registry:
                 self._carry_out(challenger, NOT_COMPARED, str(error), **against)
                 raise
             compared = json.dumps({name: asdict(compared) for name, compared in verdict.compared.items()})
-            word = PROMOTED if verdict.promoted else KEPT_OUT
-            self._carry_out(challenger, word, verdict.reason, compared=compared, **against)
+            result = PROMOTED if verdict.promoted else KEPT_OUT
+            self._carry_out(challenger, result, verdict.reason, compared=compared, **against)
         return verdict
 
     def _carry_out(self, version: Version, verdict: str, reason: str, **more: str) -> None:
-        """Apply a verdict: set the tags, the aliases, and the description that MLflow's pages show.
+        """Apply a verdict: set the tags, the aliases and the description that MLflow's pages show.
 
-        The tag of the verdict is written last: after a kill before it, the gate runs again.
+        The tag of the verdict is written last: if interrupted before, the gate runs again.
         """
         for name, value in {"reason": reason, **more}.items():
             self.client.set_model_version_tag(BACKBONE, str(version.number), f"dsd.{name}", value)
@@ -197,12 +197,11 @@ class Registry:
         self.client.set_model_version_tag(BACKBONE, str(version.number), "dsd.verdict", verdict)
 
     def ranks(self, version: Version, method: str) -> dict[str, Ranks]:
-        """The ranks of a method on the test examples of each dataset; raise DataError if a version has none."""
+        """Read the ranks of a method on the test examples of each dataset; raise DataError if there are none."""
         from dsd.evaluation.gate import Ranks
 
         with TemporaryDirectory() as folder:
-            file = Path(self.client.download_artifacts(version.run, "ranks.json", folder))
-            stored = json.loads(file.read_text())
+            stored = json.loads(Path(self.client.download_artifacts(version.run, "ranks.json", folder)).read_text())
         for row in stored.values():
             if method not in row["ranks"]:
                 raise DataError(f"{BACKBONE} version {version.number}: was not measured by {method} (gate.method)")
@@ -226,7 +225,7 @@ class Registry:
             raise DsdError(f"--prompt {reference}: no such registered prompt (choices: {known})") from None
 
     def _evaluation(self, measured: Measurement, key: str, tags: Mapping[str, str]) -> Run:
-        """The run that holds a measurement, created once."""
+        """Return the run that holds a measurement, created once."""
         if (run := self.runs.finished("evaluation", key)) is not None:
             return run
         from flows.serving.service import save  # it imports mlflow.pyfunc and starlette

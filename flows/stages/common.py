@@ -42,25 +42,25 @@ logging.raiseExceptions = False  # of log records that do not reach a server tha
 def declared(name: str) -> set[str]:
     """The params sections that dvc.yaml lists for a stage, whichever file holds them."""
     entries = yaml.safe_load(Path("dvc.yaml").read_text())["stages"][name].get("params", ())
-    apart = [entry for entry in entries if isinstance(entry, dict)]  # {studies.yaml: [studies]}
-    sections = {section for entry in apart for listed in entry.values() for section in listed}
+    other_files = [entry for entry in entries if isinstance(entry, dict)]  # {studies.yaml: [studies]}
+    sections = {section for entry in other_files for listed in entry.values() for section in listed}
     return sections | {entry for entry in entries if isinstance(entry, str)}
 
 
 def params(name: str) -> Params:
-    """The params of a stage: the sections that dvc.yaml lists for it, and `runtime`, which changes no result.
+    """Load the sections of the params that dvc.yaml lists for a stage, and `runtime`, which changes no result.
 
-    Reading any other section is an AttributeError, so a section missing in dvc.yaml cannot leave an output stale.
+    Reading any other section raises AttributeError, so a section missing in dvc.yaml cannot leave an output stale.
 
     Raises:
-        ParamsError: the params are invalid; one line.
+        ParamsError: the params are invalid.
     """
     granted = declared(name) | {"runtime"}
     return Params.model_construct(**{section: value for section, value in load() if section in granted})
 
 
 def unit(function: Callable[[str], Mapping[str, Any]], **options: Any) -> Task[[str], Details]:
-    """Make a Prefect task of a function of a dataset's name; its result includes the seconds that it took.
+    """Make a Prefect task of a function of a dataset's name; its result includes the duration in seconds.
 
     No result is cached or stored, since DVC decides what to recompute. `options` are those of `prefect.task`.
     """
@@ -75,7 +75,7 @@ def unit(function: Callable[[str], Mapping[str, Any]], **options: Any) -> Task[[
 
 
 def each(work: Callable[[str], Details], names: Iterable[str]) -> dict[str, Details]:
-    """The result for each name; the names are processed in sequence, since one of them fills the machine."""
+    """Return the result for each name, computed in sequence, since one already uses the whole machine."""
     return {name: work(name) for name in names}
 
 
@@ -120,12 +120,12 @@ def main(run: Stage) -> None:
 
 
 def error_line(error: BaseException | None) -> str | None:
-    """The message of a user error, from an exception or its causes; None for a defect."""
+    """Return the message of a user error, from an exception or its causes; None for a defect."""
     while error is not None:
         if isinstance(error, DsdError):
             return str(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            # An error on writing has no file name, and the full disk may be another one.
+            # A write error has no file name, and the full disk may be another.
             free = f"{Path.cwd()} has {shutil.disk_usage('.').free} bytes free"
             return f"{error.filename}: disk full, {free}" if error.filename else f"disk full: {free}, check other disks"
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -136,8 +136,8 @@ def error_line(error: BaseException | None) -> str | None:
             server = os.environ.get("PREFECT_API_URL", "")
             if server and str(error.request.url).startswith(server):
                 left = shutil.disk_usage(".").free
-                why = f"disk full, {Path.cwd()} has {left} bytes free" if left < FULL else str(error)
-                return f"the Prefect server at {server} does not answer: {why}"
+                reason = f"disk full, {Path.cwd()} has {left} bytes free" if left < FULL else str(error)
+                return f"the Prefect server at {server} does not answer: {reason}"
         error = error.__cause__
     return None
 
@@ -151,7 +151,7 @@ def prune(folder: Path, names: Iterable[str]) -> None:
 
 
 def device() -> str:
-    """The device that this process has computed on: the GPU if it used one, else the processor."""
+    """Return the device that this process has used: the GPU, else the CPU."""
     torch = sys.modules.get("torch")  # without it the stage has used no GPU
     if torch is not None and torch.cuda.is_initialized():
         return str(torch.cuda.get_device_name())
@@ -159,7 +159,7 @@ def device() -> str:
 
 
 def processor() -> str:
-    """The processor's model name on Linux, else its architecture."""
+    """Return the CPU's model name on Linux, else its architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
