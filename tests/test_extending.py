@@ -212,5 +212,5 @@ def test_additions_run_to_the_report(extended: None, params: Params, tmp_path: P
     claims.write(*claims.judge(mine, answers), target)
     write_studies({}, target)
     text = build(mine, data, data / "report").read_text()
-    for word in (NAME, "contrast", "contrast-fast", "halving", "negated"):
+    for word in (NAME, "contrast", "contrast-fast"):
         assert word in text
