@@ -26,8 +26,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from safetensors import safe_open
+from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from dsd.errors import DsdError
@@ -183,32 +182,6 @@ class Store:
             check_libraries(self.root, json.loads(content).get("libraries", {}))
         return arrays
 
-    def rows(self, key: str, name: str, indices: ArrayLike) -> NDArray[Any]:
-        """Return rows [len(indices), ...] of one array, in the order of the indices, without reading the others.
-
-        Only the file's size is checked, not its content.
-
-        Raises:
-            KeyError: there is no such shard or array.
-            IndexError: an index is outside the array's first dimension.
-        """
-        if key not in self:
-            raise KeyError(f"{self.root}: no shard {key!r}")
-        index_n = np.asarray(indices, dtype=np.int64)
-        with safe_open(self._file(key), framework="numpy") as shard:
-            if name not in shard.keys():  # noqa: SIM118 (the handle is no mapping)
-                raise KeyError(f"{self._file(key)}: no array {name!r} (choices: {', '.join(shard.keys())})")
-            rows = shard.get_slice(name)
-            count = rows.get_shape()[0]
-            if np.any((index_n < 0) | (index_n >= count)):
-                raise IndexError(f"{self._file(key)}: rows of {name!r} are 0..{count - 1}, not {index_n}")
-            if not index_n.size:  # safetensors refuses to slice an array without rows
-                empty: NDArray[Any] = rows[0:0] if count else shard.get_tensor(name)
-                return empty
-            runs = np.split(index_n, np.flatnonzero(np.diff(index_n) != 1) + 1)
-            parts: list[NDArray[Any]] = [rows[int(run[0]) : int(run[-1]) + 1] for run in runs]
-            return np.concatenate(parts)
-
     def __contains__(self, key: object) -> bool:
         """Return whether the shard is complete: it has a manifest and a file of the right size."""
         if not isinstance(key, str):
@@ -218,10 +191,6 @@ class Store:
             return bool(self._file(key).stat().st_size == size)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
-
-    def keys(self) -> list[str]:
-        """Return the keys of all complete shards, sorted."""
-        return sorted(key for key in (path.stem for path in self.root.glob("*.json")) if key in self)
 
     def prune(self, keep: set[str]) -> int:
         """Remove every shard that is not in `keep`, temporary files and damaged shards; return the number of shards.

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from dsd.config import Params, files, read, split
+from dsd.store import Store
 
 if TYPE_CHECKING:
     from tests.postgres import Postgres
@@ -141,3 +142,8 @@ def postgres() -> Iterator[Postgres]:
 
     with serving() as server:
         yield server
+
+
+def shard_keys(store: Store) -> list[str]:
+    """The keys of all complete shards, sorted."""
+    return sorted(path.stem for path in store.root.glob("*.safetensors") if path.stem in store)

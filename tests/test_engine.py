@@ -31,6 +31,7 @@ from dsd.schedules.race import all_rows
 from dsd.scorers.evidence import INDEX, UNCONDITIONAL, plan, read_evidence, requests, with_unconditional
 from dsd.store import Store
 from dsd.training import LEARNERS, attention_prompt
+from tests.conftest import shard_keys
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def test_shards_of_other_params_are_removed(zero_shot: Params, prepared: Path, c
     other = zero_shot.model_copy(update={"evidence": zero_shot.evidence.model_copy(update={"scale": 5.0})})
     score(session_of(other, prepared, cached, tmp_path), tmp_path / "s", split="test")
     index = json.loads((tmp_path / "s" / INDEX).read_text())
-    assert set(Store(tmp_path / "s").keys()) == {key for keys in index["shards"].values() for key in keys}
+    assert set(shard_keys(Store(tmp_path / "s"))) == {key for keys in index["shards"].values() for key in keys}
 
 
 def test_missing_evidence_names_the_stage_to_run(zero_shot: Params, prepared: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from dsd.store import Store
 from dsd.training.loop import train
 from flows.executors import Actor, Node, compute, probe, share
 from flows.stages.common import error_line
+from tests.conftest import shard_keys
 from tests.workers import Deadly, Defective, Dies, Stubborn
 
 NAME = "scenes-com"
@@ -147,7 +148,7 @@ def test_a_full_cache_opens_no_model(
             monkeypatch.setattr(module, name, pytest.fail)
     session = Session(NAME, lean, Folders(prepared, cached, prepared))
     assert encoding.missing(session) == {}
-    assert all(key in encoding.Worker(session).shards for key in Store(cached).keys())  # noqa: SIM118
+    assert all(key in encoding.Worker(session).shards for key in shard_keys(Store(cached)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

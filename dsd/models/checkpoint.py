@@ -101,7 +101,8 @@ def locate(row: BackboneParams) -> tuple[Path, str]:
         identity = digest(identity, file_digest(Path(row.lora)))
     if row.prediction is not None:
         identity = digest(identity, row.prediction)
-    if family_of(folder) not in (None, row.family):  # another family on the files of a known one
+    # Another family on the files of a known one. open_clip has files of its own, and may share a folder with a CLIP.
+    if patterns is not OPEN_CLIP and family_of(folder) not in (None, row.family):
         identity = digest(identity, row.family)
     if row.digest not in (None, identity):
         raise CheckpointError(f"{row.source}: is not the checkpoint of digest {row.digest}, but {identity}")
