@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsd.config import BackboneParams, DatasetParams, Params, backbone_of, noise_of, prompted, raced
+from dsd.config import BackboneParams, DatasetParams, Params
 from dsd.datasets import benchmark
 from dsd.errors import DsdError
 from dsd.models import device_of
@@ -82,7 +82,7 @@ def _operations(unet: UNet2DConditionModel) -> float:
 def needs(params: Params, free: int) -> Iterator[Need]:
     """Yield all requirements in the order of a reproduction; `free`: bytes of disk space."""
     downloaded = 0
-    names = dict.fromkeys([params.backbone, *(backbone_of(params, method) for method in params.methods)])
+    names = dict.fromkeys([params.backbone, *(params.backbone_of(method) for method in params.methods)])
     for need in (*_checkpoints({n: params.backbones[n] for n in names}), *_datasets(params.datasets)):
         downloaded += int(need.amount)
         yield need
@@ -141,7 +141,7 @@ class Workload:
     """Upper bounds of the passes and the disk space of dataset `name`."""
 
     def __init__(self, name: str, params: Params) -> None:
-        self._params, self._row, self._noise = params, params.datasets[name], noise_of(params, name)
+        self._params, self._row, self._noise = params, params.datasets[name], params.noise_of(name)
         self._expected = benchmark(self._row.kind).expected(self._row)
 
     @property
@@ -188,7 +188,7 @@ class Workload:
     def _scheduled(self) -> int:
         """Passes of the methods with a schedule."""
         params, expected, passes = self._params, self._expected, 0
-        for method in raced(params).values():
+        for method in params.raced.values():
             schedule = params.schedules[method.schedule]
             kind = SCHEDULES[schedule.kind]
             passes += kind.evaluations_of(schedule, expected.images * expected.texts, params.races)
@@ -199,7 +199,7 @@ class Workload:
     @property
     def training(self) -> int:
         """Passes of training the attention prompt; a pass and its gradient count as `BACKWARD`."""
-        training = self._params.training.get(prompted(self._params) or "")
+        training = self._params.training.get(self._params.prompted or "")
         if training is None:
             return 0
         images, texts, learning = self._expected.images, self._expected.texts, self._expected.learning

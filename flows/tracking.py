@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
 from sqlalchemy.exc import SQLAlchemyError
 
-from dsd.config import BackboneParams, MethodParams, Params, backbone_of, trained
+from dsd.config import BackboneParams, MethodParams, Params
 from dsd.store import digest, file_digest
 from flows.stores import MLFLOW, artifacts, exclusive, is_server, store_error, store_errors, uri
 
@@ -110,10 +110,10 @@ def publish(params: Params, data: Path) -> int:
     with locked():
         for dataset, methods in metrics.items():
             for method, intervals in methods.items():
-                backbone = params.backbones[backbone_of(params, method)]
+                backbone = params.backbones[params.backbone_of(method)]
                 new += _publish_result(runs, data, dataset, method, intervals, params.methods[method], backbone)
         for dataset in metrics:
-            for method in trained(params):
+            for method in params.trained:
                 new += _publish_curve(runs, data, dataset, method, training_settings(params, dataset, method))
         return new + _publish_report(runs, data)
 

@@ -112,6 +112,22 @@ def test_a_timing_makes_nothing_stale_but_the_report() -> None:
         assert any(f"data/timings/{stage}.json" in out for out in STAGES[stage]["outs"])
 
 
+@cache
+def answers() -> dict[str, set[str]]:
+    """The sections that each method and property of `Params` reads."""
+    tree = ast.parse((ROOT / "dsd" / "config" / "load.py").read_text())
+    [kind] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Params"]
+    parts = {part.name: part for part in kind.body if isinstance(part, ast.FunctionDef) and part.name[0] != "_"}
+    reads = {
+        name: {p.attr for p in ast.walk(part) if isinstance(p, ast.Attribute) and ast.unparse(p.value) == "self"}
+        for name, part in parts.items()
+    }
+    while wider := {n: r for n, r in reads.items() if not set().union(*(reads.get(a, r) for a in r), r) <= r}:
+        for name, read in wider.items():
+            reads[name] = read.union(*(reads.get(attribute, read) for attribute in read))
+    return {name: read & SECTIONS for name, read in reads.items()}
+
+
 class Reads:
     """The sections of params that a stage can read, found in its source.
 
@@ -203,13 +219,14 @@ class Reads:
             if isinstance(part, ast.arg) and part.annotation is not None
         }
         names = {name for name, kind in ({"params": "Params"} | types).items() if kind == "Params"}
-        return {
+        read = {
             part.attr
             for part in ast.walk(node)
-            if isinstance(part, ast.Attribute) and part.attr in SECTIONS
+            if isinstance(part, ast.Attribute)
             if (isinstance(part.value, ast.Name) and part.value.id in names)
             or (isinstance(part.value, ast.Attribute) and part.value.attr in names)
         }
+        return read & SECTIONS | {section for name in read for section in answers().get(name, ())}
 
 
 @cache

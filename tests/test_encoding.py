@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from dsd.config import Params, trained
+from dsd.config import Params
 from dsd.data.draws import Draw
 from dsd.data.examples import AT_ONCE, MatchingExample, Pair, read_examples, write_examples
 from dsd.engine import encodings
@@ -94,7 +94,7 @@ def test_neighbours_and_draws_of_a_pair_compute_a_text_once(tmp_path: Path) -> N
 def test_the_limit_changes_no_result_and_no_key(
     params: Params, prepared: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    untrained = params.methods.keys() - {*trained(params), "dsd-plus"}
+    untrained = params.methods.keys() - {*params.trained, "dsd-plus"}
     plain = params.model_copy(update={"methods": {name: params.methods[name] for name in untrained}})
     encode(session_of(without_texts(plain), prepared, tmp_path / "cache"))
     assert kinds(tmp_path / "cache") == {"latents", "clip-image-features"} < kinds(cached)

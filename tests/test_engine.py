@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dsd.engine.engine
-from dsd.config import EvidenceParams, NoiseParams, Params, noise_of, trained
+from dsd.config import EvidenceParams, NoiseParams, Params
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
 from dsd.data.image_table import ImageTable
@@ -36,7 +36,7 @@ from tests.conftest import shard_keys
 
 @pytest.fixture
 def zero_shot(params: Params) -> Params:
-    untrained = params.methods.keys() - {*trained(params), "dsd-plus"}
+    untrained = params.methods.keys() - {*params.trained, "dsd-plus"}
     methods = {name: method for name, method in params.methods.items() if name in untrained}
     return params.model_copy(update={"methods": methods})
 
@@ -148,7 +148,7 @@ def test_draws_are_paired_and_their_seeds_independent_of_position() -> None:
 
 def evidence(params: Params, prepared: Path, target: Path) -> dict[str, np.ndarray]:
     examples = read_examples(prepared / "examples.parquet", "test")
-    stored = read_evidence(target, "none", examples, noise_of(params, "scenes-com"), params.seed, compares=True)
+    stored = read_evidence(target, "none", examples, params.noise_of("scenes-com"), params.seed, compares=True)
     return {"attention": stored.attention, "attribution": stored.attribution, "error": stored.error}
 
 

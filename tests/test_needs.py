@@ -22,7 +22,6 @@ from dsd.config import (
     ShortlistParams,
     StagedSchedule,
     load,
-    noise_of,
 )
 from dsd.data.examples import read_examples
 from dsd.estimate import RATE, UNet, Workload, needs
@@ -50,7 +49,7 @@ def configured(folder: Path, **unet: Any) -> BackboneParams:
 
 def test_scoring_takes_no_more_passes_than_estimated(params: Params, prepared: Path) -> None:
     few_shot, examples = (read_examples(prepared / "examples.parquet", split) for split in ("train", "test"))
-    noise = noise_of(params, "scenes-com")
+    noise = params.noise_of("scenes-com")
     fitting = fitting_examples(few_shot, params.methods, params.fusion, params.seed)
     taken = sum(
         len(requests(some, noise, params.seed, reads_unconditional(params.methods, prompt)))

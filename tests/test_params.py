@@ -17,20 +17,13 @@ from dsd.config import (
     Params,
     ScheduledMethod,
     ScheduleParams,
-    backbone_of,
     file_of,
     files,
     load,
     merged,
     mistake,
-    noise_of,
-    prompted,
-    raced,
     read,
     split,
-    trained,
-    twin,
-    under_test,
 )
 from dsd.config.load import OPEN
 from dsd.errors import ParamsError
@@ -152,7 +145,7 @@ def test_nothing_need_learn(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     write_settings(settings, tmp_path)
     params = load(path)
-    assert (prompted(params), under_test(params), twin(params), trained(params)) == (None, "denoising", None, [])
+    assert (params.prompted, params.under_test, params.twin, params.trained) == (None, "denoising", None, [])
     settings["methods"].pop("denoising")
     write_settings(settings, tmp_path)
     with pytest.raises(ParamsError, match="methods: none uses the diffusion model; one must"):
@@ -170,7 +163,7 @@ def test_what_has_a_schedule_may_learn_and_needs_its_pooling(tmp_path: Path) -> 
         write_settings(settings | {"methods": {**methods, **settings["methods"]}}, tmp_path)
         return load(tmp_path / "params.yaml")
 
-    assert prompted(loaded(first=own)) == "dsd"  # one without a schedule goes before
+    assert loaded(first=own).prompted == "dsd"  # one without a schedule goes before
     settings["ablations"]["methods"] = []
     settings["races"]["datasets"] = {}
     del settings["training"]["dsd"]
@@ -180,7 +173,7 @@ def test_what_has_a_schedule_may_learn_and_needs_its_pooling(tmp_path: Path) -> 
         loaded(first=own)
     settings["training"]["first"] = read_settings(ROOT)["training"]["dsd"]
     params = loaded(first=own)
-    assert (prompted(params), trained(params)[0]) == ("first", "first")
+    assert (params.prompted, params.trained[0]) == ("first", "first")
     with pytest.raises(ParamsError, match=r"methods\.first\.pooling: 'logsumexp' is not among evidence\.poolings"):
         settings["evidence"]["poolings"] = ["maximum", "logits"]
         settings["ablations"]["pooling"] = ["maximum"]
@@ -189,8 +182,8 @@ def test_what_has_a_schedule_may_learn_and_needs_its_pooling(tmp_path: Path) -> 
 
 def test_what_learns_has_a_row() -> None:
     params = load(ROOT / "params.yaml")
-    assert trained(params) == list(params.training) == ["dsd", "clip-finetune", "clip-prompt"]
-    assert prompted(params) == "dsd"
+    assert params.trained == list(params.training) == ["dsd", "clip-finetune", "clip-prompt"]
+    assert params.prompted == "dsd"
     assert [isinstance(row, NoisyTrainingParams) for row in params.training.values()] == [True, False, False]
 
 
@@ -273,8 +266,8 @@ def test_a_new_kind_is_one_class() -> None:
 
     params = Params.model_validate(settings)
     assert isinstance(params.methods["mine"], MineMethod) and isinstance(params.datasets["own"], OwnDataset)
-    assert (list(raced(params)), params.schedules["few"].proposed_by) == (["mine"], "clip-zero-shot")
-    assert (backbone_of(params, "mine"), noise_of(params, "own")) == (params.backbone, params.noise)
+    assert (list(params.raced), params.schedules["few"].proposed_by) == (["mine"], "clip-zero-shot")
+    assert (params.backbone_of("mine"), params.noise_of("own")) == (params.backbone, params.noise)
     assert params.model_dump(mode="json")["methods"]["mine"] == settings["methods"]["mine"]
     assert Params.model_validate(params.model_dump()) == params
 

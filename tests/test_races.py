@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsd.config import NoiseParams, Params, prompted
+from dsd.config import NoiseParams, Params
 from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
 from dsd.engine.engine import Engine
 from dsd.engine.races import RaceRunner, choices, right
@@ -279,7 +279,7 @@ def test_all_methods_may_have_schedules_with_a_proposer(raced: Params, folders: 
         if name in ("dsd", "denoising")
     } | {"clip-zero-shot": whole.methods["clip-zero-shot"]}
     params = whole.model_copy(update={"methods": methods})
-    assert prompted(params) == "dsd" and not evidence_prompts(params.methods)
+    assert params.prompted == "dsd" and not evidence_prompts(params.methods)
     session, target = Session(DATASET, params, folders), tmp_path / "score"
     list(train(session, "dsd", folders.trained / "dsd"))
     assert score(session, target, split="test")["rows"] == 0

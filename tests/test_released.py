@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsd.config import Params, ReleasedMethod, load, noise_of
+from dsd.config import Params, ReleasedMethod, load
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import Pair, pairs, read_examples
 from dsd.data.image_table import ImageTable
@@ -79,7 +79,7 @@ def test_scores_are_those_of_a_direct_transcription(
     alone: Params, backbone: StableDiffusion, prepared: Path, cached: Path, tmp_path: Path
 ) -> None:
     score(Session("scenes-com", alone, Folders(prepared, cached, tmp_path)), tmp_path, split="test")
-    split, noise = ScoredSplit.of("scenes-com", alone, prepared, tmp_path), noise_of(alone, "scenes-com")
+    split, noise = ScoredSplit.of("scenes-com", alone, prepared, tmp_path), alone.noise_of("scenes-com")
     scores = {name: split.scores(method, name) for name, method in alone.methods.items()}
     texts, images = all_texts(read_all(prepared)), ImageTable(prepared / "images.parquet")
     latents, _ = diffusion_encodings(backbone, images, texts, 32, Store(cached), 1)
@@ -174,6 +174,6 @@ def test_evidence_names_the_layers_of_the_backbone(
 ) -> None:
     score(Session("scenes-com", alone, Folders(prepared, cached, tmp_path)), tmp_path, split="test")
     examples = read_examples(prepared / "examples.parquet", "test")
-    evidence = read_evidence(tmp_path, "none", examples, noise_of(alone, "scenes-com"), alone.seed, compares=True)
+    evidence = read_evidence(tmp_path, "none", examples, alone.noise_of("scenes-com"), alone.seed, compares=True)
     assert evidence.layers == backbone.layers and evidence.latent == 4 * 4 * 4
     assert evidence.attention.shape[-2] == len(evidence.layers)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dsd.config import Params, StagedSchedule, StudyParams, load, trained
+from dsd.config import Params, StagedSchedule, StudyParams, load
 from dsd.data.examples import MatchingExample, write_examples
 from dsd.errors import DataError
 from dsd.evaluation import ablations, claims
@@ -133,7 +133,7 @@ def write_dataset(name: str, params: Params, data: Path) -> claims.Answers:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
     curve = [f"{step},{2 / step:.6f},{min(1, step / 40):.6f}" for step in range(1, 61)]
-    for method in trained(params):
+    for method in params.trained:
         (data / "train" / name / method).mkdir(parents=True)
         (data / "train" / name / method / "curve.csv").write_text("\n".join(["step,loss,accuracy", *curve, ""]))
     variants = {}

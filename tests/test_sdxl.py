@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from dsd import Matcher
-from dsd.config import Params, noise_of
+from dsd.config import Params
 from dsd.data.draws import draws
 from dsd.data.examples import read_examples
 from dsd.engine.cache import encode
@@ -141,7 +141,7 @@ def test_the_stages_run_on_it(params: Params, xl: Path, prepared: Path, tmp_path
     assert curve and all(np.isfinite(step["loss"]) for step in curve)
     counts = score(session, scored, split="test")
     assert counts["computed"] == counts["rows"] > 0
-    examples, noise = read_examples(prepared / "examples.parquet", "test"), noise_of(chosen, "scenes-com")
+    examples, noise = read_examples(prepared / "examples.parquet", "test"), chosen.noise_of("scenes-com")
     evidence = read_evidence(scored, "none", examples, noise, chosen.seed, compares=True)
     assert evidence.attention.shape[1] == len(draws(noise, chosen.seed))
     assert np.isfinite(evidence.attention).all() and np.isfinite(evidence.error).all()

@@ -29,22 +29,13 @@ from dsd.config.experiments import (
 )
 from dsd.config.load import (
     Params,
-    backbone_of,
-    contrastive,
     file_of,
     files,
     load,
     merged,
     mistake,
-    noise_of,
-    prompted,
-    raced,
     read,
-    schedulable,
     split,
-    trained,
-    twin,
-    under_test,
 )
 from dsd.config.methods import (
     EXHAUSTIVE,

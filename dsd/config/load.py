@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import Tag, ValidationError, model_validator
@@ -17,8 +17,6 @@ from dsd.config.datasets import DatasetParams
 from dsd.config.experiments import AblationParams, EvaluateParams, RacesParams, ReportParams, StudyParams
 from dsd.config.methods import (
     ContrastiveMethod,
-    CrossAttentionMethod,
-    DenoisingMethod,
     FusionParams,
     MethodParams,
     ScheduledMethod,
@@ -154,7 +152,7 @@ class Params(ParamsModel):
     def _what_learns_is_trained(self) -> Params:
         if all(row.contrastive for row in self.methods.values()):
             raise ValueError("methods: none uses the diffusion model; one must")
-        learning = _trained(self.methods)
+        learning = self.trained
         for name in self.training:
             if name not in learning:
                 raise ValueError(f"training.{name}: {unknown('trained method', name, learning)}")
@@ -183,67 +181,52 @@ class Params(ParamsModel):
             raise ValueError(f"serving.prompt: {unknown('dataset', str(prompt), self.datasets)}")
         return self
 
+    def noise_of(self, dataset: str) -> NoiseParams:
+        """The noise at which the examples of a dataset are scored."""
+        draws = self.datasets[dataset].draws_per_level
+        return self.noise if draws is None else self.noise.model_copy(update={"draws_per_level": draws})
 
-def noise_of(params: Params, dataset: str) -> NoiseParams:
-    """The noise at which the examples of a dataset are scored."""
-    draws = params.datasets[dataset].draws_per_level
-    return params.noise if draws is None else params.noise.model_copy(update={"draws_per_level": draws})
+    def backbone_of(self, method: str) -> str:
+        """The row of `backbones` that a method uses."""
+        return self.methods[method].own_backbone or self.backbone
 
+    @property
+    def contrastive(self) -> dict[str, ContrastiveMethod]:
+        """The methods that use a CLIP."""
+        return {name: row for name, row in self.methods.items() if isinstance(row, ContrastiveMethod)}
 
-def backbone_of(params: Params, method: str) -> str:
-    """The row of `backbones` that a method uses."""
-    return params.methods[method].own_backbone or params.backbone
+    @property
+    def raced(self) -> dict[str, ScheduledMethod]:
+        """The methods whose schedule is not exhaustive; they leave rankings and no evidence."""
+        return {n: row for n, row in self.methods.items() if isinstance(row, ScheduledMethod) and row.has_schedule}
 
+    @property
+    def prompted(self) -> str | None:
+        """The method whose score trains the attention prompt that all methods with prompt: few-shot share, if any.
 
-def contrastive(params: Params) -> dict[str, ContrastiveMethod]:
-    """The methods that use a CLIP."""
-    return {name: row for name, row in params.methods.items() if isinstance(row, ContrastiveMethod)}
+        It is the first cross-attention method with prompt: few-shot; one without a schedule takes precedence.
+        """
+        names = [name for name, row in self.methods.items() if row.learns == "attention prompt"]
+        return min(names, key=lambda name: self.methods[name].has_schedule, default=None)
 
+    @property
+    def under_test(self) -> str:
+        """The method that the report is about: the prompted one, else the first that uses the diffusion model."""
+        return self.prompted or next(name for name, row in self.methods.items() if not row.contrastive)
 
-def schedulable(params: Params) -> dict[str, ScheduledMethod]:
-    """The methods that may have a schedule."""
-    return {name: row for name, row in params.methods.items() if isinstance(row, ScheduledMethod)}
+    @property
+    def twin(self) -> str | None:
+        """The method that differs from the prompted one in its prompt alone, if any."""
+        if self.prompted is None:
+            return None
+        bare = self.methods[self.prompted].model_copy(update={"prompt": "none"})
+        return next((name for name, method in self.methods.items() if method == bare), None)
 
-
-def raced(params: Params) -> dict[str, CrossAttentionMethod | DenoisingMethod]:
-    """The methods whose schedule is not exhaustive; they leave rankings and no evidence."""
-    return {name: cast(Any, row) for name, row in schedulable(params).items() if row.has_schedule}
-
-
-def prompted(params: Params) -> str | None:
-    """The method whose score trains the attention prompt that all methods with prompt: few-shot share, if any.
-
-    It is the first cross-attention method with prompt: few-shot; one without a schedule takes precedence.
-    """
-    return next(iter(_prompted(params.methods)), None)
-
-
-def under_test(params: Params) -> str:
-    """The method that the report is about: the prompted one, else the first that uses the diffusion model."""
-    return prompted(params) or next(name for name, row in params.methods.items() if not row.contrastive)
-
-
-def twin(params: Params) -> str | None:
-    """The method that differs from the prompted one in its prompt alone, if any."""
-    if (trained := prompted(params)) is None:
-        return None
-    bare = params.methods[trained].model_copy(update={"prompt": "none"})
-    return next((name for name, method in params.methods.items() if method == bare), None)
-
-
-def trained(params: Params) -> list[str]:
-    """The methods that are trained: the rows of `training`."""
-    return _trained(params.methods)
-
-
-def _prompted(methods: Mapping[str, MethodParams]) -> list[str]:
-    names = [name for name, row in methods.items() if row.learns == "attention prompt"]
-    return sorted(names, key=lambda name: methods[name].has_schedule)
-
-
-def _trained(methods: Mapping[str, MethodParams]) -> list[str]:
-    others = [name for name, row in methods.items() if row.learns not in (None, "attention prompt")]
-    return [*_prompted(methods)[:1], *others]
+    @property
+    def trained(self) -> list[str]:
+        """The methods that are trained: the rows of `training`."""
+        others = [name for name, row in self.methods.items() if row.learns not in (None, "attention prompt")]
+        return [*([self.prompted] if self.prompted else []), *others]
 
 
 def load(path: Path | str = "params.yaml") -> Params:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsd.config import raced
 from dsd.data.draws import draws
 from dsd.data.examples import MatchingExample, pairs
 from dsd.engine.batching import Filled
@@ -135,7 +134,7 @@ def score_raced(session: Session, comparisons: Path, target: Path, *, split: str
     store, examples = Store(target / RACES), session.examples(split)
     keys: dict[str, list[str]] = {}
     costs: dict[str, float] = {}
-    for row, method in raced(params).items():
+    for row, method in params.raced.items():
         schedule = params.schedules[method.schedule]
         kind, runner = SCHEDULES[schedule.kind], RaceRunner(session, method)
         learned = comparison_of(comparisons / f"{name}.json", row, runner.key) if kind.needs_comparison else {}

@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import torch
 
-from dsd.config import ContrastiveMethod, NoiseParams, Params, noise_of, prompted
+from dsd.config import ContrastiveMethod, NoiseParams, Params
 from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
 from dsd.data.image_table import ImageTable
 from dsd.engine.encodings import Arrays, Encodings, all_texts, contrastive_encodings, diffusion_encodings, read_all
@@ -60,7 +60,7 @@ class Session:
     @property
     def scoring_noise(self) -> NoiseParams:
         """The noise levels and draws of scoring on this dataset."""
-        return noise_of(self.params, self.name)
+        return self.params.noise_of(self.name)
 
     @cached_property
     def images(self) -> ImageTable:
@@ -91,7 +91,7 @@ class Session:
 
     def training_of(self, prompt: str) -> str | None:
         """Return the method whose training writes the attention prompt "few-shot"; None for "none"."""
-        return prompted(self.params) if prompt == "few-shot" else None
+        return self.params.prompted if prompt == "few-shot" else None
 
     def prompt_file(self, prompt: str) -> Path | None:
         """Return the file of an attention prompt; None for "none"."""

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dsd.config import CrossAttentionMethod, Params, prompted, trained, twin
+from dsd.config import CrossAttentionMethod, Params
 from dsd.data.examples import MatchingExample
 from dsd.datasets import benchmark
 from dsd.evaluation.ablations import Variant, values
@@ -97,9 +97,9 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
 
     Claims about ablations are tested on the headline metric of image choices and of referring expressions.
     """
-    ours = prompted(params) or ""  # without a prompted method its claims cannot be tested
-    zero_shot = [untrained] if (untrained := twin(params)) is not None else []
-    tuned = [method for method in trained(params) if method != ours]
+    ours = params.prompted or ""  # without a prompted method its claims cannot be tested
+    zero_shot = [untrained] if (untrained := params.twin) is not None else []
+    tuned = [method for method in params.trained if method != ours]
     matching, referring, answering, classifying = (
         [d for d in data if data[d].kind in kinds] for kinds in TASKS.values()
     )

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dsd.config import EvaluateParams, MethodParams, Params, noise_of
+from dsd.config import EvaluateParams, MethodParams, Params
 from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
 from dsd.datasets import benchmark
 from dsd.errors import DataError
@@ -95,7 +95,7 @@ class ScoredSplit:
             fitting_examples(few_shot, params.methods, params.fusion, params.seed),
             methods=params.methods,
             poolings=params.evidence.poolings,
-            noise=noise_of(params, name),
+            noise=params.noise_of(name),
             fusion=params.fusion,
             seed=params.seed,
         )

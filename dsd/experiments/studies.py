@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dsd.config import Params, backbone_of
+from dsd.config import Params
 from dsd.datasets import benchmark
 from dsd.datasets.preparation import prepare
 from dsd.engine.cache import encode
@@ -53,7 +53,7 @@ def evaluate_variant(name: str, split: str, params: Params, data: Path, folder: 
 def piece_keys(study: Study, variant: str, dataset: str) -> dict[str, str]:
     """The digests of all that the ranks of a piece depend on."""
     params = study.variant(variant, dataset)
-    backbones = {backbone_of(params, method) for method in params.methods}
+    backbones = {params.backbone_of(method) for method in params.methods}
     models = sorted(locate(params.backbones[backbone])[1] for backbone in backbones)
     return {"params": study.key(variant, dataset), "models": digest(models)}
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dsd.config import Params, under_test
+from dsd.config import Params
 
 if TYPE_CHECKING:
     from dsd.matcher import Heatmap, Matcher
@@ -42,7 +42,7 @@ class BackboneHeatMaps:
     def __init__(self, params: Params, trained: Path) -> None:
         from dsd.models import device_of, load_diffusion
 
-        self._name = under_test(params)
+        self._name = params.under_test
         method = params.methods[self._name]
         assert method.scorer != "contrastive"  # `under_test` returns none
         row, runtime = params.backbones[params.backbone], params.runtime

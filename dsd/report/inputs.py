@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dsd.config import Params, trained
+from dsd.config import Params
 from dsd.data.examples import MatchingExample, read_examples
 from dsd.datasets import benchmark
 from dsd.errors import DataError, unknown
@@ -147,7 +147,7 @@ def read_datasets(params: Params, data: Path, timings: Timings) -> list[DatasetR
                 scores,
                 ranks,
                 ablations.get(name, {}),
-                {m: _curve(data / "train" / name / m / "curve.csv") for m in trained(params) if m in results[name]},
+                {m: _curve(data / "train" / name / m / "curve.csv") for m in params.trained if m in results[name]},
                 read_json(prepared / "quarantine.json", "prepare"),
                 summaries,
             )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from dsd.config import FusionMethod, Params, contrastive, noise_of, prompted, trained, twin, under_test
+from dsd.config import FusionMethod, Params
 from dsd.progress import progress
 from dsd.report import comparisons, figures, findings, inputs, papers, races, studies, tables
 from dsd.report.gallery import MAPPED, gallery, noisy_example
@@ -31,13 +31,13 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
     timings = inputs.read_timings(data)
     datasets = inputs.read_datasets(params, data, timings)
     heat = heatmaps or BackboneHeatMaps(params, data / "train")
-    method, before = under_test(params), twin(params)
+    method, before = params.under_test, params.twin
     evaluate = params.evaluate
     resampling = Resampling(resamples=evaluate.resamples, confidence=evaluate.confidence, seed=params.seed)
     fusions = {name: cast(FusionMethod, row).parts for name, row in params.methods.items() if row.scorer == "fusion"}
     denoisers = [name for name, row in params.methods.items() if row.scorer == "denoising"]
     untrained = [name for name, row in params.methods.items() if not row.contrastive and row.zero_shot]
-    clips = {row.tuned: name for name, row in reversed(contrastive(params).items())}
+    clips = {row.tuned: name for name, row in reversed(params.contrastive.items())}
     claims, replays = inputs.read_claims(data), inputs.read_races(params.races.datasets, data)
     tested = [d for d in datasets if method in d.results]
     series = {name: number for number, name in enumerate(params.methods)}
@@ -48,7 +48,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         params=params,
         method=method,
         twin=before,
-        trained=trained(params),
+        trained=params.trained,
         facts=_facts(params, heat.digest, timings),
         confidence=f"{100 * evaluate.confidence:g} %",
         **_comparisons(datasets, method, before, fusions, untrained, resampling),
@@ -57,9 +57,9 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         claims=[tables.claims(claims), tables.claim_comparisons(claims)] if claims else [],
         reasons=findings.reasons(claims, datasets, method, denoisers),
         first_paper=list(
-            papers.first_paper((clips.get("projections"), clips.get("context"), prompted(params)), datasets)
+            papers.first_paper((clips.get("projections"), clips.get("context"), params.prompted), datasets)
         ),
-        first_paper_figures=papers.first_paper_figures(prompted(params), datasets),
+        first_paper_figures=papers.first_paper_figures(params.prompted, datasets),
         figures=_figures(datasets, method, before, series),
         subsets=params.ablations.subsets,
         fusion=params.fusion,
@@ -98,7 +98,7 @@ def _facts(params: Params, digest: str, timings: Mapping[str, Mapping[str, Any]]
         ("digest", digest),
         ("images", parity),
         ("noise levels", ", ".join(map(str, params.noise.levels))),
-        ("draws per level", ", ".join(f"{name} {noise_of(params, name).draws_per_level}" for name in params.datasets)),
+        ("draws per level", ", ".join(f"{name} {params.noise_of(name).draws_per_level}" for name in params.datasets)),
         ("λ of eq. 3", f"{params.evidence.scale:g}"),
         ("finished", tables.utc(finished) or tables.UNKNOWN),
         ("device", "; ".join(devices) or tables.UNKNOWN),

@@ -26,7 +26,7 @@ from accelerate import PartialState
 from accelerate.utils import gather, reduce
 from torch import Tensor, nn
 
-from dsd.config import TrainingParams, backbone_of
+from dsd.config import TrainingParams
 from dsd.data.draws import Draw
 from dsd.data.examples import MatchingExample, Pair
 from dsd.engine.session import Session
@@ -223,7 +223,7 @@ def training_key(session: Session, method: str) -> str:
     """Return the digest of everything that the training of a method on a dataset depends on."""
     params, row = session.params, session.params.methods[method]
     examples = file_digest(session.folders.prepared / "examples.parquet")
-    opened = params.backbones[backbone_of(params, method)]
+    opened = params.backbones[params.backbone_of(method)]
     _, backbone = locate(opened)
     if opened.dtype != "float32":
         backbone = digest(backbone, opened.dtype)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from dsd.config import BackboneParams, Params, prompted
+from dsd.config import BackboneParams, Params
 from dsd.errors import DataError
 from dsd.store import file_digest
 from dsd.versions import VERSIONS, moved_versions
@@ -65,7 +65,7 @@ class Measurement:
         """The file of the attention prompt that was trained on each dataset; by default on those with results."""
         from dsd.models.prompts import PROMPT  # it imports torch
 
-        folder, method = self.root / "data" / "train", str(prompted(self.params))
+        folder, method = self.root / "data" / "train", str(self.params.prompted)
         files = {name: folder / name / method / PROMPT for name in (self.metrics if datasets is None else datasets)}
         return {name: file for name, file in files.items() if file.exists()}
 

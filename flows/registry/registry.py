@@ -20,7 +20,7 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from dsd.config import BackboneParams, Params, backbone_of, prompted, raced
+from dsd.config import BackboneParams, Params
 from dsd.errors import DataError, DsdError
 from dsd.store import digest, file_digest
 from dsd.versions import moved_versions, versioned
@@ -99,8 +99,8 @@ class Version:
 
 def evaluation_key(params: Params, identity: str) -> str:
     """Return the digest of a checkpoint's own digest and of every setting and version that its results depend on."""
-    used = {name: params.backbones[name] for m in params.methods if (name := backbone_of(params, m)) != params.backbone}
-    excluded = EXCLUDED - {"races"} if raced(params) else EXCLUDED
+    used = {name: params.backbones[name] for m in params.methods if (name := params.backbone_of(m)) != params.backbone}
+    excluded = EXCLUDED - {"races"} if params.raced else EXCLUDED
     arithmetic = params.backbones[params.backbone].dtype
     return versioned("scores", digest(identity, arithmetic, used, params.model_dump(mode="json", exclude=excluded)))
 
@@ -134,7 +134,7 @@ class Registry:
         with locked():
             run = self._evaluation(measured, content, tags)
             for dataset, file in measured.prompts().items():
-                own = {"dsd.dataset": dataset, "dsd.method": str(prompted(params))}
+                own = {"dsd.dataset": dataset, "dsd.method": str(params.prompted)}
                 own["dsd.metrics"] = json.dumps(measured.metrics[dataset])
                 # A version per measurement, even of the same file: a prompt is promoted together with its backbone.
                 of_prompt = digest(run.info.run_id, file_digest(file))

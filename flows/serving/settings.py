@@ -17,7 +17,6 @@ from dsd.config import (
     NoiseParams,
     Params,
     RuntimeParams,
-    noise_of,
 )
 from flows import absolute
 
@@ -43,7 +42,7 @@ class Settings(Bounds):
         method = params.methods[serving.method]
         assert method.scorer == "cross-attention" or method.scorer == "denoising"  # `Params` checks it
         paths = {key: path and absolute(path) for key in ("source", "config", "lora") for path in [getattr(row, key)]}
-        noise = params.noise if serving.prompt is None else noise_of(params, serving.prompt)
+        noise = params.noise if serving.prompt is None else params.noise_of(serving.prompt)
         pooling = method.reads_pooling or "logsumexp"
         return cls(
             seed=params.seed,

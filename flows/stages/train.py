@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from dsd.config import Params, trained
+from dsd.config import Params
 from dsd.errors import DsdError
 from flows import DATA
 from flows.stages.common import Details, each, main, prune, stage, unit
@@ -31,8 +31,8 @@ def train(params: Params) -> dict[str, Details]:
 
     def dataset(name: str) -> Details:
         (DATA / "train" / name).mkdir(parents=True, exist_ok=True)  # DVC expects it even if no method is trained
-        prune(DATA / "train" / name, trained(params))
-        return {method: fit(name, method) for method in trained(params)}
+        prune(DATA / "train" / name, params.trained)
+        return {method: fit(name, method) for method in params.trained}
 
     prune(DATA / "train", params.datasets)
     return each(unit(dataset), params.datasets)
@@ -45,7 +45,7 @@ def follow() -> None:
 
     params = params_of("train")
     for name in params.datasets:
-        for method in trained(params):
+        for method in params.trained:
             list(train(Session(name, params, Folders.of(DATA, name)), method, DATA / "train" / name / method))
 
 
