@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from dsd.config import EvidenceParams, ScheduledMethod
-from dsd.engine.batching import Entry, Filled, side_by_side
+from dsd.config import EvidenceParams
 from dsd.engine.encodings import Arrays
-from dsd.engine.forward import Batch, Lookup, Values, observe, row_values
+from dsd.engine.forward import Batch, Lookup, observe
 from dsd.models import StableDiffusion
 from dsd.models.prompts import AttentionPrompt
 from dsd.progress import progress
@@ -84,6 +83,11 @@ class Engine:
         """The number of concurrent batches that determines their sizes."""
         return self._as_on if self._as_on and self.backbone.device.type == "cpu" else cores(self.backbone.device)
 
+    @property
+    def rows_at_once(self) -> int:
+        """The rows that fill all batches that are computed at once."""
+        return self.batch_size * self._cores
+
     def _inputs(self, rows: Sequence[Request]) -> Batch:
         return Batch.of(rows, self.backbone.schedule_length, self._latents, self._texts)
 
@@ -92,16 +96,6 @@ class Engine:
         evidence = observe(self.backbone, self.prompt, self.evidence, batch.to(self.backbone.device))
         arrays = (tensor.float().cpu().contiguous().numpy() for tensor in evidence)
         return dict(zip(("attention", "attribution", "error"), arrays, strict=True))
-
-    def race(
-        self, entries: Iterable[Entry], method: ScheduledMethod, filled: Filled, stored: dict[Request, float]
-    ) -> Iterator[Entry]:
-        """Run races concurrently in full batches; see `side_by_side`."""
-
-        def compute(rows: list[Request]) -> Values:
-            return row_values(self.compute(rows), method, self.evidence.poolings)
-
-        return side_by_side(entries, compute, self.batch_size * self._cores, filled, stored)
 
 
 def fill(

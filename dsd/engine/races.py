@@ -14,7 +14,7 @@ import numpy as np
 from dsd.config import NoiseParams, ScheduledMethod
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import MatchingExample, Pair, pairs
-from dsd.engine.batching import Entry, Filled
+from dsd.engine.batching import Entry, Filled, side_by_side
 from dsd.engine.encodings import Arrays
 from dsd.engine.forward import Values, row_values
 from dsd.engine.session import Session
@@ -120,4 +120,9 @@ class RaceRunner:
             return Entry(example.id, race, candidates, ordered, compares)
 
         entries = itertools.starmap(entry, enumerate(examples))
-        return self.session.engine(self.method.prompt).race(entries, self.method, filled, dict(stored or {}))
+        engine = self.session.engine(self.method.prompt)
+
+        def compute(rows: list[Request]) -> Values:
+            return row_values(engine.compute(rows), self.method, engine.evidence.poolings)
+
+        return side_by_side(entries, compute, engine.rows_at_once, filled, dict(stored or {}))

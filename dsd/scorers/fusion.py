@@ -15,10 +15,6 @@ from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.special import logsumexp
 
 from dsd.config import FusionMethod, FusionParams, MethodParams
 from dsd.data.examples import MatchingExample, Pair
@@ -138,6 +134,9 @@ def contests(examples: Sequence[MatchingExample], pairs: Sequence[Pair]) -> Iter
 
 def related(examples: Sequence[MatchingExample]) -> NDArray[np.int64]:
     """Return the group [n] of each contest: examples that share images, directly or through others, are one group."""
+    from scipy.sparse import coo_array  # scipy takes a second to import, and only fitting needs it
+    from scipy.sparse.csgraph import connected_components
+
     number = {image: n for n, image in enumerate(dict.fromkeys(i for e in examples for i in e.images))}
     row, column = zip(*((n, number[image]) for n, e in enumerate(examples) for image in e.images), strict=True)
     shows = coo_array((np.ones(len(row)), (row, column)), shape=(len(examples), len(number)))
@@ -185,6 +184,8 @@ def _loss(
     weights_F: Floats, values_nCF: Floats, there_nC: NDArray[np.bool_], right_n: NDArray[np.int64], penalty_F: Floats
 ) -> tuple[float, Floats]:
     """Return the mean negative log-likelihood plus the penalties on the squared weights, and its gradient."""
+    from scipy.special import logsumexp
+
     n = np.arange(len(right_n))
     scores_nC = np.where(there_nC, values_nCF @ weights_F, -np.inf)
     logs_nC = scores_nC - logsumexp(scores_nC, axis=1, keepdims=True)
@@ -196,6 +197,8 @@ def _loss(
 
 
 def _weights(values_nCF: Floats, there_nC: NDArray[np.bool_], right_n: NDArray[np.int64], penalty_F: Floats) -> Floats:
+    from scipy.optimize import minimize
+
     start = np.zeros(values_nCF.shape[-1])
     result = minimize(_loss, start, (values_nCF, there_nC, right_n, penalty_F), method="L-BFGS-B", jac=True)
     return np.asarray(result.x)
