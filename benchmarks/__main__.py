@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from dsd.engine.tracks import Folders, Track, proposals
 
 from benchmarks import executors, plain, serving, watching
 from benchmarks.drift import drift
@@ -25,11 +24,13 @@ from benchmarks.setting import PREPARED, engine_over
 from dsd.config import DenoisingMethod, load
 from dsd.data.draws import draws
 from dsd.data.examples import MatchingExample, read_examples
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.engine.batching import Filled
+from dsd.engine.races import RaceRunner
+from dsd.engine.session import Folders, Session
 from dsd.errors import DataError
 from dsd.experiments.scaling import read_scaling
-from dsd.models.attention import Recording, during
+from dsd.models.attention import Capture
 from dsd.schedules import SCHEDULES
 from dsd.schedules.base import Course
 from dsd.schedules.exhaustive import exhaustive_course
@@ -65,10 +66,10 @@ def engine_vs_plain_loop() -> Result:
     params = load()
     examples = read_examples(PREPARED / "examples.parquet", "test")
     few, many, same_draws = examples[:6], examples[:480], draws(params.noise, params.seed)
-    pictures, ratios = Pictures(PREPARED / "images.parquet"), []
+    pictures, ratios = ImageTable(PREPARED / "images.parquet"), []
 
     def requests_of(some: list[MatchingExample]) -> Requests:
-        return requests(some, params.noise, params.seed, normalised=False)  # the plain loop scores attention alone
+        return requests(some, params.noise, params.seed, compares=False)  # the plain loop scores attention alone
 
     for _ in range(3):
         with TemporaryDirectory() as folder:
@@ -100,13 +101,13 @@ def capture_overhead() -> Result:
         backbone.predict_noise(latents, timesteps, hidden)
 
     def captured() -> None:
-        recording = Recording.of(params.evidence, content)
-        with during(backbone.attention, recording):
-            backbone.predict_noise(latents, timesteps, hidden)
-        recording.stacked()
+        capture = Capture.of(params.evidence, content)
+        backbone.predict_noise(latents, timesteps, hidden, capture=capture)
+        capture.stacked()
 
     with torch.inference_mode():
-        bare(), captured()
+        bare()
+        captured()
         ratios = []
         for _ in range(60):
             first, second, third = seconds(bare), seconds(captured), seconds(bare)
@@ -163,19 +164,21 @@ def races() -> dict[str, Result]:
     chosen, draws_ = comparison["chosen"], comparison["draws"]
     share = {name: row["share"]["value"] for name, row in chosen.items()}
     own = share[CALIBRATED]
-    folders = Folders(*(Path("data") / stage / CLASSES for stage in ("prepare", "cache", "train")))
-    params, examples = load(), folders.examples("test")
+    params = load()
+    session = Session(CLASSES, params, Folders.of(Path("data"), CLASSES))
+    examples = session.examples("test")
     method = params.methods["denoising"]
     assert isinstance(method, DenoisingMethod)
-    track = Track.of(CLASSES, method, params, folders)
-    proposed = proposals("clip-zero-shot", examples, params, folders)
+    runner = RaceRunner(session, method)
+    runner.open()
+    proposed = session.proposals("clip-zero-shot", examples)
 
     def course_of(name: str) -> Course:
         return SCHEDULES["racing"].course(chosen[name]["setting"], params.races, comparison)
 
     course = course_of(CALIBRATED)
-    engine, fill = race_engine(track, course, examples, None)
-    proposed_engine, proposed_fill = race_engine(track, course_of(PROPOSED), examples, proposed)
+    engine, fill = race_engine(runner, course, examples, None)
+    proposed_engine, proposed_fill = race_engine(runner, course_of(PROPOSED), examples, proposed)
     return {
         "racing_vs_exhaustive_evaluations": at_least(1 / own, "times", 20),
         "racing_vs_staged_evaluations": at_least(share["staged"] / own, "times", 1.5),
@@ -184,7 +187,7 @@ def races() -> dict[str, Result]:
         "racing_disagreement": at_most(
             chosen[CALIBRATED]["disagreement"]["value"], "", chosen[CALIBRATED]["setting"]["delta"]
         ),
-        "racing_seconds_vs_evaluations": speedup_share(track, course, exhaustive_course(params.races), examples),
+        "racing_seconds_vs_evaluations": speedup_share(runner, course, exhaustive_course(params.races), examples),
         "evaluations_per_candidate_of_3129": at_most(evaluations_per_candidate(3129), "", 1.3),
         "engine_vs_single_image": engine,
         "batch_fill": fill,
@@ -202,13 +205,12 @@ def served() -> dict[str, Result]:
     }
 
 
-def speedup_share(track: Track, course: Course, whole: Course, examples: Sequence[MatchingExample]) -> Result:
+def speedup_share(runner: RaceRunner, course: Course, whole: Course, examples: Sequence[MatchingExample]) -> Result:
     """How many times faster a course is than all draws, over how many times fewer evaluations it takes."""
 
     def per_image(course: Course, some: Sequence[MatchingExample]) -> tuple[float, float]:
         filled = Filled()
-        entries = track.entries(course, some, None)
-        taken = seconds(lambda: list(track.engine.race(entries, track.method, filled, {})))
+        taken = seconds(lambda: list(runner.run(course, some, None, filled)))
         return taken / len(some), filled.rows / len(some)
 
     per_image(course, examples[:4])  # warm up
@@ -221,19 +223,20 @@ def speedup_share(track: Track, course: Course, whole: Course, examples: Sequenc
 
 
 def race_engine(
-    track: Track, course: Course, examples: Sequence[MatchingExample], proposed: Sequence[Floats] | None
+    runner: RaceRunner, course: Course, examples: Sequence[MatchingExample], proposed: Sequence[Floats] | None
 ) -> tuple[Result, Result]:
     """Images per second over those of the same races one by one, and how full the batches of many races are."""
     filled = Filled()
 
     def together() -> None:
-        list(track.engine.race(track.entries(course, examples, proposed), track.method, filled, {}))
+        list(runner.run(course, examples, proposed, filled))
 
     def one_by_one(some: Sequence[MatchingExample]) -> None:
         """As public code does it: a batch is the next round of one image."""
-        for entry in track.entries(course, some, proposed):
-            while rows := entry.wants():
-                entry.tell(dict(zip(rows, -track.engine.compute(rows)["error"], strict=True)))
+        engine = runner.session.engine(runner.method.prompt)
+        for entry in runner.entries(course, some, proposed):
+            while rows := entry.requests():
+                entry.record(dict(zip(rows, -engine.compute(rows)["error"], strict=True)))
 
     one_by_one(examples[:2])  # warm up
     few = examples[: len(examples) // 4]

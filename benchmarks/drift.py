@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsd.config import CrossAttentionMethod, DenoisingMethod, Params
+from dsd.config import Params
 from dsd.data.draws import draws
 from dsd.data.examples import MatchingExample
 from dsd.engine.engine import Engine
-from dsd.evaluation.evaluate import attention_scores, denoising_scores, tables
-from dsd.scorers.evidence import Evidence, requests, wanted
+from dsd.evaluation.evaluate import tables
+from dsd.scorers import SCORERS
+from dsd.scorers.evidence import Evidence, requests, with_unconditional
 
 
 class Drift(NamedTuple):
@@ -41,14 +42,23 @@ def drift(full: Engine, low: Engine, params: Params, examples: Sequence[Matching
 
 def scores_of(engine: Engine, params: Params, examples: Sequence[MatchingExample]) -> dict[str, list[np.ndarray]]:
     """The scores [I, T] of every example, by method without a prompt."""
-    rows, same_draws = wanted(examples, normalised=True), draws(params.noise, params.seed)
-    arrays = engine.compute(requests(examples, params.noise, params.seed, normalised=True))
+    rows, same_draws = with_unconditional(examples, compares=True), draws(params.noise, params.seed)
+    arrays = engine.compute(requests(examples, params.noise, params.seed, compares=True))
     shaped = {name: array.reshape(len(rows), len(same_draws), *array.shape[1:]) for name, array in arrays.items()}
     evidence = Evidence(rows, same_draws, **shaped, layers=engine.backbone.layers, latent=0)
-    scores = {}
-    for name, method in params.methods.items():
-        if isinstance(method, CrossAttentionMethod) and method.prompt == "none":
-            scores[name] = tables(examples, attention_scores(evidence, method, params.evidence.poolings))
-        if isinstance(method, DenoisingMethod) and method.prompt == "none":
-            scores[name] = tables(examples, denoising_scores(evidence, method))
-    return scores
+    stored = _Computed(evidence, params.evidence.poolings)
+    return {
+        name: tables(examples, SCORERS[method.scorer].scores(name, method, stored))  # type: ignore[arg-type]
+        for name, method in params.methods.items()
+        if method.can_have_schedule and method.zero_shot and not method.has_schedule
+    }
+
+
+class _Computed(NamedTuple):
+    """Evidence in place of `StoredEvidence`."""
+
+    computed: Evidence
+    poolings: Sequence[str]
+
+    def evidence(self, prompt: str) -> Evidence:
+        return self.computed

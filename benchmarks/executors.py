@@ -5,18 +5,17 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
-from dsd.engine.tracks import Folders
 
 from benchmarks.setting import PREPARED
 from dsd.config import load
-from dsd.engine import score as scoring
+from dsd.engine import score
+from dsd.engine.session import Folders, Session
 from flows.executors import cluster, compute
 
 NAME = PREPARED.name
@@ -37,26 +36,26 @@ def measure(data: Path) -> Measured:
     methods = {name: method for name, method in params.methods.items() if name == "dsd-zero-shot"}
     evidence = params.evidence.model_copy(update={"shard": ROWS})
     params = params.model_copy(update={"methods": methods, "training": {}, "evidence": evidence})
-    folders = Folders(*(data / stage / NAME for stage in ("prepare", "cache", "train")))
+    folders = Folders.of(data, NAME)
     cores = torch.get_num_threads()
     runtime = params.runtime.model_copy(update={"executor": "ray", "actors": cores})
 
-    def opened(target: Path) -> Callable[[], scoring.Worker]:
-        return partial(scoring.Worker, NAME, params, folders, target, split="test", cores=cores)
+    def opened(target: Path) -> Callable[[], score.Worker]:
+        return lambda: score.Worker(Session(NAME, params, folders, cores=cores), target, split="test")
 
     def alone(count: int) -> float:
         """Seconds of this process for this number of shards."""
         with TemporaryDirectory() as folder:
             worker = opened(Path(folder))()
             start = time.perf_counter()
-            for key in islice(worker.asked, count):
+            for key in islice(worker.shards, count):
                 worker(key)
             return time.perf_counter() - start
 
     def together() -> tuple[float, float]:
         """Seconds of the actors for the first shards, with their start, and for the shards after them."""
         with TemporaryDirectory() as folder:
-            missing = scoring.missing(NAME, params, folders, Path(folder), split="test")
+            missing = score.missing(Session(NAME, params, folders), Path(folder), split="test")
             start = time.time()
             compute(dict(islice(missing.items(), MANY)), opened(Path(folder)), runtime, "bench")
             written = sorted(path.stat().st_mtime for path in Path(folder).glob("*.json"))

@@ -13,15 +13,15 @@ import torch
 from dsd.config import EvidenceParams
 from dsd.data.draws import Draw
 from dsd.data.examples import MatchingExample, Pair
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.data.images import resize, to_array
 from dsd.models import StableDiffusion
-from dsd.models.attention import Recording, during
+from dsd.models.attention import Capture
 
 
 @torch.inference_mode()
 def score(
-    backbone: StableDiffusion, evidence: EvidenceParams, pictures: Pictures, resolution: int,
+    backbone: StableDiffusion, evidence: EvidenceParams, images: ImageTable, resolution: int,
     examples: Sequence[MatchingExample], draws: Sequence[Draw],
 ) -> dict[tuple[Pair, Draw], float]:  # fmt: skip
     """The pooled attention, averaged over layers and heads, of every (pair, draw) of the examples."""
@@ -30,7 +30,7 @@ def score(
         for image in example.images:
             for text in example.texts:
                 for draw in draws:
-                    resized = to_array(resize(pictures[image], parity=None, resolution=resolution))
+                    resized = to_array(resize(images[image], parity=None, resolution=resolution))
                     latents = backbone.encode_images(np.asarray(resized)[None])
                     words = backbone.encode_texts(["", text])
                     timestep = torch.tensor([draw.timestep(backbone.schedule_length)])
@@ -38,8 +38,7 @@ def score(
                     # Both halves of classifier-free guidance run, as in a generation pipeline.
                     content = words.content.clone()
                     content[0, 0] = True
-                    recording = Recording.of(evidence, content)
-                    with during(backbone.attention, recording):
-                        backbone.predict_noise(noised.repeat(2, 1, 1, 1), timestep.repeat(2), words.hidden)
-                    scores[Pair(image, text), draw] = float(recording.stacked()[0][1, 0].mean())
+                    capture, twice = Capture.of(evidence, content), noised.repeat(2, 1, 1, 1)
+                    backbone.predict_noise(twice, timestep.repeat(2), words.hidden, capture=capture)
+                    scores[Pair(image, text), draw] = float(capture.stacked()[0][1, 0].mean())
     return scores

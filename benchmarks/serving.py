@@ -28,9 +28,10 @@ import numpy as np
 from benchmarks.setting import PREPARED
 from dsd.config import load
 from dsd.data.examples import read_examples
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.models.checkpoint import locate
-from flows.serving import server as serving
+from flows.serving.service import save
+from flows.serving.settings import Settings
 
 CLIENTS, REQUESTS, TEXTS = 16, 12, 10  # requests of each client, and texts of each request
 Question = tuple[bytes, list[str]]  # an image file, texts
@@ -43,7 +44,7 @@ def throughput(rounds: int = 3) -> tuple[float, float]:
     Both encode each image once, and each text once in all.
     """
     params, shares, waited = load(), [], list[float]()
-    requests, settings = questions(), serving.Settings.of(params, locate(params.backbones[params.backbone])[1])
+    requests, settings = questions(), Settings.of(params, locate(params.backbones[params.backbone])[1])
     matcher = settings.matcher(None)
     problems = [([matcher.picture(file)], texts) for file, texts in requests]
     matcher.score_many(problems[:CLIENTS])  # warm up
@@ -61,25 +62,25 @@ def throughput(rounds: int = 3) -> tuple[float, float]:
 
 def questions() -> list[Question]:
     """The requests: each has an image of its own, and texts that some others have too."""
-    pictures, examples = Pictures(PREPARED / "images.parquet"), read_examples(PREPARED / "examples.parquet", "test")
+    images, examples = ImageTable(PREPARED / "images.parquet"), read_examples(PREPARED / "examples.parquet", "test")
     texts = list(dict.fromkeys(text for example in examples for text in example.texts))
     requests = []
     for n in range(CLIENTS * REQUESTS):
         file = io.BytesIO()
-        pictures[pictures.ids[n]].save(file, "PNG")
+        images[images.ids[n]].save(file, "PNG")
         requests.append((file.getvalue(), [texts[(n // 4 * TEXTS + m) % len(texts)] for m in range(TEXTS)]))
     return requests
 
 
 @contextmanager
-def server(settings: serving.Settings) -> Iterator[int]:
+def server(settings: Settings) -> Iterator[int]:
     """Run `dsd serve` on a free port of this machine; yields the port."""
     with socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        serving.save(settings, None, model)
+        save(settings, None, model)
         dsd = [sys.executable, "-c", "from flows.cli import app; app()"]
         process = subprocess.Popen([*dsd, "serve", "--model", str(model), "--port", str(port)])
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsd.config import Params
-from dsd.data.image_table import Pictures
+from dsd.data.image_table import ImageTable
 from dsd.engine.encodings import all_texts, diffusion_encodings, read_all
 from dsd.engine.engine import Engine
 from dsd.models import device_of, load_diffusion
@@ -18,6 +18,6 @@ def engine_over(params: Params, cache: Path) -> Engine:
     row, runtime = params.backbones[params.backbone], params.runtime
     backbone = load_diffusion(row, device_of(runtime.device), runtime.attention)
     texts = all_texts(read_all(PREPARED))  # as in the stage `cache`, so that its folder is read and never changed
-    pictures, most = Pictures(PREPARED / "images.parquet"), runtime.kept_texts
-    tables = diffusion_encodings(backbone, pictures, texts, params.images.resolution, Store(cache), most)
+    images, most = ImageTable(PREPARED / "images.parquet"), runtime.kept_texts
+    tables = diffusion_encodings(backbone, images, texts, params.images.resolution, Store(cache), most)
     return Engine(backbone, None, params.evidence, *tables, params.runtime.batch_size)

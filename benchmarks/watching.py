@@ -74,8 +74,8 @@ def main() -> None:
     else:
         publish(params, DATA)
     with TemporaryDirectory() as folder:  # not over the page of this workspace
-        promoted = promote(params, Path(folder) / "index.html").verdict.promoted
-    print(PROMOTED if promoted else KEPT_OUT)
+        _, verdict = promote(params, Path(folder) / "index.html")
+    print(PROMOTED if verdict.promoted else KEPT_OUT)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Shapes: C candidates, K draws; E pairs.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -110,19 +109,26 @@ class RaceRunner:
             budget: maximum number of evaluations, as a multiple of the candidates.
             stored: values that are already known.
         """
-        ordered = [self.draws[k] for k in course.order]
-
-        def entry(number: int, example: MatchingExample) -> Entry:
-            candidates = pairs([example])
-            most = None if budget is None else int(budget * len(candidates))
-            race = Race(len(candidates), course.schedule, proposals[number] if proposals else None, most)
-            compares = self.method.compares_unconditional and len(example.images) > 1
-            return Entry(example.id, race, candidates, ordered, compares)
-
-        entries = itertools.starmap(entry, enumerate(examples))
+        entries = self.entries(course, examples, proposals, budget)
         engine = self.session.engine(self.method.prompt)
 
         def compute(rows: list[Request]) -> Values:
             return row_values(engine.compute(rows), self.method, engine.evidence.poolings)
 
         return side_by_side(entries, compute, engine.rows_at_once, filled, dict(stored or {}))
+
+    def entries(
+        self,
+        course: Course,
+        examples: Sequence[MatchingExample],
+        proposals: Sequence[Floats] | None,
+        budget: float | None = None,
+    ) -> Iterator[Entry]:
+        """The examples as races, see `run`."""
+        ordered = [self.draws[k] for k in course.order]
+        for number, example in enumerate(examples):
+            candidates = pairs([example])
+            most = None if budget is None else int(budget * len(candidates))
+            race = Race(len(candidates), course.schedule, proposals[number] if proposals else None, most)
+            compares = self.method.compares_unconditional and len(example.images) > 1
+            yield Entry(example.id, race, candidates, ordered, compares)
