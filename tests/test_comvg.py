@@ -25,7 +25,7 @@ from dsd.metrics import SLOTS
 from dsd.scenes.captions import TEMPLATES
 from dsd.scenes.captions import sentence as caption
 from dsd.scenes.world import random_triplet
-from dsd.scorers.evidence import requests, wanted
+from dsd.scorers.evidence import requests, with_unconditional
 from tests.serving import Server
 from tests.test_preparation import prepare
 from tests.test_visual_genome import Json, annotate, host, hosted, image, names, paint, server
@@ -338,19 +338,20 @@ def test_the_size_of_the_published_list(local: Path, tmp_path: Path) -> None:
     assert Counter(e.category for e in examples) == {slot: ROWS // 3 for slot in SLOTS}
     assert len({text for e in examples for text in e.texts}) == SENTENCES
 
-    requested = wanted(examples, normalised=False)
+    requested = with_unconditional(examples, compares=False)
     distinct = {(entry["sentence"], entry[key]) for entry in lines for key in ("pos_image_id", "neg_image_id")}
     assert sum(len(e.images) * len(e.texts) for e in examples) == 2 * ROWS
     assert len(requested) == len(set(requested)) == len(distinct)
     assert 3000 < len(distinct) < 3400
-    seen = requests(examples, params.noise, params.seed, normalised=True)
+    seen = requests(examples, params.noise, params.seed, compares=True)
     assert len(seen) == len(set(seen)) == (len(distinct) + IMAGES) * len(params.noise.levels)
 
 
 def test_every_image_and_text_is_encoded_once(
     params: Params, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dsd.engine.encodings import encode
+    from dsd.engine.cache import encode
+    from dsd.engine.session import Folders, Session
     from dsd.models import Clip, StableDiffusion  # they load torch, which the other tests do without
 
     counts: Counter[str] = Counter()
@@ -364,7 +365,8 @@ def test_every_image_and_text_is_encoded_once(
     download(fields, tmp_path / "raw")
     prepare("mine", mine, tmp_path / "raw", tmp_path / "prepared")
     for _ in range(2):
-        encode("mine", mine, tmp_path / "prepared", tmp_path / "cached")
+        folders = Folders(tmp_path / "prepared", tmp_path / "cached", tmp_path / "trained")
+        encode(Session("mine", mine, folders))
         texts = SENTENCES + 1  # and the empty one
         assert counts == {
             "encode_images": IMAGES, "image_features": IMAGES, "encode_texts": texts, "text_features": texts,
