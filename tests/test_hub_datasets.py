@@ -23,7 +23,7 @@ from dsd.datasets import benchmark
 from dsd.datasets.annotations import ANNOTATIONS, IMAGES, RawExample, read_annotations
 from dsd.datasets.published import file_stem
 from dsd.errors import DataError, DsdError, ParamsError
-from dsd.evaluation.evaluate import evaluate, hits_of, ranked
+from dsd.evaluation.evaluate import ScoredSplit, evaluate, hits_of, ranked
 from dsd.metrics import METRICS, rank
 from tests.conftest import ROOT
 from tests.hubdata import (
@@ -429,8 +429,9 @@ def test_winoground_examples_are_two_by_two(made: dict[str, Path], tmp_path: Pat
 
 def test_winoground_end_to_end(params: Params, made: dict[str, Path], tmp_path: Path) -> None:
     """From files to text, image and group score, by zero-shot methods."""
-    from dsd.engine.encodings import encode
+    from dsd.engine.cache import encode
     from dsd.engine.score import score
+    from dsd.engine.session import Folders, Session
 
     mine = row("winoground", made["winoground"], test=4)
     methods = {name: params.methods[name] for name in ("dsd-zero-shot", "denoising", "clip-zero-shot")}
@@ -438,9 +439,11 @@ def test_winoground_end_to_end(params: Params, made: dict[str, Path], tmp_path: 
     raw, prepared, cached, scored = (tmp_path / part / "mine" for part in ("raw", "prepared", "cached", "scored"))
     benchmark("winoground").download(mine, seed=0, folder=raw, workers=1)
     prepare("mine", params, raw, prepared)
-    encode("mine", params, prepared, cached)
-    assert score("mine", params, prepared, cached, tmp_path, scored, split="test")["pairs"] == 16
-    results = evaluate("mine", params, prepared, scored, tmp_path / "evaluated").results
+    session = Session("mine", params, Folders(prepared, cached, tmp_path))
+    encode(session)
+    assert score(session, scored, split="test")["pairs"] == 16
+    split = ScoredSplit.of("mine", params, prepared, scored)
+    results = evaluate("mine", split, params.evaluate, params.seed, tmp_path / "evaluated").results
     for found in results.values():
         assert list(found) == ["text", "image", "group"]
         assert found["group"].value <= min(found["text"].value, found["image"].value) and found["group"].n == 4

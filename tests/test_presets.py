@@ -119,4 +119,4 @@ def test_the_presets_make_sense(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert path.read_text().startswith("# "), "what it reproduces, what it costs"
     assert set(params.studies) == set(), "studies are of the drawn benchmarks"
     assert yaml.safe_load(path.read_text())["backbone"] == params.backbone != "embedded"
-    gate.checked(params, list(params.datasets))
+    gate.check_gate(params, list(params.datasets))

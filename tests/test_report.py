@@ -138,8 +138,7 @@ def write_dataset(name: str, params: Params, data: Path) -> claims.Answers:
         (data / "train" / name / method / "curve.csv").write_text("\n".join(["step,loss,accuracy", *curve, ""]))
     variants = {}
     for method in params.ablations.methods:
-        keys = ablations.FUSION if params.methods[method].scorer == "fusion" else ablations.ATTENTION
-        changes = ablations.values(params.ablations, keys)
+        changes = ablations.values(params.ablations, params.methods[method].ablation_keys)
         variants |= {ablations.Variant(method, key, text): hits[method] for key, text, _ in changes}
     return claims.Answers(params.datasets[name].kind, examples, hits, variants)
 
