@@ -121,9 +121,7 @@ def _compare(
     for name, (one, other) in sides.items():
         counted = benchmark(one.kind).metrics
         metric = HEADLINES[counted]
-        (hits, groups), (others, _) = (
-            METRICS[counted](np.array(side.ranks), side.categories)[metric] for side in (one, other)
-        )
+        (hits, groups), (others, _) = (METRICS[counted](np.array(s.ranks), s.categories)[metric] for s in (one, other))
         differences[name] = metric, paired_difference(hits, others, one.clusters, groups, **settings)
     corrected = holm([difference.p for _, difference in differences.values()])
     compared = {}

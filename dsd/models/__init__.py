@@ -50,9 +50,8 @@ def load(
     else:
         for key in ("config", "prediction", "lora"):
             if (value := getattr(row, key)) is not None:
-                raise CheckpointError(
-                    f"{row.source}: family {row.family} takes no {key}, found {value}; only diffusion does"
-                )
+                problem = f"takes no {key}, found {value}; only diffusion does"
+                raise CheckpointError(f"{row.source}: family {row.family} {problem}")
         if Path(row.source).is_file():
             raise CheckpointError(f"{row.source}: a file, but family {row.family} is opened by its folder")
         backbone = kind(row, device)
@@ -66,9 +65,8 @@ def load_diffusion(
 ) -> StableDiffusion:
     backbone = load(row, device, attention, lazy=lazy)
     if not isinstance(backbone, StableDiffusion):
-        raise CheckpointError(
-            f"{row.source}: family {row.family} has no cross-attention; this method needs a diffusion model"
-        )
+        problem = "has no cross-attention; this method needs a diffusion model"
+        raise CheckpointError(f"{row.source}: family {row.family} {problem}")
     return backbone
 
 

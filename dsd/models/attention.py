@@ -162,9 +162,8 @@ class CrossAttentionProcessor:
             # A prompt is float32, whatever the dtype of the U-Net.
             add_key, add_value = self.state.prompt(self.layer, text_BMD.float())
             key, value = key + add_key.to(key.dtype), value + add_value.to(value.dtype)
-        query_BHND, key_BHMD, value_BHMD = (
-            x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (attn.to_q(hidden_states), key, value)
-        )
+        projected = (attn.to_q(hidden_states), key, value)
+        query_BHND, key_BHMD, value_BHMD = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
         if self.state.capture is None:
             mixed = torch.nn.functional.scaled_dot_product_attention(query_BHND, key_BHMD, value_BHMD, scale=attn.scale)
         else:
@@ -186,9 +185,8 @@ class SelfAttentionProcessor:
         self.fused = fused
 
     def __call__(self, attn: Attention, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        query, key, value = (
-            project(hidden_states).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
+        projections = (attn.to_q, attn.to_k, attn.to_v)
+        query, key, value = (project(hidden_states).unflatten(-1, (attn.heads, -1)) for project in projections)
         out = attn.to_out[0](self.fused(query, key, value, scale=attn.scale).flatten(-2))
         return attn.to_out[1](out)
 

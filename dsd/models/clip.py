@@ -90,9 +90,8 @@ class Clip:
     def image_features(self, images: np.ndarray) -> Tensor:
         """Return the inputs [B, F] of the image projection for uint8 images [B, R, R, 3], resized to P if necessary."""
         if images.shape[1] != (side := self.resolution):
-            images = np.stack(
-                [to_array(resize(Image.fromarray(image), parity=None, resolution=side)) for image in images]
-            )
+            resized = (resize(Image.fromarray(image), parity=None, resolution=side) for image in images)
+            images = np.stack([to_array(image) for image in resized])
         # `to_model` gives values in −1…1; the mean and deviation are of values in 0…1.
         mean_3, deviation_3 = self._opened.mean_3, self._opened.deviation_3
         scale_3, shift_3 = 0.5 / deviation_3, (0.5 - mean_3) / deviation_3
