@@ -25,8 +25,9 @@ from dvc_objects.fs.utils import tmp_fname
 from dsd import report
 from dsd.config import Params
 from dsd.datasets import DATASETS
-from dsd.engine import encodings as encoding
+from dsd.engine import cache as cache_stage
 from dsd.engine import score as scoring
+from dsd.engine.session import Session
 from dsd.errors import DataError
 from dsd.evaluation import evaluate as evaluation
 from dsd.pretraining import recipe as pretraining
@@ -191,7 +192,9 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
 
     def note(result: Any) -> Callable[..., Any]:
         def stub(*arguments: Any, **options: Any) -> Any:
-            given = [*arguments, *options.values()]
+            given = []
+            for argument in [*arguments, *options.values()]:
+                given += [argument.name, *argument.folders] if isinstance(argument, Session) else [argument]
             calls.append(tuple(str(a) for a in given if isinstance(a, str | Path)))
             return result
 
@@ -199,11 +202,13 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
 
     monkeypatch.setitem(DATASETS, "scenes-com", replace(DATASETS["scenes-com"], download=note(None)))
     monkeypatch.setattr("dsd.datasets.preparation.prepare", note({"test": 1}))
-    monkeypatch.setattr(encoding, "encode", note({"images": 1}))
+    monkeypatch.setattr(cache_stage, "encode", note({"images": 1}))
     monkeypatch.setattr(training, "training_key", lambda *_: "key")
     monkeypatch.setattr(training, "train", note([{"step": 1, "loss": 0.5, "accuracy": 1.0}]))
     monkeypatch.setattr(scoring, "score", note({"computed": 1}))
     monkeypatch.setattr(scoring, "score_raced", note({}))
+    split = SimpleNamespace(kind="scenes-com", examples=[])
+    monkeypatch.setattr(evaluation.ScoredSplit, "of", note(split))
     monkeypatch.setattr(evaluation, "evaluate", note(evaluation.Evaluated({"dsd": {}}, {})))
     # What is made of the same evidence has tests of its own.
     for function, answer in {
@@ -212,7 +217,6 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
         "dsd.evaluation.ablations.write": None,
         "dsd.evaluation.claims.judge": ({}, {}),
         "dsd.evaluation.claims.write": None,
-        "dsd.data.examples.read_examples": [],
     }.items():
         monkeypatch.setattr(function, lambda *_, answer=answer: answer)
     monkeypatch.setattr(evaluation, "write_metrics", note(None))
@@ -230,15 +234,17 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
 
     name, learning = "scenes-com", ("dsd", "clip-finetune", "clip-prompt")
     folders = {s: f"data/{s}/{name}" for s in ("download", "prepare", "cache", "train", "score")}
+    session = (name, *(folders[s] for s in ("prepare", "cache", "train")))
     assert calls == [
         ("data/pretrain", "models"),
         (folders["download"],),
         (name, folders["download"], folders["prepare"]),
-        (name, folders["prepare"], folders["cache"]),
-        *((name, m, folders["prepare"], folders["cache"], f"{folders['train']}/{m}") for m in learning),
-        (name, *(folders[s] for s in ("prepare", "cache", "train", "score")), "test"),
-        (name, "data/races", folders["score"], "test"),
-        (name, folders["prepare"], folders["score"], "data/evaluate"),
+        session,
+        *((*session, m, f"{folders['train']}/{m}") for m in learning),
+        (*session, folders["score"], "test"),
+        (*session, "data/races", folders["score"], "test"),
+        (name, folders["prepare"], folders["score"]),
+        (name, "data/evaluate"),
         ("data/evaluate",),
         ("data", "data/report"),
         ("data",),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsd.config import Params, load
+from dsd.config import Params, files, load
 from dsd.errors import DataError
 from dsd.report.readme import BEGIN, END, FIGURE, METRICS, Column, columns, figure, main, table, updated
 from dsd.statistics import Interval
@@ -81,7 +81,7 @@ def test_the_figure_is_deterministic_and_follows_the_values(shipped: tuple[list[
 
 
 def test_make_readme_writes_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("README.md", "params.yaml", str(METRICS)):
+    for name in ("README.md", *map(str, files()), str(METRICS)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / FIGURE).parent.mkdir()

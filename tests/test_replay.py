@@ -25,7 +25,7 @@ from dsd.store import digest
 from tests.raced import LEVELS, few, synthetic_races
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def raced(params: Params) -> Params:
     return params.model_copy(
         update={"races": few(params.races).model_copy(update={"datasets": {"scenes-cls": ("denoising",)}})}
@@ -35,6 +35,11 @@ def raced(params: Params) -> Params:
 def compared(params: Params, learning: int, measured: int) -> tuple[dict[str, Course], dict[str, Any]]:
     races = synthetic_races(learning), synthetic_races(measured, seed=1)
     return compare_settings(*races, params.races, params.evaluate, params.seed)
+
+
+@pytest.fixture(scope="module")
+def comparison(raced: Params) -> tuple[dict[str, Course], dict[str, Any]]:
+    return compared(raced, 200, 100)
 
 
 def test_all_draws_agree_with_themselves() -> None:
@@ -70,8 +75,10 @@ def test_a_grid_is_every_choice() -> None:
     assert list(grid({"a": [1, 2], "b": "x"})) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
 
 
-def test_the_cheapest_that_agrees_with_all_draws_is_chosen(raced: Params) -> None:
-    chosen, results = compared(raced, 200, 100)
+def test_the_cheapest_that_agrees_with_all_draws_is_chosen(
+    raced: Params, comparison: tuple[dict[str, Course], dict[str, Any]]
+) -> None:
+    chosen, results = comparison
     floor = results["chosen"][ALL_DRAWS]
     for schedule in ("exhaustive", "staged", "hierarchical"):
         own = [run for run in results["runs"] if run["schedule"] == schedule]
@@ -98,8 +105,8 @@ def test_racing_is_not_chosen_on_the_races_that_it_was_fitted_on(
         return replay(course, races)
 
     monkeypatch.setattr("dsd.schedules.replay.replay", spy)
-    compared(raced, 100, 60)
-    assert set(sizes) == {100, 60, 75}
+    compared(raced, 60, 30)
+    assert set(sizes) == {60, 30, 45}
 
 
 def test_settings_with_more_draws_than_there_are_are_left_out(raced: Params) -> None:
@@ -108,9 +115,11 @@ def test_settings_with_more_draws_than_there_are_are_left_out(raced: Params) -> 
     assert list(SCHEDULES["staged"].settings(raced.races)) and not list(SCHEDULES["staged"].settings(races))
 
 
-def test_claims_of_the_second_paper_rest_on_the_published_setting(raced: Params, tmp_path: Path) -> None:
+def test_claims_of_the_second_paper_rest_on_the_published_setting(
+    raced: Params, comparison: tuple[dict[str, Course], dict[str, Any]], tmp_path: Path
+) -> None:
     examples = [MatchingExample(str(n), (str(n),), tuple("abcdefghijkl"), ((0, 0),), "all") for n in range(100)]
-    _, results = compared(raced, 100, 100)
+    _, results = comparison
     file = tmp_path / "scenes-cls.json"
     file.write_text(json.dumps({"denoising": {"examples": digest([e.id for e in examples]), **results}}))
     hits = read_hits(file, HEADLINES["recall"], examples)

@@ -235,7 +235,7 @@ def test_a_failure_is_recorded_retried_and_given_up_and_does_not_affect_others(w
     dag.failing = {}
     checkpoint(watched, "a", "mended")
     assert tick().lines[0] == "a: evaluated, version 2"
-    assert "Checkpoints that failed" in Path("data/leaderboard/index.html").read_text()  # the other digest did
+    assert "Failed checkpoints" in Path("data/leaderboard/index.html").read_text()  # the other digest did
 
 
 def test_a_checkpoint_that_cannot_be_opened_has_attempts_too(watched: Path, dag: Dag) -> None:
