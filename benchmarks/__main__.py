@@ -91,8 +91,8 @@ def capture_overhead() -> Result:
     params = load()
     with TemporaryDirectory() as folder:
         backbone = engine_over(params, Path(folder)).backbone
-    batch, side = params.runtime.batch_size, backbone.unet.config.sample_size
-    latents = torch.randn(batch, backbone.unet.config.in_channels, side, side)
+    batch, side = params.runtime.batch_size, backbone.resolution // backbone.scale
+    latents = torch.randn(batch, backbone.latent_channels, side, side)
     text = backbone.encode_texts(["a red circle left of a blue star"])
     hidden, content = text.hidden.repeat(batch, 1, 1), text.content.repeat(batch, 1)
     timesteps = torch.full((batch,), 300)
