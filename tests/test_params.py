@@ -73,6 +73,15 @@ def staged(**changed: object) -> Settings:
             "methods.clip-finetune.tuned: Input should be 'none', 'projections' or 'context', found 'all'",
         ),
         (lambda s: s["methods"]["dsd"].update(layers=-1), "methods.dsd.layers: Input should be 'all', found -1"),
+        (lambda s: s["methods"]["dsd"].update(levels=[]), "methods.dsd.levels: needs at least one value"),
+        (lambda s: s["noise"]["levels"].append(0.2), "noise.levels: needs at least one value, and none twice"),
+        (
+            lambda s: s["methods"]["dsd-plus"].update(parts=["denoising", "denoising"]),
+            "methods.dsd-plus.parts: needs at least one value, and none twice",
+        ),
+        (lambda s: s["ablations"].update(parts=[[]]), "ablations.parts.0: needs at least one value"),
+        (lambda s: s["evidence"]["poolings"].append("cosine"), "evidence.poolings: needs at least one value"),
+        (lambda s: s["fusion"].update(penalties=[]), "fusion.penalties: needs at least one value"),
         (
             lambda s: s["methods"]["dsd"].update(prompt="none"),
             "methods.dsd-plus.prompt: few-shot, but no method trains it",

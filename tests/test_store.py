@@ -317,9 +317,7 @@ def test_results_of_another_minor_version_of_a_library_are_a_warning(
     assert line.startswith(f"{store.root}: computed with torch {libraries()['torch']}, not 99.1; to recompute: dsd ")
 
 
-def test_shards_from_before_versions_were_recorded_are_valid(
-    store: Store, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_shards_from_before_versions_were_recorded_are_valid(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     store.write("a", ARRAYS)
     manifest = store.root / "a.json"
     content = json.loads(manifest.read_text())

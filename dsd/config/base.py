@@ -7,7 +7,7 @@ import pkgutil
 from inspect import get_annotations
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 if TYPE_CHECKING:
@@ -19,6 +19,19 @@ Level = Annotated[float, Field(gt=0, lt=1)]  # of the noise schedule: 0 is the i
 Part = Literal["attention", "prompted-attention", "denoising", "prompted-denoising"]
 Pooling = Literal["logsumexp", "maximum", "cosine", "logits"]
 Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]  # with one placeholder {}
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A mean over no value is NaN; a repeated value would count twice in some results and once in others."""
+    if not values or len(set(values)) < len(values):
+        raise ValueError("needs at least one value, and none twice")
+    return values
+
+
+Distinct = AfterValidator(_distinct)
+Levels = Annotated[tuple[Level, ...], Distinct]
+Parts = Annotated[tuple[Part, ...], Distinct]
+Poolings = Annotated[tuple[Pooling, ...], Distinct]
 
 
 class ParamsModel(BaseModel):

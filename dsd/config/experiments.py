@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dsd.config.base import Level, ParamsModel, Part, Pooling, Positive, Share
+from dsd.config.base import Levels, ParamsModel, Parts, Pooling, Positive, Share
 
 
 class EvaluateParams(ParamsModel):
@@ -23,8 +23,8 @@ class AblationParams(ParamsModel):
     pooling: tuple[Pooling, ...]
     heads: tuple[Literal["weighted", "mean"] | Positive, ...]
     layers: tuple[Literal["all"] | Positive, ...]
-    levels: tuple[tuple[Level, ...], ...]
-    parts: tuple[tuple[Part, ...], ...]
+    levels: tuple[Levels, ...]
+    parts: tuple[Parts, ...]
     subsets: Positive
 
 
@@ -82,7 +82,7 @@ class RacesParams(ParamsModel):
 
     datasets: dict[str, tuple[str, ...]]
     examples: Positive
-    levels: tuple[Level, ...]
+    levels: Levels
     draws_per_level: Positive
     within: Share
     timed: Positive

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from dsd.config.base import Kind, Level, ParamsModel, Part, Pooling, Positive
+from dsd.config.base import Distinct, Kind, Levels, ParamsModel, Parts, Pooling, Positive
 from dsd.config.experiments import RacesParams
 from dsd.errors import unknown
 
@@ -97,7 +97,7 @@ class DiffusionMethod(MethodParams):
     """Scored by the diffusion model under test, at these noise levels, with or without the attention prompt."""
 
     prompt: Literal["none", "few-shot"]
-    levels: tuple[Level, ...]
+    levels: Levels
 
     @property
     def evidence_prompts(self) -> tuple[str, ...]:
@@ -202,7 +202,7 @@ class FusionMethod(DiffusionMethod):
     schedule: Literal["exhaustive"]
     pooling: Pooling
     heads: Literal["weighted", "mean"]
-    parts: tuple[Part, ...]
+    parts: Parts
 
     @property
     def evidence_prompts(self) -> tuple[str, ...]:
@@ -359,7 +359,7 @@ class TrainingParams(ParamsModel):
 class NoisyTrainingParams(TrainingParams):
     """For the attention prompt, which is trained at noise levels."""
 
-    levels: tuple[Level, ...]
+    levels: Levels
 
     @property
     def noise_levels(self) -> tuple[float, ...]:
@@ -381,5 +381,5 @@ class FusionParams(ParamsModel):
     examples: Positive
     candidates: Annotated[int, Field(ge=2)]
     folds: Annotated[int, Field(ge=2)]
-    penalties: tuple[Annotated[float, Field(gt=0)], ...]
+    penalties: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Distinct]
     denoising: Annotated[float, Field(gt=0)]

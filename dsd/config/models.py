@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dsd.config.base import Level, ParamsModel, Pooling, Positive, is_unset
+from dsd.config.base import Levels, ParamsModel, Poolings, Positive, is_unset
 
 
 class RuntimeParams(ParamsModel):
@@ -50,14 +50,14 @@ class ImageParams(ParamsModel):
 class NoiseParams(ParamsModel):
     """The draws that pairs are scored at: `draws_per_level` at each level."""
 
-    levels: tuple[Level, ...]
+    levels: Levels
     draws_per_level: Positive
 
 
 class EvidenceParams(ParamsModel):
     """What one forward pass stores for each layer and head; `scale` is λ of eq. 3."""
 
-    poolings: tuple[Pooling, ...]
+    poolings: Poolings
     scale: Annotated[float, Field(gt=0, le=60)]
     normalise: bool
     tokens: Literal["content", "all"]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsd.data.draws import draws
-from dsd.data.examples import MatchingExample, pairs
+from dsd.data.examples import MatchingExample, Pair, pairs
 from dsd.engine.batching import Filled
 from dsd.engine.encodings import Arrays
 from dsd.engine.forward import row_values
@@ -104,7 +104,7 @@ def score(session: Session, target: Path, *, split: str) -> dict[str, Any]:
     return {"pairs": len(pairs(examples)), "rows": total, "computed": computed, "corrupt": store.corrupt}
 
 
-def score_contrastive(session: Session, every: Sequence[Any], store: Store) -> dict[str, list[str]]:
+def score_contrastive(session: Session, every: Sequence[Pair], store: Store) -> dict[str, list[str]]:
     """Store the cosines of each contrastive method in a shard; return the shard of each method."""
     keys: dict[str, list[str]] = {}
     for name, method in session.params.methods.items():
