@@ -15,8 +15,8 @@ from dsd.data.draws import Draw
 from dsd.data.examples import MatchingExample, Pair
 from dsd.data.image_table import ImageTable
 from dsd.data.images import resize, to_array
-from dsd.models import StableDiffusion
 from dsd.models.attention import Capture
+from dsd.models.stable_diffusion import StableDiffusion
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -36,12 +36,15 @@ from dsd.engine.encodings import Arrays
 from dsd.engine.engine import Engine, cores
 from dsd.engine.forward import row_values
 from dsd.errors import CheckpointError, TextError, unknown
-from dsd.models import StableDiffusion, device_of, load_diffusion
+from dsd.models import device_of, load_diffusion
 from dsd.models.attention import Capture
 from dsd.models.checkpoint import family_of, folder_of
 from dsd.models.prompts import AttentionPrompt
 from dsd.progress import progress
 from dsd.scorers.evidence import UNCONDITIONAL
+
+if TYPE_CHECKING:
+    from dsd.models.stable_diffusion import StableDiffusion
 
 KEPT_TEXTS = 512  # encodings in memory: 240 kB each with Stable Diffusion 1.x
 MAX_PIXELS = 40_000_000

@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from dsd.config import BackboneParams, DatasetParams, Params, RuntimeParams, load
-from dsd.errors import CheckpointError, DsdError, unknown
+from dsd.errors import CheckpointError, DsdError
 from flows import DATA, stores
 
 SECONDS = 15.0  # the time limit of all checks together
@@ -203,16 +203,15 @@ def _checkpoint(params: Params) -> str:
     from huggingface_hub import constants
 
     from dsd.estimate import UNet
-    from dsd.models import FAMILIES, StableDiffusion
+    from dsd.models import family
     from dsd.models.checkpoint import family_of, folder_of, one_file, prediction_of, remote, require
+    from dsd.models.stable_diffusion import StableDiffusion
 
     row = params.backbones[params.backbone]
-    if row.family not in FAMILIES:
-        raise CheckpointError(unknown("family", row.family, FAMILIES))
-    family, result = FAMILIES[row.family], row.source
+    kind, result = family(row.family), row.source
     if Path(row.source).exists() or constants.HF_HUB_OFFLINE:
         folder = folder_of(row)
-        parts = ("vae", "unet", *family.encoders, "scheduler") if issubclass(family, StableDiffusion) else ()
+        parts = ("vae", "unet", *kind.encoders, "scheduler") if issubclass(kind, StableDiffusion) else ()
         require(folder, row.family, parts, weights=one_file(row) is None)
         if family_of(folder) is None:
             line = f"no checkpoint of family {row.family} (no unet/, no config.json of a CLIP)"
@@ -221,7 +220,7 @@ def _checkpoint(params: Params) -> str:
             result += f", predicts {prediction_of(folder, row)}"
     else:
         result += f", {_gigabytes(remote(row))} on the hub"
-    if issubclass(family, StableDiffusion):
+    if issubclass(kind, StableDiffusion):
         result += f", {UNet.of(row).layers} layers of cross-attention"
     return result
 

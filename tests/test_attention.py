@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from dsd.config import Params
 from dsd.config.base import Pooling
 from dsd.errors import CheckpointError
-from dsd.models import StableDiffusion, attention, load_diffusion
+from dsd.models import attention, load_diffusion
 from dsd.models.attention import AttentionState, Capture, during, logsumexp_pooling, over_tokens, token_weights
 from dsd.models.prompts import AttentionPrompt, pooled_latent
+from dsd.models.stable_diffusion import StableDiffusion
 from dsd.scorers import cross_attention
 
 

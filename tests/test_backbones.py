@@ -19,11 +19,12 @@ from dsd import Matcher
 from dsd.config import Params
 from dsd.engine.session import Folders, Session
 from dsd.errors import CheckpointError
-from dsd.models import StableDiffusion, load, load_clip, load_diffusion, stable_diffusion
+from dsd.models import load, load_clip, load_diffusion, stable_diffusion
 from dsd.models.attention import Capture, cross_attention_layers
 from dsd.models.checkpoint import commit, locate, remote
 from dsd.models.clip_heads import cosine
 from dsd.models.prompts import AttentionPrompt
+from dsd.models.stable_diffusion import StableDiffusion
 from dsd.training.loop import training_key
 from tests.hubserver import COMMIT, TOKEN, Hub, connected, files_of
 from tests.tiny import row, save_tokenizer

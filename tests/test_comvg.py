@@ -352,7 +352,8 @@ def test_every_image_and_text_is_encoded_once(
 ) -> None:
     from dsd.engine.cache import encode
     from dsd.engine.session import Folders, Session
-    from dsd.models import Clip, StableDiffusion  # they load torch, which the other tests do without
+    from dsd.models.clip import Clip  # they load torch, which the other tests do without
+    from dsd.models.stable_diffusion import StableDiffusion  # they load torch, which the other tests do without
 
     counts: Counter[str] = Counter()
     for owner, name in (

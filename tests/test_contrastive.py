@@ -15,7 +15,8 @@ from dsd.data.examples import Pair, pairs
 from dsd.engine.score import score_contrastive
 from dsd.engine.session import Folders, Session
 from dsd.errors import CheckpointError, TextError
-from dsd.models import Clip, load_clip
+from dsd.models import load_clip
+from dsd.models.clip import Clip
 from dsd.models.clip_heads import ContextPrompt, Features, Head, Projections, learned, untrained
 from dsd.store import Store
 from tests.gradients import check_gradient

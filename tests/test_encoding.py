@@ -23,8 +23,9 @@ from dsd.engine.cache import Worker, encode, missing
 from dsd.engine.encodings import Arrays, Encodings, all_texts, read_all
 from dsd.engine.score import score
 from dsd.engine.session import Folders, Session
-from dsd.models import StableDiffusion, device_of, load_diffusion
+from dsd.models import device_of, load_diffusion
 from dsd.models.checkpoint import longer
+from dsd.models.stable_diffusion import StableDiffusion
 from dsd.scorers.evidence import INDEX, Requests, plan
 from dsd.store import Store
 from dsd.training.loop import train

@@ -25,8 +25,9 @@ from dsd.engine.forward import Batch, row_values
 from dsd.engine.score import Worker, missing, score
 from dsd.engine.session import Folders, Session
 from dsd.errors import DataError
-from dsd.models import StableDiffusion, load_diffusion
+from dsd.models import load_diffusion
 from dsd.models.prompts import PROMPT, AttentionPrompt
+from dsd.models.stable_diffusion import StableDiffusion
 from dsd.schedules.race import all_rows
 from dsd.scorers.evidence import INDEX, UNCONDITIONAL, plan, read_evidence, requests, with_unconditional
 from dsd.store import Store

@@ -33,8 +33,9 @@ from dsd.engine.session import Folders, Session
 from dsd.evaluation import ablations, claims
 from dsd.evaluation.evaluate import ScoredSplit, evaluate, write_metrics
 from dsd.experiments.study_results import write_studies
-from dsd.models import FAMILIES, StableDiffusion
+from dsd.models import families
 from dsd.models.prompts import save_learned
+from dsd.models.stable_diffusion import StableDiffusion
 from dsd.report import build
 from dsd.schedules import SCHEDULES
 from dsd.schedules.base import Comparison, Course, ScheduleKind, Setting, spread_order
@@ -155,7 +156,7 @@ def extended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(DATASETS, "stripes", STRIPES)
     monkeypatch.setitem(SCORERS, "contrast", Contrast())
     monkeypatch.setitem(SCHEDULES, "halving", Halving())
-    monkeypatch.setitem(FAMILIES, "negated", NegatedFamily)
+    monkeypatch.setitem(families(), "negated", NegatedFamily)
     monkeypatch.setitem(LEARNERS, "temperature", TemperatureLearner)
     return
 

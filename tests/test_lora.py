@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from dsd.config import BackboneParams, Params
 from dsd.errors import CheckpointError
-from dsd.models import StableDiffusion, load, load_diffusion
+from dsd.models import load, load_diffusion
 from dsd.models.lora import mistakes, projections
 from dsd.models.prompts import AttentionPrompt
+from dsd.models.stable_diffusion import StableDiffusion
 from tests.test_released import SD21
 
 CPU = torch.device("cpu")

@@ -19,10 +19,10 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from dsd.config import Params
 from dsd.engine.session import Folders, Session
 from dsd.errors import CheckpointError
-from dsd.models import OpenClip, load, load_clip
+from dsd.models import load, load_clip
 from dsd.models.checkpoint import family_of, remote
 from dsd.models.clip_heads import Projections
-from dsd.models.open_clip import Model, Origin, Towers
+from dsd.models.open_clip import Model, OpenClip, Origin, Towers
 from dsd.training.loop import train
 from tests.hubserver import COMMIT, Hub, connected, files_of
 from tests.test_single_file import in_open_clip

@@ -24,9 +24,10 @@ from dsd.engine.engine import Engine
 from dsd.engine.score import score
 from dsd.engine.session import Folders, Session
 from dsd.evaluation.evaluate import ScoredSplit, evaluate
-from dsd.models import StableDiffusion, load_diffusion
+from dsd.models import load_diffusion
 from dsd.models.attention import cross_attention_layers
 from dsd.models.prompts import PROMPT
+from dsd.models.stable_diffusion import StableDiffusion
 from dsd.scorers.evidence import UNCONDITIONAL
 from dsd.store import Store
 from dsd.training.loop import train

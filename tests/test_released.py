@@ -23,8 +23,9 @@ from dsd.engine.score import score
 from dsd.engine.session import Folders, Session
 from dsd.errors import ParamsError
 from dsd.evaluation.evaluate import ScoredSplit
-from dsd.models import StableDiffusion, load_diffusion
+from dsd.models import load_diffusion
 from dsd.models.attention import Capture, cross_attention_layers, logits_pooling
+from dsd.models.stable_diffusion import StableDiffusion
 from dsd.scorers import released
 from dsd.scorers.base import Scores, StoredEvidence
 from dsd.scorers.evidence import UNCONDITIONAL, Evidence, read_evidence, reads_unconditional

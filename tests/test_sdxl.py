@@ -20,9 +20,10 @@ from dsd.engine.cache import encode
 from dsd.engine.score import score
 from dsd.engine.session import Folders, Session
 from dsd.errors import CheckpointError
-from dsd.models import StableDiffusionXL, load, load_diffusion
+from dsd.models import load, load_diffusion
 from dsd.models.attention import Capture
 from dsd.models.prompts import AttentionPrompt
+from dsd.models.sdxl import StableDiffusionXL
 from dsd.scorers.evidence import read_evidence
 from dsd.training.loop import train
 from tests.test_backbones import description

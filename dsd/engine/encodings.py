@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from cachetools import LRUCache
@@ -15,11 +16,14 @@ from cachetools import LRUCache
 from dsd.data.examples import MatchingExample, read_examples
 from dsd.data.image_table import ImageTable
 from dsd.data.images import resize, to_array
-from dsd.models import Clip, StableDiffusion
 from dsd.progress import progress
 from dsd.scorers.evidence import UNCONDITIONAL
 from dsd.store import Store, digest
 from dsd.versions import versioned
+
+if TYPE_CHECKING:
+    from dsd.models.clip import Clip
+    from dsd.models.stable_diffusion import StableDiffusion
 
 SPLITS = ("train", "validation", "test")
 SHARD = 256  # items that are computed and stored together

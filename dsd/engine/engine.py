@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,11 +17,13 @@ import torch
 from dsd.config import EvidenceParams
 from dsd.engine.encodings import Arrays
 from dsd.engine.forward import Batch, Lookup, observe
-from dsd.models import StableDiffusion
 from dsd.models.prompts import AttentionPrompt
 from dsd.progress import progress
 from dsd.scorers.evidence import Request, Shard
 from dsd.store import Store
+
+if TYPE_CHECKING:
+    from dsd.models.stable_diffusion import StableDiffusion
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ P poolings, L layers, H heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from dsd.config import EvidenceParams, ScheduledMethod
 from dsd.engine.encodings import Arrays
-from dsd.models import StableDiffusion
 from dsd.models.attention import Capture
 from dsd.models.prompts import AttentionPrompt
 from dsd.scorers import SCORERS
 from dsd.scorers.evidence import Request
+
+if TYPE_CHECKING:
+    from dsd.models.stable_diffusion import StableDiffusion
 
 Values = NDArray[np.float32]
 Lookup = Callable[[Sequence[str]], Arrays]  # rows of named arrays by image id or text

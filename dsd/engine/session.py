@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from dsd.data.image_table import ImageTable
 from dsd.engine.encodings import Arrays, Encodings, all_texts, contrastive_encodings, diffusion_encodings, read_all
 from dsd.engine.engine import Engine, fill
 from dsd.errors import CheckpointError, DataError
-from dsd.models import Clip, StableDiffusion, device_of, load_clip, load_diffusion
+from dsd.models import device_of, load_clip, load_diffusion
 from dsd.models.checkpoint import DTYPES
 from dsd.models.clip_heads import FILES, Head, learned
 from dsd.models.prompts import PROMPT, AttentionPrompt
@@ -27,6 +27,10 @@ from dsd.progress import progress
 from dsd.scorers.evidence import Shard
 from dsd.store import Store, digest, file_digest
 from dsd.versions import versioned
+
+if TYPE_CHECKING:
+    from dsd.models.clip import Clip
+    from dsd.models.stable_diffusion import StableDiffusion
 
 
 class Folders(NamedTuple):

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import TYPE_CHECKING
 
 import torch
 
 from dsd.config import BackboneParams
 from dsd.errors import CheckpointError, unknown
 from dsd.models.checkpoint import device_of
-from dsd.models.clip import Clip
-from dsd.models.open_clip import OpenClip
-from dsd.models.sdxl import StableDiffusionXL
-from dsd.models.stable_diffusion import StableDiffusion, TextEmbeddings
 
-FAMILIES: dict[str, type[StableDiffusion] | type[Clip]] = {}  # by name, from BACKBONES of each module of this package
+if TYPE_CHECKING:
+    from dsd.models.clip import Clip
+    from dsd.models.stable_diffusion import StableDiffusion
 
-for _module in iter_modules(__path__):
-    FAMILIES.update(getattr(import_module(f"{__name__}.{_module.name}"), "BACKBONES", {}))
+__all__ = ["device_of", "families", "family", "load", "load_clip", "load_diffusion"]
 
-__all__ = [
-    "FAMILIES",
-    "Clip",
-    "OpenClip",
-    "StableDiffusion",
-    "StableDiffusionXL",
-    "TextEmbeddings",
-    "device_of",
-    "load",
-    "load_clip",
-    "load_diffusion",
-]
+
+@cache
+def families() -> dict[str, type[StableDiffusion] | type[Clip]]:
+    """The families by name, from BACKBONES of each module of this package.
+
+    They are imported at the first call, because diffusers and transformers take longer to import than all the rest.
+    """
+    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
+    return {name: kind for module in modules for name, kind in getattr(module, "BACKBONES", {}).items()}
+
+
+def family(name: str) -> type[StableDiffusion] | type[Clip]:
+    if name not in families():
+        raise CheckpointError(unknown("family", name, families()))
+    return families()[name]
 
 
 def load(
@@ -42,9 +44,9 @@ def load(
 
     `attention` is the backend of `runtime.attention`, which changes no result. Every defect raises CheckpointError.
     """
-    if row.family not in FAMILIES:
-        raise CheckpointError(unknown("family", row.family, FAMILIES))
-    kind = FAMILIES[row.family]
+    from dsd.models.stable_diffusion import StableDiffusion
+
+    kind = family(row.family)
     if issubclass(kind, StableDiffusion):
         backbone: StableDiffusion | Clip = kind(row, device, attention)
     else:
@@ -63,6 +65,8 @@ def load(
 def load_diffusion(
     row: BackboneParams, device: torch.device, attention: str = "sdpa", *, lazy: bool = False
 ) -> StableDiffusion:
+    from dsd.models.stable_diffusion import StableDiffusion
+
     backbone = load(row, device, attention, lazy=lazy)
     if not isinstance(backbone, StableDiffusion):
         problem = "has no cross-attention; this method needs a diffusion model"
@@ -71,6 +75,8 @@ def load_diffusion(
 
 
 def load_clip(row: BackboneParams, device: torch.device, *, lazy: bool = False) -> Clip:
+    from dsd.models.clip import Clip
+
     backbone = load(row, device, lazy=lazy)
     if not isinstance(backbone, Clip):
         raise CheckpointError(f"{row.source}: family {row.family} is no CLIP; the contrastive scorer needs one")

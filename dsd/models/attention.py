@@ -9,16 +9,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from dsd.config import EvidenceParams
 from dsd.errors import CheckpointError, unknown
 from dsd.models.checkpoint import brief
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import Attention
 
 
 def logsumexp_pooling(attn_BHNM: Tensor, scale: float, normalise: bool) -> tuple[Tensor, Tensor]:
@@ -220,6 +222,8 @@ SELF_ATTENTION = {"sdpa": _sdpa, "xformers": _xformers}  # what `runtime.attenti
 
 def attention_layers(unet: UNet2DConditionModel, kind: str) -> list[tuple[str, Attention]]:
     """Return names and layers of self-attention ("attn1") or cross-attention ("attn2"), in forward-pass order."""
+    from diffusers.models.attention_processor import Attention  # takes seconds
+
     order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
     attention = ((name, module) for name, module in unet.named_modules() if isinstance(module, Attention))
     layers = [(name, module) for name, module in attention if name.endswith(f".{kind}")]

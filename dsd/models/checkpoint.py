@@ -10,19 +10,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from transformers import CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from dsd.config import BackboneParams
 from dsd.data.hub import hub_errors
 from dsd.errors import CheckpointError
 from dsd.store import digest, file_digest
 
-transformers_logging.disable_progress_bar()  # a bar for each component would drown those of the stages
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 # The files that are read, and so digested. A repository may also hold model cards, images, and gigabytes of the same
 # weights in other layouts and precisions.
@@ -227,6 +226,8 @@ def tokenizer(folder: Path, name: str) -> CLIPTokenizer:
     # Without a file, transformers makes a tokenizer of three tokens.
     if not any((place / file).is_file() for file in ("tokenizer.json", "vocab.json")):
         raise CheckpointError(f"{place}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    from transformers import CLIPTokenizer  # takes seconds
+
     try:
         return CLIPTokenizer.from_pretrained(place)
     except Exception as error:  # the reader of tokenizer.json raises nothing more specific
@@ -249,6 +250,9 @@ def component(folder: Path, kind: Any, name: str, dtype: torch.dtype) -> Any:
     if kind.__module__.startswith("diffusers"):
         options |= {"torch_dtype": dtype, "low_cpu_mem_usage": False}
     else:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # a bar for each component would hide those of the stages
         options |= {"dtype": dtype}
     try:
         model, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)

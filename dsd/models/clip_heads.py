@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 from dsd.config import ContextParams, ContrastiveMethod
 from dsd.data.examples import Pair
 from dsd.errors import TextError
-from dsd.models import Clip
 from dsd.models.checkpoint import longer
 from dsd.models.prompts import PROMPT, load_learned, save_learned
+
+if TYPE_CHECKING:
+    from dsd.models.clip import Clip
 
 WEIGHTS = "weights.safetensors"
 FILES = {"projections": WEIGHTS, "context": PROMPT}  # the file that training writes, by what it tunes
