@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from dsd.config import (
     DatasetParams,
     MethodParams,
-    NoisyTrainingParams,
     Params,
     ScheduledMethod,
     ScheduleParams,
@@ -96,8 +95,28 @@ def staged(**changed: object) -> Settings:
         ),
         (
             lambda s: s["races"]["datasets"].update({"scenes-cls": ["denoisin"]}),
-            "races.datasets.scenes-cls: unknown method 'denoisin': did you mean 'denoising'",
+            "races.datasets.scenes-cls: unknown schedulable method 'denoisin': did you mean 'denoising'",
         ),
+        (
+            lambda s: s["races"]["datasets"].update({"scenes-cls": ["dsd-plus"]}),
+            "races.datasets.scenes-cls: unknown schedulable method 'dsd-plus'",
+        ),
+        (
+            lambda s: s["races"]["datasets"].update({"scenes-cls": ["clip-zero-shot"]}),
+            "races.datasets.scenes-cls: unknown schedulable method 'clip-zero-shot'",
+        ),
+        (
+            lambda s: s["races"]["racing"]["proposer"].append("denoising"),
+            "races.racing.proposer: unknown contrastive method 'denoising'",
+        ),
+        (
+            lambda s: s["schedules"].update(few=staged(shortlist={"proposer": "clip-zero-shot", "keep": 0})),
+            "schedules.few.shortlist.keep: Input should be greater than 0",
+        ),
+        (lambda s: s["ablations"].update(heads=[-1]), "ablations.heads.0: Input should be"),
+        (lambda s: s["races"]["staged"].update(to_keep=[[1, 5]]), "races.staged.to_keep.0: must fall from stage to"),
+        (lambda s: s["races"]["exhaustive"].update(draws=[]), "races.exhaustive.draws: needs at least one value"),
+        (lambda s: s["races"]["racing"].update(threshold=[]), "races.racing.threshold: needs at least one value"),
         (lambda s: s["races"]["exhaustive"]["draws"].append(65), "races.exhaustive.draws: 65, but there are 64 in all"),
         (
             lambda s: s["schedules"].update(few=staged(n_samples=[1, 65])),
@@ -193,7 +212,7 @@ def test_what_learns_has_a_row() -> None:
     params = load(ROOT / "params.yaml")
     assert params.trained == list(params.training) == ["dsd", "clip-finetune", "clip-prompt"]
     assert params.prompted == "dsd"
-    assert [isinstance(row, NoisyTrainingParams) for row in params.training.values()] == [True, False, False]
+    assert [row.levels is not None for row in params.training.values()] == [True, False, False]
 
 
 def test_sections_are_read_from_all_files() -> None:

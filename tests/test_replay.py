@@ -19,7 +19,7 @@ from dsd.schedules.base import Course, spread_order
 from dsd.schedules.exhaustive import ALL_DRAWS, all_draws
 from dsd.schedules.hierarchical import directed_order, grid, published_name
 from dsd.schedules.racing import racing_name
-from dsd.schedules.replay import AGREED, SPARED, Outcome, RecordedRaces, compare_settings, read_hits, replay
+from dsd.schedules.replay import AGREED, SPARED, Identities, Outcome, RecordedRaces, compare_settings, read_hits, replay
 from dsd.schedules.staged import staged
 from dsd.store import digest
 from tests.raced import LEVELS, few, synthetic_races
@@ -121,12 +121,15 @@ def test_claims_of_the_second_paper_rest_on_the_published_setting(
     examples = [MatchingExample(str(n), (str(n),), tuple("abcdefghijkl"), ((0, 0),), "all") for n in range(100)]
     _, results = comparison
     file = tmp_path / "scenes-cls.json"
-    file.write_text(json.dumps({"denoising": {"examples": digest([e.id for e in examples]), **results}}))
-    hits = read_hits(file, HEADLINES["recall"], examples)
+    identity = {"key": "k", "settings": "s"}
+    file.write_text(json.dumps({"denoising": {**identity, "examples": digest([e.id for e in examples]), **results}}))
+    current = {"denoising": identity}
+    hits = read_hits(file, current, HEADLINES["recall"], examples)
     clean = hits[f"denoising, {published_name('clean')}"]
     assert set(clean) == {"top1", AGREED, SPARED} and clean["top1"][0].shape == (100,)
     assert clean[SPARED][0].mean() == pytest.approx(1 - results["chosen"][published_name("clean")]["share"]["value"])
-    assert not read_hits(file, "top1", examples[:50]) and not read_hits(tmp_path / "none.json", "top1", examples)
+    assert not read_hits(file, current, "top1", examples[:50])
+    assert not read_hits(tmp_path / "none.json", current, "top1", examples)
 
     clip = METRICS["recall"](np.full(100, 2), ["all"] * 100)
     judged, measured = judge(
@@ -150,3 +153,15 @@ def test_claims_of_the_second_paper_rest_on_the_published_setting(
     for found, other in zip(thrifty, ("staged", "hierarchical"), strict=True):
         shares = [results["chosen"][name]["share"]["value"] for name in (other, "racing")]
         assert found.difference.value == pytest.approx(shares[0] - shares[1])
+
+
+@pytest.mark.parametrize(
+    "current", [{}, {"denoising": {"key": "other", "settings": "s"}}, {"denoising": {"key": "k", "settings": "other"}}]
+)
+def test_comparisons_made_with_other_params_are_left_out_and_named(
+    current: Identities, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "scenes-cls.json"
+    file.write_text(json.dumps({"denoising": {"key": "k", "settings": "s", "examples": digest([])}}))
+    assert read_hits(file, current, "top1", []) == {}
+    assert caplog.messages == [f"{file}: denoising was compared with other params, model or code: run `make races`"]

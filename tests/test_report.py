@@ -40,6 +40,7 @@ from dsd.report.papers import second_paper
 from dsd.report.races import front
 from dsd.report.tables import duration, names, points
 from dsd.schedules.replay import compare_settings
+from dsd.scorers.evidence import INDEX, RACES
 from dsd.statistics import Difference, Resampling
 from tests.raced import few, synthetic_races
 
@@ -166,7 +167,10 @@ def write_races(params: Params, data: Path) -> None:
     for row in results["chosen"].values():
         if not row["setting"].get("proposer"):
             row["live"] = live
-    write(data / "races" / "scenes-vqa.json", {"denoising": {"examples": "", **results}})
+    identity = {"key": "", "settings": ""}
+    write(data / "races" / "scenes-vqa.json", {"denoising": {**identity, "examples": "", **results}})
+    for name in params.races.datasets:
+        write(data / "score" / name / RACES / INDEX, {"shards": {}, "compared": {"denoising": identity}})
     measure_scaling(params.races, params.evaluate, params.seed, data / "races")
 
 

@@ -48,7 +48,6 @@ from dsd.config.methods import (
     HierarchicalSchedule,
     Learned,
     MethodParams,
-    NoisyTrainingParams,
     RacingSchedule,
     ReleasedMethod,
     ScheduledMethod,
@@ -56,7 +55,6 @@ from dsd.config.methods import (
     ShortlistParams,
     StagedSchedule,
     TrainingParams,
-    TrainingRow,
 )
 from dsd.config.models import (
     BackboneParams,

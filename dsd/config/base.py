@@ -4,34 +4,54 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from inspect import get_annotations
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from dsd.errors import unknown
+
 if TYPE_CHECKING:
     from dsd.config.load import Params
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
-Level = Annotated[float, Field(gt=0, lt=1)]  # of the noise schedule: 0 is the image, 1 is noise
+Level = Fraction  # of the noise schedule: 0 is the image, 1 is noise
+Direction = Literal["clean", "noisy", "middle"]  # in which a hierarchical schedule orders the noise levels
+Heads = Literal["weighted", "mean"]
 Part = Literal["attention", "prompted-attention", "denoising", "prompted-denoising"]
 Pooling = Literal["logsumexp", "maximum", "cosine", "logits"]
 Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]  # with one placeholder {}
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A mean over no value is NaN; a repeated value would count twice in some results and once in others."""
+    """Refuse an empty or repeating list: its mean would be NaN or count a value twice."""
     if not values or len(set(values)) < len(values):
         raise ValueError("needs at least one value, and none twice")
     return values
 
 
+def _falling(values: tuple[int, ...]) -> tuple[int, ...]:
+    if any(b > a for a, b in pairwise(values)):
+        raise ValueError(f"must fall from stage to stage, not {list(values)}")
+    return values
+
+
 Distinct = AfterValidator(_distinct)
+ToKeep = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_falling)]
 Levels = Annotated[tuple[Level, ...], Distinct]
 Parts = Annotated[tuple[Part, ...], Distinct]
 Poolings = Annotated[tuple[Pooling, ...], Distinct]
+
+
+def check_known(key: str, kind: str, name: str, choices: Iterable[str]) -> None:
+    """Raise ValueError, which starts with the key, unless the name is among the choices."""
+    if name not in (known := list(choices)):
+        raise ValueError(f"{key}: {unknown(kind, name, known)}")
 
 
 class ParamsModel(BaseModel):

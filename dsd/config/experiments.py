@@ -6,14 +6,26 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dsd.config.base import Levels, ParamsModel, Parts, Pooling, Positive, Share
+from dsd.config.base import (
+    Direction,
+    Distinct,
+    Fraction,
+    Heads,
+    Levels,
+    ParamsModel,
+    Parts,
+    Pooling,
+    Positive,
+    Share,
+    ToKeep,
+)
 
 
 class EvaluateParams(ParamsModel):
     """The bootstrap: resamples, and confidence of the intervals."""
 
     resamples: Positive
-    confidence: Annotated[float, Field(gt=0, lt=1)]
+    confidence: Fraction
 
 
 class AblationParams(ParamsModel):
@@ -21,7 +33,7 @@ class AblationParams(ParamsModel):
 
     methods: tuple[str, ...]
     pooling: tuple[Pooling, ...]
-    heads: tuple[Literal["weighted", "mean"] | Positive, ...]
+    heads: tuple[Heads | Positive, ...]
     layers: tuple[Literal["all"] | Positive, ...]
     levels: tuple[Levels, ...]
     parts: tuple[Parts, ...]
@@ -38,17 +50,17 @@ class StudyParams(ParamsModel):
 
 
 class ExhaustiveSettings(ParamsModel):
-    draws: tuple[Positive, ...]
+    draws: Annotated[tuple[Positive, ...], Distinct]
 
 
 class StagedSettings(ParamsModel):
-    to_keep: tuple[tuple[Positive, ...], ...]
+    to_keep: tuple[ToKeep, ...]
     first: tuple[Positive, ...]
     growth: tuple[Annotated[int, Field(ge=2)], ...]
 
 
 class HierarchicalSettings(ParamsModel):
-    direction: tuple[Literal["clean", "noisy", "middle"], ...]
+    direction: tuple[Direction, ...]
     samples: tuple[Positive, ...]
     beam_factor: tuple[Annotated[float, Field(ge=1)], ...]
     patience: tuple[Positive, ...]
@@ -63,22 +75,22 @@ class PublishedSettings(ParamsModel):
 
 
 class RacingSettings(ParamsModel):
-    threshold: tuple[Annotated[float, Field(gt=0)], ...]
+    threshold: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Distinct]
     proposer: tuple[str | None, ...]
     rivals: Positive
-    learning: Annotated[float, Field(gt=0, lt=1)]
-    deltas: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
-    confidence: Annotated[float, Field(gt=0, lt=1)]
+    learning: Fraction
+    deltas: tuple[Fraction, ...]
+    confidence: Fraction
 
 
 class GrowthSettings(ParamsModel):
     candidates: tuple[Annotated[int, Field(ge=2)], ...]
     races: Positive
-    delta: Annotated[float, Field(gt=0, lt=1)]
+    delta: Fraction
 
 
 class RacesParams(ParamsModel):
-    """The settings of each schedule that are compared, on stored evidence at every draw of these levels."""
+    """Settings of each schedule to compare, on evidence stored at every draw of these levels."""
 
     datasets: dict[str, tuple[str, ...]]
     examples: Positive

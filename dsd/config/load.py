@@ -6,13 +6,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Union, cast, get_args, get_origin
 
 import yaml
-from pydantic import Tag, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from dsd.config.base import Kind, ParamsModel, registered
+from dsd.config.base import Kind, ParamsModel, check_known, registered
 from dsd.config.datasets import DatasetParams
 from dsd.config.experiments import AblationParams, EvaluateParams, RacesParams, ReportParams, StudyParams
 from dsd.config.methods import (
@@ -21,7 +21,7 @@ from dsd.config.methods import (
     MethodParams,
     ScheduledMethod,
     ScheduleParams,
-    TrainingRow,
+    TrainingParams,
 )
 from dsd.config.models import (
     BackboneParams,
@@ -50,7 +50,7 @@ class Params(ParamsModel):
     evidence: EvidenceParams
     prompt: PromptParams
     context: ContextParams
-    training: dict[str, TrainingRow]
+    training: dict[str, TrainingParams]
     schedules: dict[str, ScheduleParams]
     methods: dict[str, MethodParams]
     fusion: FusionParams
@@ -92,8 +92,7 @@ class Params(ParamsModel):
 
     @model_validator(mode="after")
     def _rows_agree_with_other_sections(self) -> Params:
-        if self.backbone not in self.backbones:
-            raise ValueError(f"backbone: {unknown('backbone', self.backbone, self.backbones)}")
+        check_known("backbone", "backbone", self.backbone, self.backbones)
         for section in OPEN:
             for name, row in getattr(self, section).items():
                 row.check(name, self)
@@ -102,12 +101,11 @@ class Params(ParamsModel):
     @model_validator(mode="after")
     def _ablations_have_evidence(self) -> Params:
         for name in self.ablations.methods:
-            if name not in self.methods:
-                raise ValueError(f"ablations.methods: {unknown('method', name, self.methods)}")
+            check_known("ablations.methods", "method", name, self.methods)
             if not self.methods[name].ablation_keys:
-                raise ValueError(f"ablations.methods: {name} has neither cross-attention nor parts to take apart")
+                raise ValueError(f"ablations.methods: {name} cannot be ablated: neither cross-attention nor parts")
             if self.methods[name].has_schedule:
-                raise ValueError(f"ablations.methods: {name} has a schedule, which leaves no evidence to take apart")
+                raise ValueError(f"ablations.methods: {name} has a schedule, so no evidence of it is stored")
         for pooling in self.ablations.pooling:
             if pooling not in self.evidence.poolings:
                 raise ValueError(f"ablations.pooling: {pooling!r} is not among evidence.poolings")
@@ -124,8 +122,7 @@ class Params(ParamsModel):
                 ("method", study.methods, self.methods),
             ):
                 for row in rows:
-                    if row not in choices:
-                        raise ValueError(f"studies.{name}.{kind}s: {unknown(kind, row, choices)}")
+                    check_known(f"studies.{name}.{kind}s", kind, row, choices)
             for row in study.methods:
                 if self.methods[row].has_schedule:
                     raise ValueError(f"studies.{name}.methods: {row} has a schedule that was learned for other params")
@@ -135,11 +132,12 @@ class Params(ParamsModel):
     def _races_have_rows_and_draws(self) -> Params:
         races = self.races
         for name, methods in races.datasets.items():
-            if name not in self.datasets:
-                raise ValueError(f"races.datasets: {unknown('dataset', name, self.datasets)}")
+            check_known("races.datasets", "dataset", name, self.datasets)
+            fitting = {method: row for method, row in self.methods.items() if row.can_have_schedule}
             for method in methods:
-                if method not in self.methods:
-                    raise ValueError(f"races.datasets.{name}: {unknown('method', method, self.methods)}")
+                check_known(f"races.datasets.{name}", "schedulable method", method, fitting)
+        for proposer in filter(None, races.racing.proposer if races.datasets else ()):
+            check_known("races.racing.proposer", "contrastive method", proposer, self.contrastive)
         if max(races.exhaustive.draws) > races.draws:
             raise ValueError(
                 f"races.exhaustive.draws: {max(races.exhaustive.draws)}, but there are {races.draws} in all"
@@ -149,36 +147,34 @@ class Params(ParamsModel):
         return self
 
     @model_validator(mode="after")
-    def _what_learns_is_trained(self) -> Params:
+    def _training_rows_match_methods(self) -> Params:
         if all(row.contrastive for row in self.methods.values()):
             raise ValueError("methods: none uses the diffusion model; one must")
         learning = self.trained
         for name in self.training:
-            if name not in learning:
-                raise ValueError(f"training.{name}: {unknown('trained method', name, learning)}")
+            check_known(f"training.{name}", "trained method", name, learning)
         for name in learning:
             row = self.training.get(name)
             if row is None:
                 raise ValueError(f"methods.{name}: learns, but training has no row {name}")
             noisy = self.methods[name].learns == "attention prompt"
-            if noisy and not row.noise_levels:
+            if noisy and not row.levels:
                 raise ValueError(f"training.{name}.levels: missing; an attention prompt is trained at noise levels")
-            if row.noise_levels and not noisy:
+            if row.levels and not noisy:
                 raise ValueError(f"training.{name}.levels: superfluous; a CLIP is trained without noise")
         return self
 
     @model_validator(mode="after")
-    def _what_serves_scores_pairs(self) -> Params:
+    def _serving_has_rows(self) -> Params:
         name, prompt = self.serving.method, self.serving.prompt
-        if name not in self.methods:
-            raise ValueError(f"serving.method: {unknown('method', name, self.methods)}")
+        check_known("serving.method", "method", name, self.methods)
         row = self.methods[name]
         if not row.can_be_served:
             raise ValueError(f"serving.method: the scorer of {name} is neither cross-attention nor denoising")
         if row.zero_shot and prompt is not None:
             raise ValueError(f"serving.prompt: {name} has none; set it to null")
-        if not row.zero_shot and prompt not in self.datasets:
-            raise ValueError(f"serving.prompt: {unknown('dataset', str(prompt), self.datasets)}")
+        if not row.zero_shot:
+            check_known("serving.prompt", "dataset", str(prompt), self.datasets)
         return self
 
     def noise_of(self, dataset: str) -> NoiseParams:
@@ -199,6 +195,11 @@ class Params(ParamsModel):
     def raced(self) -> dict[str, ScheduledMethod]:
         """The methods whose schedule is not exhaustive; they leave rankings and no evidence."""
         return {n: row for n, row in self.methods.items() if isinstance(row, ScheduledMethod) and row.has_schedule}
+
+    def compared(self, dataset: str) -> dict[str, ScheduledMethod]:
+        """The methods that `make races` compares schedules for on a dataset."""
+        names = self.races.datasets.get(dataset, ())
+        return {name: cast(ScheduledMethod, self.methods[name]) for name in names if name in self.methods}
 
     @property
     def prompted(self) -> str | None:
@@ -329,6 +330,8 @@ def _place(location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
         key.append(str(part))
         if get_origin(kind) is dict:
             kind = get_args(kind)[1]
+        elif get_origin(kind) is tuple:
+            kind = get_args(kind)[0]
         else:
             fields = getattr(kind, "model_fields", {})
             known, kind = list(fields), fields[part].annotation if part in fields else None
@@ -336,15 +339,15 @@ def _place(location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
 
 
 def _bare(kind: Any) -> Any:
-    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    """The type without annotations and without None."""
+    if get_origin(kind) is Annotated:
+        return _bare(get_args(kind)[0])
+    members = [member for member in get_args(kind) if member is not type(None)]
+    return _bare(members[0]) if get_origin(kind) in (Union, UnionType) and len(members) == 1 else kind
 
 
 def _choices(kind: Any) -> dict[Any, Any]:
     """The members of a union, by their names in a location."""
     if isinstance(kind, type) and issubclass(kind, Kind):
         return kind.choices()
-    if get_origin(kind) not in (Union, UnionType):
-        return {}
-    members = {member: getattr(member, "__metadata__", ()) for member in get_args(kind)}
-    tags = {note.tag: _bare(member) for member, notes in members.items() for note in notes if isinstance(note, Tag)}
-    return tags or {"": None}  # a union without tags has no keys below it
+    return {"": None} if get_origin(kind) in (Union, UnionType) else {}  # no key is below a plain union

@@ -1,19 +1,32 @@
 """Rows of `methods`, `schedules` and `training`, and the section `fusion`.
 
-Rows answer questions about themselves (which evidence, which prompt, whether a schedule, what is learned), so that no
-caller asks for their class.
+Properties of a row say which evidence and prompt it reads, whether it has a schedule and what it trains, so that no
+caller tests its class.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field
 
-from dsd.config.base import Distinct, Kind, Levels, ParamsModel, Parts, Pooling, Positive
+from dsd.config.base import (
+    Direction,
+    Distinct,
+    Fraction,
+    Heads,
+    Kind,
+    Levels,
+    ParamsModel,
+    Parts,
+    Pooling,
+    Positive,
+    ToKeep,
+    check_known,
+    is_unset,
+)
 from dsd.config.experiments import RacesParams
-from dsd.errors import unknown
 
 if TYPE_CHECKING:
     from dsd.config.load import Params
@@ -54,7 +67,7 @@ class MethodParams(Kind):
 
     @property
     def has_schedule(self) -> bool:
-        """Whether its schedule is not exhaustive: it then leaves rankings and no evidence."""
+        """Whether its schedule is not exhaustive; then only rankings are stored, no evidence."""
         return False
 
     @property
@@ -73,7 +86,7 @@ class MethodParams(Kind):
 
     @property
     def learns(self) -> Learned | None:
-        """What its score can train on the few-shot split; of several with an attention prompt only one trains it."""
+        """What it trains on the few-shot split; one method trains the attention prompt for all (`Params.prompted`)."""
         return None
 
     @property
@@ -87,10 +100,8 @@ class MethodParams(Kind):
         return None
 
     def check(self, name: str, params: Params) -> None:
-        if self.own_backbone not in (None, *params.backbones):
-            raise ValueError(
-                f"methods.{name}.backbone: {unknown('backbone', str(self.own_backbone), params.backbones)}"
-            )
+        if self.own_backbone is not None:
+            check_known(f"methods.{name}.backbone", "backbone", self.own_backbone, params.backbones)
 
 
 class DiffusionMethod(MethodParams):
@@ -138,9 +149,7 @@ class ScheduledMethod(DiffusionMethod):
 
     def check(self, name: str, params: Params) -> None:
         super().check(name, params)
-        known = [EXHAUSTIVE, *params.schedules]
-        if self.schedule not in known:
-            raise ValueError(f"methods.{name}.schedule: {unknown('schedule', self.schedule, known)}")
+        check_known(f"methods.{name}.schedule", "schedule", self.schedule, [EXHAUSTIVE, *params.schedules])
         if self.has_schedule and self.levels != params.races.levels:
             levels = list(params.races.levels)
             raise ValueError(f"methods.{name}.levels: a schedule uses the levels of races, {levels}")
@@ -153,7 +162,7 @@ class CrossAttentionMethod(ScheduledMethod):
     schedule: str
     pooling: Pooling
     layers: Literal["all"] | Positive
-    heads: Literal["weighted", "mean"]
+    heads: Heads
 
     @property
     def reads_pooling(self) -> Pooling | None:
@@ -201,7 +210,7 @@ class FusionMethod(DiffusionMethod):
     prompt: Literal["few-shot"]
     schedule: Literal["exhaustive"]
     pooling: Pooling
-    heads: Literal["weighted", "mean"]
+    heads: Heads
     parts: Parts
 
     @property
@@ -268,9 +277,8 @@ class ScheduleParams(Kind):
 
     def check(self, name: str, params: Params) -> None:
         contrastive = [method for method, row in params.methods.items() if row.contrastive]
-        if self.proposed_by not in (None, *contrastive):
-            problem = unknown("contrastive method", str(self.proposed_by), contrastive)
-            raise ValueError(f"schedules.{name}.{self.proposer_key}: {problem}")
+        if self.proposed_by is not None:
+            check_known(f"schedules.{name}.{self.proposer_key}", "contrastive method", self.proposed_by, contrastive)
         self.check_draws(f"schedules.{name}", params.races)
 
     def check_draws(self, key: str, races: RacesParams) -> None:
@@ -294,14 +302,12 @@ class ShortlistSchedule(ScheduleParams):
 class StagedSchedule(ShortlistSchedule):
     kind: Literal["staged"]
     shortlist: ShortlistParams | None
-    to_keep: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    to_keep: ToKeep
     n_samples: tuple[Positive, ...]
 
     def check_draws(self, key: str, races: RacesParams) -> None:
         if len(self.to_keep) != len(self.n_samples):
             raise ValueError(f"{key}.to_keep: must be as long as n_samples")
-        if any(b > a for a, b in pairwise(self.to_keep)):
-            raise ValueError(f"{key}.to_keep: must fall from stage to stage, not {list(self.to_keep)}")
         if any(b <= a for a, b in pairwise(self.n_samples)):
             raise ValueError(f"{key}.n_samples: must rise from stage to stage, not {list(self.n_samples)}")
         if self.n_samples[-1] > races.draws:
@@ -311,7 +317,7 @@ class StagedSchedule(ShortlistSchedule):
 class HierarchicalSchedule(ShortlistSchedule):
     kind: Literal["hierarchical"]
     shortlist: ShortlistParams | None
-    direction: Literal["clean", "noisy", "middle"]
+    direction: Direction
     samples: Positive
     beam_factor: Annotated[float, Field(ge=1)]
     patience: Positive
@@ -328,7 +334,7 @@ class RacingSchedule(ScheduleParams):
     """Learned by `make races` for methods with the same score, and calibrated for this δ."""
 
     kind: Literal["racing"]
-    delta: Annotated[float, Field(gt=0, lt=1)]
+    delta: Fraction
     proposer: str | None
 
     @property
@@ -349,30 +355,7 @@ class TrainingParams(ParamsModel):
     temperature: Annotated[float, Field(gt=0)]
     margin: Annotated[float, Field(ge=0)]
     checkpoint_every: Positive
-
-    @property
-    def noise_levels(self) -> tuple[float, ...]:
-        """Levels of the noise that examples are trained at; empty for a CLIP."""
-        return ()
-
-
-class NoisyTrainingParams(TrainingParams):
-    """For the attention prompt, which is trained at noise levels."""
-
-    levels: Levels
-
-    @property
-    def noise_levels(self) -> tuple[float, ...]:
-        return self.levels
-
-
-def _tag(row: Any) -> str:
-    return "noisy" if ("levels" in row if isinstance(row, dict) else hasattr(row, "levels")) else "plain"
-
-
-TrainingRow = Annotated[
-    Annotated[NoisyTrainingParams, Tag("noisy")] | Annotated[TrainingParams, Tag("plain")], Discriminator(_tag)
-]
+    levels: Levels | None = Field(default=None, exclude_if=is_unset)  # of the noise; unset for a CLIP
 
 
 class FusionParams(ParamsModel):

@@ -56,6 +56,7 @@ class RaceRunner:
 
     source: digest of everything that evidence depends on, except the rows.
     key: digest of models and params, but not of trained weights, whose last bits differ between machines.
+    identity: what a schedule comparison depends on, except its examples: `key`, and the digest of the settings.
     """
 
     def __init__(self, session: Session, method: ScheduledMethod) -> None:
@@ -70,6 +71,9 @@ class RaceRunner:
         content = [session.backbone.digest, row, learning, [section.model_dump() for section in sections], params.seed]
         key = versioned("races", digest(*content))
         self.key = versioned("prompts", key) if training else key
+        proposers = [params.methods[p].model_dump() for p in params.races.racing.proposer if p in params.methods]
+        settings = params.races.model_dump(exclude={"datasets", "growth"})
+        self.identity = {"key": self.key, "settings": digest(settings, params.evaluate.model_dump(), proposers)}
 
     def open(self) -> None:
         """Open the models, so that opening does not count in timings."""

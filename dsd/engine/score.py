@@ -120,7 +120,8 @@ def score_raced(session: Session, comparisons: Path, target: Path, *, split: str
     """Run the races of every method with a schedule on a split; resumable.
 
     A shard holds, for a group of examples, the rank of each candidate from 1, and evaluations and lost draws of each
-    example. It is written when its last race is over; races of several shards run concurrently.
+    example. It is written when its last race is over; races of several shards run concurrently. The index next to them
+    also has the identity of each schedule comparison, by which later stages detect a stale one.
 
     Args:
         comparisons: the folder with the results of `make races`.
@@ -160,7 +161,8 @@ def score_raced(session: Session, comparisons: Path, target: Path, *, split: str
         parts = [read_shard(store, key)["evaluations"] for key in keys[row]]
         costs[row] = float(np.concatenate(parts).mean())
     store.prune(set(chain.from_iterable(keys.values())))
-    write_atomic(store.root / INDEX, json.dumps(keys, indent=1).encode())
+    compared = {method: RaceRunner(session, row).identity for method, row in params.compared(name).items()}
+    write_atomic(store.root / INDEX, json.dumps({"shards": keys, "compared": compared}, indent=1).encode())
     return costs
 
 

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from dsd.config import MethodParams, ScheduledMethod
 from dsd.data.examples import MatchingExample
 from dsd.engine.batching import Filled
 from dsd.engine.forward import Values
 from dsd.engine.races import RaceRunner, choices, right
 from dsd.engine.session import Session
-from dsd.errors import ParamsError, unknown
 from dsd.schedules.base import Course
 from dsd.schedules.race import Floats
 from dsd.schedules.replay import LEARNED_FROM, MEASURED_ON, RecordedRaces, compare_settings, read_comparisons, replay
@@ -37,24 +35,17 @@ def compare_schedules(session: Session, evidence: Path, target: Path) -> dict[st
     """
     params, file = session.params, target / f"{session.name}.json"
     races, store = params.races, Store(evidence)
-    methods = compared_methods(session.name, races.datasets[session.name], params.methods)
     splits = {split: choices(session.examples(split))[: races.examples] for split in (LEARNED_FROM, MEASURED_ON)}
-    proposers = compared_proposers(races.racing.proposer, params.methods)
-    rows = [params.methods[p].model_dump() for p in proposers]
-    settings = digest(races.model_dump(exclude={"datasets", "growth"}), params.evaluate.model_dump(), rows)
+    proposers = [name for name in races.racing.proposer if name]
 
     @cache
     def proposed(split: str) -> dict[str, list[Floats]]:
         return {p: session.proposals(p, splits[split]) for p in proposers}
 
     before, comparisons = read_comparisons(file), {}
-    for row, method in methods.items():
+    for row, method in params.compared(session.name).items():
         runner = RaceRunner(session, method)
-        identity = {
-            "key": runner.key,
-            "settings": settings,
-            "examples": digest([example.id for example in splits[MEASURED_ON]]),
-        }
+        identity = runner.identity | {"examples": digest([example.id for example in splits[MEASURED_ON]])}
         if identity.items() <= before.get(row, {}).items():
             recompute = f"remove it and {evidence}, then `make races`"
             check_libraries(file, before[row].get("libraries", {}), recompute)
@@ -74,35 +65,6 @@ def compare_schedules(session: Session, evidence: Path, target: Path) -> dict[st
         comparisons[row] = identity | {"libraries": libraries()} | results
     write_atomic(file, (json.dumps(comparisons, indent=1) + "\n").encode())
     return {"races": sum(map(len, splits.values()))}
-
-
-def compared_methods(
-    dataset: str, names: Sequence[str], methods: Mapping[str, MethodParams]
-) -> dict[str, ScheduledMethod]:
-    """The rows of `methods` that schedules are compared for on a dataset.
-
-    Raises:
-        ParamsError: params.yaml has no such method, or its score is not a mean over draws.
-    """
-    fitting = {name: row for name, row in methods.items() if row.can_have_schedule}
-    for name in names:
-        if name not in fitting:
-            raise ParamsError(f"races.datasets.{dataset}: {unknown('method by means over draws', name, fitting)}")
-    return {name: cast(ScheduledMethod, fitting[name]) for name in names}
-
-
-def compared_proposers(names: Sequence[str | None], methods: Mapping[str, MethodParams]) -> list[str]:
-    """The proposers that racing is compared with.
-
-    Raises:
-        ParamsError: params.yaml has no such method, or it is not contrastive.
-    """
-    fitting = [name for name, row in methods.items() if row.contrastive]
-    proposers = [name for name in names if name]
-    for name in proposers:
-        if name not in fitting:
-            raise ParamsError(f"races.racing.proposer: {unknown('contrastive method', name, fitting)}")
-    return proposers
 
 
 def recorded(

@@ -25,7 +25,8 @@ from dsd.evaluation.ablations import Ablations
 from dsd.evaluation.claims import Judgement
 from dsd.experiments.scaling import read_scaling
 from dsd.metrics import HEADLINES, METRICS, WINOGROUND_CHANCE, Hits
-from dsd.schedules.replay import read_comparisons
+from dsd.schedules.replay import current
+from dsd.scorers.evidence import read_identities
 from dsd.statistics import Interval
 
 # In order of execution. The time of the report stage is unknown while the report is written.
@@ -171,8 +172,9 @@ def read_studies(data: Path) -> dict[str, Any]:
 
 
 def read_races(datasets: Iterable[str], data: Path) -> dict[str, dict[str, Any]]:
-    """The schedule comparisons by dataset and method; datasets without results are absent."""
-    races = {name: read_comparisons(data / "races" / f"{name}.json") for name in datasets}
+    """The schedule comparisons by dataset and method; datasets without current results are absent."""
+    identities = {name: read_identities(data / "score" / name) for name in datasets}
+    races = {name: current(data / "races" / f"{name}.json", identities[name]) for name in datasets}
     return {name: by_method for name, by_method in races.items() if by_method}
 
 

@@ -7,8 +7,9 @@ Shapes: n races of C candidates, K draws.
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby, product
 from pathlib import Path
@@ -28,9 +29,12 @@ from dsd.schedules.racing import calibrate, fit_forecast, racing_name
 from dsd.statistics import clustered_mean, paired_difference
 from dsd.store import digest
 
+log = logging.getLogger(__name__)
+
 LEARNED_FROM, MEASURED_ON = "train", "test"  # splits
 SPARED = "spared evaluations"
 AGREED = "the winner of all draws"
+Identities = Mapping[str, Mapping[str, str]]  # `RaceRunner.identity` by method
 SHORTLISTS = (1, 2, 5, 10, 20, 50)
 
 
@@ -202,15 +206,17 @@ def recall(proposals: Sequence[Floats], winners: Sequence[int] | NDArray[np.int6
     return {str(kept): float((places <= kept).mean()) for kept in SHORTLISTS if kept < max(map(len, proposals))}
 
 
-def read_hits(file: Path, metric: str, examples: Sequence[MatchingExample]) -> dict[str, dict[str, Hits]]:
+def read_hits(
+    file: Path, identities: Identities, metric: str, examples: Sequence[MatchingExample]
+) -> dict[str, dict[str, Hits]]:
     """Whether each chosen schedule, `<method>, <schedule>`, answers each example correctly, by the headline metric,
     and as all draws do, `AGREED`; and the share of their evaluations that it spares, `SPARED`.
 
-    Empty where the comparison was not run, or not on these examples.
+    Empty where the comparison was not run, or not on these examples, or is stale, see `current`.
     """
     everyone = [np.ones(len(examples), dtype=bool)]
     hits = {}
-    for method, comparison in read_comparisons(file).items():
+    for method, comparison in current(file, identities).items():
         if comparison["examples"] == digest([example.id for example in examples]):
             for schedule, row in comparison["chosen"].items():
                 each, whole = row["each"], comparison["chosen"][ALL_DRAWS]["each"]
@@ -219,6 +225,16 @@ def read_hits(file: Path, metric: str, examples: Sequence[MatchingExample]) -> d
                 columns = {metric: hits_n, AGREED: agrees_n, SPARED: 1 - own_n / whole_n}
                 hits[f"{method}, {schedule}"] = {key: (column, everyone) for key, column in columns.items()}
     return hits
+
+
+def current(file: Path, identities: Identities) -> dict[str, Any]:
+    """The schedule comparisons of a dataset, by method, without those made with other params, model or code."""
+    comparisons = read_comparisons(file)
+    for method, results in list(comparisons.items()):
+        if method not in identities or not identities[method].items() <= results.items():
+            log.warning("%s: %s was compared with other params, model or code: run `make races`", file, method)
+            del comparisons[method]
+    return comparisons
 
 
 def read_comparisons(file: Path) -> dict[str, Any]:

@@ -15,13 +15,7 @@ from dsd.schedules.race import Mask, RoundState, Schedule, best, mean
 
 
 def staged(to_keep: Sequence[int], n_samples: Sequence[int]) -> Schedule:
-    """Keep the best to_keep[i] candidates after n_samples[i] draws.
-
-    Raises:
-        ValueError: lists of two lengths, draws that do not rise, or more kept than before.
-    """
-    if len(to_keep) != len(n_samples) or any(b > a for a, b in pairwise(to_keep)):
-        raise ValueError(f"to_keep {list(to_keep)} must fall and be as long as n_samples {list(n_samples)}")
+    """Keep the best to_keep[i] candidates after n_samples[i] draws."""
 
     def keep(state: RoundState) -> Mask:
         return best(mean(state), state.kept_C, to_keep[bisect_left(n_samples, state.draws)])

@@ -174,7 +174,7 @@ def read_places(scored: Path, method: str, examples: Sequence[MatchingExample]) 
         DataError: the stage `score` has run no such races, or a shard is damaged.
     """
     store, path = Store(scored / RACES), scored / RACES / INDEX
-    keys = json.loads(path.read_text()).get(method) if path.exists() else None
+    keys = json.loads(path.read_text())["shards"].get(method) if path.exists() else None
     parts = [part for part in map(store.read, keys or ()) if part is not None]
     if not keys or len(parts) < len(keys):
         raise DataError(f"{path}: no races of {method}, or damaged ones; run the stage `score` again")
@@ -183,3 +183,15 @@ def read_places(scored: Path, method: str, examples: Sequence[MatchingExample]) 
     if len(whole) != sum(sizes):
         raise DataError(f"{path}: {len(whole)} candidates of {method} for {sum(sizes)}; run the stage `score` again")
     return np.split(whole, np.cumsum(sizes)[:-1])
+
+
+def read_identities(scored: Path) -> dict[str, dict[str, str]]:
+    """Read the identity of each method's schedule comparison under the params of the stage `score`.
+
+    Raises:
+        DataError: the stage `score` was not run.
+    """
+    path = scored / RACES / INDEX
+    if not path.exists():
+        raise DataError(f"{path}: no such file; run the stage `score`")
+    return dict(json.loads(path.read_text())["compared"])

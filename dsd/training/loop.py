@@ -164,7 +164,7 @@ class Trainer:
         rng = Random(f"train/{self.name}/{self.seed}/{self.step}")
         chosen = rng.sample(self.examples, self.batch)
         tables, right = zip(*(table(example, *self.shape, rng) for example in chosen), strict=True)
-        levels = self.training.noise_levels
+        levels = self.training.levels or ()
         draws = [Draw(rng.choice(levels), rng.getrandbits(62)) for _ in chosen if levels]
         return list(tables), torch.tensor(right), draws
 

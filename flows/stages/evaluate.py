@@ -15,6 +15,7 @@ def evaluate(params: Params) -> dict[str, Details]:
     from dsd.experiments.study_results import compare_variants, write_studies
     from dsd.metrics import HEADLINES
     from dsd.schedules.replay import read_hits
+    from dsd.scorers.evidence import read_identities
 
     target = DATA / "evaluate"
     results: dict[str, evaluation.Results] = {}
@@ -27,7 +28,8 @@ def evaluate(params: Params) -> dict[str, Details]:
         variants = ablations.ablate(scored, params.ablations, params.seed)
         ablated[name] = ablations.with_intervals(scored.examples, variants, params.evaluate, params.seed)
         metric = HEADLINES[benchmark(scored.kind).metrics]
-        raced = read_hits(DATA / "races" / f"{name}.json", metric, scored.examples)
+        identities = read_identities(DATA / "score" / name)
+        raced = read_hits(DATA / "races" / f"{name}.json", identities, metric, scored.examples)
         data[name] = claims.Answers(scored.kind, scored.examples, {**hits, **raced}, variants)
         return {}
 
