@@ -15,7 +15,7 @@ Hits = tuple[NDArray[np.float64], list[NDArray[np.bool_]]]  # hits [n], group ma
 Ranks = NDArray[np.int64]
 
 SLOTS = ("subject", "object", "predicate")
-# Of a 2 x 2 example: whether the text score and the image score are hits, at ranks 1 to 4.
+# Text and image score of a 2 x 2 example at ranks 1 to 4: whether each is a hit.
 WINOGROUND_RANKS = ((True, True), (True, False), (False, True), (False, False))
 # The probability of each rank with the four scores in random order: the text score and the image score are hits with
 # probability 1/4 each, both with 1/6.
@@ -34,7 +34,7 @@ def rank(scores: ArrayLike, answer: Answer) -> int:
         answer: the one true pair or none; two for a 2 x 2 example.
 
     Raises:
-        ValueError: a score is NaN, or the shape or the answer is another one.
+        ValueError: a score is NaN, or the shape or answer is not as above.
     """
     scores_IT = _checked(scores, answer)
     if len(answer) == 2:
@@ -58,7 +58,7 @@ def winoground(scores: ArrayLike, answer: Answer) -> dict[str, bool]:
         answer: the two true pairs, each image and each text in one of them.
 
     Raises:
-        ValueError: a score is NaN, the shape is another one, or the answer does not pair each image with one text.
+        ValueError: a score is NaN, the shape is not [2, 2], or the answer does not pair each image with one text.
     """
     scores_IT = _checked(scores, answer)
     if scores_IT.shape != (2, 2) or sorted(answer) not in ([(0, 0), (1, 1)], [(0, 1), (1, 0)]):
@@ -120,7 +120,7 @@ METRICS: dict[str, Callable[[Ranks, Sequence[str]], dict[str, Hits]]] = {
     "answers": answers,
     "winoground": winoground_hits,
 }
-# The metric of each that is quoted alone.
+# The headline metric of each.
 HEADLINES = {"slots": "macro", "recall": "top1", "answers": "all", "winoground": "group"}
 
 

@@ -1,4 +1,4 @@
-"""A content-addressed store: atomic writes, checked reads, resumable.
+"""A store keyed by inputs: atomic writes, checksummed reads, resumable.
 
 A shard is one safetensors file of named arrays under a key; the key is a digest of everything that the arrays
 were computed from, so a shard is never stale: another input has another key. Its manifest is removed before
@@ -61,7 +61,7 @@ def _plain(part: Any) -> Any:
     if type(part) in PLAIN:
         return part
     if isinstance(part, PurePath):
-        raise TypeError(f"{part} is a place, not a content: digest its file_digest instead")
+        raise TypeError(f"{part} is a path: use its file_digest")
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
         return _plain({field.name: getattr(part, field.name) for field in dataclasses.fields(part)})
     if hasattr(part, "model_dump"):
@@ -173,7 +173,7 @@ class Store:
         arrays = self._load(key, content)
         # If the manifest has changed since, another process is writing; that is no damage.
         if arrays is None and _bytes(manifest) == content:
-            log.warning("%s does not match its manifest: set aside, to be computed again", self._file(key))
+            log.warning("%s does not match its manifest: renamed to .corrupt, to be recomputed", self._file(key))
             self.corrupt += 1
             manifest.unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
@@ -182,10 +182,8 @@ class Store:
             check_libraries(self.root, json.loads(content).get("libraries", {}))
         return arrays
 
-    def __contains__(self, key: object) -> bool:
+    def __contains__(self, key: str) -> bool:
         """Return whether the shard is complete: it has a manifest and a file of the right size."""
-        if not isinstance(key, str):
-            return False
         try:
             size = json.loads(self._manifest(key).read_bytes())["size"]
             return bool(self._file(key).stat().st_size == size)

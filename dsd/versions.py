@@ -1,9 +1,8 @@
 """Versions of the code whose results are stored.
 
-Every stored key contains the versions of the code that made the result. Raise a constant when a change moves results of
-its kind: they, and all results that depend on them, get other keys and are computed again. Version 1 adds nothing to a
-key, so that results from before there were versions stay valid. tests/test_golden.py fails when results move and the
-constant did not.
+Every stored key contains the versions of the code that made the result. Raise a version when a change moves results of
+its kind: they, and all results that depend on them, get other keys and are recomputed. Version 1 adds nothing to a key,
+so results without versions stay valid. tests/test_golden.py fails when results move and the version did not.
 """
 
 from __future__ import annotations
@@ -12,30 +11,18 @@ from collections.abc import Mapping
 
 from dsd.store import digest
 
-LATENTS = 1  # dsd/data/images.py and datasets/preparation.py (resizing), encode_images of dsd/models
-TEXTS = 1  # encode_texts of dsd/models
-FEATURES = 1  # of CLIP's two towers: dsd/models/clip.py, open_clip.py; resizing
-EVIDENCE = 1  # dsd/data/draws.py, dsd/engine, and of dsd/models: add_noise, predict_noise, attention.py, prompts.py
-COSINES = 1  # dsd/models/clip_heads.py
-PROMPTS = 1  # training of attention prompts: dsd/training
-HEADS = 1  # training of CLIP's heads: dsd/training
-RACES = 1  # dsd/schedules and how dsd/engine runs them
-SCORES = 1  # dsd/scorers, dsd/evaluation, dsd/metrics.py: not stored, but the gate compares them
-STUDIES = 1  # dsd/experiments/studies.py
-SCALING = 1  # dsd/experiments/scaling.py and dsd/schedules: raise it with RACES if a schedule changes
-
 VERSIONS = {
-    "latents": LATENTS,
-    "texts": TEXTS,
-    "features": FEATURES,
-    "evidence": EVIDENCE,
-    "cosines": COSINES,
-    "prompts": PROMPTS,
-    "heads": HEADS,
-    "races": RACES,
-    "scores": SCORES,
-    "studies": STUDIES,
-    "scaling": SCALING,
+    "latents": 1,  # dsd/data/images.py and datasets/preparation.py (resizing), encode_images of dsd/models
+    "texts": 1,  # encode_texts of dsd/models
+    "features": 1,  # of CLIP's two towers: dsd/models/clip.py, open_clip.py; resizing
+    "evidence": 1,  # dsd/data/draws.py, dsd/engine; of dsd/models: add_noise, predict_noise, attention.py, prompts.py
+    "cosines": 1,  # dsd/models/clip_heads.py
+    "prompts": 1,  # training of attention prompts: dsd/training
+    "heads": 1,  # training of CLIP's heads: dsd/training
+    "races": 1,  # dsd/schedules and how dsd/engine runs them
+    "scores": 1,  # dsd/scorers, dsd/evaluation, dsd/metrics.py: not stored, but the gate compares them
+    "studies": 1,  # dsd/experiments/studies.py
+    "scaling": 1,  # dsd/experiments/scaling.py and dsd/schedules: raise it with "races" if a schedule changes
 }
 # What each kind is computed from directly. A trained prompt or head is in the key of its evidence as a file.
 INPUTS = {

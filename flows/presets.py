@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from dsd.config import Params, files, merged, mistake, read
+from dsd.config import Params, RepositoryDataset, files, merged, mistake, read
 from dsd.errors import ParamsError, unknown
 from dsd.store import write_atomic
 
@@ -73,14 +73,13 @@ def today(params: Params) -> Iterator[tuple[str, str, str]]:
         DsdError: a repository cannot be reached.
     """
     from dsd.data import hub
-    from dsd.datasets import benchmark
     from dsd.models import checkpoint
 
     for name, row in params.backbones.items():
         if row.revision is None and (commit := checkpoint.commit(row)):
             yield "backbones", name, commit
     for name, dataset in params.datasets.items():
-        repository = benchmark(dataset.kind).repository(dataset)
+        repository = dataset if isinstance(dataset, RepositoryDataset) else None
         if repository and repository.revision is None and (commit := hub.latest_commit(name, repository)):
             yield "datasets", name, commit
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from dsd.config import Params, files, read, split
+from dsd.config import Params, by_file, files, read
 from dsd.store import Store
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def read_settings(folder: Path = Path()) -> dict[str, Any]:
 
 def write_settings(settings: dict[str, Any], folder: Path = Path()) -> None:
     """Write params.yaml and the files beside it."""
-    for file, content in split(settings, folder / "params.yaml").items():
+    for file, content in by_file(settings, folder / "params.yaml").items():
         file.write_text(yaml.safe_dump(content, sort_keys=False))
 
 

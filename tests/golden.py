@@ -178,7 +178,7 @@ def moved(recorded: Mapping[str, Any], computed: Mapping[str, list[float]]) -> l
             lines.append(f"{kind}: recorded for version {version}, the code is {VERSIONS[kind]}: run `{COMMAND}`")
         elif not same:
             lines.append(
-                f"{kind}: results moved. If that is meant, raise {kind.upper()} in dsd/versions.py and run "
+                f"{kind}: results moved. If that is meant, raise {kind!r} in dsd/versions.py and run "
                 f"`{COMMAND}`; recorded {golden}, computed {numbers}"
             )
     return lines

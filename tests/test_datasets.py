@@ -22,7 +22,7 @@ from dsd import datasets
 from dsd.config import DrawnDataset, load
 from dsd.datasets import DATASETS, RawExample, benchmark, scenes_cls, scenes_com, scenes_ref, scenes_vqa
 from dsd.datasets.annotations import read_annotations, write_annotations
-from dsd.datasets.synthetic import Item, arguable, rivals
+from dsd.datasets.synthetic import Composed, arguable, rivals
 from dsd.errors import DataError, ParamsError
 from dsd.metrics import METRICS
 from dsd.scenes.captions import binary_question, open_question, vocabulary
@@ -52,7 +52,7 @@ def row(kind: str, **changes: object) -> DrawnDataset:
 
 
 @cache
-def items(kind: str) -> tuple[Item, ...]:
+def items(kind: str) -> tuple[Composed, ...]:
     return tuple(COMPOSE[kind](f"{kind}/0/{index}", index, "test", row(kind)) for index in range(COUNT[kind]))
 
 
@@ -549,8 +549,9 @@ def test_annotations_of_another_seed_are_refused(tmp_path: Path) -> None:
         ("scenes-ref", {"candidates": 1}, r"^datasets\.mine\.candidates: scenes-ref needs 2 to 64, found 1$"),
         ("scenes-vqa", {"binary": None}, r"^datasets\.mine\.binary: scenes-vqa needs 0 to 1, it is missing$"),
         ("scenes-cls", {"template": None}, r"^datasets\.mine\.template: scenes-cls needs one, it is missing$"),
-        ("scenes-cls", {"test": 55}, r"^datasets\.mine\.size: 60 examples are fewer than the 3 few-shot"),
-        ("scenes-com", {"size": 62, "test": 55}, r"^datasets\.mine\.size: 60 examples are fewer than"),
+        ("scenes-cls", {"test": 55}, r"^datasets\.mine\.size: 60 rows are too few for"),
+        ("scenes-com", {"size": 62, "test": 55}, r"^datasets\.mine\.size: 60 rows are too few for"),
+        ("scenes-com", {"candidates": 5}, r"^datasets\.mine\.candidates: scenes-com takes none, found 5$"),
     ],
 )
 def test_invalid_params(kind: str, changes: dict[str, object], message: str, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def get(server: Server, tmp_path: Path, name: str = "file", **options: str) -> bytes:
     target = tmp_path / "there" / name
-    fetch(f"{server.url}/{name}", target, setting=KEY, **options)
+    fetch(f"{server.url}/{name}", target, key=KEY, **options)
     return target.read_bytes()
 
 
@@ -74,12 +74,12 @@ def test_a_local_file_is_copied_each_time(tmp_path: Path) -> None:
     source, target = tmp_path / "here", tmp_path / "there" / "file"
     for content in (b"one", b"two"):
         source.write_bytes(content)
-        fetch(str(source), target, setting=KEY)
+        fetch(str(source), target, key=KEY)
         assert target.read_bytes() == content
     with pytest.raises(DataError, match=rf"^{KEY}: {tmp_path}/nowhere: no such file$"):
-        fetch(str(tmp_path / "nowhere"), target, setting=KEY)
+        fetch(str(tmp_path / "nowhere"), target, key=KEY)
     with pytest.raises(DataError, match=rf"^{KEY}: ftp://host/file: neither an http\(s\) address nor a path$"):
-        fetch("ftp://host/file", target, setting=KEY)
+        fetch("ftp://host/file", target, key=KEY)
     assert left(tmp_path) == {"file"}
 
 
@@ -222,7 +222,7 @@ def test_no_server(server: Server, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=rf"^{KEY}: http://127\.0\.0\.1:1/file: no answer in 5 attempts \(ConnectionError\)"
     ):
-        fetch("http://127.0.0.1:1/file", tmp_path / "there" / "file", setting=KEY)
+        fetch("http://127.0.0.1:1/file", tmp_path / "there" / "file", key=KEY)
 
 
 @pytest.mark.parametrize("how", ["header", "body"])
@@ -251,7 +251,7 @@ def test_each_file_comes_from_its_first_source_that_has_it(server: Server, tmp_p
     addresses = {f"{n}.jpg": [f"{server.url}/{place}/{n}.jpg" for place in "ab"] for n in range(1, 6)}
     addresses["6.jpg"] = [str(server.folder / "file")]
     addresses["7.jpg"] = []
-    assert fetch_all(addresses, folder, setting=KEY) == [
+    assert fetch_all(addresses, folder, key=KEY) == [
         ("4.jpg", "not found (404 Not Found)"),
         ("5.jpg", "not found (404 Not Found); an HTML page instead of the file"),
         ("7.jpg", "no address"),
@@ -261,7 +261,7 @@ def test_each_file_comes_from_its_first_source_that_has_it(server: Server, tmp_p
     }  # fmt: skip
     assert server.counts == {**{f"a/{n}.jpg": 1 for n in (1, 2, 4, 5)}, **{f"b/{n}.jpg": 1 for n in (2, 4, 5)}}
     server.requests.clear()
-    assert len(fetch_all(addresses, folder, setting=KEY)) == 3
+    assert len(fetch_all(addresses, folder, key=KEY)) == 3
     assert set(server.counts) == {"a/4.jpg", "a/5.jpg", "b/4.jpg", "b/5.jpg"}
 
 
@@ -269,14 +269,14 @@ def test_a_server_that_does_not_answer_is_given_up(tmp_path: Path, server: Serve
     addresses = {f"{n}.jpg": ["http://127.0.0.1:1/file"] for n in range(400)}
     start = time.monotonic()
     with pytest.raises(DataError, match=rf"^{KEY}: 16 files in a row, the last 15\.jpg: no answer in 5 attempts"):
-        fetch_all(addresses, tmp_path / "images", setting=KEY)
+        fetch_all(addresses, tmp_path / "images", key=KEY)
     assert time.monotonic() - start < 5
 
 
 def test_a_full_disk_stops_all_downloads(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads.os, "fsync", full)
     with pytest.raises(DsdError, match="disk full"):
-        fetch_all({f"{n}.jpg": [f"{server.url}/file"] for n in range(100)}, tmp_path / "images", setting=KEY)
+        fetch_all({f"{n}.jpg": [f"{server.url}/file"] for n in range(100)}, tmp_path / "images", key=KEY)
     assert server.counts["file"] < 100
     assert not list((tmp_path / "images").glob("*.jpg"))
 
@@ -284,7 +284,7 @@ def test_a_full_disk_stops_all_downloads(server: Server, tmp_path: Path, monkeyp
 def test_the_rate_is_kept(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "RATE", 50.0)
     start = time.monotonic()
-    fetch_all({f"{n}.jpg": [f"{server.url}/file"] for n in range(26)}, tmp_path / "images", setting=KEY)
+    fetch_all({f"{n}.jpg": [f"{server.url}/file"] for n in range(26)}, tmp_path / "images", key=KEY)
     assert time.monotonic() - start >= 0.5
 
 

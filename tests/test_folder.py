@@ -151,7 +151,7 @@ HEAD = "image,text,label\n"
         ("image;text;label\ndogs/1.png;a;1\n", ":1: delimited by ';', must be by ','"),
         ("image\ttext\tlabel\ndogs/1.png\ta\t1\n", ":1: delimited by '\\t', must be by ','"),
         ("image,text,label,spilt\n", ":1: unknown column 'spilt': did you mean 'split'?"),
-        ("image,text,label,text\n", ":1: the column 'text' is there 2 times"),
+        ("image,text,label,text\n", ":1: column 'text' occurs 2 times"),
         (HEAD + "dogs/1.png,a\n", ":2: 2 fields, the header has 3"),
         (HEAD + "dogs/1.png,a,b,1\n", ":2: 4 fields, the header has 3"),
         (HEAD + "dogs/1.png,,1\n", ":2: text is empty"),

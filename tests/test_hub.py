@@ -315,8 +315,8 @@ def test_samples_of_a_tar(tmp_path: Path) -> None:
     [
         (b"no tar", "not readable as a tar"),
         (samples(range(5))[:3000], "not readable as a tar: unexpected end of data"),
-        (tar([("a.cls", b"one"), ("a.png", b"")]), "a.cls: must be one number a sample, found b'one'"),
-        (tar([("a.cls", b"1"), ("a.cls", b"2")]), "a.cls: must be one number a sample, found b'2'"),
+        (tar([("a.cls", b"one"), ("a.png", b"")]), "a.cls: must be one number per sample, found b'one'"),
+        (tar([("a.cls", b"1"), ("a.cls", b"2")]), "a.cls: must be one number per sample, found b'2'"),
         (tar([("a.cls", b"1")]), "sample 'a' has no image"),
         (tar([("b/a.webp", b"1")]), "sample 'b/a' has no .cls"),
         (tar([("a.webp", b"12345")]), "a.webp: 5 bytes, more than 4"),

@@ -211,8 +211,8 @@ def test_a_parquet_without_classes(files: Files, line: str, tmp_path: Path) -> N
     ("names", "line"),
     [
         (b"one\ntwo\n", "test/0.tar, s0000002: class 2, but there are 2, from 0"),
-        (b"one\none\n", "test/0.tar: the class 'one' is there 2 times"),
-        (b"one\n\n", "test/0.tar: the class '' is there 1 times"),
+        (b"one\none\n", "test/0.tar: classes must be distinct and not blank, found 'one'"),
+        (b"one\n\n", "test/0.tar: classes must be distinct and not blank, found ''"),
         (b"\xff\n", "classnames.txt: not UTF-8"),
     ],
 )

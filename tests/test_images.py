@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import struct
 import zlib
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsd.data.images import ImageSource, Quarantine, image_id, load_image, resize, to_array, to_model
+from dsd.data.images import ImageSource, image_id, load_image, resize, to_array, to_model
 from dsd.errors import DsdError, ImageError, unknown
 
 LIMIT = 1_000_000
@@ -66,7 +65,7 @@ def test_arrays_of_one_channel_are_grey() -> None:
         (np.zeros((4, 4), np.int32), "must be uint8, or float in 0..1"),
         (np.full((4, 4), 1.5), "must lie in 0..1"),
         (np.full((4, 4), np.nan), "must lie in 0..1"),
-        (np.zeros((0, 4, 3), np.uint8), "nothing to see"),
+        (np.zeros((0, 4, 3), np.uint8), "empty image"),
         (np.zeros((2000, 2000), np.uint8), "max_pixels"),
     ],
 )
@@ -116,7 +115,7 @@ def test_a_bomb_is_refused_by_its_header(side: int, monkeypatch: pytest.MonkeyPa
 def test_zero_size() -> None:
     with pytest.raises(ImageError):
         load_image(png_header(0, 5), max_pixels=LIMIT)
-    with pytest.raises(ImageError, match="0 x 5 pixels: nothing to see"):
+    with pytest.raises(ImageError, match="0 x 5 pixels: empty image"):
         load_image(Image.new("RGB", (0, 5)), max_pixels=LIMIT)
 
 
@@ -184,7 +183,7 @@ def test_resize_through_parity(photo: Image.Image) -> None:
     by_hand = photo.resize((8, 8), Image.Resampling.BICUBIC).resize((32, 32), Image.Resampling.BICUBIC)
     assert parity.tobytes() == by_hand.tobytes() != direct.tobytes()
     assert to_array(parity).std() < to_array(direct).std()  # detail finer than 8 pixels is gone
-    with pytest.raises(ValueError, match="at least one pixel"):
+    with pytest.raises(ValueError, match="> 0"):
         resize(photo, parity=0, resolution=32)
 
 
@@ -221,24 +220,8 @@ def test_image_id_depends_on_the_pixels(photo: Image.Image, tmp_path: Path) -> N
     flat = np.zeros((2, 6, 3), np.uint8)
     others = [array_HW3, array_HW3[::-1], flat, flat.reshape(3, 4, 3), flat.reshape(6, 2, 3)]
     assert len({image_id(other) for other in others}) == len(others)
-    assert image_id(b"abc") == "ba7816bf8f01cfea"
     with pytest.raises(ValueError, match="uint8"):
         image_id(array_HW3.astype(np.float32))
-
-
-def test_quarantine_collects_and_writes(tmp_path: Path) -> None:
-    quarantine = Quarantine()
-    for name, data in (("b.png", b"broken"), ("a.png", b"")):
-        try:
-            load_image(data, max_pixels=LIMIT)
-        except ImageError as error:
-            quarantine.add(name, str(error))
-    assert len(quarantine) == 2 and quarantine.rows[0][0] == "b.png"
-    quarantine.write(tmp_path / "reports" / "quarantine.json")
-    written = json.loads((tmp_path / "reports" / "quarantine.json").read_text())
-    assert [row["name"] for row in written] == ["a.png", "b.png"]
-    assert "not an image" in written[1]["reason"]
-    assert [path.name for path in (tmp_path / "reports").iterdir()] == ["quarantine.json"]
 
 
 def test_unknown_names_the_choices() -> None:

@@ -16,15 +16,15 @@ from dsd.config import (
     Params,
     ScheduledMethod,
     ScheduleParams,
+    by_file,
     file_of,
     files,
     load,
     merged,
     mistake,
     read,
-    split,
 )
-from dsd.config.load import OPEN
+from dsd.config.load import EXTENSIBLE
 from dsd.errors import ParamsError
 from tests.conftest import ROOT, read_settings, write_settings
 
@@ -218,7 +218,7 @@ def test_what_learns_has_a_row() -> None:
 def test_sections_are_read_from_all_files() -> None:
     sections = read(ROOT / "params.yaml")
     assert list(load(ROOT / "params.yaml").model_dump()) and set(sections) == set(Params.model_fields)
-    contents = split(sections, ROOT / "params.yaml")
+    contents = by_file(sections, ROOT / "params.yaml")
     assert list(contents) == files(ROOT / "params.yaml") and merged(contents, ROOT / "params.yaml") == sections
     assert all(section in contents[file_of(section, ROOT / "params.yaml")] for section in sections)
 
@@ -252,7 +252,7 @@ def test_a_mistake_in_a_file_names_it(name: str, text: str | None, line: str, tm
 @pytest.fixture
 def no_new_kinds() -> Iterator[None]:
     """Forgets the kinds that a test registers."""
-    before = {base: dict(base.kinds) for base in OPEN.values()}
+    before = {base: dict(base.kinds) for base in EXTENSIBLE.values()}
     yield
     for base, kinds in before.items():
         base.kinds = kinds
@@ -319,7 +319,7 @@ def test_a_new_kind_is_one_class() -> None:
 def test_a_kind_is_found_in_the_package_of_its_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "own_scorers"
     package.mkdir()
-    (package / "__init__.py").touch()
+    (package / "__init__.py").write_text("from own_scorers import mine\n")
     (package / "mine.py").write_text(
         "from typing import Literal\n"
         "from dsd.config import DiffusionMethod\n"

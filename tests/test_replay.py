@@ -17,7 +17,7 @@ from dsd.metrics import HEADLINES, METRICS
 from dsd.schedules import SCHEDULES
 from dsd.schedules.base import Course, spread_order
 from dsd.schedules.exhaustive import ALL_DRAWS, all_draws
-from dsd.schedules.hierarchical import directed_order, grid, published_name
+from dsd.schedules.hierarchical import directed_order, published_name
 from dsd.schedules.racing import racing_name
 from dsd.schedules.replay import AGREED, SPARED, Identities, Outcome, RecordedRaces, compare_settings, read_hits, replay
 from dsd.schedules.staged import staged
@@ -69,10 +69,6 @@ def test_directions() -> None:
     orders = {side: [k // 2 for k in directed_order(side, LEVELS, 1, 2)] for side in ("clean", "noisy", "middle")}
     assert orders == {"clean": [0, 1, 2, 3], "noisy": [3, 2, 1, 0], "middle": [1, 2, 0, 3]}
     assert directed_order("clean", LEVELS, 2, 2) == list(range(8))
-
-
-def test_a_grid_is_every_choice() -> None:
-    assert list(grid({"a": [1, 2], "b": "x"})) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
 
 
 def test_the_cheapest_that_agrees_with_all_draws_is_chosen(

@@ -15,7 +15,6 @@ from dsd.scenes.captions import (
     REFERRING,
     TEMPLATES,
     Question,
-    a,
     binary_question,
     caption,
     class_text,
@@ -24,6 +23,7 @@ from dsd.scenes.captions import (
     referring,
     sentence,
     vocabulary,
+    with_article,
 )
 from dsd.scenes.render import render
 from dsd.scenes.world import (
@@ -156,7 +156,7 @@ def test_captions_are_true() -> None:
             else:
                 kinds.add("list")
                 listed = text.removeprefix("a picture of ").split(" and ")
-                assert sorted(listed) == sorted(a(noun) for noun in nouns)
+                assert sorted(listed) == sorted(with_article(noun) for noun in nouns)
     assert kinds == {"question", "statement", "class", "list"}
 
 

@@ -29,13 +29,13 @@ from dsd.config.experiments import (
 )
 from dsd.config.load import (
     Params,
+    by_file,
     file_of,
     files,
     load,
     merged,
     mistake,
     read,
-    split,
 )
 from dsd.config.methods import (
     EXHAUSTIVE,

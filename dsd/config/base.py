@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterable
+from importlib import import_module
 from inspect import get_annotations
 from itertools import pairwise
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler
@@ -77,7 +77,7 @@ class Kind(ParamsModel):
     """
 
     selector: ClassVar[str] = ""
-    package: ClassVar[str] = ""  # see `import_kinds`
+    package: ClassVar[str] = ""  # imported on an unknown kind: its modules define further kinds
     kinds: ClassVar[dict[str, Any]] = {}  # value of the selector → class
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -115,16 +115,11 @@ class Kind(ParamsModel):
             ValueError: they disagree; the message starts with the key.
         """
 
-    @classmethod
-    def import_kinds(cls) -> None:
-        """Import all modules of the section's package, so that the kinds they define register themselves.
 
-        A kind may be defined next to the code that uses it, in a package above this one, so the import is by name. It
-        happens only when params name an unknown kind, because these imports take seconds.
-        """
-        package = importlib.import_module(cls.package)
-        for module in pkgutil.iter_modules(package.__path__, f"{cls.package}."):
-            importlib.import_module(module.name)
+def constants(package: str, path: Iterable[str], name: str) -> list[Any]:
+    """The constant `name` of each module of a package that has one; imports all its modules."""
+    modules = [import_module(f"{package}.{module.name}") for module in iter_modules(path)]
+    return [getattr(module, name) for module in modules if hasattr(module, name)]
 
 
 def registered() -> list[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Union, cast, get_args, get_origin
@@ -36,7 +37,7 @@ from dsd.config.operations import GateParams, PretrainParams, ServingParams, Wat
 from dsd.errors import ParamsError, unknown
 
 APART = ("studies", "races", "pretrain")  # sections in a file of their own beside params.yaml: <section>.yaml
-OPEN: dict[str, type[Kind]] = {"datasets": DatasetParams, "schedules": ScheduleParams, "methods": MethodParams}
+EXTENSIBLE: dict[str, type[Kind]] = {"datasets": DatasetParams, "schedules": ScheduleParams, "methods": MethodParams}
 
 
 class Params(ParamsModel):
@@ -84,8 +85,8 @@ class Params(ParamsModel):
             return validated()
         except ValidationError as error:
             places = {problem["loc"][0] for problem in error.errors() if problem["type"] == "union_tag_invalid"}
-            for section in places & OPEN.keys():
-                OPEN[str(section)].import_kinds()
+            for section in places & EXTENSIBLE.keys():
+                import_module(EXTENSIBLE[str(section)].package)  # its modules register their kinds; takes seconds
             if cls.built_with == registered():
                 raise
         return validated()
@@ -93,7 +94,7 @@ class Params(ParamsModel):
     @model_validator(mode="after")
     def _rows_agree_with_other_sections(self) -> Params:
         check_known("backbone", "backbone", self.backbone, self.backbones)
-        for section in OPEN:
+        for section in EXTENSIBLE:
             for name, row in getattr(self, section).items():
                 row.check(name, self)
         return self
@@ -293,7 +294,7 @@ def merged(contents: Mapping[Path, Any], path: Path | str = "params.yaml") -> di
     return sections
 
 
-def split(sections: Mapping[str, Any], path: Path | str = "params.yaml") -> dict[Path, dict[str, Any]]:
+def by_file(sections: Mapping[str, Any], path: Path | str = "params.yaml") -> dict[Path, dict[str, Any]]:
     """The content of each file, from the sections of all; the inverse of `merged`."""
     contents: dict[Path, dict[str, Any]] = {file: {} for file in files(path)}
     for section, content in sections.items():

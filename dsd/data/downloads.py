@@ -55,14 +55,14 @@ class _CutOff(Exception):
     """The body ended early; the part keeps what was received."""
 
 
-def fetch(source: str, target: Path, *, setting: str, sha256: str | None = None) -> None:
+def fetch(source: str, target: Path, *, key: str, sha256: str | None = None) -> None:
     """Download a URL (http, https) or copy a local file to `target`.
 
     An existing target is assumed to come from the same URL: its name must identify it. It is kept unless its checksum
     differs from `sha256`. A local file is copied each time.
 
     Args:
-        setting: the key of params.yaml that names the source.
+        key: the key of params.yaml that names the source.
         sha256: expected checksum, 64 hexadecimal digits, if known.
 
     Raises:
@@ -70,26 +70,26 @@ def fetch(source: str, target: Path, *, setting: str, sha256: str | None = None)
             checksum differs; names the setting and the source.
         DsdError: the disk is full; no target is left, and the part is resumed next time.
     """
-    if target.exists() and _is_url(source) and sha256 in (None, file_digest(target)):
+    if target.exists() and _is_url(source) and (sha256 is None or sha256 == file_digest(target)):
         return
     with _session() as session:
         try:
             part = _part(session, source, target)
         except _Failure as failure:
             hint = "; try again later, it resumes where it stopped" if failure.temporary else ""
-            raise DataError(f"{setting}: {source}: {failure}{hint}") from failure
+            raise DataError(f"{key}: {source}: {failure}{hint}") from failure
     if sha256 is not None and (actual := file_digest(part)) != sha256:
         _discard(part)
-        raise DataError(f"{setting}.sha256: {sha256[:12]}… expected, {source} has {actual[:12]}…; removed")
+        raise DataError(f"{key}.sha256: {sha256[:12]}… expected, {source} has {actual[:12]}…; removed")
     _complete(part, target)
 
 
-def fetch_all(sources: Mapping[str, Sequence[str]], folder: Path, *, setting: str) -> list[tuple[str, str]]:
+def fetch_all(sources: Mapping[str, Sequence[str]], folder: Path, *, key: str) -> list[tuple[str, str]]:
     """Fetch the files that are not in the folder yet, each from the first of its sources that has it.
 
     Args:
         sources: URLs or paths by file name, in order of preference.
-        setting: as for `fetch`.
+        key: as for `fetch`.
 
     Returns:
         (name, reason) of each file that no source has, in the order of `sources`.
@@ -111,14 +111,14 @@ def fetch_all(sources: Mapping[str, Sequence[str]], folder: Path, *, setting: st
                     missing.append((name, str(failure)))
                 if unanswered == MAX_UNANSWERED:
                     raise DataError(
-                        f"{setting}: {MAX_UNANSWERED} files in a row, the last {name}: {failure}; try again later"
+                        f"{key}: {MAX_UNANSWERED} files in a row, the last {name}: {failure}; try again later"
                     )
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     return missing
 
 
-def content_length(source: str, *, setting: str) -> int:
+def content_length(source: str, *, key: str) -> int:
     """Return the size in bytes of a URL, 0 if its server does not report it, or of a local file.
 
     Raises:
@@ -126,16 +126,16 @@ def content_length(source: str, *, setting: str) -> int:
     """
     if not _is_url(source):
         if not Path(source).is_file():
-            raise DataError(f"{setting}: {source}: no such file")
+            raise DataError(f"{key}: {source}: no such file")
         return Path(source).stat().st_size
     with _session() as session:
         try:
             response = session.head(source, timeout=TIMEOUT, allow_redirects=True)
             _check(response)
         except _Failure as failure:
-            raise DataError(f"{setting}: {source}: {failure}") from failure
+            raise DataError(f"{key}: {source}: {failure}") from failure
         except requests.RequestException as error:
-            raise DataError(f"{setting}: {source}: {_no_answer(error)}") from error
+            raise DataError(f"{key}: {source}: {_no_answer(error)}") from error
     return int(response.headers.get("Content-Length", 0))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dsd.errors import ImageError
-from dsd.store import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +65,6 @@ def resize(image: Image.Image, *, parity: int | None, resolution: int) -> Image.
     this one is bicubic, antialiased when it shrinks.
     """
     sizes = (resolution,) if parity is None else (parity, resolution)
-    if min(sizes) < 1:
-        raise ValueError(f"parity and resolution must be at least one pixel, not {parity} and {resolution}")
     for size in sizes:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return image
@@ -88,35 +84,14 @@ def to_model(images_BHW3: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.ascontiguousarray(images_BHW3.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(127.5) - 1
 
 
-def image_id(image: NDArray[np.uint8] | bytes) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of an image's shape and pixels, or of its bytes.
+def image_id(image: NDArray[np.uint8]) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of an image's shape and pixels.
 
     Copies of an image under other names have the same id, so each image is encoded once.
     """
-    if isinstance(image, bytes):
-        return hashlib.sha256(image).hexdigest()[:16]
     if image.dtype != np.uint8:
         raise ValueError(f"pixels must be uint8, not {image.dtype}")
     return hashlib.sha256(str(image.shape).encode() + image.tobytes()).hexdigest()[:16]
-
-
-class Quarantine:
-    """Unreadable images with the reason: one bad file does not stop the run."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, str]] = []
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def add(self, name: str, reason: str) -> None:
-        log.warning("quarantined %s: %s", name, reason)
-        self.rows.append((name, reason))
-
-    def write(self, path: Path) -> None:
-        """Write the rows as JSON, sorted, so that thread timing does not change the file."""
-        rows = [{"name": name, "reason": reason} for name, reason in sorted(self.rows)]
-        write_atomic(path, (json.dumps(rows, indent=2) + "\n").encode())
 
 
 def _name(source: ImageSource) -> str:
@@ -132,7 +107,7 @@ def _name(source: ImageSource) -> str:
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width < 1 or height < 1:
-        raise ValueError(f"{width} x {height} pixels: nothing to see")
+        raise ValueError(f"{width} x {height} pixels: empty image")
     if width * height > max_pixels:
         raise ValueError(f"{width} x {height} pixels, more than max_pixels = {max_pixels}")
 

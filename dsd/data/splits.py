@@ -18,10 +18,10 @@ def split_groups(
 ) -> dict[str, Split]:
     """Assign groups of rows to splits; groups that no split needs are left out of the result.
 
-    Groups are sorted by the hash of (seed, group), so the order does not depend on other rows. Whole groups are taken
-    from its end until test has its number of rows, and from its beginning for validation. The remaining groups are
-    sorted again with `sample` for train. Every few-shot sample is therefore evaluated on the same test rows, and a
-    larger one contains the smaller. A split can exceed its number by less than its last group.
+    Groups are sorted by the hash of (seed, group). Test takes whole groups from the end until it has its number of
+    rows, validation from the beginning. Train takes the rest, sorted by the hash of (seed, sample, group). So other
+    rows do not change the order, every few-shot sample is evaluated on the same test rows, and a larger one contains
+    the smaller. A split can exceed its number by less than its last group.
 
     Args:
         groups: the group of each row. Rows that share an image share their group.

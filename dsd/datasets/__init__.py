@@ -1,16 +1,15 @@
 """Benchmarks, one module each, and the table DATASETS of them by `kind`.
 
-A module of this package adds a benchmark to the table by a constant BENCHMARK, or several by BENCHMARKS. The other
+A module of this package adds a benchmark to the table by a constant BENCHMARK. The other
 modules hold what benchmarks share: `protocol` (start here to add one), `annotations`, `published` (real images),
 `classification`, `synthetic`, `relations` (Visual Genome), and the readers `parquet`, `webdataset` and `raw_files`.
 """
 
 from __future__ import annotations
 
-import pkgutil
-from importlib import import_module
 from typing import Any
 
+from dsd.config.base import constants
 from dsd.datasets.annotations import RawExample
 from dsd.datasets.protocol import Benchmark
 from dsd.errors import DataError, unknown
@@ -31,14 +30,7 @@ def benchmark(kind: str) -> Benchmark[Any]:
 
 def discover() -> dict[str, Benchmark[Any]]:
     """Import every module of this package and return their benchmarks by kind."""
-    table: dict[str, Benchmark[Any]] = {}
-    for info in pkgutil.iter_modules(__path__, f"{__name__}."):
-        module = import_module(info.name)
-        single = [module.BENCHMARK] if hasattr(module, "BENCHMARK") else []
-        for entry in [*single, *getattr(module, "BENCHMARKS", ())]:
-            assert entry.kind not in table, f"{info.name}: a second benchmark of kind {entry.kind}"
-            table[entry.kind] = entry
-    return table
+    return {entry.kind: entry for entry in constants(__name__, __path__, "BENCHMARK")}
 
 
 DATASETS = discover()  # last: modules of this package import the names above

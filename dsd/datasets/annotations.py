@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -34,6 +35,16 @@ class RawExample:
     texts: tuple[str, ...]
     answer: tuple[tuple[int, int], ...]
     category: str
+
+
+def image_choice(id: str, split: Split, images: tuple[str, str], texts: tuple[str, ...], category: str) -> RawExample:
+    """Return an example of a positive and a negative image, given in this order, in random order.
+
+    In the few-shot split it also has the second text, which is true of the negative image (2 × 2).
+    """
+    true, count = Random(id).randrange(2), 2 if split == "train" else 1
+    answer = ((true, 0), (1 - true, 1))[:count]
+    return RawExample(id, split, images[::-1] if true else images, texts[:count], answer, category)
 
 
 def write_annotations(folder: Path, examples: Iterable[RawExample]) -> None:

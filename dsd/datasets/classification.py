@@ -55,7 +55,6 @@ def classification(
         licence,
         expected=lambda row: Expected(training, row.test or testing, 1, classes, shared=True),
         remote=partial(repository_size, extra=format.extra),
-        repository=lambda row: row,
         seeded=False,
     )
 
@@ -98,7 +97,7 @@ def _classes(repository: Repository, by_file: Mapping[str, tuple[str, ...]]) -> 
             raise DataError(f"{repository.root / file}: has other classes than {repository.root / first}")
     for title in classes:
         if classes.count(title) > 1 or not title.strip():
-            raise DataError(f"{repository.root / first}: the class {title!r} is there {classes.count(title)} times")
+            raise DataError(f"{repository.root / first}: classes must be distinct and not blank, found {title!r}")
     return classes
 
 

@@ -17,23 +17,23 @@ from pathlib import Path
 from dsd.config import ComvgDataset, UrlParams
 from dsd.data.downloads import open_text
 from dsd.data.splits import split_groups
-from dsd.datasets.annotations import ANNOTATIONS, RawExample
+from dsd.datasets.annotations import ANNOTATIONS, RawExample, image_choice
 from dsd.datasets.protocol import Benchmark, Expected
 from dsd.datasets.published import fetch_images
 from dsd.datasets.raw_files import fetch_raw, prune_raw, raw_size
 from dsd.datasets.relations import annotation_files, read_genome
-from dsd.datasets.visual_genome import image_choice, image_name, mutated_examples
+from dsd.datasets.visual_genome import file_name, mutated_examples
 from dsd.errors import DataError, ParamsError
 
 log = logging.getLogger(__name__)
 
 COLUMNS = ("id", "sentence", "pos_triplet", "neg_triplet", "pos_image_id", "neg_image_id", "neg_value")
-SLOTS = {"subject": "subject", "object": "object", "verb": "predicate"}  # our slots by their names in the list
+SLOT_OF = {"subject": "subject", "object": "object", "verb": "predicate"}  # our slots by their names in the list
 MAX_TRIPLET = 1000  # characters
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Entry:
     """A row of the list: numbers of the positive and negative image, and the slot in which their triplets differ."""
 
     sentence: str
@@ -42,13 +42,13 @@ class Row:
     slot: str
 
 
-def read_list(path: Path) -> list[Row]:
+def read_list(path: Path) -> list[Entry]:
     """Read the published list.
 
     Raises:
         DataError: the file is not a CSV with these columns, or a value is invalid; names the line.
     """
-    rows = []
+    entries = []
     with open_text(path) as text:
         lines = csv.reader(text, strict=True)
         try:
@@ -61,15 +61,15 @@ def read_list(path: Path) -> list[Row]:
                 where = f"{path}:{lines.line_num}"
                 if len(values) != len(header):
                     raise DataError(f"{where}: {len(values)} values for {len(header)} columns")
-                rows.append(_row(where, dict(zip(header, map(str.strip, values), strict=True))))
+                entries.append(_entry(where, dict(zip(header, map(str.strip, values), strict=True))))
         except csv.Error as error:
             raise DataError(f"{path}:{lines.line_num}: invalid CSV: {error}") from None
-    if not rows:
+    if not entries:
         raise DataError(f"{path}: no rows")
-    return rows
+    return entries
 
 
-def _row(where: str, values: dict[str, str]) -> Row:
+def _entry(where: str, values: dict[str, str]) -> Entry:
     if not values["sentence"]:
         raise DataError(f"{where}: sentence: empty")
     for column in ("pos_image_id", "neg_image_id"):
@@ -79,9 +79,11 @@ def _row(where: str, values: dict[str, str]) -> Row:
         raise DataError(f"{where}: pos_triplet: {values['pos_triplet'][:60]!r} is not of the form a,b,c")
     if not _is_triplet(values["neg_triplet"]):
         raise DataError(f"{where}: neg_triplet: {values['neg_triplet'][:60]!r} is not of the form ('a', 'b', 'c')")
-    if values["neg_value"] not in SLOTS:
-        raise DataError(f"{where}: neg_value: {values['neg_value'][:40]!r} is none of {', '.join(SLOTS)}")
-    return Row(values["sentence"], int(values["pos_image_id"]), int(values["neg_image_id"]), SLOTS[values["neg_value"]])
+    if values["neg_value"] not in SLOT_OF:
+        raise DataError(f"{where}: neg_value: {values['neg_value'][:40]!r} is none of {', '.join(SLOT_OF)}")
+    return Entry(
+        values["sentence"], int(values["pos_image_id"]), int(values["neg_image_id"]), SLOT_OF[values["neg_value"]]
+    )
 
 
 def _is_triplet(text: str) -> bool:
@@ -107,12 +109,12 @@ def _download(row: ComvgDataset, *, seed: int, folder: Path, workers: int) -> No
     if learning and row.size is None:
         raise ParamsError(f"{key}.size: null, but few_shot and validation are shares of it")
     (folder / ANNOTATIONS).unlink(missing_ok=True)
-    rows = read_list(fetch_raw(row.list, folder, f"{key}.list"))
-    listed = {number for entry in rows for number in (entry.positive, entry.negative)}
-    log.info("%s.list: %d rows, %d images", key, len(rows), len(listed))
-    if repeated := len(rows) - len(set(rows)):
-        log.warning("%s.list: %d of %d rows repeat another; all are kept", key, repeated, len(rows))
-    examples = _test_examples(rows, row, seed, key)
+    entries = read_list(fetch_raw(row.list, folder, f"{key}.list"))
+    listed = {number for entry in entries for number in (entry.positive, entry.negative)}
+    log.info("%s.list: %d rows, %d images", key, len(entries), len(listed))
+    if repeated := len(entries) - len(set(entries)):
+        log.warning("%s.list: %d of %d rows repeat another; all are kept", key, repeated, len(entries))
+    examples = _test_examples(entries, row, seed, key)
     sources = {number: [pattern.format(number) for pattern in row.images] for number in listed}
     if learning and row.annotations is not None and row.size is not None:
         genome = read_genome(row.annotations, folder, f"{key}.annotations")
@@ -120,7 +122,7 @@ def _download(row: ComvgDataset, *, seed: int, folder: Path, workers: int) -> No
         for number, url in genome.urls.items():
             sources.setdefault(number, [*(pattern.format(number) for pattern in row.images), url])
     prune_raw(_files(row, key), folder)
-    fetch_images(folder, examples, {image_name(number): urls for number, urls in sources.items()}, row.missing)
+    fetch_images(folder, examples, {file_name(number): urls for number, urls in sources.items()}, row.missing)
 
 
 def _files(row: ComvgDataset, key: str) -> dict[str, UrlParams]:
@@ -128,19 +130,19 @@ def _files(row: ComvgDataset, key: str) -> dict[str, UrlParams]:
     return {f"{key}.list": row.list, **annotations}
 
 
-def _test_examples(rows: list[Row], row: ComvgDataset, seed: int, key: str) -> list[RawExample]:
+def _test_examples(entries: list[Entry], row: ComvgDataset, seed: int, key: str) -> list[RawExample]:
     """Return an example for each selected row; its id contains its number in the list."""
-    ids = [f"{row.kind}/{seed}/{number}" for number in range(1, len(rows) + 1)]
-    test = len(rows) if row.test is None else row.test
-    if test > len(rows):
-        raise ParamsError(f"{key}.test: {test} requested, the list has {len(rows)} rows")
+    ids = [f"{row.kind}/{seed}/{number}" for number in range(1, len(entries) + 1)]
+    test = len(entries) if row.test is None else row.test
+    if test > len(entries):
+        raise ParamsError(f"{key}.test: {test} requested, the list has {len(entries)} rows")
     selected = split_groups(ids, few_shot=0, validation=0, test=test, seed=seed, sample=row.sample)
-    return [_example(id, entry) for id, entry in zip(ids, rows, strict=True) if id in selected]
+    return [_example(id, entry) for id, entry in zip(ids, entries, strict=True) if id in selected]
 
 
-def _example(id: str, entry: Row) -> RawExample:
-    images, true = image_choice(id, entry.positive, entry.negative)
-    return RawExample(id, "test", images, (entry.sentence,), ((true, 0),), entry.slot)
+def _example(id: str, entry: Entry) -> RawExample:
+    images = file_name(entry.positive), file_name(entry.negative)
+    return image_choice(id, "test", images, (entry.sentence,), entry.slot)
 
 
 BENCHMARK = Benchmark(

@@ -112,7 +112,7 @@ def _header(table: Path, names: Sequence[str]) -> list[str]:
         if column not in known:
             raise DataError(f"{table}:1: {unknown('column', column, known)}")
         if header.count(column) > 1:
-            raise DataError(f"{table}:1: the column {column!r} is there {header.count(column)} times")
+            raise DataError(f"{table}:1: column {column!r} occurs {header.count(column)} times")
     return header
 
 

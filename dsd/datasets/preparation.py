@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import numpy as np
 from dsd.config import DatasetParams, ImageParams
 from dsd.data.examples import MatchingExample, write_examples
 from dsd.data.image_table import ImageTableWriter, StoredImage
-from dsd.data.images import Quarantine, image_id, load_image, resize, to_array
+from dsd.data.images import image_id, load_image, resize, to_array
 from dsd.data.splits import SPLITS
 from dsd.datasets import benchmark
 from dsd.datasets.annotations import IMAGES, RawExample
@@ -23,6 +24,8 @@ from dsd.errors import DataError, ImageError
 from dsd.metrics import METRICS
 from dsd.progress import progress
 from dsd.store import write_atomic
+
+log = logging.getLogger(__name__)
 
 AHEAD = 256  # files that are decoded before the first of them is written
 
@@ -55,18 +58,25 @@ def prepare(
     (target / "summary.json").unlink(missing_ok=True)
 
     decode = partial(_decode, source / IMAGES, images.max_pixels, images.parity or images.resolution)
-    files, quarantine = list(dict.fromkeys(file for example in raw for file in example.images)), Quarantine()
+    files = list(dict.fromkeys(file for example in raw for file in example.images))
+    quarantine: dict[str, str] = {}  # reason by file
     ids: dict[str, str] = {}
     with ImageTableWriter(target / "images.parquet") as writer:
         for file, image in progress(_in_threads(decode, files, workers), total=len(files), desc=name):
             if isinstance(image, ImageError):
-                quarantine.add(file, str(image).removeprefix(f"{source / IMAGES / file}: "))
+                quarantine[file] = str(image).removeprefix(f"{source / IMAGES / file}: ")
+                log.warning("quarantined %s: %s", file, quarantine[file])
             else:
                 ids[file] = image.id
                 writer.add(image)
-    quarantine.write(target / "quarantine.json")
+    reasons = [{"name": file, "reason": quarantine[file]} for file in sorted(quarantine)]
+    write_atomic(target / "quarantine.json", (json.dumps(reasons, indent=2) + "\n").encode())
 
-    readable = [(e.split, _matching(e, ids)) for e in raw if all(file in ids for file in e.images)]
+    readable = [
+        (e.split, MatchingExample(e.id, tuple(ids[file] for file in e.images), e.texts, e.answer, e.category))
+        for e in raw
+        if all(file in ids for file in e.images)
+    ]
     disjoint = _disjoint(readable)
     counts = Counter(split for split, _ in disjoint)
     for split in SPLITS:
@@ -129,11 +139,6 @@ def _in_threads(
         for start in range(0, len(files), AHEAD):
             batch = files[start : start + AHEAD]
             yield from zip(batch, pool.map(decode, batch), strict=True)
-
-
-def _matching(example: RawExample, ids: dict[str, str]) -> MatchingExample:
-    images = tuple(ids[file] for file in example.images)
-    return MatchingExample(example.id, images, example.texts, example.answer, example.category)
 
 
 def _disjoint(rows: Sequence[tuple[str, MatchingExample]]) -> list[tuple[str, MatchingExample]]:

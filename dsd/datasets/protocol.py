@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from dsd.config import RepositoryDataset
 from dsd.datasets.annotations import RawExample, read_annotations
 
 Row = TypeVar("Row", contravariant=True)  # the type of a row of `datasets` of this kind
@@ -38,7 +37,6 @@ class Benchmark(Generic[Row]):
         expected: estimates the size of a row's dataset.
         remote: bytes of the files to fetch for a dataset's name and row, without images that have their own URLs;
             raises DataError if they are not accessible.
-        repository: the row, if it names a repository on the Hub.
         seeded: whether example ids contain `seed`, so that a download of another seed is refused.
     """
 
@@ -49,7 +47,6 @@ class Benchmark(Generic[Row]):
     licence: str
     expected: Callable[[Row], Expected]
     remote: Callable[[str, Row], int]
-    repository: Callable[[Row], RepositoryDataset | None] = lambda row: None
     seeded: bool = True
 
     def examples(self, folder: Path, *, seed: int) -> Iterator[RawExample]:

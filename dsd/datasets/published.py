@@ -130,7 +130,7 @@ def fetch_images(
         sources: URLs or paths by file name; see `dsd.data.downloads.fetch_all`.
     """
     names = dict.fromkeys(name for example in examples for name in example.images)
-    lost = dict(fetch_all({name: sources[name] for name in names}, folder / IMAGES, setting=f"datasets.{folder.name}"))
+    lost = dict(fetch_all({name: sources[name] for name in names}, folder / IMAGES, key=f"datasets.{folder.name}"))
     files = {name: name for name in names if name not in lost}
     _annotate(folder, examples, files, [f"{name} ({reason})" for name, reason in lost.items()], allowed)
 

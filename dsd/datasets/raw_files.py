@@ -15,13 +15,13 @@ RAW = "raw"
 def fetch_raw(row: UrlParams, folder: Path, key: str) -> Path:
     """Fetch the file of a row of params unless it is there, and return its path; `key` is the row's key."""
     target = folder / RAW / _name(row, key)
-    fetch(row.source, target, setting=key, sha256=row.sha256)
+    fetch(row.source, target, key=key, sha256=row.sha256)
     return target
 
 
 def raw_size(rows: Mapping[str, UrlParams]) -> int:
     """Total size in bytes of the files of rows by key; see `dsd.data.downloads.content_length`."""
-    return sum(content_length(row.source, setting=key) for key, row in rows.items())
+    return sum(content_length(row.source, key=key) for key, row in rows.items())
 
 
 def prune_raw(rows: Mapping[str, UrlParams], folder: Path) -> None:

@@ -151,6 +151,5 @@ BENCHMARK = Benchmark(
     licence="annotations: Apache-2.0; images: COCO's, from Flickr, under the terms of each",
     expected=lambda row: Expected(7573, row.test or 5023, 1, row.candidates),
     remote=repository_size,
-    repository=lambda row: row,
     seeded=False,
 )

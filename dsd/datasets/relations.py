@@ -100,7 +100,7 @@ class Vocabulary:
         self.together.update(_pair(a, b) for a, b in same if a.group != b.group)
 
     def plain(self) -> set[Word]:
-        """The frequent words of plain letters, of which sentences are made."""
+        """Frequent words of plain letters; sentences consist of these only."""
         words = self._words.values()
         return {w for w in words if self.uses[w.group] >= FREQUENT and PHRASE[self._kind].fullmatch(w.name)}
 

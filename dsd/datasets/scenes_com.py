@@ -20,8 +20,8 @@ from random import Random
 
 from dsd.config import DrawnDataset
 from dsd.data.splits import Split
-from dsd.datasets.annotations import RawExample
-from dsd.datasets.synthetic import Item, arguable, distractors, image_name, rename, rivals, synthetic
+from dsd.datasets.annotations import image_choice
+from dsd.datasets.synthetic import Composed, arguable, distractors, image_name, rename, rivals, synthetic
 from dsd.scenes.captions import TEMPLATES, sentence
 from dsd.scenes.mutation import SLOTS, hard_noun, mutate, valid_negative
 from dsd.scenes.world import PREDICATES, Noun, Scene, Triplet, holds, random_noun, sample_scene
@@ -29,7 +29,7 @@ from dsd.scenes.world import PREDICATES, Noun, Scene, Triplet, holds, random_nou
 DECOY = 0.75  # probability that a distractor gets an attribute of the missing noun
 
 
-def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Item:
+def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Composed:
     """Make a sentence with four images and three examples."""
     rng = Random(name)
     original = _triplet(rng)
@@ -57,13 +57,9 @@ def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Item:
         positive, negative = (partial(holds, scenes[role]) for role in ("positive", slot))
         assert valid_negative(original, mutated[slot], true_of_positive=positive, true_of_negative=negative)
         images = image_name(index, "positive"), image_name(index, slot)
-        true = Random(f"{name}/{slot}").randrange(2)
-        texts: tuple[str, ...] = (sentence(original, template),)
-        answer: tuple[tuple[int, int], ...] = ((true, 0),)
-        if split == "train":
-            texts, answer = (*texts, sentence(mutated[slot], template)), (*answer, (1 - true, 1))
-        examples.append(RawExample(f"{name}/{slot}", split, images[::-1] if true else images, texts, answer, slot))
-    return Item({image_name(index, role): scene for role, scene in scenes.items()}, examples)
+        texts = sentence(original, template), sentence(mutated[slot], template)
+        examples.append(image_choice(f"{name}/{slot}", split, images, texts, slot))
+    return Composed({image_name(index, role): scene for role, scene in scenes.items()}, examples)
 
 
 def _triplet(rng: Random) -> Triplet:

@@ -14,7 +14,7 @@ from random import Random
 from dsd.config import DrawnDataset
 from dsd.data.splits import Split
 from dsd.datasets.annotations import RawExample
-from dsd.datasets.synthetic import Item, arguable, distractors, image_name, rename, rivals, synthetic
+from dsd.datasets.synthetic import Composed, arguable, distractors, image_name, rename, rivals, synthetic
 from dsd.scenes.captions import REFERRING, referring
 from dsd.scenes.mutation import hard_noun
 from dsd.scenes.world import PREDICATES, Noun, Scene, Triplet, holds, random_noun, sample_scene
@@ -24,7 +24,7 @@ ATTEMPTS = 100  # scenes sampled for a grid before another grid is sampled
 MAX_CANDIDATES = 64  # a grid of four values per slot
 
 
-def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Item:
+def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Composed:
     """Make an image with one example."""
     rng = Random(name)
     assert row.candidates is not None
@@ -36,7 +36,7 @@ def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Item:
     template = rng.choice(REFERRING)
     texts = tuple(referring(triplet, template) for triplet in candidates)
     example = RawExample(name, split, (image_name(index),), texts, ((0, true),), candidates[true].predicate)
-    return Item({image_name(index): scene}, [example])
+    return Composed({image_name(index): scene}, [example])
 
 
 def _candidates(rng: Random, count: int) -> list[Triplet]:

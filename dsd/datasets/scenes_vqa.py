@@ -13,8 +13,8 @@ from random import Random
 from dsd.config import DrawnDataset
 from dsd.data.splits import Split
 from dsd.datasets.annotations import RawExample
-from dsd.datasets.synthetic import Item, arguable, image_name, synthetic
-from dsd.scenes.captions import NUMBERS, Question, a, answered, open_question, referring
+from dsd.datasets.synthetic import Composed, arguable, image_name, synthetic
+from dsd.scenes.captions import NUMBERS, Question, answered, open_question, referring, with_article
 from dsd.scenes.mutation import hard_noun
 from dsd.scenes.world import COLOURS, SHAPES, Scene, Triplet, holds, random_triplet, sample_scene
 
@@ -24,7 +24,7 @@ RELATION = "is the {s} {p} the {o} ?"
 CHOICES = 4  # colours, and shapes, among the candidates
 
 
-def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Item:
+def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Composed:
     """Make an image with one example."""
     rng = Random(name)
     assert row.binary is not None
@@ -33,11 +33,11 @@ def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Item:
     true = answers.index(question.answer)
     texts = tuple(answered(question.question, answer) for answer in answers)
     example = RawExample(name, split, (image_name(index),), texts, ((0, true),), question.category)
-    return Item({image_name(index): scene}, [example])
+    return Composed({image_name(index): scene}, [example])
 
 
 def _binary(rng: Random, seed: str) -> tuple[Scene, Question]:
-    """Ask for a relation or for the presence of a thing; the scene is sampled independently of the answer."""
+    """Sample a question about a relation or the presence of a thing; the scene is independent of the answer."""
     answer = rng.choice(("yes", "no"))
     triplet = random_triplet(rng)
     scene = _sample(rng, seed, triplet)
@@ -50,7 +50,7 @@ def _binary(rng: Random, seed: str) -> tuple[Scene, Question]:
     noun = rng.choice(nouns)
     while answer == "no" and noun in nouns:
         noun = hard_noun(noun, rng)
-    return scene, Question(f"is there {a(noun)} ?", answer, "binary")
+    return scene, Question(f"is there {with_article(noun)} ?", answer, "binary")
 
 
 def _open(rng: Random, seed: str) -> tuple[Scene, Question]:

@@ -20,15 +20,15 @@ from dsd.config import DrawnDataset
 from dsd.data.splits import Split, split_groups
 from dsd.datasets.annotations import ANNOTATIONS, IMAGES, RawExample, write_annotations
 from dsd.datasets.protocol import Benchmark, Expected
-from dsd.errors import ParamsError
+from dsd.errors import DataError, ParamsError
 from dsd.progress import progress
 from dsd.scenes.corpus import NATIVE
 from dsd.scenes.render import render
-from dsd.scenes.world import PREDICATES, Noun, Scene, Thing, Triplet
+from dsd.scenes.world import PREDICATES, Noun, Scene, Test, Thing, Triplet, holds
 from dsd.store import write_atomic
 
 
-class Item(NamedTuple):
+class Composed(NamedTuple):
     """Scenes by image file name, and the examples about them."""
 
     scenes: dict[str, Scene]
@@ -36,7 +36,7 @@ class Item(NamedTuple):
 
 
 # Makes an item of a split from its name and index; the examples' ids start with the name.
-Compose = Callable[[str, int, Split, DrawnDataset], Item]
+Compose = Callable[[str, int, Split, DrawnDataset], Composed]
 
 # The optional fields of a dataset's row that a kind requires, with the limits of a number.
 Requires = Mapping[str, tuple[int, int] | None]
@@ -76,7 +76,7 @@ def image_name(index: int, role: str = "") -> str:
 
 # The most lenient reading of each relation, as tests of (subject, object, subject is painted later).
 # It includes everything that `dsd.scenes.world.PREDICATES` calls true; a diagonal is both left and above.
-_LENIENT: dict[str, Callable[[Thing, Thing, bool], bool]] = {
+_LENIENT: dict[str, Test] = {
     "left of": lambda a, b, later: _towards(b.x - a.x, b.y - a.y),
     "right of": lambda a, b, later: _towards(a.x - b.x, b.y - a.y),
     "above": lambda a, b, later: _towards(b.y - a.y, b.x - a.x),
@@ -97,10 +97,7 @@ def _within(a: Thing, b: Thing, distance: float) -> bool:
 
 def arguable(scene: Scene, triplet: Triplet) -> bool:
     """Whether the triplet is true of the scene on a lenient reading. Only texts for which this fails count as false."""
-    subject, obj = scene.thing(triplet.subject), scene.thing(triplet.object)
-    if subject is None or obj is None or subject is obj:
-        return False
-    return _LENIENT[triplet.predicate](subject, obj, scene.things.index(subject) > scene.things.index(obj))
+    return holds(scene, triplet, _LENIENT)
 
 
 def rivals(predicate: str) -> list[str]:
@@ -125,25 +122,18 @@ def rename(scene: Scene, nouns: Mapping[Noun, Noun]) -> Scene:
 def _items(row: DrawnDataset, dataset: str, seed: int, examples: int) -> list[tuple[str, int, Split]]:
     """Return (name, index, split) of the items in a split; the others are never rendered."""
     few_shot, validation = round(row.few_shot * row.size), round(row.validation * row.size)
-    wanted, groups = few_shot + validation + row.test, row.size // examples
-    if wanted > groups * examples:
-        raise ParamsError(
-            f"datasets.{dataset}.size: {groups * examples} examples are fewer than the {few_shot} few-shot, "
-            f"{validation} validation and {row.test} test ones"
+    names = [f"{row.kind}/{seed}/{index}" for index in range(row.size // examples)]
+    groups = [name for name in names for _ in range(examples)]
+    try:
+        splits = split_groups(
+            groups, few_shot=few_shot, validation=validation, test=row.test, seed=seed, sample=row.sample
         )
-    names = [f"{row.kind}/{seed}/{index}" for index in range(groups)]
-    splits = split_groups(
-        [name for name in names for _ in range(examples)],
-        few_shot=few_shot,
-        validation=validation,
-        test=row.test,
-        seed=seed,
-        sample=row.sample,
-    )
+    except DataError as error:
+        raise ParamsError(f"datasets.{dataset}.size: {error}") from None
     return [(name, index, splits[name]) for index, name in enumerate(names) if name in splits]
 
 
-def _render_item(compose: Compose, row: DrawnDataset, images: Path, item: tuple[str, int, Split]) -> Item:
+def _render_item(compose: Compose, row: DrawnDataset, images: Path, item: tuple[str, int, Split]) -> Composed:
     composed = compose(*item, row)
     for name, scene in composed.scenes.items():
         png = io.BytesIO()
@@ -165,13 +155,17 @@ def _download(
     """Implement `protocol.Download` by rendering the images of all three splits.
 
     Raises:
-        ParamsError: a field that the kind requires is missing or out of range, or size is too small.
+        ParamsError: a field that the kind requires is missing or out of range, or one that it does not use is set, or
+            size is too small.
     """
     for field, limits in requires.items():
         value, needed = getattr(row, field), f"{limits[0]} to {limits[1]}" if limits else "one"
         if value is None or (limits and not limits[0] <= value <= limits[1]):
             found = "it is missing" if value is None else f"found {value}"
             raise ParamsError(f"datasets.{folder.name}.{field}: {row.kind} needs {needed}, {found}")
+    for field in ("candidates", "binary", "template"):
+        if field not in requires and (value := getattr(row, field)) is not None:
+            raise ParamsError(f"datasets.{folder.name}.{field}: {row.kind} takes none, found {value}")
     items, images = _items(row, folder.name, seed, examples), folder / IMAGES
     (folder / ANNOTATIONS).unlink(missing_ok=True)
     work = partial(_render_item, compose, row, images)

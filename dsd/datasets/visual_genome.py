@@ -32,12 +32,13 @@ from random import Random
 
 from dsd.config import PublishedDataset, VisualGenomeDataset
 from dsd.data.splits import Split, split_groups
-from dsd.datasets.annotations import ANNOTATIONS, RawExample
+from dsd.datasets.annotations import ANNOTATIONS, RawExample, image_choice
 from dsd.datasets.protocol import Benchmark, Expected
 from dsd.datasets.published import fetch_images
 from dsd.datasets.raw_files import prune_raw, raw_size
 from dsd.datasets.relations import Genome, Relation, Word, annotation_files, read_genome
 from dsd.errors import DataError, ParamsError
+from dsd.scenes.captions import with_article
 from dsd.scenes.mutation import SLOTS, Slot, valid_negative
 
 TRIES = 50  # images that are tested as the negative for one value
@@ -154,7 +155,7 @@ def sentence(triplet: tuple[str, str, str]) -> str:
 def _with_article(noun: str) -> str:
     if UNCOUNTED.fullmatch(noun.split()[-1]):
         return noun
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    return with_article(noun)
 
 
 def mutated_examples(
@@ -183,26 +184,15 @@ def mutated_examples(
     return [_example(prefix, m, splits[group]) for m, group in zip(made, groups, strict=True) if group in splits]
 
 
-def image_choice(id: str, positive: int, negative: int) -> tuple[tuple[str, str], int]:
-    """Return the two file names in random order, and the index of the positive image."""
-    true = Random(id).randrange(2)
-    images = image_name(positive), image_name(negative)
-    return images[::-1] if true else images, true
-
-
-def image_name(number: int) -> str:
+def file_name(number: int) -> str:
     """Return the file name of an image."""
     return f"{number}.jpg"
 
 
 def _example(prefix: str, mutation: Mutation, split: Split) -> RawExample:
-    id = f"{prefix}/{mutation.name}"
-    images, true = image_choice(id, mutation.positive, mutation.negative)
-    texts: tuple[str, ...] = (sentence(mutation.original),)
-    answer: tuple[tuple[int, int], ...] = ((true, 0),)
-    if split == "train":
-        texts, answer = (*texts, sentence(mutation.mutated)), (*answer, (1 - true, 1))
-    return RawExample(id, split, images, texts, answer, mutation.slot)
+    images = file_name(mutation.positive), file_name(mutation.negative)
+    texts = sentence(mutation.original), sentence(mutation.mutated)
+    return image_choice(f"{prefix}/{mutation.name}", split, images, texts, mutation.slot)
 
 
 def _download(row: VisualGenomeDataset, *, seed: int, folder: Path, workers: int) -> None:
@@ -217,7 +207,7 @@ def _download(row: VisualGenomeDataset, *, seed: int, folder: Path, workers: int
     genome = read_genome(row.annotations, folder, f"{key}.annotations")
     examples = mutated_examples(genome, row, row.size, row.test, seed=seed, key=key)
     prune_raw(annotation_files(row.annotations, f"{key}.annotations"), folder)
-    fetch_images(folder, examples, {image_name(number): (url,) for number, url in genome.urls.items()}, row.missing)
+    fetch_images(folder, examples, {file_name(number): (url,) for number, url in genome.urls.items()}, row.missing)
 
 
 BENCHMARK = Benchmark(

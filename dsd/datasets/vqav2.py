@@ -138,6 +138,5 @@ BENCHMARK = Benchmark(
     licence="annotations: CC BY 4.0; images: COCO's, from Flickr, under the terms of each",
     expected=lambda row: Expected(214_354, row.test or 214_354, 1, row.answers),
     remote=repository_size,
-    repository=lambda row: row,
     seeded=False,
 )

@@ -39,7 +39,7 @@ def read_labels(repository: Repository, file: str) -> dict[str, int]:
             if member.part == "cls":
                 text = _read(tar, member).strip()
                 if not text.isdigit() or member.key in labels:
-                    raise DataError(f"{where}: {member.info.name}: must be one number a sample, found {text[:20]!r}")
+                    raise DataError(f"{where}: {member.info.name}: must be one number per sample, found {text[:20]!r}")
                 labels[member.key] = int(text)
             elif member.part in IMAGE_PARTS:
                 with_image.add(member.key)

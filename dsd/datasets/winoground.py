@@ -17,7 +17,7 @@ from dsd.datasets.protocol import Benchmark, Expected
 from dsd.datasets.published import assign_splits, file_stem, store_images
 from dsd.errors import DataError, ParamsError
 
-IMAGES = ("image_0", "image_1")
+IMAGE_COLUMNS = ("image_0", "image_1")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _download(row: WinogroundDataset, *, seed: int, folder: Path, workers: int) 
             raise ParamsError(f"datasets.{name}.{key}: Winoground has only a test, must be {needed}, found {value}")
     repository = fetch_repository(name, row, workers=workers)
     squares = [
-        Square(f"{row.kind}/{columns.id}", tuple(Location(file, n, image) for image in IMAGES), columns)
+        Square(f"{row.kind}/{columns.id}", tuple(Location(file, n, image) for image in IMAGE_COLUMNS), columns)
         for file in repository.test
         for n, columns in enumerate(parquet.read_rows(repository, file, Columns))
     ]
@@ -88,6 +88,5 @@ BENCHMARK = Benchmark(
     licence="Meta's research licence, to be accepted on the repository's page; images: Getty Images",
     expected=lambda row: Expected(0, row.test or 400, 2, 2),
     remote=repository_size,
-    repository=lambda row: row,
     seeded=False,
 )

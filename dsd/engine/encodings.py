@@ -16,6 +16,7 @@ from cachetools import LRUCache
 from dsd.data.examples import MatchingExample, read_examples
 from dsd.data.image_table import ImageTable
 from dsd.data.images import resize, to_array
+from dsd.data.splits import SPLITS
 from dsd.progress import progress
 from dsd.scorers.evidence import UNCONDITIONAL
 from dsd.store import Store, digest
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from dsd.models.clip import Clip
     from dsd.models.stable_diffusion import StableDiffusion
 
-SPLITS = ("train", "validation", "test")
 SHARD = 256  # items that are computed and stored together
 HELD = 8  # shards in memory, or the same number of items
 Arrays = dict[str, np.ndarray]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dsd.config import EvaluateParams, RacesParams
-from dsd.schedules.base import Course, draw_levels
+from dsd.schedules.base import Course
 from dsd.schedules.exhaustive import exhaustive_course
 from dsd.schedules.race import Floats
 from dsd.schedules.racing import calibrate, fit_forecast, racing
@@ -51,7 +51,7 @@ def read_scaling(folder: Path) -> dict[str, Any]:
 
 def measure(noise: str, candidates: int, races: RacesParams, evaluate: EvaluateParams, seed: int) -> dict[str, Any]:
     """The cost of racing among so many candidates: fitted, calibrated and measured on different races."""
-    growth, draws = races.growth, len(draw_levels(races))
+    growth, draws = races.growth, races.draws
 
     def recorded(role: int, most: int) -> RecordedRaces:
         rngs = (np.random.default_rng([seed, role, candidates, n]) for n in range(growth.races))

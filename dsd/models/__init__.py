@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 import torch
 
 from dsd.config import BackboneParams
+from dsd.config.base import constants
 from dsd.errors import CheckpointError, unknown
 from dsd.models.checkpoint import device_of
 
@@ -25,10 +24,9 @@ __all__ = ["device_of", "families", "family", "load", "load_clip", "load_diffusi
 def families() -> dict[str, type[StableDiffusion] | type[Clip]]:
     """The families by name, from BACKBONES of each module of this package.
 
-    They are imported at the first call, because diffusers and transformers take longer to import than all the rest.
+    They are imported at the first call: diffusers and transformers are slow to import.
     """
-    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
-    return {name: kind for module in modules for name, kind in getattr(module, "BACKBONES", {}).items()}
+    return {name: kind for table in constants(__name__, __path__, "BACKBONES") for name, kind in table.items()}
 
 
 def family(name: str) -> type[StableDiffusion] | type[Clip]:

@@ -42,12 +42,12 @@ def answered(question: str, answer: str) -> str:
     return f"{question} {answer}"
 
 
-def a(noun: Noun) -> str:
-    return f"{'an' if noun.colour[0] in 'aeiou' else 'a'} {noun}"
+def with_article(noun: Noun | str) -> str:
+    return f"{'an' if str(noun)[0] in 'aeiou' else 'a'} {noun}"
 
 
 def sentence(triplet: Triplet, template: str) -> str:
-    return template.format(s=a(triplet.subject), p=triplet.predicate, o=a(triplet.object))
+    return template.format(s=with_article(triplet.subject), p=triplet.predicate, o=with_article(triplet.object))
 
 
 def referring(triplet: Triplet, template: str) -> str:
@@ -55,7 +55,7 @@ def referring(triplet: Triplet, template: str) -> str:
 
 
 def class_text(noun: Noun) -> str:
-    return CLASS_TEMPLATE.format(s=a(noun))
+    return CLASS_TEMPLATE.format(s=with_article(noun))
 
 
 def _unique(scene: Scene, attribute: str) -> list[Noun]:
@@ -90,7 +90,7 @@ def binary_question(scene: Scene, rng: Random, answer: str) -> Question:
         return Question(f"is the {triplet.subject} {triplet.predicate} the {triplet.object} ?", answer, "binary")
     nouns = {thing.noun for thing in scene.things}
     noun = rng.choice(sorted(nouns)) if answer == "yes" else random_noun(rng, nouns)
-    return Question(f"is there {a(noun)} ?", answer, "binary")
+    return Question(f"is there {with_article(noun)} ?", answer, "binary")
 
 
 def caption(scene: Scene, rng: Random) -> str:
@@ -107,7 +107,7 @@ def caption(scene: Scene, rng: Random) -> str:
         question = open_question(scene, rng) if is_open else binary_question(scene, rng, rng.choice(("yes", "no")))
         if question is not None:
             return question.text
-    nouns = [a(thing.noun) for thing in scene.things]
+    nouns = [with_article(thing.noun) for thing in scene.things]
     rng.shuffle(nouns)
     return f"a picture of {' and '.join(nouns)}"
 

@@ -36,7 +36,9 @@ class Corpus:
     things: list[int]
 
 
-def _sample(index: int, seed: int, captions: int, parity: int, resolution: int) -> tuple[np.ndarray, ...]:
+def _sample(
+    index: int, seed: int, captions: int, parity: int, resolution: int
+) -> tuple[list[np.ndarray], list[str], int]:
     scene, rng = pretraining_scene(seed, index)
     image = render(scene, NATIVE)
     texts = [caption(scene, rng) for _ in range(captions)]
@@ -45,7 +47,7 @@ def _sample(index: int, seed: int, captions: int, parity: int, resolution: int) 
         resize(image, parity=parity, resolution=resolution),
         resize(image, parity=None, resolution=parity),
     )
-    return (*(np.asarray(view) for view in views), np.array(json.dumps([texts, len(scene.things)])))
+    return [np.asarray(view) for view in views], texts, len(scene.things)
 
 
 def build(root: Path, *, seed: int, size: int, captions: int, parity: int, resolution: int, workers: int) -> Corpus:
@@ -54,6 +56,7 @@ def build(root: Path, *, seed: int, size: int, captions: int, parity: int, resol
     recipe = dict(seed=seed, size=size, captions=captions, parity=parity, resolution=resolution)
     if not (marker.exists() and json.loads(marker.read_text())["recipe"] == recipe):
         root.mkdir(parents=True, exist_ok=True)
+        marker.unlink(missing_ok=True)  # an interrupted run must not leave it beside other arrays
         sides = {"direct": resolution, "parity": resolution, "small": parity}
         arrays = {
             name: np.lib.format.open_memmap(root / f"{name}.npy", "w+", np.uint8, (size, side, side, 3))
@@ -63,10 +66,9 @@ def build(root: Path, *, seed: int, size: int, captions: int, parity: int, resol
         with ProcessPoolExecutor(workers) as pool:
             sample = partial(_sample, seed=seed, captions=captions, parity=parity, resolution=resolution)
             samples = progress(pool.map(sample, range(size), chunksize=64), total=size, desc="corpus")
-            for index, (*images, row) in enumerate(samples):
+            for index, (images, of_image, count) in enumerate(samples):
                 for array, image in zip(arrays.values(), images, strict=True):
                     array[index] = image
-                of_image, count = json.loads(str(row))
                 texts.append(of_image)
                 things.append(count)
         for array in arrays.values():

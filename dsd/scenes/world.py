@@ -8,7 +8,7 @@ exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
@@ -82,8 +82,9 @@ def _overlapping(a: Thing, b: Thing) -> bool:
     return 0.4 * reach <= _distance(a, b) <= 0.85 * reach and max(a.size, b.size) < 1.5 * min(a.size, b.size)
 
 
-# Each relation as a test of (subject, object, subject is painted later).
-PREDICATES: dict[str, Callable[[Thing, Thing, bool], bool]] = {
+Test = Callable[[Thing, Thing, bool], bool]  # of (subject, object, subject is painted later)
+
+PREDICATES: dict[str, Test] = {
     "left of": lambda a, b, later: _apart(a, b) and _beside(b.x - a.x, b.y - a.y),
     "right of": lambda a, b, later: _apart(a, b) and _beside(a.x - b.x, b.y - a.y),
     "above": lambda a, b, later: _apart(a, b) and _beside(b.y - a.y, b.x - a.x),
@@ -94,13 +95,13 @@ PREDICATES: dict[str, Callable[[Thing, Thing, bool], bool]] = {
 }
 
 
-def holds(scene: Scene, triplet: Triplet) -> bool:
+def holds(scene: Scene, triplet: Triplet, tests: Mapping[str, Test] = PREDICATES) -> bool:
     """Whether both things are in the scene and their geometry satisfies the relation."""
     subject, obj = scene.thing(triplet.subject), scene.thing(triplet.object)
     if subject is None or obj is None or subject is obj:
         return False
     later = scene.things.index(subject) > scene.things.index(obj)
-    return PREDICATES[triplet.predicate](subject, obj, later)
+    return tests[triplet.predicate](subject, obj, later)
 
 
 @lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""What a kind of schedule answers for itself, and what kinds share."""
+"""Interface of a kind of schedule, and what the kinds share."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class ScheduleKind(ABC):
         """
 
     def evaluations(self, setting: Setting, candidates: int, races: RacesParams) -> int:
-        """The most evaluations that a race takes: every draw, unless a kind takes fewer."""
-        return candidates * len(draw_levels(races))
+        """Maximum evaluations of a race; by default every candidate at every draw."""
+        return candidates * races.draws
 
     def settings(self, races: RacesParams) -> Iterable[Setting]:
-        """The settings that the schedule comparison tries, as far as the draws suffice."""
+        """Settings that the schedule comparison tries, if the draws suffice for them."""
         return ()
 
     def named_settings(self, races: RacesParams) -> dict[str, Setting]:

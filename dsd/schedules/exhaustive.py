@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dsd.config import RacesParams
-from dsd.schedules.base import Comparison, Course, ScheduleKind, Setting, draw_levels, spread_order
+from dsd.schedules.base import Comparison, Course, ScheduleKind, Setting, spread_order
 from dsd.schedules.race import Schedule
 
-ALL_DRAWS = "exhaustive, all draws"  # the name in results of what every schedule is compared with
+ALL_DRAWS = "exhaustive, all draws"  # name in results of the reference for every schedule
 
 
 def all_draws(draws: int) -> Schedule:
@@ -17,8 +17,7 @@ def all_draws(draws: int) -> Schedule:
 
 def exhaustive_course(races: RacesParams) -> Course:
     """All draws, level by level."""
-    draws = len(draw_levels(races))
-    return Course(list(range(draws)), all_draws(draws), None)
+    return Course(list(range(races.draws)), all_draws(races.draws), None)
 
 
 class Exhaustive(ScheduleKind):

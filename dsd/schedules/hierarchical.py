@@ -6,27 +6,26 @@ He et al., “Accelerating Diffusion Models for Discriminative Vision and Langua
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
-from typing import Any
+from typing import get_args
 
 import numpy as np
 
 from dsd.config import RacesParams
+from dsd.config.base import Direction
 from dsd.schedules.base import Comparison, Course, ScheduleKind, Setting
 from dsd.schedules.race import Mask, RoundState, Schedule, best, mean
 
-DIRECTIONS = ("clean", "noisy", "middle")
+DIRECTIONS = get_args(Direction)
 
 
 def hierarchical(timesteps: int, samples: int, beam_factor: float, patience: int, *, shrinking: bool) -> Schedule:
     """Take `samples` draws at each timestep, and keep the best C / beam_factor of all C candidates after it; stop when
     one candidate has led for `patience` further draws.
 
-    `shrinking` is the other reading, of the paper's Figure 2: keep the best 1 / beam_factor of those that are left.
+    `shrinking`: as in the paper's Figure 2, keep the best 1 / beam_factor of the candidates that are left.
     """
-    if beam_factor < 1 or patience < 1:
-        raise ValueError(f"beam_factor {beam_factor} and patience {patience} must be at least 1")
 
     def keep(state: RoundState) -> Mask:
         beam = (state.kept_C.sum() if shrinking else len(state.kept_C)) / beam_factor
@@ -56,12 +55,6 @@ def published_name(direction: str) -> str:
     return f"hierarchical as published, from {direction}"
 
 
-def grid(values: Mapping[str, Iterable[Any]]) -> Iterator[Setting]:
-    """Every choice of one value for each key."""
-    for chosen in product(*values.values()):
-        yield dict(zip(values, chosen, strict=True))
-
-
 class Hierarchical(ScheduleKind):
     kind = "hierarchical"
 
@@ -74,8 +67,9 @@ class Hierarchical(ScheduleKind):
         return candidates * len(races.levels) * int(setting["samples"])
 
     def settings(self, races: RacesParams) -> Iterable[Setting]:
-        choices = grid(races.hierarchical.model_dump())
-        return [setting for setting in choices if setting["samples"] <= races.draws_per_level]
+        values = races.hierarchical.model_dump()
+        settings = (dict(zip(values, chosen, strict=True)) for chosen in product(*values.values()))
+        return [setting for setting in settings if setting["samples"] <= races.draws_per_level]
 
     def named_settings(self, races: RacesParams) -> dict[str, Setting]:
         return {published_name(side): {"direction": side, **races.published.model_dump()} for side in DIRECTIONS}

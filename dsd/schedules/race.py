@@ -26,7 +26,7 @@ def all_rows(candidates: int, draws: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class RoundState:
-    """What is known when a round ends.
+    """Evidence at the end of a round.
 
     values_CJ: the evidence, NaN where it was not computed; the first column is the proposer's, if there is one.
     kept_C: the candidates that were in the race during the round.
@@ -56,7 +56,7 @@ def mean(state: RoundState) -> Floats:
 
 
 def best(scores_C: Floats, kept_C: Mask, number: int) -> Mask:
-    """The kept candidates among the `number` highest scores, the first of equal ones."""
+    """The kept candidates among the `number` highest scores, ties go to the first."""
     chosen_C = np.zeros_like(kept_C)
     chosen_C[np.argsort(-scores_C, kind="stable")[: max(1, number)]] = True
     return chosen_C & kept_C
@@ -66,7 +66,7 @@ def best(scores_C: Floats, kept_C: Mask, number: int) -> Mask:
 class Schedule:
     """Rounds of draws, and which candidates are kept after each.
 
-    ends: how many draws each kept candidate has after each round, rising; 0 first where a proposer is the first round.
+    ends: how many draws each kept candidate has after each round, rising; first 0 if the proposer's scores are a round.
     keep: the candidates [C] to keep after a round.
     estimate: the scores [C] that candidates are ranked by, at any time.
     """

@@ -16,7 +16,7 @@ from itertools import product
 import numpy as np
 from scipy.stats import binom
 
-from dsd.config import RacesParams, ScheduleParams
+from dsd.config import RacesParams
 from dsd.errors import DataError
 from dsd.schedules.base import Comparison, Course, Proposer, ScheduleKind, Setting
 from dsd.schedules.race import Floats, Mask, RoundState, Schedule, mean
@@ -75,7 +75,7 @@ def fit_forecast(
     Args:
         races: evidence [C, K] of example races at all draws.
         level_K: the noise level of each draw; draws of one level differ by chance alone.
-        rivals: how many candidates closest to the winner count; a race is about telling these apart.
+        rivals: how many runners-up per race the forecast is fitted on.
         proposals: [C] each, the proposer's scores in each race; None without a proposer.
 
     The forecast is linear in the mean of each level so far, by least squares on the differences between winner and
@@ -145,12 +145,9 @@ def calibrate(
     rejects that the rate is above delta.
 
     Raises:
-        ValueError: delta or confidence outside (0, 1), or no thresholds.
+        ValueError: no thresholds.
         DataError: too few races for this rate.
     """
-    for name, value in (("delta", delta), ("confidence", confidence)):
-        if not 0 < value < 1:
-            raise ValueError(f"{name} must lie between 0 and 1, not {value}")
     valid = None
     for threshold in thresholds:
         errors = errors_at(threshold)
@@ -178,9 +175,6 @@ class Racing(ScheduleKind):
             threshold = _stored_threshold(setting["delta"], proposer, comparison)
         forecast = Forecast(**comparison["learned"][str(proposer)])
         return Course(list(forecast.order), racing(forecast, threshold), proposer)
-
-    def proposer(self, row: ScheduleParams) -> Proposer:
-        return getattr(row, "proposer", None)
 
     def settings(self, races: RacesParams) -> Iterable[Setting]:
         for proposer, threshold in product(races.racing.proposer, races.racing.threshold):

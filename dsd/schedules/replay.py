@@ -1,5 +1,5 @@
-"""Schedules replayed on evidence recorded for every candidate at every draw: what each would have computed of it, and
-which candidate it would have chosen. No model runs here.
+"""Replay schedules on evidence recorded for every candidate at every draw: their evaluations and winners. No model
+runs.
 
 Shapes: n races of C candidates, K draws.
 """
@@ -57,8 +57,8 @@ class RecordedRaces(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How races ended, [n] each: the winner, whether it is right, whether all draws have the same, and the share of
-    their evaluations."""
+    """Results of races, [n] each: the winner, whether it is right, whether all draws have the same winner, and the
+    share of evaluations made."""
 
     winners: NDArray[np.int64]
     hits: NDArray[np.bool_]
@@ -109,16 +109,16 @@ def replay(course: Course, races: RecordedRaces) -> Outcome:
 
 
 class Trial(NamedTuple):
-    """A setting, and its outcomes on the races that it is chosen by and on those that it is measured on."""
+    """A setting, and its outcomes on the races that select it and on those that measure it."""
 
-    kind: ScheduleKind
+    schedule: ScheduleKind
     setting: Setting
     learned_from: Outcome
     measured_on: Outcome
 
     def as_dict(self, draws: int) -> dict[str, Any]:
         on = {LEARNED_FROM: self.learned_from.means(draws), MEASURED_ON: self.measured_on.means(draws)}
-        return {"schedule": self.kind.kind, "setting": self.setting, **on}
+        return {"schedule": self.schedule.kind, "setting": self.setting, **on}
 
 
 def compare_settings(
@@ -150,7 +150,7 @@ def compare_settings(
     calibrated = _calibrated(trials, races)
     settings = [
         *((name, kind, setting) for kind in kinds for name, setting in kind.named_settings(races).items()),
-        *((trial.kind.kind, trial.kind, trial.setting) for trial in _best(trials, races.within)),
+        *((trial.schedule.kind, trial.schedule, trial.setting) for trial in _best(trials, races.within)),
         *((name, SCHEDULES["racing"], setting) for name, setting in calibrated.items()),
     ]
     draws, everything = len(levels), exhaustive_course(races)
@@ -165,7 +165,7 @@ def compare_settings(
         "candidates": float(np.mean([len(values_CK) for values_CK in measured.values])),
         "draws": draws,
         "ties": sum(answer < 0 for answer in measured.answers),
-        "recall": {proposer: recall(scores, whole.winners) for proposer, scores in measured.proposals.items()},
+        "recall": {proposer: proposer_recall(scores, whole.winners) for proposer, scores in measured.proposals.items()},
         **comparison,
         "promised": list(calibrated.values()),
         "chosen": {
@@ -178,21 +178,21 @@ def compare_settings(
 
 
 def _best(trials: Sequence[Trial], within: float) -> list[Trial]:
-    """Of each schedule, the cheapest setting that misses the winner of all draws in at most the share `within` of
-    races; if there is none, the setting that misses it least."""
+    """The cheapest setting of each schedule that misses the winner of all draws in at most the share `within` of races,
+    else the one that misses it least."""
 
     def merit(trial: Trial) -> tuple[float, float]:
         missed = float((~trial.learned_from.agrees).mean())
         return max(0.0, missed - within), float(trial.learned_from.share.mean())
 
-    return [min(some, key=merit) for _, some in groupby(trials, key=lambda trial: trial.kind.kind)]
+    return [min(some, key=merit) for _, some in groupby(trials, key=lambda trial: trial.schedule.kind)]
 
 
 def _calibrated(trials: Sequence[Trial], races: RacesParams) -> dict[str, Setting]:
     """The settings of racing, by name, that are calibrated for each error rate, after each proposer and without."""
     settings: dict[str, Setting] = {}
     for proposer, delta in product(races.racing.proposer, races.racing.deltas):
-        own = [trial for trial in trials if trial.kind.kind == "racing" and trial.setting["proposer"] == proposer]
+        own = [trial for trial in trials if trial.schedule.kind == "racing" and trial.setting["proposer"] == proposer]
         errors = {trial.setting["threshold"]: (~trial.learned_from.agrees).tolist() for trial in own}
         remedy = "raise few_shot, or leave that δ out of races.racing.deltas"
         threshold = calibrate(errors.__getitem__, races.racing.threshold, delta, races.racing.confidence, remedy)
@@ -200,7 +200,7 @@ def _calibrated(trials: Sequence[Trial], races: RacesParams) -> dict[str, Settin
     return settings
 
 
-def recall(proposals: Sequence[Floats], winners: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:
+def proposer_recall(proposals: Sequence[Floats], winners: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:
     """The share of races whose winner of all draws is among the proposer's first candidates, by how many of them."""
     places = np.array([(scores_C > scores_C[w]).sum() + 1 for scores_C, w in zip(proposals, winners, strict=True)])
     return {str(kept): float((places <= kept).mean()) for kept in SHORTLISTS if kept < max(map(len, proposals))}
@@ -209,8 +209,8 @@ def recall(proposals: Sequence[Floats], winners: Sequence[int] | NDArray[np.int6
 def read_hits(
     file: Path, identities: Identities, metric: str, examples: Sequence[MatchingExample]
 ) -> dict[str, dict[str, Hits]]:
-    """Whether each chosen schedule, `<method>, <schedule>`, answers each example correctly, by the headline metric,
-    and as all draws do, `AGREED`; and the share of their evaluations that it spares, `SPARED`.
+    """Hits of each chosen schedule, `<method>, <schedule>`, by metric: `metric`, right answers; `AGREED`, same winner
+    as all draws; `SPARED`, the share of evaluations spared.
 
     Empty where the comparison was not run, or not on these examples, or is stale, see `current`.
     """

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise, product
 
 from dsd.config import RacesParams
-from dsd.schedules.base import Comparison, Course, ScheduleKind, Setting, draw_levels, spread_order
+from dsd.schedules.base import Comparison, Course, ScheduleKind, Setting, spread_order
 from dsd.schedules.race import Mask, RoundState, Schedule, best, mean
 
 
@@ -34,10 +34,9 @@ class Staged(ScheduleKind):
         return sum(min(candidates, kept) * (after - before) for kept, (before, after) in stages)
 
     def settings(self, races: RacesParams) -> Iterable[Setting]:
-        draws = len(draw_levels(races))
         for to_keep, first, growth in product(races.staged.to_keep, races.staged.first, races.staged.growth):
             n_samples = [first * growth**stage for stage in range(len(to_keep))]
-            if n_samples[-1] <= draws:
+            if n_samples[-1] <= races.draws:
                 yield {"to_keep": to_keep, "n_samples": n_samples}
 
 

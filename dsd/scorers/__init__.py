@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from pkgutil import iter_modules
-
+from dsd.config.base import constants
 from dsd.scorers.base import Scorer
 
-SCORERS: dict[str, Scorer] = {}  # by name, from SCORER of the modules of this package
-
-for _module in iter_modules(__path__):
-    if (_scorer := getattr(import_module(f"{__name__}.{_module.name}"), "SCORER", None)) is not None:
-        SCORERS[_scorer.name] = _scorer
+# By name: the SCORER of each module of this package that has one.
+SCORERS: dict[str, Scorer] = {}
+SCORERS.update({scorer.name: scorer for scorer in constants(__name__, __path__, "SCORER")})

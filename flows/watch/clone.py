@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from dsd.config import BackboneParams, read, split
+from dsd.config import BackboneParams, by_file, read
 from dsd.errors import DsdError
 from dsd.store import write_atomic
 from flows.process import die_with_parent
@@ -47,7 +47,7 @@ def clone(target: Path, name: str, row: BackboneParams) -> Path:
     settings = read(PARAMS)
     link(target, settings)
     settings["backbones"][name] = row.model_dump(mode="json")
-    for path, content in split({**settings, "backbone": name}, PARAMS).items():
+    for path, content in by_file({**settings, "backbone": name}, PARAMS).items():
         write_atomic(target / path, yaml.safe_dump(content, sort_keys=False).encode())
     if not whole:
         command(target, "dvc", "cache", "dir", "--local", command(Path(), "dvc", "cache", "dir"))
