@@ -12,7 +12,7 @@ __all__ = ["Matcher"]
 
 
 def __getattr__(name: str) -> Any:
-    """`from dsd import Matcher` loads torch and diffusers only when it is asked for."""
+    """Load torch at the first use of `Matcher`."""
     if name == "Matcher":
         from dsd.matcher import Matcher
 

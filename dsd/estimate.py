@@ -5,7 +5,7 @@ Numbers of passes are upper bounds: pairs that examples share are computed once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsd.config import BackboneParams, DatasetParams, Params
+from dsd.config import BackboneParams, Params
 from dsd.datasets import benchmark
 from dsd.errors import DsdError
 from dsd.models import device_of
@@ -40,7 +40,7 @@ class Need(NamedTuple):
 
 
 @dataclass(frozen=True)
-class UNet:
+class PassCost:
     """The cost of one pass for one image and text."""
 
     operations: float  # floating-point
@@ -51,7 +51,7 @@ class UNet:
     latents: int  # bytes of an image's latents
 
     @classmethod
-    def of(cls, row: BackboneParams) -> UNet:
+    def of(cls, row: BackboneParams) -> PassCost:
         """Compute it from the configuration, without weights; raise CheckpointError if there is no valid one."""
         unet = unet_skeleton(component_config(row, "unet"), row.source)
         with torch.device("meta"):
@@ -81,14 +81,18 @@ def _operations(unet: UNet2DConditionModel) -> float:
 
 def needs(params: Params, free: int) -> Iterator[Need]:
     """Yield all requirements in the order of a reproduction; `free`: bytes of disk space."""
-    downloaded = 0
-    names = dict.fromkeys([params.backbone, *(params.backbone_of(method) for method in params.methods)])
-    for need in (*_checkpoints({n: params.backbones[n] for n in names}), *_datasets(params.datasets)):
-        downloaded += int(need.amount)
-        yield need
+    downloads = []
+    for name in dict.fromkeys([params.backbone, *(params.backbone_of(method) for method in params.methods)]):
+        row = params.backbones[name]
+        where = row.source + (f"@{row.revision}" if row.revision else "")
+        downloads.append(_access(f"checkpoint {name}", where, partial(remote, row)))
+    for name, dataset in params.datasets.items():
+        size = partial(benchmark(dataset.kind).remote, name, dataset)
+        downloads.append(_access(f"dataset {name}", dataset.kind, size))
+    yield from downloads
     tested = params.backbones[params.backbone]
     try:
-        unet = UNet.of(tested)
+        unet = PassCost.of(tested)
     except DsdError as error:
         yield Need("U-Net", params.backbone, 0, "bytes", str(error))
         return
@@ -106,20 +110,9 @@ def needs(params: Params, free: int) -> Iterator[Need]:
         operations += (work.scoring + work.training) * unet.operations
     rate = f"at {RATE / 1e12:g} TFLOP/s, {unet.operations / 1e12:.2g} a pass"
     yield Need("time", rate, operations / RATE / 3600, "h", None)
-    total = downloaded + stored
+    total = sum(int(need.amount) for need in downloads) + stored
     problem = f"{(total - free) / 1e9:.1f} GB more than is free" if total > free else None
     yield Need("disk", "downloads, latents, texts and evidence", total, "bytes", problem)
-
-
-def _checkpoints(rows: Mapping[str, BackboneParams]) -> Iterator[Need]:
-    for name, row in rows.items():
-        where = row.source + (f"@{row.revision}" if row.revision else "")
-        yield _access(f"checkpoint {name}", where, partial(remote, row))
-
-
-def _datasets(rows: Mapping[str, DatasetParams]) -> Iterator[Need]:
-    for name, row in rows.items():
-        yield _access(f"dataset {name}", row.kind, partial(benchmark(row.kind).remote, name, row))
 
 
 def _access(what: str, where: str, size: Callable[[], int]) -> Need:
@@ -129,7 +122,7 @@ def _access(what: str, where: str, size: Callable[[], int]) -> Need:
         return Need(what, where, 0, "bytes", str(error))
 
 
-def _memory(unet: UNet, dtype: str, device_name: str) -> Need:
+def _memory(unet: PassCost, dtype: str, device_name: str) -> Need:
     """Require the memory of the U-Net's weights; batches are halved until they fit into the rest."""
     device = device_of(device_name)
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
@@ -153,7 +146,7 @@ class Workload:
     def texts(self) -> int:
         return self._expected.texts * (1 if self._expected.shared else self.examples)
 
-    def disk(self, unet: UNet) -> int:
+    def disk(self, unet: PassCost) -> int:
         """Return the bytes of latents, text embeddings and evidence.
 
         Trained weights and CLIP features are negligible, and methods with a schedule store no evidence.
@@ -205,4 +198,5 @@ class Workload:
         images, texts, learning = self._expected.images, self._expected.texts, self._expected.learning
         pairs = min(training.candidates, images) * min(training.candidates, max(images, texts))
         steps = training.epochs * self._row.few_shot * learning / training.examples_per_step
-        return BACKWARD * round(max(training.least_steps, steps) * training.examples_per_step * pairs)
+        again = training.examples_per_step * pairs > self._params.runtime.batch_size  # each pass is then made twice
+        return (BACKWARD + again) * round(max(training.least_steps, steps) * training.examples_per_step * pairs)

@@ -206,7 +206,6 @@ class Matcher:
         means_IT = values_ITK.mean(-1)
         return means_IT[:, :-1] - means_IT[:, -1:] if self._row.compares_unconditional else means_IT
 
-    @torch.inference_mode()
     def heatmap(self, image: ImageSource, text: str) -> Heatmap:
         """Return the cross-attention of each word over the image, averaged over layers, heads and draws."""
         return self.heatmap_of(self.picture(image), text)
@@ -215,7 +214,7 @@ class Matcher:
     def heatmap_of(self, picture: Picture, text: str) -> Heatmap:
         """Return the `heatmap` of an image that `picture` returned."""
         latents, hidden, content = self._encoded_pair(picture, text)
-        maps = [self._maps(latents, hidden, content, draw, picture.shape[0])[0] for draw in self._draws]
+        maps = [self._maps(latents, hidden, content, draw)[0] for draw in self._draws]
         return Heatmap(self._words(text), _stretched(torch.stack(maps).sum(0)), picture)
 
     @torch.inference_mode()
@@ -226,11 +225,11 @@ class Matcher:
         first = {draw.level: draw for draw in reversed(self._draws)}
         heatmaps = {}
         for level, draw in sorted(first.items()):
-            maps, noised = self._maps(latents, hidden, content, draw, array.shape[0])
+            maps, noised = self._maps(latents, hidden, content, draw)
             heatmaps[level] = Heatmap(self._words(text), _stretched(maps), self.backbone.decode_images(noised)[0])
         return heatmaps
 
-    def _maps(self, latents: Tensor, hidden: Tensor, content: Tensor, draw: Draw, side: int) -> tuple[Tensor, Tensor]:
+    def _maps(self, latents: Tensor, hidden: Tensor, content: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         """Return the attention of each word at one draw, summed over layers [M, R, R], and the noised latents."""
         capture = Capture.of(self._evidence, content, keep_maps=True)
         timesteps = torch.tensor([draw.timestep(self.backbone.schedule_length)], device=latents.device)
@@ -239,6 +238,7 @@ class Matcher:
         prompt = None if self.prompt is None else self.prompt.bind(latents)
         self.backbone.predict_noise(noised, timesteps, hidden, capture=capture, prompt=prompt)
         assert capture.maps is not None
+        side = self._resolution
         total = torch.zeros(int(content.sum()), side, side)
         for attn_BHNM in capture.maps:
             size = round(attn_BHNM.shape[-2] ** 0.5)

@@ -8,9 +8,11 @@ the file is replaced and written after it, so a manifest's existence means that 
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
@@ -19,7 +21,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path, PurePath
@@ -119,6 +121,20 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise DsdError(f"{path.parent}: disk full, {path.name} needs {len(data)} bytes, {free} are free") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object, indent: int = 1) -> None:
+    """Replace a file by JSON, see `write_atomic`; dataclasses count as their fields."""
+    write_atomic(path, (json.dumps(content, indent=indent, default=dataclasses.asdict) + "\n").encode())
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Replace a file by CSV, see `write_atomic`; the columns are those of the first row."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue().encode())
 
 
 class Store:

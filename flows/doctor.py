@@ -202,7 +202,7 @@ def _checkpoint(params: Params) -> str:
     """Check the configuration of `params.backbone`, and that a local checkpoint is complete; no weights are read."""
     from huggingface_hub import constants
 
-    from dsd.estimate import UNet
+    from dsd.estimate import PassCost
     from dsd.models import family
     from dsd.models.checkpoint import family_of, folder_of, one_file, prediction_of, remote, require
     from dsd.models.stable_diffusion import StableDiffusion
@@ -221,7 +221,7 @@ def _checkpoint(params: Params) -> str:
     else:
         result += f", {_gigabytes(remote(row))} on the hub"
     if issubclass(kind, StableDiffusion):
-        result += f", {UNet.of(row).layers} layers of cross-attention"
+        result += f", {PassCost.of(row).layers} layers of cross-attention"
     return result
 
 

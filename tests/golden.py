@@ -97,7 +97,7 @@ def texts(run: Run) -> list[float]:
 
 
 def features(run: Run) -> list[float]:
-    tables = [table for clip in run.session.clips for table in run.session.features(clip)]
+    tables = [table for clip in run.session.clip_names for table in run.session.features(clip)]
     for table in tables:
         table.fill()
     return _some(run.session.cache, sorted(key for table in tables for key in table.keys), "features")

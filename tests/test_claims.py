@@ -13,8 +13,8 @@ from dsd.data.draws import Draw
 from dsd.data.examples import MatchingExample, Pair, read_examples
 from dsd.engine.score import score
 from dsd.engine.session import Folders, Session
-from dsd.evaluation.ablations import Variant, ablate, mean, subsets, values, with_intervals, write
-from dsd.evaluation.claims import Answers, Comparison, judge, measure, stated, uncorrected
+from dsd.evaluation.ablations import ChangedMethod, ablate, mean, subsets, values, with_intervals, write
+from dsd.evaluation.claims import Condition, DatasetHits, judge, measure, stated, uncorrected
 from dsd.evaluation.claims import write as write_claims
 from dsd.evaluation.evaluate import ScoredSplit, evaluate
 from dsd.metrics import slots
@@ -39,14 +39,14 @@ def examples() -> list[MatchingExample]:
     ]
 
 
-def answers(shares: dict[str, dict[str, float]], seed: int = 0) -> Answers:
+def answers(shares: dict[str, dict[str, float]], seed: int = 0) -> DatasetHits:
     """Methods with random hits at the given share of each slot."""
     rows, rng = examples(), np.random.default_rng(seed)
     hits = {}
     for method, by_slot in shares.items():
         right = np.array([rng.random() < by_slot[example.category] for example in rows])
         hits[method] = slots(np.where(right, 1, 2), [example.category for example in rows])
-    return Answers("scenes-com", rows, hits, {})
+    return DatasetHits("scenes-com", rows, hits, {})
 
 
 def uniform(share: float) -> dict[str, float]:
@@ -77,7 +77,7 @@ def test_claims_without_results_are_left_out(settings: Params) -> None:
 
 def test_slots_are_compared_within_sentences(settings: Params) -> None:
     data = {"scenes-com": answers({"dsd": {"subject": 0.95, "object": 0.95, "predicate": 0.4}})}
-    measured = measure(Comparison("scenes-com", "subject", "dsd", "dsd", "predicate"), data, settings)
+    measured = measure(Condition("scenes-com", "subject", "dsd", "dsd", "predicate"), data, settings)
     hits = data["scenes-com"].methods["dsd"]
     (right_n, [subject_n]), (_, [predicate_n]) = hits["subject"], hits["predicate"]
     assert measured.difference.value == pytest.approx(right_n[subject_n].mean() - right_n[predicate_n].mean())
@@ -87,7 +87,7 @@ def test_slots_are_compared_within_sentences(settings: Params) -> None:
 def test_p_is_that_of_the_weakest_gain_or_of_the_clearest_loss_corrected(settings: Params) -> None:
     shares = {"dsd": {"subject": 0.95, "object": 0.85, "predicate": 0.2}, "dsd-zero-shot": uniform(0.6)}
     data = {"scenes-com": answers(shares)}
-    measured = [measure(Comparison("scenes-com", m, "dsd", "dsd-zero-shot"), data, settings) for m in shares["dsd"]]
+    measured = [measure(Condition("scenes-com", m, "dsd", "dsd-zero-shot"), data, settings) for m in shares["dsd"]]
     subject, obj, predicate = measured
     assert uncorrected([subject, obj]) == max(subject.difference.p, obj.difference.p)
     assert uncorrected(measured) == pytest.approx(3 * predicate.difference.p)
@@ -151,10 +151,10 @@ def test_from_evidence_to_files(params: Params, prepared: Path, cached: Path, tm
 
     rows = read_examples(prepared / "examples.parquet", "test")
     assert split.examples == rows
-    judged, measured = judge(params, {"scenes-com": Answers("scenes-com", rows, hits, variants)})
+    judged, measured = judge(params, {"scenes-com": DatasetHits("scenes-com", rows, hits, variants)})
     assert set(judged) == {1, 4, 5, 6, 7, 8, 9, 10}
     layers = [m.comparison.b for m in measured[5]]
-    assert layers == [Variant("dsd", "layers", value) for value in ("8", "2", "1")]
+    assert layers == [ChangedMethod("dsd", "layers", value) for value in ("8", "2", "1")]
     write_claims(judged, measured, tmp_path)
     claims = json.loads((tmp_path / "claims.json").read_text())
     assert all(set(row) == {"claim", "effect", "low", "high", "p", "verdict"} for row in claims.values())

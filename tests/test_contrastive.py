@@ -17,7 +17,7 @@ from dsd.engine.session import Folders, Session
 from dsd.errors import CheckpointError, TextError
 from dsd.models import load_clip
 from dsd.models.clip import Clip
-from dsd.models.clip_heads import ContextPrompt, Features, Head, Projections, learned, untrained
+from dsd.models.clip_heads import ContextPrompt, Features, Head, Projections, load_head, new_head
 from dsd.store import Store
 from tests.gradients import check_gradient
 
@@ -51,7 +51,7 @@ def features(clip: Clip) -> tuple[Features, Features]:
 def start(name: str, params: Params, clip: Clip, features: tuple[Features, Features]) -> Head:
     method = params.methods[name]
     assert method.scorer == "contrastive"
-    return untrained(method, clip, *features, params.context, seed=0)
+    return new_head(method, clip, *features, params.context, seed=0)
 
 
 def moved(head: Head) -> Head:
@@ -68,7 +68,7 @@ def test_fine_tuning_starts_at_the_zero_shot_score(
 ) -> None:
     method = params.methods["clip-zero-shot"]
     assert method.scorer == "contrastive"
-    zero_shot = learned(method, clip, *features, Path("nowhere"))
+    zero_shot = load_head(method, clip, *features, Path("nowhere"))
     assert torch.equal(start("clip-finetune", params, clip, features)(PAIRS), zero_shot(PAIRS))
 
 
@@ -153,18 +153,18 @@ def test_what_was_learned_is_read_back_by_its_own_backbone_alone(
     assert method.scorer == "contrastive"
     head = moved(start(name, params, clip, features))
     head.save(tmp_path / head.file)
-    again = learned(method, clip, *features, tmp_path)
+    again = load_head(method, clip, *features, tmp_path)
     assert torch.equal(again(PAIRS), head(PAIRS))
     assert not any(weight.requires_grad for weight in again.parameters())
     with pytest.raises(CheckpointError, match="no such file; train"):
-        learned(method, clip, *features, tmp_path / "elsewhere")
+        load_head(method, clip, *features, tmp_path / "elsewhere")
     other = Projections(clip, *features) if name == "clip-prompt" else start("clip-prompt", params, clip, features)
     other.save(tmp_path / head.file)
     with pytest.raises(CheckpointError, match=r"not .*; another kind of tensors"):
-        learned(method, clip, *features, tmp_path)
+        load_head(method, clip, *features, tmp_path)
     monkeypatch.setattr(clip, "digest", "another")
     with pytest.raises(CheckpointError, match=r"belongs to backbone .*, not to another"):
-        learned(method, clip, *features, tmp_path)
+        load_head(method, clip, *features, tmp_path)
 
 
 def test_a_text_without_room_for_the_context_is_one_line(clip: Clip, features: tuple[Features, Features]) -> None:

@@ -24,7 +24,7 @@ from dsd.engine.encodings import Arrays, Encodings, all_texts, read_all
 from dsd.engine.score import score
 from dsd.engine.session import Folders, Session
 from dsd.models import device_of, load_diffusion
-from dsd.models.checkpoint import longer
+from dsd.models.checkpoint import over_limit
 from dsd.models.stable_diffusion import StableDiffusion
 from dsd.scorers.evidence import INDEX, Requests, plan
 from dsd.store import Store
@@ -181,7 +181,7 @@ LETTERS = string.printable + "éİ☃ﬁ\u0958"
 @given(st.lists(st.one_of(st.text(LETTERS, max_size=30), st.text(max_size=12)), unique=True), st.integers(3, 26))
 def test_long_texts_are_found_without_tokenizing_the_short(tokens: CLIPTokenizer, texts: list[str], limit: int) -> None:
     counts = {text: len(tokens(text).input_ids) for text in texts}
-    assert dict(longer(tokens, texts, limit)) == {text: n for text, n in counts.items() if n > limit}
+    assert dict(over_limit(tokens, texts, limit)) == {text: n for text, n in counts.items() if n > limit}
 
 
 @pytest.mark.parametrize("which", ["models", "xl"])

@@ -24,7 +24,7 @@ from dsd.config import (
     load,
 )
 from dsd.data.examples import read_examples
-from dsd.estimate import RATE, UNet, Workload, needs
+from dsd.estimate import RATE, PassCost, Workload, needs
 from dsd.schedules import SCHEDULES
 from dsd.schedules.race import Race
 from dsd.scorers.evidence import evidence_prompts, reads_unconditional, requests
@@ -63,7 +63,7 @@ def test_scoring_takes_no_more_passes_than_estimated(params: Params, prepared: P
 
 def test_the_cost_of_a_pass_follows_from_the_configuration(params: Params, tmp_path: Path) -> None:
     real = with_backbone(params, configured(tmp_path / "sd2", **UNET))
-    unet = UNet.of(real.backbones["embedded"])
+    unet = PassCost.of(real.backbones["embedded"])
     assert (unet.layers, unet.heads, unet.weights) == (16, 20, 4 * 865_910_724)
     assert unet.operations == pytest.approx(0.804e12, rel=0.001)
     listed = {(need.what, need.where): need for need in needs(real, free=10**9)}
@@ -89,7 +89,7 @@ def test_an_unavailable_checkpoint_is_reported_with_all_other_needs(params: Para
 
 def test_texts_beyond_the_limit_take_no_disk_and_are_reported(params: Params, tmp_path: Path) -> None:
     real = with_backbone(params, configured(tmp_path / "sd2", **UNET))
-    unet, count = UNet.of(real.backbones["embedded"]), 9 + round(0.15 * 60)  # a text an example
+    unet, count = PassCost.of(real.backbones["embedded"]), 9 + round(0.15 * 60)  # a text an example
     for kept, there in ((count, True), (count - 1, False)):
         of = real.model_copy(update={"runtime": real.runtime.model_copy(update={"kept_texts": kept})})
         reported = [(need.where, need.amount) for need in needs(of, free=10**12) if need.unit == "texts"]
@@ -176,12 +176,12 @@ def test_the_table_of_presets_is_what_they_need(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(dsd.estimate, "component_config", lambda row, component: UNET)
     listed = [line for line in Path("docs/benchmarks.md").read_text().splitlines() if line.startswith("| [")]
-    expected, unets = [], dict[str, UNet]()
+    expected, unets = [], dict[str, PassCost]()
     for path in sorted(Path("presets").glob("*.yaml")):
         _, params = presets.applied(path)
         tested, (name,) = params.backbones[params.backbone], params.datasets
         if tested.dtype not in unets:  # all have the same configuration here
-            unets[tested.dtype] = UNet.of(tested)
+            unets[tested.dtype] = PassCost.of(tested)
         unet, work = unets[tested.dtype], Workload(name, params)
         hours = (work.scoring + work.training) * unet.operations / RATE / 3600
         cells = (f"{work.scoring:,}", f"{work.training:,}", f"{hours:.1f}", f"{work.disk(unet) / 1e9:.1f}")

@@ -12,7 +12,7 @@ import pytest
 from dsd.config import NoiseParams, Params
 from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
 from dsd.engine.engine import Engine
-from dsd.engine.races import RaceRunner, choices, right
+from dsd.engine.races import RaceRunner, answer_index, split_answers
 from dsd.engine.score import score, score_raced
 from dsd.engine.session import Folders, Session
 from dsd.errors import DataError
@@ -24,7 +24,7 @@ from dsd.schedules.exhaustive import all_draws
 from dsd.schedules.hierarchical import hierarchical
 from dsd.schedules.replay import compare_settings, replay
 from dsd.schedules.staged import staged
-from dsd.scorers.evidence import UNCONDITIONAL, evidence_prompts, read_identities, read_places
+from dsd.scorers.evidence import UNCONDITIONAL, evidence_prompts, read_identities, read_ranks
 from dsd.store import Store
 from dsd.training.loop import train
 from tests.raced import few, synthetic_races
@@ -50,7 +50,7 @@ def runner(params: Params, folders: Folders, method: str = "denoising") -> RaceR
 
 
 def examples_of(of: RaceRunner) -> list[MatchingExample]:
-    return choices(of.session.examples("test"))
+    return split_answers(of.session.examples("test"))
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_values_are_those_of_single_passes(raced: Params, folders: Folders, tmp_
 
 def test_a_duplicate_of_the_right_answer_is_one_candidate_and_reported_as_a_tie(raced: Params) -> None:
     twice = MatchingExample("1", ("i",), ("a", "b", "a"), ((0, 0),), "all")
-    assert len(pairs([twice])) == 2 and right(twice) == -1
+    assert len(pairs([twice])) == 2 and answer_index(twice) == -1
     races = synthetic_races(40)
     tied = races._replace(answers=[-1, *races.answers[1:]])
     _, results = compare_settings(races, tied, raced.races, raced.evaluate, raced.seed)
@@ -142,19 +142,19 @@ def test_a_comparison_has_results_of_every_method(
 
 def test_a_square_is_two_choices() -> None:
     square = MatchingExample("x", ("i", "j"), ("a", "b"), ((1, 0), (0, 1)), "all")
-    assert choices([square]) == [
+    assert split_answers([square]) == [
         MatchingExample("x/0", ("i", "j"), ("a",), ((1, 0),), "all"),
         MatchingExample("x/1", ("i", "j"), ("b",), ((0, 0),), "all"),
     ]
-    assert [right(choice) for choice in choices([square])] == [1, 0]
+    assert [answer_index(choice) for choice in split_answers([square])] == [1, 0]
 
 
 def test_the_index_of_the_right_pair_ignores_repeated_texts() -> None:
     example = MatchingExample("x", ("i",), ("a", "a", "b"), ((0, 2),), "all")
-    assert pairs([example]) == [Pair("i", "a"), Pair("i", "b")] and right(example) == 1
-    assert right(replace(example, answer=((0, 1),))) == -1  # a tie
+    assert pairs([example]) == [Pair("i", "a"), Pair("i", "b")] and answer_index(example) == 1
+    assert answer_index(replace(example, answer=((0, 1),))) == -1  # a tie
     unanswerable = replace(example, answer=())
-    assert choices([unanswerable]) == [unanswerable] and right(unanswerable) == -1
+    assert split_answers([unanswerable]) == [unanswerable] and answer_index(unanswerable) == -1
 
 
 def test_without_preparation_there_is_one_line(raced: Params, tmp_path: Path) -> None:
@@ -216,12 +216,12 @@ def test_methods_with_a_schedule_are_ranked_by_their_races(
     examples = read_examples(folders.prepared / "examples.parquet", "test")
     assert costs["denoising-listed"] == 0  # one is left of two: nothing is computed
     proposed = session.proposals("clip-zero-shot", examples)
-    winners = [place.argmin() for place in read_places(target, "denoising-listed", examples)]
+    winners = [place.argmin() for place in read_ranks(target, "denoising-listed", examples)]
     assert winners == [scores.argmax() for scores in proposed]
     values = runner(raced, folders).collect(examples, Store(tmp_path / "draws"), "x")
-    places = read_places(target, "denoising-staged", examples)
+    places = read_ranks(target, "denoising-staged", examples)
     assert [place.argmin() for place in places] == [v.mean(1).argmax() for v in values]
-    assert all(sorted(place.tolist()) == [1, 2] for place in read_places(target, "denoising-racing", examples))
+    assert all(sorted(place.tolist()) == [1, 2] for place in read_ranks(target, "denoising-racing", examples))
     (example_table, *_) = ScoredSplit.of(DATASET, params, folders.prepared, target).tables("denoising-staged")
     assert example_table.ravel().tolist() == (-places[0]).tolist()
 
@@ -250,7 +250,7 @@ def test_races_use_the_stored_evidence_of_the_same_draws(
     assert score_raced(session, tmp_path / "races", tmp_path / "score", split="test") == alone
     examples = read_examples(folders.prepared / "examples.parquet", "test")
     for one, other in zip(
-        *(read_places(tmp_path / f, "denoising-staged", examples) for f in ("alone", "score")), strict=True
+        *(read_ranks(tmp_path / f, "denoising-staged", examples) for f in ("alone", "score")), strict=True
     ):
         np.testing.assert_array_equal(one, other)
 

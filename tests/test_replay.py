@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 from dsd.config import Params
 from dsd.data.examples import MatchingExample
-from dsd.evaluation.claims import Answers, judge
+from dsd.evaluation.claims import DatasetHits, judge
 from dsd.metrics import HEADLINES, METRICS
 from dsd.schedules import SCHEDULES
 from dsd.schedules.base import Course, spread_order
@@ -129,7 +129,7 @@ def test_claims_of_the_second_paper_rest_on_the_published_setting(
 
     clip = METRICS["recall"](np.full(100, 2), ["all"] * 100)
     judged, measured = judge(
-        raced, {"scenes-cls": Answers("scenes-cls", examples, {"clip-zero-shot": clip, **hits}, {})}
+        raced, {"scenes-cls": DatasetHits("scenes-cls", examples, {"clip-zero-shot": clip, **hits}, {})}
     )
     assert set(judged) == {11, 12, 13, 14, 15}
     assert judged[12].verdict == "holds" and measured[13][0].difference.low > 0.1

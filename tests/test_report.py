@@ -109,7 +109,7 @@ def write(path: Path, content: object) -> None:
     path.write_text(json.dumps(content))
 
 
-def write_dataset(name: str, params: Params, data: Path) -> claims.Answers:
+def write_dataset(name: str, params: Params, data: Path) -> claims.DatasetHits:
     """Write the outputs of earlier stages for a dataset and return its answers; variants have their methods' hits."""
     examples, rng = examples_of(name), np.random.default_rng(len(name))
     prepared = data / "prepare" / name
@@ -140,8 +140,8 @@ def write_dataset(name: str, params: Params, data: Path) -> claims.Answers:
     variants = {}
     for method in params.ablations.methods:
         changes = ablations.values(params.ablations, params.methods[method].ablation_keys)
-        variants |= {ablations.Variant(method, key, text): hits[method] for key, text, _ in changes}
-    return claims.Answers(params.datasets[name].kind, examples, hits, variants)
+        variants |= {ablations.ChangedMethod(method, key, text): hits[method] for key, text, _ in changes}
+    return claims.DatasetHits(params.datasets[name].kind, examples, hits, variants)
 
 
 def write_results(params: Params, data: Path) -> None:
@@ -341,7 +341,7 @@ def test_a_page_without_trained_methods(params: Params, tmp_path: Path) -> None:
     bare = params.model_copy(update={"methods": kept, "training": {}, "studies": {}, "ablations": ablations_})
     write_results(bare, tmp_path)
     text = build(bare, tmp_path, tmp_path / "report", FakeHeatMaps()).read_text(encoding="utf-8")
-    assert "Answers of denoising on test examples" in text and "denoising − clip-zero-shot" in text
+    assert "DatasetHits of denoising on test examples" in text and "denoising − clip-zero-shot" in text
     for absent in ("few-shot prompting (", "with the attention prompt", "trained methods ()", "None →", "Figure 5:"):
         assert absent not in text
     assert json.loads((tmp_path / "evaluate" / "claims.json").read_text()) == {}

@@ -22,7 +22,7 @@ import dsd.estimate
 from dsd.config import Params
 from dsd.data.draws import draws
 from dsd.data.examples import MatchingExample
-from dsd.estimate import RATE, TOKENS, UNet
+from dsd.estimate import RATE, TOKENS, PassCost
 from dsd.scorers.evidence import plan, requests
 from dsd.store import Store
 from flows import presets
@@ -50,7 +50,7 @@ def test_the_table_is_what_the_code_counts(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(dsd.estimate, "component_config", lambda row, component: UNET)
     _, params = presets.applied(Path("presets/paper-refcocog-sd2.yaml"))
-    unet, count = UNet.of(params.backbones[params.backbone]), len(draws(params.noise, params.seed))
+    unet, count = PassCost.of(params.backbones[params.backbone]), len(draws(params.noise, params.seed))
     with torch.device("meta"):
         vae, encoder = AutoencoderKL(**VAE), CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER))
     image = operations(lambda: vae.encode(torch.empty(1, 3, 512, 512)))

@@ -13,7 +13,7 @@ import pytest
 from dsd.config import Params, StudyParams
 from dsd.data.examples import read_examples
 from dsd.errors import ParamsError
-from dsd.evaluation.claims import Answers
+from dsd.evaluation.claims import DatasetHits
 from dsd.evaluation.evaluate import hits_of
 from dsd.experiments import studies
 from dsd.experiments.studies import missing_pieces, piece_keys, run_piece
@@ -91,7 +91,7 @@ def test_a_piece_is_run_once_and_compared_with_the_unchanged(params: Params, tmp
     prepared = tmp_path / "work" / data_of(study, "plain") / "prepare"
     examples = read_examples(prepared / "examples.parquet", "test")
     kind, ranks = params.datasets[DATASET].kind, np.array(results["plain"][DATASET]["ranks"]["dsd"].split(), dtype=int)
-    answers = {DATASET: Answers(kind, examples, {"dsd": hits_of(kind, examples, ranks)}, {})}
+    answers = {DATASET: DatasetHits(kind, examples, {"dsd": hits_of(kind, examples, ranks)}, {})}
     comparison = compared(study, tmp_path, answers)
     row = comparison["plain"][DATASET]["methods"]["dsd"]["micro"]
     assert row["difference"]["value"] == 0 and {"value", "low", "high", "n"} < set(row)
@@ -103,7 +103,7 @@ def test_a_piece_is_run_once_and_compared_with_the_unchanged(params: Params, tmp
     assert "difference" not in compared(study, tmp_path, fewer)["plain"][DATASET]["methods"]["dsd"]["micro"]
 
 
-def compared(study: Study, folder: Path, answers: dict[str, Answers]) -> dict[str, Any]:
+def compared(study: Study, folder: Path, answers: dict[str, DatasetHits]) -> dict[str, Any]:
     evaluate, seed = study.params.evaluate, study.params.seed
     return compare_variants(folder / f"{study.name}.json", study.row, answers, evaluate, seed)
 

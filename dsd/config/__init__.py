@@ -29,6 +29,7 @@ from dsd.config.experiments import (
 )
 from dsd.config.load import (
     Params,
+    assign,
     by_file,
     file_of,
     files,

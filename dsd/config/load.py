@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import UnionType
@@ -300,6 +300,20 @@ def by_file(sections: Mapping[str, Any], path: Path | str = "params.yaml") -> di
     for section, content in sections.items():
         contents[file_of(section, path)][section] = content
     return contents
+
+
+def assign(sections: Any, path: Sequence[str], value: Any, where: str) -> None:
+    """Set the value of an existing key.
+
+    Raises:
+        ParamsError: there is no such key; the line starts with `where`.
+    """
+    parent, node = sections, sections
+    for part in path:
+        if not isinstance(node, dict) or part not in node:
+            raise ParamsError(f"{where}: {unknown('key', part, node if isinstance(node, dict) else ())}")
+        parent, node = node, node[part]
+    parent[path[-1]] = value
 
 
 CHECK = "Value error, "  # how pydantic marks the messages of our own checks

@@ -23,7 +23,7 @@ from dsd.datasets.annotations import IMAGES, RawExample
 from dsd.errors import DataError, ImageError
 from dsd.metrics import METRICS
 from dsd.progress import progress
-from dsd.store import write_atomic
+from dsd.store import write_atomic, write_json
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def prepare(
                 ids[file] = image.id
                 writer.add(image)
     reasons = [{"name": file, "reason": quarantine[file]} for file in sorted(quarantine)]
-    write_atomic(target / "quarantine.json", (json.dumps(reasons, indent=2) + "\n").encode())
+    write_json(target / "quarantine.json", reasons, indent=2)
 
     readable = [
         (e.split, MatchingExample(e.id, tuple(ids[file] for file in e.images), e.texts, e.answer, e.category))

@@ -1,1 +1,1 @@
-"""Computes the evidence of (pair, draw) requests: sessions, encodings, batches, races."""
+"""Compute the evidence of (pair, draw) requests: sessions, encodings, batches, races."""

@@ -8,7 +8,7 @@ from dsd.engine.session import Session
 
 def tables(session: Session) -> list[Encodings]:
     """Return all encodings of a dataset, of every backbone that a method uses."""
-    return [*session.diffusion_encodings, *(table for name in session.clips for table in session.features(name))]
+    return [*session.diffusion_encodings, *(table for name in session.clip_names for table in session.features(name))]
 
 
 def encode(session: Session) -> dict[str, int | float]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -18,9 +18,7 @@ from dsd.config import EvidenceParams
 from dsd.engine.encodings import Arrays
 from dsd.engine.forward import Batch, Lookup, observe
 from dsd.models.prompts import AttentionPrompt
-from dsd.progress import progress
-from dsd.scorers.evidence import Request, Shard
-from dsd.store import Store
+from dsd.scorers.evidence import Request
 
 if TYPE_CHECKING:
     from dsd.models.stable_diffusion import StableDiffusion
@@ -99,28 +97,6 @@ class Engine:
         evidence = observe(self.backbone, self.prompt, self.evidence, batch.to(self.backbone.device))
         arrays = (tensor.float().cpu().contiguous().numpy() for tensor in evidence)
         return dict(zip(("attention", "attribution", "error"), arrays, strict=True))
-
-
-def fill(
-    opened: Callable[[], Engine],
-    shards: Sequence[Shard],
-    store: Store,
-    title: str,
-    keep: Callable[[Arrays], Arrays] = lambda arrays: arrays,
-) -> int:
-    """Compute missing and damaged shards; return the number of computed (pair, draw) rows.
-
-    opened: returns the engine; not called if nothing is missing. keep: maps the evidence to the arrays to store.
-    """
-    computed = 0
-    bar = progress(total=sum(len(shard.rows) for shard in shards), desc=title, unit="row", unit_scale=True)
-    for shard in shards:
-        if shard.key not in store or store.read(shard.key) is None:
-            store.write(shard.key, keep(opened().compute(shard.rows)))
-            computed += len(shard.rows)
-        bar.update(len(shard.rows))
-    bar.close()
-    return computed
 
 
 def cores(device: torch.device) -> int:

@@ -25,7 +25,7 @@ from dsd.store import Store, digest
 from dsd.versions import versioned
 
 
-def choices(examples: Iterable[MatchingExample]) -> list[MatchingExample]:
+def split_answers(examples: Iterable[MatchingExample]) -> list[MatchingExample]:
     """Split examples with several right pairs into one choice among the images for each right pair's text."""
     split: list[MatchingExample] = []
     for e in examples:
@@ -34,7 +34,7 @@ def choices(examples: Iterable[MatchingExample]) -> list[MatchingExample]:
     return split
 
 
-def right(example: MatchingExample) -> int:
+def answer_index(example: MatchingExample) -> int:
     """Return the index of the example's right pair; −1 if there is none, or an equal wrong one (a tie is wrong)."""
     if not example.answer:
         return -1

@@ -135,31 +135,31 @@ def score_raced(session: Session, comparisons: Path, target: Path, *, split: str
     store, examples = Store(target / RACES), session.examples(split)
     keys: dict[str, list[str]] = {}
     costs: dict[str, float] = {}
-    for row, method in params.raced.items():
-        schedule = params.schedules[method.schedule]
-        kind, runner = SCHEDULES[schedule.kind], RaceRunner(session, method)
-        learned = comparison_of(comparisons / f"{name}.json", row, runner.key) if kind.needs_comparison else {}
+    for method, row in params.raced.items():
+        schedule = params.schedules[row.schedule]
+        kind, runner = SCHEDULES[schedule.kind], RaceRunner(session, row)
+        learned = comparison_of(comparisons / f"{name}.json", method, runner.identity) if kind.needs_comparison else {}
         course = kind.course_of(schedule, params.races, learned)
         settings = [schedule.model_dump(), learned.get("learned"), learned.get("promised")]
         groups = [examples[first : first + GROUP] for first in range(0, len(examples), GROUP)]
         contents = [digest(runner.source, settings, [astuple(e) for e in group]) for group in groups]
-        keys[row] = [f"races-{versioned('races', content)}" for content in contents]
-        missing = {key: group for key, group in zip(keys[row], groups, strict=True) if store.read(key) is None}
+        keys[method] = [f"races-{versioned('races', content)}" for content in contents]
+        missing = {key: group for key, group in zip(keys[method], groups, strict=True) if store.read(key) is None}
         if remaining := list(chain.from_iterable(missing.values())):
             proposals = session.proposals(course.proposer, remaining) if course.proposer else None
             ended: dict[str, Race] = {}
-            bar = progress(total=len(remaining), desc=f"races of {row} on {name}", unit="example")
+            bar = progress(total=len(remaining), desc=f"races of {method} on {name}", unit="example")
             stored = stored_values(runner, examples, target)
             for entry in runner.run(course, remaining, proposals, Filled(), budget=schedule.budget, stored=stored):
                 ended[entry.id] = entry.race
                 bar.update()
                 for key, group in list(missing.items()):
                     if all(example.id in ended for example in group):
-                        store.write(key, places([ended.pop(example.id) for example in group]))
+                        store.write(key, race_arrays([ended.pop(example.id) for example in group]))
                         del missing[key]
             bar.close()
-        parts = [read_shard(store, key)["evaluations"] for key in keys[row]]
-        costs[row] = float(np.concatenate(parts).mean())
+        parts = [read_shard(store, key)["evaluations"] for key in keys[method]]
+        costs[method] = float(np.concatenate(parts).mean())
     store.prune(set(chain.from_iterable(keys.values())))
     compared = {method: RaceRunner(session, row).identity for method, row in params.compared(name).items()}
     write_atomic(store.root / INDEX, json.dumps({"shards": keys, "compared": compared}, indent=1).encode())
@@ -179,7 +179,7 @@ def stored_values(runner: RaceRunner, examples: Sequence[MatchingExample], score
     return dict(zip(rows, row_values(arrays, method, params.evidence.poolings).tolist(), strict=True))
 
 
-def places(races: Sequence[Race]) -> Arrays:
+def race_arrays(races: Sequence[Race]) -> Arrays:
     """Return the ranks of all candidates, concatenated, and the evaluations and lost draws of each race."""
     return {
         "place": np.concatenate([race.ranking().argsort() + 1 for race in races]).astype(np.int32),
@@ -188,9 +188,9 @@ def places(races: Sequence[Race]) -> Arrays:
     }
 
 
-def comparison_of(file: Path, row: str, key: str) -> dict[str, Any]:
-    """Return the results of the schedule comparison for method `row`; raise DataError if none has this key."""
+def comparison_of(file: Path, method: str, identity: Mapping[str, str]) -> dict[str, Any]:
+    """Return the results of the schedule comparison for a method; raise DataError if none has this identity."""
     for comparison in read_comparisons(file).values():
-        if comparison["key"] == key:
+        if identity.items() <= comparison.items():
             return dict(comparison)
-    raise DataError(f"{file}: no races that {row} could learn from; see races.datasets, then `make races`")
+    raise DataError(f"{file}: no races that {method} could learn from; see races.datasets, then `make races`")

@@ -17,11 +17,11 @@ from dsd.config import ContrastiveMethod, NoiseParams, Params
 from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
 from dsd.data.image_table import ImageTable
 from dsd.engine.encodings import Arrays, Encodings, all_texts, contrastive_encodings, diffusion_encodings, read_all
-from dsd.engine.engine import Engine, fill
+from dsd.engine.engine import Engine
 from dsd.errors import CheckpointError, DataError
 from dsd.models import device_of, load_clip, load_diffusion
 from dsd.models.checkpoint import DTYPES
-from dsd.models.clip_heads import FILES, Head, learned
+from dsd.models.clip_heads import FILES, Head, load_head
 from dsd.models.prompts import PROMPT, AttentionPrompt
 from dsd.progress import progress
 from dsd.scorers.evidence import Shard
@@ -128,8 +128,19 @@ class Session:
         self, prompt: str, shards: Sequence[Shard], store: Store, title: str,
         keep: Callable[[Arrays], Arrays] = lambda arrays: arrays,
     ) -> int:  # fmt: skip
-        """Compute missing shards; see `dsd.engine.engine.fill`."""
-        return fill(lambda: self.engine(prompt), shards, store, title, keep)
+        """Compute missing and damaged shards; return the number of computed (pair, draw) rows.
+
+        The engine is opened only if a shard is missing. keep: maps the evidence to the arrays to store.
+        """
+        computed = 0
+        bar = progress(total=sum(len(shard.rows) for shard in shards), desc=title, unit="row", unit_scale=True)
+        for shard in shards:
+            if shard.key not in store or store.read(shard.key) is None:
+                store.write(shard.key, keep(self.engine(prompt).compute(shard.rows)))
+                computed += len(shard.rows)
+            bar.update(len(shard.rows))
+        bar.close()
+        return computed
 
     def clip(self, backbone: str) -> Clip:
         """Return the CLIP of a row of `backbones`, opened at its first use."""
@@ -145,7 +156,7 @@ class Session:
         return self._features[backbone]
 
     @property
-    def clips(self) -> list[str]:
+    def clip_names(self) -> list[str]:
         """The rows of `backbones` that contrastive methods use."""
         return sorted({m.own_backbone for m in self.params.methods.values() if m.contrastive and m.own_backbone})
 
@@ -153,7 +164,7 @@ class Session:
         """Return the trained head of a contrastive method."""
         method = cast(ContrastiveMethod, self.params.methods[name])
         clip, features = self.clip(method.backbone), self.features(method.backbone)
-        return learned(method, clip, *features, self.folders.trained / name)
+        return load_head(method, clip, *features, self.folders.trained / name)
 
     def cosines_key(self, name: str, requested: Sequence[Pair]) -> str:
         """Return the key of the cosines of these pairs under a contrastive method."""

@@ -5,7 +5,6 @@ Shapes: L layers, H heads.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +18,10 @@ from dsd.evaluation.evaluate import ScoredSplit, intervals, tables
 from dsd.metrics import Hits
 from dsd.scorers.evidence import Evidence
 from dsd.statistics import Interval
-from dsd.store import write_atomic
+from dsd.store import write_json
 
 
-class Variant(NamedTuple):
+class ChangedMethod(NamedTuple):
     """A method with one key changed; `value` as params.yaml writes it, a list without brackets."""
 
     method: str
@@ -30,7 +29,7 @@ class Variant(NamedTuple):
     value: str
 
 
-VariantHits = dict[Variant, dict[str, Hits]]
+ChangedHits = dict[ChangedMethod, dict[str, Hits]]
 Ablations = dict[str, dict[str, dict[str, dict[str, Interval]]]]  # method → key → value → metric → interval
 
 
@@ -53,13 +52,13 @@ def subsets(evidence: Evidence, heads: int, count: int, seed: int) -> Iterator[N
         yield (order_LH < heads) & present_LH
 
 
-def ablate(scored: ScoredSplit, ablations: AblationParams, seed: int) -> VariantHits:
+def ablate(scored: ScoredSplit, ablations: AblationParams, seed: int) -> ChangedHits:
     """Return the hits of every variant of every method of `ablations`.
 
     With random heads, an example's hit is its mean over the choices. The weights of a fusion are fitted again for each
     choice of parts.
     """
-    variants: VariantHits = {}
+    variants: ChangedHits = {}
 
     def hits(name: str, changes: Mapping[str, Any], **options: Any) -> dict[str, Hits]:
         row = scored.methods[name].model_copy(update=changes)
@@ -68,7 +67,7 @@ def ablate(scored: ScoredSplit, ablations: AblationParams, seed: int) -> Variant
     for name in ablations.methods:
         method = scored.methods[name]
         for key, text, value in values(ablations, method.ablation_keys):
-            variant = Variant(name, key, text)
+            variant = ChangedMethod(name, key, text)
             if key == "heads" and isinstance(value, tuple):
                 number, how = value
                 choices = subsets(scored.stored.evidence(method.prompt), number, ablations.subsets, seed)
@@ -84,7 +83,7 @@ def mean(several: list[dict[str, Hits]]) -> dict[str, Hits]:
 
 
 def with_intervals(
-    examples: Sequence[MatchingExample], variants: VariantHits, evaluate: EvaluateParams, seed: int
+    examples: Sequence[MatchingExample], variants: ChangedHits, evaluate: EvaluateParams, seed: int
 ) -> Ablations:
     """Return every metric of every variant with its clustered bootstrap interval."""
     nested: Ablations = {}
@@ -95,8 +94,4 @@ def with_intervals(
 
 def write(ablations: Mapping[str, Ablations], target: Path) -> None:
     """Write `ablations.json`: dataset → method → key → value → metric → value, low, high, n."""
-
-    def plain(node: Any) -> Any:
-        return node.as_dict() if isinstance(node, Interval) else {key: plain(child) for key, child in node.items()}
-
-    write_atomic(target / "ablations.json", (json.dumps(plain(ablations), indent=1) + "\n").encode())
+    write_json(target / "ablations.json", ablations)

@@ -7,9 +7,8 @@ above zero) or is contradicted (below zero). Otherwise it is not shown.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,17 +18,17 @@ import numpy as np
 from dsd.config import CrossAttentionMethod, Params
 from dsd.data.examples import MatchingExample
 from dsd.datasets import benchmark
-from dsd.evaluation.ablations import Variant, values
+from dsd.evaluation.ablations import ChangedMethod, values
 from dsd.metrics import HEADLINES, Hits
 from dsd.schedules.exhaustive import ALL_DRAWS
 from dsd.schedules.hierarchical import DIRECTIONS, published_name
 from dsd.schedules.racing import racing_name
 from dsd.schedules.replay import AGREED, SPARED
 from dsd.statistics import Difference, cohens_h, difference_above, holm, paired_difference
-from dsd.store import write_atomic
+from dsd.store import write_json
 
-Side = str | Variant  # a method, or a method with one key changed
-Verdict = Literal["holds", "not shown", "contradicted"]
+Side = str | ChangedMethod  # a method, or a method with one key changed
+ClaimVerdict = Literal["holds", "not shown", "contradicted"]
 TASKS = {  # task → kinds of datasets
     "matching": ("scenes-com", "comvg", "visual-genome"),
     "referring": ("scenes-ref", "refcocog"),
@@ -40,13 +39,13 @@ MARGIN = 0.04  # an accuracy lower by up to this much counts as kept or comparab
 ABOUT_HALF = 0.42  # of the evaluations: the smallest reduction in the second paper's Table 1, from 19 to 11 hours
 
 
-class Answers(NamedTuple):
+class DatasetHits(NamedTuple):
     """The test examples of a dataset, and the hits of each method and variant on them."""
 
     kind: str
     examples: list[MatchingExample]
     methods: dict[str, dict[str, Hits]]
-    variants: dict[Variant, dict[str, Hits]]
+    variants: dict[ChangedMethod, dict[str, Hits]]
 
     @property
     def metrics(self) -> list[str]:
@@ -57,7 +56,7 @@ class Answers(NamedTuple):
         return self.methods.get(side) if isinstance(side, str) else self.variants.get(side)
 
 
-class Comparison(NamedTuple):
+class Condition(NamedTuple):
     """A condition: a on `metric` minus b on the same metric, or on `against` if it is set, exceeds `least`."""
 
     dataset: str
@@ -72,7 +71,7 @@ class Comparison(NamedTuple):
 class Measured:
     """A comparison with its paired difference and Cohen's h."""
 
-    comparison: Comparison
+    comparison: Condition
     difference: Difference
     h: float
 
@@ -86,13 +85,13 @@ class Judgement:
     low: float
     high: float
     p: float
-    verdict: Verdict
+    verdict: ClaimVerdict
 
 
-Data = Mapping[str, Answers]  # by dataset
+Data = Mapping[str, DatasetHits]  # by dataset
 
 
-def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]]:
+def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Condition]]]:
     """Return text and comparisons of each claim by number: 1 to 13 of the papers, and two of our own.
 
     Claims about ablations are tested on the headline metric of image choices and of referring expressions.
@@ -109,27 +108,27 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
     clean, noisy, middle = (f"{denoiser}, {published_name(direction)}" for direction in DIRECTIONS)
     exhaustive = f"{denoiser}, {ALL_DRAWS}"
 
-    def pruned(metric: str, other: str, least: float = 0.0) -> list[Comparison]:
-        return [Comparison(d, metric, clean, other, least=least) for d in classifying]
+    def pruned(metric: str, other: str, least: float = 0.0) -> list[Condition]:
+        return [Condition(d, metric, clean, other, least=least) for d in classifying]
 
-    def error_rates() -> Iterator[Comparison]:
+    def error_rates() -> Iterator[Condition]:
         for dataset, delta, proposer in product(racing, params.races.racing.deltas, params.races.racing.proposer):
-            yield Comparison(dataset, AGREED, f"{denoiser}, {racing_name(delta, proposer)}", exhaustive, least=-delta)
+            yield Condition(dataset, AGREED, f"{denoiser}, {racing_name(delta, proposer)}", exhaustive, least=-delta)
 
-    def racing_ahead() -> Iterator[Comparison]:
+    def racing_ahead() -> Iterator[Condition]:
         best = f"{denoiser}, racing"
         for dataset in racing:
-            yield Comparison(dataset, HEADLINES[benchmark(data[dataset].kind).metrics], best, exhaustive, least=-MARGIN)
+            yield Condition(dataset, HEADLINES[benchmark(data[dataset].kind).metrics], best, exhaustive, least=-MARGIN)
             for other in ("staged", "hierarchical"):
-                yield Comparison(dataset, SPARED, best, f"{denoiser}, {other}")
+                yield Condition(dataset, SPARED, best, f"{denoiser}, {other}")
 
-    def all_metrics(datasets: Sequence[str], *others: str) -> list[Comparison]:
-        return [Comparison(d, m, ours, other) for d in datasets for m in data[d].metrics for other in others]
+    def all_metrics(datasets: Sequence[str], *others: str) -> list[Condition]:
+        return [Condition(d, m, ours, other) for d in datasets for m in data[d].metrics for other in others]
 
-    def chain(key: str, *steps: tuple[str, str]) -> list[Comparison]:
+    def chain(key: str, *steps: tuple[str, str]) -> list[Condition]:
         heads = [(d, "micro") for d in matching] + [(d, "top1") for d in referring]
-        sides = [(Variant(ours, key, better), Variant(ours, key, worse)) for better, worse in steps]
-        return [Comparison(d, metric, *step) for d, metric in heads for step in sides]
+        sides = [(ChangedMethod(ours, key, better), ChangedMethod(ours, key, worse)) for better, worse in steps]
+        return [Condition(d, metric, *step) for d, metric in heads for step in sides]
 
     texts: dict[str, list[str]] = {}
     for key, text, _ in values(params.ablations, CrossAttentionMethod.ablation_keys):
@@ -140,7 +139,7 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
     tuned_clip = all_metrics(matching, *tuned)
     poolings = chain("pooling", ("logsumexp", "maximum"), ("maximum", "cosine"))
     levels = chain("levels", *((ensemble, level) for level in texts["levels"] if "," not in level))
-    slots = [Comparison(d, slot, ours, ours, "predicate") for d in matching for slot in ("subject", "object")]
+    slots = [Condition(d, slot, ours, ours, "predicate") for d in matching for slot in ("subject", "object")]
     halved = [*pruned("top1", exhaustive, -MARGIN), *pruned(SPARED, exhaustive, ABOUT_HALF)]
     kept = "racing keeps accuracy within 4 points of exhaustive, at fewer evaluations than staged and hierarchical"
     return {
@@ -162,7 +161,7 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Comparison]]
     }
 
 
-def measure(comparison: Comparison, data: Data, params: Params) -> Measured:
+def measure(comparison: Condition, data: Data, params: Params) -> Measured:
     """Return the paired difference of two methods on the same examples, or of two metrics on the same clusters."""
     answers, settings = data[comparison.dataset], dict(params.evaluate.model_dump(), seed=params.seed)
     clusters = np.array([example.cluster for example in answers.examples])
@@ -214,7 +213,7 @@ def judge(params: Params, data: Data) -> tuple[dict[int, Judgement], dict[int, l
     judgements = {}
     for (number, rows), p in zip(measured.items(), corrected, strict=True):
         least = min((m.difference for m in rows), key=lambda difference: difference.value)
-        verdict: Verdict = "not shown"
+        verdict: ClaimVerdict = "not shown"
         if p < 1 - params.evaluate.confidence:
             verdict = "holds" if least.value > 0 else "contradicted"
         judgements[number] = Judgement(claims[number][0], least.value, least.low, least.high, p, verdict)
@@ -235,6 +234,5 @@ def write(judgements: Mapping[int, Judgement], measured: Mapping[int, Sequence[M
         return {**sides, **one.difference.as_dict(), "cohens_h": one.h}
 
     rows = {number: [row(comparison) for comparison in comparisons] for number, comparisons in measured.items()}
-    claims = {number: asdict(judgement) for number, judgement in judgements.items()}
-    for name, content in {"claims": claims, "comparisons": rows}.items():
-        write_atomic(target / f"{name}.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_json(target / "claims.json", judgements)
+    write_json(target / "comparisons.json", rows)

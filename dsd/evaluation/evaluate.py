@@ -5,9 +5,6 @@ Shapes: I images, T texts, C candidates of an example; n examples.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +22,10 @@ from dsd.errors import DataError
 from dsd.metrics import METRICS, Hits, rank
 from dsd.scorers import SCORERS
 from dsd.scorers.base import Scores, StoredEvidence
-from dsd.scorers.evidence import read_places
+from dsd.scorers.evidence import read_ranks
 from dsd.scorers.fusion import fitting_examples
 from dsd.statistics import Interval, clustered_mean
-from dsd.store import write_atomic
+from dsd.store import write_atomic, write_csv, write_json
 
 Results = dict[str, dict[str, Interval]]  # method → metric → interval
 
@@ -110,10 +107,10 @@ class ScoredSplit:
         method = self.methods[name]
         if not method.has_schedule:
             return tables(self.examples, self.scores(method, name))
-        places = read_places(self.scored, name, self.examples)
+        ranks = read_ranks(self.scored, name, self.examples)
         return [
-            table(example, dict(zip(pairs([example]), (-place_C.astype(float)).tolist(), strict=True)))
-            for example, place_C in zip(self.examples, places, strict=True)
+            table(example, dict(zip(pairs([example]), (-ranks_C.astype(float)).tolist(), strict=True)))
+            for example, ranks_C in zip(self.examples, ranks, strict=True)
         ]
 
     def hits(self, scores: Sequence[np.ndarray]) -> dict[str, Hits]:
@@ -154,15 +151,11 @@ def evaluate(name: str, scored: ScoredSplit, params: EvaluateParams, seed: int, 
 
 def write_metrics(results: dict[str, Results], target: Path) -> None:
     """Write `metrics.json` (dataset → method → metric → value, low, high, n) and the same as rows in `metrics.csv`."""
-    nested = {
-        d: {m: {k: v.as_dict() for k, v in row.items()} for m, row in rows.items()} for d, rows in results.items()
-    }
-    write_atomic(target / "metrics.json", (json.dumps(nested, indent=2) + "\n").encode())
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["dataset", "method", "metric", "value", "low", "high", "n"])
-    for dataset, rows in nested.items():
-        for method, row in rows.items():
-            for metric, v in row.items():
-                writer.writerow([dataset, method, metric, v["value"], v["low"], v["high"], v["n"]])
-    write_atomic(target / "metrics.csv", text.getvalue().encode())
+    write_json(target / "metrics.json", results, indent=2)
+    rows = [
+        {"dataset": dataset, "method": method, "metric": metric, **interval.as_dict()}
+        for dataset, methods in results.items()
+        for method, metrics in methods.items()
+        for metric, interval in metrics.items()
+    ]
+    write_csv(target / "metrics.csv", rows)

@@ -1,4 +1,4 @@
-"""What racing costs as the number of candidates grows, on synthetic evidence: no model scores ten thousand candidates.
+"""Cost of racing by number of candidates, on synthetic evidence: a model is too slow for ten thousand.
 
 Shapes: C candidates, K draws.
 """
@@ -18,12 +18,12 @@ from dsd.schedules.exhaustive import exhaustive_course
 from dsd.schedules.race import Floats
 from dsd.schedules.racing import calibrate, fit_forecast, racing
 from dsd.schedules.replay import RecordedRaces, replay
-from dsd.store import digest, write_atomic
+from dsd.store import digest, write_json
 from dsd.versions import versioned
 
 FILE = "growth.json"
 MOST = 1000  # candidates of a race that the forecast is fitted on
-FREEDOM = 4  # of Student's t, the heavy-tailed one: its third moment is the last that exists
+FREEDOM = 4  # of Student's t, the heavy-tailed one; its highest finite moment is the third
 Sample = Callable[[np.random.Generator, tuple[int, int]], Floats]
 NOISES: dict[str, Sample] = {
     "normal": lambda rng, shape: rng.normal(size=shape),
@@ -32,15 +32,14 @@ NOISES: dict[str, Sample] = {
 
 
 def measure_scaling(races: RacesParams, evaluate: EvaluateParams, seed: int, target: Path) -> None:
-    """Write `growth.json`: for each noise and number of candidates, the cost of racing at the error rate of
-    `races.growth`. Skipped where it was measured under the same params."""
-    racing = races.racing.model_dump(include={"threshold", "rivals", "confidence"})
-    sections = races.model_dump(include={"levels", "draws_per_level", "growth"}), racing, evaluate.model_dump()
+    """Write `growth.json`: the cost of racing by noise and number of candidates; skipped if the params are the same."""
+    racing_params = races.racing.model_dump(include={"threshold", "rivals", "confidence"})
+    sections = races.model_dump(include={"levels", "draws_per_level", "growth"}), racing_params, evaluate.model_dump()
     key = versioned("scaling", digest(*sections, seed))
     if read_scaling(target).get("params") == key:
         return
     rows = [measure(noise, count, races, evaluate, seed) for noise in NOISES for count in races.growth.candidates]
-    write_atomic(target / FILE, (json.dumps({"params": key, "rows": rows}, indent=1) + "\n").encode())
+    write_json(target / FILE, {"params": key, "rows": rows})
 
 
 def read_scaling(folder: Path) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def read_scaling(folder: Path) -> dict[str, Any]:
 
 
 def measure(noise: str, candidates: int, races: RacesParams, evaluate: EvaluateParams, seed: int) -> dict[str, Any]:
-    """The cost of racing among so many candidates: fitted, calibrated and measured on different races."""
+    """Return the cost of racing; fitted, calibrated and measured on different races."""
     growth, draws = races.growth, races.draws
 
     def recorded(role: int, most: int) -> RecordedRaces:
@@ -78,5 +77,5 @@ def measure(noise: str, candidates: int, races: RacesParams, evaluate: EvaluateP
 
 
 def synthetic(rng: np.random.Generator, shape: tuple[int, int], noise: Sample) -> Floats:
-    """[C, K]: candidates of heavy-tailed worth, so that a few stand out as answers do, plus noise half as wide."""
+    """Return evidence [C, K]: heavy-tailed means, so that a few stand out, plus noise of half the scale."""
     return rng.standard_t(FREEDOM, size=(shape[0], 1)) + 0.5 * noise(rng, shape)

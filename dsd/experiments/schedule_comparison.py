@@ -1,12 +1,11 @@
 """The comparison of schedules (`make races`): record evidence of every candidate at every draw, replay each schedule on
-it, and run the best live for their seconds.
+it, and time the best live.
 
 Shapes: C candidates, K draws.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -18,12 +17,12 @@ import numpy as np
 from dsd.data.examples import MatchingExample
 from dsd.engine.batching import Filled
 from dsd.engine.forward import Values
-from dsd.engine.races import RaceRunner, choices, right
+from dsd.engine.races import RaceRunner, answer_index, split_answers
 from dsd.engine.session import Session
 from dsd.schedules.base import Course
 from dsd.schedules.race import Floats
 from dsd.schedules.replay import LEARNED_FROM, MEASURED_ON, RecordedRaces, compare_settings, read_comparisons, replay
-from dsd.store import Store, check_libraries, digest, libraries, write_atomic
+from dsd.store import Store, check_libraries, digest, libraries, write_json
 
 
 def compare_schedules(session: Session, evidence: Path, target: Path) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def compare_schedules(session: Session, evidence: Path, target: Path) -> dict[st
     """
     params, file = session.params, target / f"{session.name}.json"
     races, store = params.races, Store(evidence)
-    splits = {split: choices(session.examples(split))[: races.examples] for split in (LEARNED_FROM, MEASURED_ON)}
+    splits = {split: split_answers(session.examples(split))[: races.examples] for split in (LEARNED_FROM, MEASURED_ON)}
     proposers = [name for name in races.racing.proposer if name]
 
     @cache
@@ -43,18 +42,18 @@ def compare_schedules(session: Session, evidence: Path, target: Path) -> dict[st
         return {p: session.proposals(p, splits[split]) for p in proposers}
 
     before, comparisons = read_comparisons(file), {}
-    for row, method in params.compared(session.name).items():
-        runner = RaceRunner(session, method)
+    for method, row in params.compared(session.name).items():
+        runner = RaceRunner(session, row)
         identity = runner.identity | {"examples": digest([example.id for example in splits[MEASURED_ON]])}
-        if identity.items() <= before.get(row, {}).items():
+        if identity.items() <= before.get(method, {}).items():
             recompute = f"remove it and {evidence}, then `make races`"
-            check_libraries(file, before[row].get("libraries", {}), recompute)
-            comparisons[row] = before[row]
+            check_libraries(file, before[method].get("libraries", {}), recompute)
+            comparisons[method] = before[method]
             continue
         learning, measured = (
             recorded(
                 examples,
-                runner.collect(examples, store, f"races of {row} on {session.name} ({split})"),
+                runner.collect(examples, store, f"races of {method} on {session.name} ({split})"),
                 proposed(split),
             )
             for split, examples in splits.items()
@@ -62,8 +61,8 @@ def compare_schedules(session: Session, evidence: Path, target: Path) -> dict[st
         chosen, results = compare_settings(learning, measured, races, params.evaluate, params.seed)
         for schedule, course in chosen.items():
             results["chosen"][schedule]["live"] = run_live(runner, course, splits[MEASURED_ON], measured, races.timed)
-        comparisons[row] = identity | {"libraries": libraries()} | results
-    write_atomic(file, (json.dumps(comparisons, indent=1) + "\n").encode())
+        comparisons[method] = identity | {"libraries": libraries()} | results
+    write_json(file, comparisons)
     return {"races": sum(map(len, splits.values()))}
 
 
@@ -71,13 +70,13 @@ def recorded(
     examples: Sequence[MatchingExample], values: Sequence[Values], proposed: dict[str, list[Floats]]
 ) -> RecordedRaces:
     wide = [values_CK.astype(np.float64) for values_CK in values]
-    return RecordedRaces(wide, proposed, [right(example) for example in examples], [e.cluster for e in examples])
+    return RecordedRaces(wide, proposed, [answer_index(example) for example in examples], [e.cluster for e in examples])
 
 
 def run_live(
     runner: RaceRunner, course: Course, examples: Sequence[MatchingExample], races: RecordedRaces, evaluations: int
 ) -> dict[str, float]:
-    """Run a schedule on the first examples, as many as this number of evaluations suffices for.
+    """Run a schedule on as many of the first examples as `evaluations` allows.
 
     Returns: images, seconds per image, evaluations per image, how full the batches were, and how many winners differ
     from those of the replay, whose evidence was computed in other batches.

@@ -5,7 +5,6 @@ A piece is one variant on one dataset.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from dsd.evaluation.evaluate import ScoredSplit, hits_of, intervals, ranked
 from dsd.experiments.study_results import piece_results, read_study
 from dsd.experiments.variants import Study
 from dsd.models.checkpoint import locate
-from dsd.store import check_libraries, digest, libraries, write_atomic
+from dsd.store import check_libraries, digest, libraries, write_json
 from dsd.training.loop import train
 
 
@@ -46,12 +45,14 @@ def evaluate_variant(name: str, split: str, params: Params, data: Path, folder: 
     evaluated = ScoredSplit.of(name, params, prepared, scored, split)
     ranks = {method: ranked(evaluated.examples, evaluated.tables(method)) for method in params.methods}
     hits = {method: hits_of(row.kind, evaluated.examples, ranks_n) for method, ranks_n in ranks.items()}
-    metrics = {m: intervals(evaluated.examples, of, params.evaluate, params.seed) for m, of in hits.items()}
+    metrics = {
+        m: intervals(evaluated.examples, by_metric, params.evaluate, params.seed) for m, by_metric in hits.items()
+    }
     return piece_results(evaluated.examples, metrics, {method: ranks_n.tolist() for method, ranks_n in ranks.items()})
 
 
 def piece_keys(study: Study, variant: str, dataset: str) -> dict[str, str]:
-    """The digests of all that the ranks of a piece depend on."""
+    """Return digests of all inputs of a piece's ranks."""
     params = study.variant(variant, dataset)
     backbones = {params.backbone_of(method) for method in params.methods}
     models = sorted(locate(params.backbones[backbone])[1] for backbone in backbones)
@@ -77,7 +78,7 @@ def run_piece(study: Study, variant: str, dataset: str, target: Path, work: Path
     """Run one piece of a study and add it to `<study>.json`: variant → dataset → `piece_keys` and `piece_results`.
 
     Args:
-        work: a folder of this study's own; what the piece leaves there is removed once it is done.
+        work: the study's folder; the piece's own folder in it is removed, shared data stays.
     """
     row, file = study.row, target / f"{study.name}.json"
     params, keys = study.variant(variant, dataset), piece_keys(study, variant, dataset)
@@ -87,5 +88,5 @@ def run_piece(study: Study, variant: str, dataset: str, target: Path, work: Path
     results = read_study(file)
     results.setdefault(variant, {})[dataset] = {**keys, "libraries": libraries(), **piece}
     ordered = {v: {d: results[v][d] for d in row.datasets if d in results[v]} for v in row.variants if v in results}
-    write_atomic(file, (json.dumps(ordered, indent=1) + "\n").encode())
+    write_json(file, ordered)
     shutil.rmtree(folder)

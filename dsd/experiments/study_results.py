@@ -11,10 +11,10 @@ import numpy as np
 
 from dsd.config import EvaluateParams, StudyParams
 from dsd.data.examples import MatchingExample
-from dsd.evaluation.claims import Answers
-from dsd.evaluation.evaluate import hits_of
+from dsd.evaluation.claims import DatasetHits
+from dsd.evaluation.evaluate import hits_of, intervals
 from dsd.statistics import Interval, paired_difference
-from dsd.store import digest, write_atomic
+from dsd.store import digest, write_json
 
 
 def piece_results(
@@ -40,12 +40,12 @@ def read_study(file: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def compare_variants(
-    file: Path, row: StudyParams, data: Mapping[str, Answers], evaluate: EvaluateParams, seed: int
+    file: Path, row: StudyParams, data: Mapping[str, DatasetHits], evaluate: EvaluateParams, seed: int
 ) -> dict[str, Any]:
     """Compare the stored variants of a study with the methods as params.yaml has them.
 
     Args:
-        data: by dataset, how the methods of params.yaml answered the test examples.
+        data: hits of the methods of params.yaml on the test examples, by dataset.
 
     Returns: variant → dataset → `params` (the key that it was run under) and `methods`: method → metric → value, low,
         high, n and, on the same test examples, `difference` (value, low, high, p, n) from the method of params.yaml.
@@ -55,11 +55,13 @@ def compare_variants(
         piece, answers = study.get(variant, {}).get(dataset), data[dataset]
         if piece is None or set(piece["ranks"]) != set(row.methods):  # not run, or when the study had other methods
             continue
-        metrics = {method: {m: dict(v) for m, v in of.items()} for method, of in piece["metrics"].items()}
+        metrics = {method: {m: dict(v) for m, v in by_metric.items()} for method, by_metric in piece["metrics"].items()}
         if piece["examples"] == ids(answers.examples):
             clusters = [example.cluster for example in answers.examples]
             for method, ranks in piece["ranks"].items():
                 hits = hits_of(answers.kind, answers.examples, np.array(ranks.split(), dtype=int))
+                current = intervals(answers.examples, hits, evaluate, seed)
+                metrics[method] = {metric: v.as_dict() for metric, v in current.items()}
                 for metric, (hits_n, groups) in hits.items():
                     base_n, _ = answers.methods[method][metric]
                     difference = paired_difference(hits_n, base_n, clusters, groups, **evaluate.model_dump(), seed=seed)
@@ -70,4 +72,4 @@ def compare_variants(
 
 def write_studies(results: Mapping[str, Any], target: Path) -> None:
     """Write `studies.json`: study → results of `compare_variants`."""
-    write_atomic(target / "studies.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_json(target / "studies.json", results)

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import to_jsonable_python
 
-from dsd.config import Params, StudyParams, mistake
-from dsd.errors import ParamsError, unknown
+from dsd.config import Params, StudyParams, assign, mistake
+from dsd.errors import ParamsError
 from dsd.store import digest
 from dsd.versions import versioned
 
@@ -39,8 +39,7 @@ class Study:
         Raises:
             ParamsError: a key that does not exist, or a value that it cannot have; one line.
         """
-        content: dict[str, Any] = self.params.model_dump(mode="json")
-        self._change(content, variant, dataset)
+        content = self._changed(self.params.model_dump(mode="json"), variant, dataset)
         try:
             whole = Params.model_validate(content)
         except ValidationError as error:
@@ -55,8 +54,7 @@ class Study:
 
     def key(self, variant: str, dataset: str) -> str:
         """The digest of all params, and of the code versions, that the ranks of a variant depend on."""
-        content = self._ranked_by()
-        self._change(content, variant, dataset)
+        content = self._changed(self._ranked_by(), variant, dataset)
         content["datasets"] = content["datasets"][dataset]
         for section in ("methods", "training"):
             content[section] = {name: row for name, row in content[section].items() if name in self.row.methods}
@@ -64,23 +62,15 @@ class Study:
 
     def in_force(self, variant: str) -> bool:
         """Whether params.yaml has the values of a variant, on every dataset."""
-        for dataset in self.row.datasets:
-            content = self._ranked_by()
-            self._change(content, variant, dataset)
-            if content != self._ranked_by():
-                return False
-        return True
+        ranked_by = self._ranked_by()
+        return all(self._changed(self._ranked_by(), variant, dataset) == ranked_by for dataset in self.row.datasets)
 
     def _ranked_by(self) -> dict[str, Any]:
         return dict(to_jsonable_python({section: getattr(self.params, section) for section in RANKED_BY}))
 
-    def _change(self, content: dict[str, Any], variant: str, dataset: str) -> None:
+    def _changed(self, content: dict[str, Any], variant: str, dataset: str) -> dict[str, Any]:
         for key, value in self.row.variants[variant].items():
-            *path, last = key.replace("dataset.", f"datasets.{dataset}.", 1).split(".")
-            node = content
-            for part in [*path, last]:
-                if not isinstance(node, dict) or part not in node:
-                    choices = list(node) if isinstance(node, dict) else []
-                    raise ParamsError(f"studies.{self.name}.variants.{variant}.{key}: {unknown('key', part, choices)}")
-                inner, node = node, node[part]
-            inner[last] = value
+            first, *rest = key.split(".")
+            path = ["datasets", dataset, *rest] if first == "dataset" else [first, *rest]
+            assign(content, path, value, f"studies.{self.name}.variants.{variant}.{key}")
+        return content

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -78,12 +78,8 @@ def over_tokens(values_BHM: Tensor, weights_B1M: Tensor) -> Tensor:
     return (values_BHM * weights_B1M).sum(-1)
 
 
-class Prompt(Protocol):
-    """An attention prompt for the images of a batch (dsd.models.prompts.BoundPrompt)."""
-
-    def __call__(self, layer: int, text_BMD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what p_k(x) and p_v(x) add to the keys and values of a layer, each [B, M, inner]."""
-        ...
+# p(x) for the images of a batch: layer, its text [B, M, D] → additions to its keys and its values, [B, M, inner] each.
+Prompt = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -193,10 +189,6 @@ class SelfAttentionProcessor:
         return attn.to_out[1](out)
 
 
-def _sdpa(unet: UNet2DConditionModel) -> None:
-    """Keep PyTorch's fused kernel, the default of diffusers."""
-
-
 def _xformers(unet: UNet2DConditionModel) -> None:
     """Install the kernel of xformers after a trial call: it can be imported where it cannot run."""
     weight, layers = unet.conv_in.weight, [module for _, module in attention_layers(unet, "attn1")]
@@ -215,9 +207,6 @@ def _xformers(unet: UNet2DConditionModel) -> None:
         raise CheckpointError(f"runtime.attention: xformers cannot run on {place}; use sdpa ({reason})") from None
     for layer in layers:
         layer.set_processor(SelfAttentionProcessor(memory_efficient_attention))
-
-
-SELF_ATTENTION = {"sdpa": _sdpa, "xformers": _xformers}  # what `runtime.attention` names
 
 
 def attention_layers(unet: UNet2DConditionModel, kind: str) -> list[tuple[str, Attention]]:
@@ -240,9 +229,10 @@ def install(unet: UNet2DConditionModel, state: AttentionState, backend: str = "s
     Raises:
         CheckpointError: the backend is unknown or cannot run here.
     """
-    if backend not in SELF_ATTENTION:
-        raise CheckpointError(f"runtime.attention: {unknown('attention backend', backend, SELF_ATTENTION)}")
-    SELF_ATTENTION[backend](unet)
+    if backend not in ("sdpa", "xformers"):
+        raise CheckpointError(f"runtime.attention: {unknown('attention backend', backend, ('sdpa', 'xformers'))}")
+    if backend == "xformers":  # sdpa, PyTorch's fused kernel, is the default of diffusers
+        _xformers(unet)
     for number, (_, module) in enumerate(cross_attention_layers(unet)):
         module.set_processor(CrossAttentionProcessor(number, state))
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.utils import filter_repo_objects
 
 from dsd.config import BackboneParams
 from dsd.data.hub import hub_errors
@@ -46,7 +46,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def device_of(name: str) -> torch.device:
     """Return the device of `runtime.device`; "auto" is CUDA if it is available."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError("runtime.device: cuda, but torch sees no CUDA device; use auto or cpu")
+        raise CheckpointError("runtime.device: cuda, but torch has no CUDA device; use auto or cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -72,7 +72,7 @@ def folder_of(row: BackboneParams) -> Path:
 
     A downloaded folder is named by its commit.
     """
-    source, patterns = _read_of(row)
+    source, patterns = _source_and_patterns(row)
     if _is_local(source):
         return Path(source)
     options = {"revision": row.revision, "allow_patterns": patterns, "ignore_patterns": list(VARIANTS)}
@@ -86,10 +86,10 @@ def locate(row: BackboneParams) -> tuple[Path, str]:
     The digest covers the files of a local checkpoint, or the id and commit of one on the hub, and the row's LoRA and
     prediction if they are set.
     """
-    folder, (source, patterns) = folder_of(row), _read_of(row)
+    folder, (source, patterns) = folder_of(row), _source_and_patterns(row)
     if Path(source).is_dir():
-        names = {file: file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()}
-        identity = digest({name: file_digest(file) for file, name in names.items() if _is_read(name, patterns)})
+        names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+        identity = digest({name: file_digest(folder / name) for name in _names_read(names, patterns)})
     else:
         identity = f"{source}@{folder.name}"
     if file := one_file(row):
@@ -100,7 +100,7 @@ def locate(row: BackboneParams) -> tuple[Path, str]:
         identity = digest(identity, file_digest(Path(row.lora)))
     if row.prediction is not None:
         identity = digest(identity, row.prediction)
-    # Another family on the files of a known one. open_clip has files of its own, and may share a folder with a CLIP.
+    # A row may load known files as another family. open_clip has its own files, maybe in the folder of a CLIP.
     if patterns is not OPEN_CLIP and family_of(folder) not in (None, row.family):
         identity = digest(identity, row.family)
     if row.digest not in (None, identity):
@@ -108,7 +108,7 @@ def locate(row: BackboneParams) -> tuple[Path, str]:
     return folder, identity
 
 
-def _read_of(row: BackboneParams) -> tuple[str, tuple[str, ...]]:
+def _source_and_patterns(row: BackboneParams) -> tuple[str, tuple[str, ...]]:
     """Return the source of the settings and the patterns of the files that are read there."""
     if one_file(row):
         return str(row.config), SETTINGS
@@ -125,33 +125,31 @@ def _is_local(source: str) -> bool:
     return local.is_dir()
 
 
-def _is_read(name: str, patterns: Sequence[str]) -> bool:
-    def matches(patterns: Sequence[str]) -> bool:
-        return any(fnmatch(name, pattern) for pattern in patterns)
-
-    return matches(patterns) and not matches(VARIANTS)
+def _names_read(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    return list(filter_repo_objects(names, allow_patterns=list(patterns), ignore_patterns=list(VARIANTS)))
 
 
 def remote(row: BackboneParams) -> int:
     """Return the bytes to download from the hub if nothing is cached; 0 for a local checkpoint."""
-    source, patterns = _read_of(row)
+    source, patterns = _source_and_patterns(row)
     if _is_local(source):
         return 0
     with hub_errors(source, row.revision, error=CheckpointError):
         info = HfApi().model_info(source, revision=row.revision, files_metadata=True)
         if info.gated:  # its file list is public, its files are not
             HfApi().auth_check(source)
-    files = [file for file in info.siblings or [] if _is_read(file.rfilename, patterns)]
-    if not one_file(row) and not any(file.rfilename.endswith(".safetensors") for file in files):
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    files = _names_read(sizes, patterns)
+    if not one_file(row) and not any(file.endswith(".safetensors") for file in files):
         raise CheckpointError(
             f"{source}: has no weights in safetensors for family {row.family}; pickles are not opened"
         )
-    return sum(file.size or 0 for file in files)
+    return sum(sizes[file] for file in files)
 
 
 def commit(row: BackboneParams) -> str | None:
     """Return the current commit of a row's source on the hub, or None for a local source."""
-    source, _ = _read_of(row)
+    source, _ = _source_and_patterns(row)
     if _is_local(source):
         return None
     with hub_errors(source, None, error=CheckpointError):
@@ -160,7 +158,7 @@ def commit(row: BackboneParams) -> str | None:
 
 def component_config(row: BackboneParams, component: str) -> dict[str, Any]:
     """Read the configuration of a component, without its weights."""
-    source, _ = _read_of(row)
+    source, _ = _source_and_patterns(row)
     name = f"{component}/config.json"
     if _is_local(source):
         path = Path(source) / name
@@ -215,7 +213,7 @@ def prediction_of(folder: Path, row: BackboneParams) -> str:
         raise CheckpointError(f"{file}: prediction_type {kind!r} is neither epsilon nor v_prediction")
     if None not in (kind, row.prediction) and kind != row.prediction:
         raise CheckpointError(
-            f"{row.source}: prediction of its row is {row.prediction}, but its scheduler says {kind}; null takes {kind}"
+            f"{row.source}: prediction is {row.prediction}, but the scheduler has {kind}; set it to {kind} or null"
         )
     return str(row.prediction or kind or "epsilon")
 
@@ -234,7 +232,7 @@ def tokenizer(folder: Path, name: str) -> CLIPTokenizer:
         raise CheckpointError(f"{place}: tokenizer does not load: {brief(error)}") from None
 
 
-def longer(tokens: CLIPTokenizer, texts: Iterable[str], limit: int) -> Iterator[tuple[str, int]]:
+def over_limit(tokens: CLIPTokenizer, texts: Iterable[str], limit: int) -> Iterator[tuple[str, int]]:
     """Yield the texts with more tokens than the limit, and their numbers of tokens including begin and end."""
     # A token of ASCII text is at least one character, so short texts, most of millions, need no tokenizing.
     doubtful = (text for text in texts if not (text.isascii() and len(text) + 2 <= limit))

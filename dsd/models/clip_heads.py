@@ -1,4 +1,4 @@
-"""CLIP's cosine of image and text: zero-shot, with fine-tuned projections, or with a learned context.
+"""CLIP's cosine of image and text: zero-shot, with fine-tuned projections, or with a load_head context.
 
 Shapes: B pairs, F width of a tower, D width of the joint space, M text tokens, N context tokens, W width of a token.
 """
@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dsd.config import ContextParams, ContrastiveMethod
 from dsd.data.examples import Pair
 from dsd.errors import TextError
-from dsd.models.checkpoint import longer
+from dsd.models.checkpoint import over_limit
 from dsd.models.prompts import PROMPT, load_learned, save_learned
 
 if TYPE_CHECKING:
@@ -82,10 +82,10 @@ class ContextPrompt(nn.Module):
         """Raise TextError if a text leaves no room for the context."""
         super().__init__()
         self._clip, self._images = clip, images
-        for text, count in longer(clip.tokenizer, texts.items, clip.max_tokens - tokens):
+        for text, count in over_limit(clip.tokenizer, texts.items, clip.max_tokens - tokens):
             raise TextError(
                 f"{text!r}: {count} tokens and {tokens} of context.tokens are more than the "
-                f"{clip.max_tokens} that this CLIP reads"
+                f"{clip.max_tokens} of this CLIP"
             )
         joint, width = clip.model.text_projection.out_features, clip.model.text_projection.in_features
         self.context = nn.Parameter(torch.zeros(tokens, width))
@@ -116,7 +116,7 @@ class ContextPrompt(nn.Module):
 Head = Projections | ContextPrompt
 
 
-def untrained(
+def new_head(
     method: ContrastiveMethod, clip: Clip, images: Features, texts: Features, context: ContextParams, seed: int
 ) -> Head:
     """Return the head of a method before its first training step."""
@@ -125,7 +125,7 @@ def untrained(
     return Projections(clip, images, texts)
 
 
-def learned(method: ContrastiveMethod, clip: Clip, images: Features, texts: Features, folder: Path) -> Head:
+def load_head(method: ContrastiveMethod, clip: Clip, images: Features, texts: Features, folder: Path) -> Head:
     """Return the head of a method as its training saved it in `folder`; raise CheckpointError if it does not load."""
     if method.tuned == "none":
         return Projections(clip, images, texts).requires_grad_(False)

@@ -23,7 +23,7 @@ SHOWN = 3  # names in a message per kind of mistake
 
 
 def projections(unet: UNet2DConditionModel) -> dict[str, nn.Linear]:
-    """Return the layers that a LoRA changes by prefix of its tensors, `<attention>.processor.to_{q,k,v,out}_lora`."""
+    """Return the layers that a LoRA changes, by prefix of its tensors: `<attention>.processor.to_{q,k,v,out}_lora`."""
     layers: dict[str, nn.Linear] = {}
     for name, module in unet.named_modules():
         if isinstance(module, Attention) and name.endswith(("attn1", "attn2")):

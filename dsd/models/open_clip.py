@@ -40,7 +40,7 @@ class Vision(_Settings):
     @model_validator(mode="after")
     def _fits(self) -> Vision:
         if isinstance(self.layers, int) == (self.patch_size is None):
-            raise ValueError("layers must be four numbers and patch_size null, or one number beside a patch_size")
+            raise ValueError("layers must be four numbers and patch_size null, or one number with a patch_size")
         if self.features % self.head_width:
             raise ValueError(f"head_width {self.head_width} must divide the {self.features} features of the tower")
         return self
@@ -91,10 +91,10 @@ class Config(BaseModel):
             return cls.model_validate_json(file.read_text(errors="replace"))
         except ValidationError as error:
             first = error.errors()[0]
-            key = "".join(f"{part}: " if part == first["loc"][-1] else f"{part}." for part in first["loc"])
+            key = ".".join(map(str, first["loc"]))
             unknown = first["type"] == "extra_forbidden"
-            reason = "a setting of another kind of CLIP than is built here" if unknown else first["msg"]
-            raise CheckpointError(f"{file}: {key}{brief(reason)}") from None
+            reason = "a setting of a CLIP that is not supported" if unknown else first["msg"]
+            raise CheckpointError(f"{file}: {key + ': ' if key else ''}{brief(reason)}") from None
 
 
 class Towers(nn.Module):
@@ -190,7 +190,7 @@ def fill(towers: Towers, file: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a file in safetensors ({brief(error)})") from None
     resnet = isinstance(towers.vision_model, ResNet)
-    ours = {key: own for key, own in towers.state_dict().items() if not _counts(key)}
+    ours = {key: own for key, own in towers.state_dict().items() if not _is_counter(key)}
     origins = {key: Origin.of(key, resnet) for key in ours}
     wrong = {}
     for key, (name, *_) in origins.items():
@@ -200,16 +200,16 @@ def fill(towers: Towers, file: Path) -> None:
         elif tensors[name].shape != shape:
             wrong[name] = f"{list(tensors[name].shape)} and not {list(shape)}"
     used = {origin.name for origin in origins.values()}
-    wrong |= {name: "of no part of it" for name in tensors if name not in used and not _counts(name)}
+    wrong |= {name: "unexpected" for name in tensors if name not in used and not _is_counter(name)}
     if wrong:
         name, reason = next(iter(wrong.items()))
         raise CheckpointError(
-            f"{file}: {len(wrong)} tensors are not those of the model of {OPEN_CLIP_CONFIG}; {name} is {reason}"
+            f"{file}: {len(wrong)} tensors do not fit the model of {OPEN_CLIP_CONFIG}; {name} is {reason}"
         )
     towers.load_state_dict({key: origin.take(tensors[origin.name]) for key, origin in origins.items()}, strict=False)
 
 
-def _counts(name: str) -> bool:
+def _is_counter(name: str) -> bool:
     """Return whether a tensor is the batch counter of a batch norm, which is not used."""
     return name.endswith("num_batches_tracked")
 
@@ -230,7 +230,7 @@ class OpenClip(Clip):
         try:
             towers = Towers(config.model_cfg, int(tokens.eos_token_id))
         except (StrictDataclassError, RuntimeError) as error:  # sizes that do not fit each other, or no memory
-            raise CheckpointError(f"{folder / OPEN_CLIP_CONFIG}: makes no CLIP ({brief(error, 200)})") from None
+            raise CheckpointError(f"{folder / OPEN_CLIP_CONFIG}: no valid CLIP ({brief(error, 200)})") from None
         fill(towers, weights)
         mean_3, deviation_3 = (torch.tensor(x) for x in (config.preprocess_cfg.mean, config.preprocess_cfg.std))
         towers, side = towers.to(dtype).eval().requires_grad_(False), config.model_cfg.vision_cfg.image_size

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dsd.errors import CheckpointError
+from dsd.models.attention import Prompt
 from dsd.store import write_atomic
 
 PROMPT = "prompt.safetensors"  # written by the stage `train` into a method's folder
@@ -80,19 +80,19 @@ class AttentionPrompt(nn.Module):
             self.map = nn.Parameter(torch.zeros(len(inner), 2, rank, 2 * latent_channels))
             nn.init.normal_(self.map, std=0.1 * (2 * latent_channels) ** -0.5, generator=generator)
 
-    def forward(self, layer: int, text_BMD: Tensor, latents_BC: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, layer: int, text_BMD: Tensor, pooled_BC: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is added to keys and values of a layer, [B, M, inner] each."""
         added = []
         for side in range(2):
             core_BMR = text_BMD @ self.down[layer, side].T
             if self.conditional:
-                core_BMR = core_BMR * (1 + latents_BC @ self.map[layer, side].T)[:, None, :]
+                core_BMR = core_BMR * (1 + pooled_BC @ self.map[layer, side].T)[:, None, :]
             added.append(core_BMR @ self.up[layer][side].T)
         return added[0], added[1]
 
-    def bind(self, latents_BCrr: Tensor) -> BoundPrompt:
+    def bind(self, latents_BCrr: Tensor) -> Prompt:
         """The prompt for the images with these latents."""
-        return BoundPrompt(self, pooled_latent(latents_BCrr))
+        return partial(self.forward, pooled_BC=pooled_latent(latents_BCrr))
 
     def save(self, path: Path, backbone: str) -> None:
         shape = dict(
@@ -108,15 +108,3 @@ class AttentionPrompt(nn.Module):
     def load(cls, path: Path, backbone: str) -> AttentionPrompt:
         """Load a prompt; raise CheckpointError if the file is not a prompt or belongs to another backbone."""
         return load_learned(partial(cls, seed=0), path, backbone, "an attention prompt")
-
-
-@dataclass(frozen=True)
-class BoundPrompt:
-    """An attention prompt and the pooled latents [B, 2C] of a batch: p(x) for its images."""
-
-    prompt: AttentionPrompt
-    pooled_BC: Tensor
-
-    def __call__(self, layer: int, text_BMD: Tensor) -> tuple[Tensor, Tensor]:
-        added: tuple[Tensor, Tensor] = self.prompt(layer, text_BMD, self.pooled_BC)
-        return added

@@ -42,7 +42,7 @@ class StableDiffusionXL(StableDiffusion):
         sizes = 6 * unet.addition_time_embed_dim
         if unet.projection_class_embeddings_input_dim != sizes + width or width > unet.cross_attention_dim:
             raise CheckpointError(
-                f"{folder}: unet expects {unet.projection_class_embeddings_input_dim} values of a text and a picture's "
+                f"{folder}: unet expects {unet.projection_class_embeddings_input_dim} values of a text and an image's "
                 f"sizes, text_encoder_2 gives {width} and the sizes {sizes}"
             )
 

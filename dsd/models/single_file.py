@@ -48,13 +48,13 @@ class SingleFile:
                 model = kind(kind.config_class.from_pretrained(self.folder / name))
             tensors = self._tensors(name, model)
         except Exception as error:  # two libraries, each with its own errors for settings that do not fit
-            problem = f"{name} does not load as {kind.__name__} by {self.folder}: {brief(error)}"
+            problem = f"{name} does not load as {kind.__name__} with the config in {self.folder}: {brief(error)}"
             raise CheckpointError(f"{self.path}: {problem}") from None
         shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
         if wrong := [key for key, shape in shapes.items() if key not in tensors or tensors[key].shape != shape]:
             raise CheckpointError(
-                f"{self.path}: {len(wrong)} of {len(shapes)} tensors of {name} missing, or not as {self.folder} says; "
-                f"the first is {wrong[0]}"
+                f"{self.path}: {len(wrong)} of {len(shapes)} tensors of {name} missing, or misshapen for "
+                f"{self.folder}; the first is {wrong[0]}"
             )
         model.load_state_dict({key: tensors[key] for key in shapes})
         return model.to(dtype).eval().requires_grad_(False)

@@ -23,7 +23,17 @@ from dsd.data.images import to_model
 from dsd.errors import CheckpointError
 from dsd.models import lora
 from dsd.models.attention import AttentionState, Capture, Prompt, cross_attention_layers, during, install
-from dsd.models.checkpoint import DTYPES, brief, component, locate, longer, one_file, prediction_of, require, tokenizer
+from dsd.models.checkpoint import (
+    DTYPES,
+    brief,
+    component,
+    locate,
+    one_file,
+    over_limit,
+    prediction_of,
+    require,
+    tokenizer,
+)
 from dsd.models.single_file import SingleFile
 
 AT_ONCE = 2**21  # pixels per batch of the VAE: 512 images of 64², 8 of 512²
@@ -65,8 +75,7 @@ class StableDiffusion:
         """Open every component; raise CheckpointError if one does not load or does not match the others."""
         if file := one_file(self._row):
             self._file = SingleFile(file, self._folder)  # read once for all components, then dropped
-        _ = self.vae, vars(self).get("unet") or self._bare_unet, self.text_encoders, self.tokenizers, self.schedule
-        _ = self.unet
+        _ = self.vae, self.unet, self.text_encoders, self.tokenizers, self.schedule
         self._file = None
 
     @cached_property
@@ -82,18 +91,11 @@ class StableDiffusion:
         return [tokenizer(self._folder, name.replace("text_encoder", "tokenizer")) for name in self.encoders]
 
     @cached_property
-    def _bare_unet(self) -> UNet2DConditionModel:
-        """The U-Net as stored; `unet` checks and changes it."""
-        unet: UNet2DConditionModel = self._component(UNet2DConditionModel, "unet", self.dtype)
-        return unet
-
-    @cached_property
     def unet(self) -> UNet2DConditionModel:
         with self._lock:
             if (opened := self.__dict__.get("unet")) is not None:  # another thread was first
                 return cast(UNet2DConditionModel, opened)
-            unet = self._bare_unet
-            del self._bare_unet  # opened again after an error below, which may leave it half changed
+            unet: UNet2DConditionModel = self._component(UNet2DConditionModel, "unet", self.dtype)
             self._check_shapes(unet.config)
             if self._row.lora is not None:
                 lora.merge(unet, Path(self._row.lora))
@@ -127,7 +129,7 @@ class StableDiffusion:
             return AutoencoderKL.from_config(AutoencoderKL.load_config(self._folder, subfolder=name)).config
 
     @cached_property
-    def _shape(self) -> UNet2DConditionModel:
+    def _skeleton(self) -> UNet2DConditionModel:
         """The U-Net if it is open, else one without weights, for attributes that depend on the configuration alone."""
         if "unet" in self.__dict__:
             return self.unet
@@ -157,7 +159,7 @@ class StableDiffusion:
     @property
     def resolution(self) -> int:
         """The side in pixels that the U-Net was trained at."""
-        return int(self._shape.config.sample_size * self.scale)
+        return int(self._skeleton.config.sample_size * self.scale)
 
     @cached_property
     def scale(self) -> int:
@@ -171,19 +173,19 @@ class StableDiffusion:
     @property
     def layers(self) -> list[str]:
         """Names of the cross-attention layers, in the order of the forward pass."""
-        return [name for name, _ in cross_attention_layers(self._shape)]
+        return [name for name, _ in cross_attention_layers(self._skeleton)]
 
     @property
     def layer_widths(self) -> list[int]:
-        return [int(module.to_k.out_features) for _, module in cross_attention_layers(self._shape)]
+        return [int(module.to_k.out_features) for _, module in cross_attention_layers(self._skeleton)]
 
     @property
     def text_width(self) -> int:
-        return int(self._shape.config.cross_attention_dim)
+        return int(self._skeleton.config.cross_attention_dim)
 
     @property
     def latent_channels(self) -> int:
-        return int(self._shape.config.in_channels)
+        return int(self._skeleton.config.in_channels)
 
     @torch.inference_mode()
     def encode_images(self, images: np.ndarray) -> Tensor:
@@ -217,7 +219,7 @@ class StableDiffusion:
 
     def truncated(self, texts: Collection[str]) -> int:
         """Return the number of texts over the token limit, without encoding them."""
-        return len({text for tokens in self.tokenizers for text, _ in longer(tokens, texts, self.max_tokens)})
+        return len({text for tokens in self.tokenizers for text, _ in over_limit(tokens, texts, self.max_tokens)})
 
     def _hidden(self, ids: Sequence[Tensor]) -> Tensor:
         """Return `TextEmbeddings.hidden`, given the ids [B, M] of each text encoder."""
@@ -273,7 +275,7 @@ def unet_skeleton(config: Mapping[str, Any], source: str) -> UNet2DConditionMode
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(config)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{source}: unet/config.json makes no U-Net ({brief(error)})") from None
+        raise CheckpointError(f"{source}: unet/config.json is no valid U-Net ({brief(error)})") from None
 
 
 BACKBONES = {StableDiffusion.family: StableDiffusion}

@@ -8,7 +8,6 @@ Shapes: N images, K captions each, B batch, C latent channels, R image side, r l
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from dsd.pretraining.cards import quality, write_cards
 from dsd.progress import progress
 from dsd.scenes.captions import vocabulary
 from dsd.scenes.corpus import Corpus, build
-from dsd.store import write_atomic
+from dsd.store import write_atomic, write_csv
 
 Loss = Callable[[torch.Generator], dict[str, Tensor]]
 Row = dict[str, float | str]
@@ -71,7 +70,7 @@ def tokenize(tokens: CLIPTokenizer, captions: list[list[str]]) -> Tensor:
 
 def fit(
     name: str, module: nn.Module, loss: Loss, settings: FitParams, root: Path, seed: int, bfloat16: bool
-) -> Iterator[dict[str, float]]:
+) -> Iterator[Row]:
     """Train with AdamW, warm-up and cosine decay; `module` ends with the exponential moving average of its weights.
 
     Yields a row of the curve every `WINDOW` steps and at the end. Resumes from `<root>/<name>.pt`; the curve is written
@@ -113,15 +112,12 @@ def fit(
             means = {key: float(torch.stack(values).mean()) for key, values in recent.items()}
             rows.append({"step": step + 1, **means})
             recent = {}
-            yield rows[-1]
+            yield {"part": name, **rows[-1]}
         if (step + 1) % EVERY == 0 or step + 1 == settings.steps:
             state = dict(module=module.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict())
             torch.save({**state, "step": step + 1, "rows": rows}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
-            with (root / f"{name}.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(root / f"{name}.csv", rows)
     module.load_state_dict(average.module.state_dict())
     module.eval()
 
@@ -284,8 +280,7 @@ def train_diffusion(
     images = _on(device, corpus.direct, corpus.parity)
     vae = build_autoencoder(params).to(device)
     loss = autoencoder_loss(vae, images, params.autoencoder.batch)
-    for row in fit("autoencoder", vae, loss, params.autoencoder, work, params.seed, params.bfloat16):
-        yield {"part": "autoencoder", **row}
+    yield from fit("autoencoder", vae, loss, params.autoencoder, work, params.seed, params.bfloat16)
     cached = work / "latents.safetensors"
     if not (cached.exists() and cached.stat().st_mtime > (work / "autoencoder.pt").stat().st_mtime):
         encoded = torch.stack([encode(vae, kind, params.bfloat16) for kind in images])
@@ -308,8 +303,7 @@ def train_diffusion(
         unet, text_encoder, latents * scaling, ids, empty, weights, params.diffusion.batch, params.timesteps
     )
     both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    for row in fit("diffusion", both, loss, params.diffusion, work, params.seed, params.bfloat16):
-        yield {"part": "diffusion", **row}
+    yield from fit("diffusion", both, loss, params.diffusion, work, params.seed, params.bfloat16)
     parts = (vae.half().cpu(), text_encoder.half().cpu(), tokens, unet.half().cpu(), noise_schedule(), None, None)
     StableDiffusionPipeline(*parts, requires_safety_checker=False).save_pretrained(target)
 
@@ -323,8 +317,7 @@ def train_clip(params: PretrainParams, corpus: Corpus, work: Path, target: Path,
         clip.set_attn_implementation("eager")
     ids = tokenize(tokens, corpus.captions).to(device)
     loss = clip_loss(clip, _on(device, corpus.small)[0], ids, params.clip.batch)
-    for row in fit("clip", clip, loss, params.clip, work, params.seed, params.bfloat16):
-        yield {"part": "clip", **row}
+    yield from fit("clip", clip, loss, params.clip, work, params.seed, params.bfloat16)
     clip.half().cpu().save_pretrained(target)
     tokens.save_pretrained(target / "tokenizer")
 

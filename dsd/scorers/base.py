@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -36,24 +36,17 @@ class StoredEvidence:
     ) -> None:
         self.examples, self.few_shot, self.poolings, self.fusion = examples, few_shot, poolings, fusion
         self._scored, self._methods, self._noise, self._seed = scored, methods, noise, seed
-        self.evidence = lru_cache(maxsize=2)(self._evidence)
-        self.few_shot_evidence = lru_cache(maxsize=2)(self._few_shot_evidence)
+        # By prompt ("none", "few-shot"); few-shot also by the entry of the index. For errors see `read_shards`.
+        self.evidence = lru_cache(maxsize=2)(partial(self._read, examples))
+        self.few_shot_evidence = lru_cache(maxsize=2)(partial(self._read, few_shot))
 
     @cached_property
     def pairs(self) -> list[Pair]:
         return pairs(self.examples)
 
-    def _evidence(self, prompt: str) -> Evidence:
-        """Read the evidence of the examples under a prompt ("none", "few-shot"); for errors see `read_shards`."""
-        return self._read(prompt, prompt, self.examples)
-
-    def _few_shot_evidence(self, prompt: str, entry: str) -> Evidence:
-        """Read the evidence of the few-shot examples under a prompt, the index's entry `entry`."""
-        return self._read(prompt, entry, self.few_shot)
-
-    def _read(self, prompt: str, entry: str, examples: Sequence[MatchingExample]) -> Evidence:
+    def _read(self, examples: Sequence[MatchingExample], prompt: str, entry: str | None = None) -> Evidence:
         compares = reads_unconditional(self._methods, prompt)
-        return read_evidence(self._scored, entry, examples, self._noise, self._seed, compares)
+        return read_evidence(self._scored, entry or prompt, examples, self._noise, self._seed, compares)
 
     def cosines(self, name: str) -> Scores:
         """Read the cosines of all pairs under a contrastive method."""

@@ -142,7 +142,7 @@ def read_shards(scored: Path, name: str) -> dict[str, np.ndarray]:
     """Read the arrays of an entry of the index, its shards concatenated.
 
     Raises:
-        DataError: the stage `score` has left no such evidence, or a shard is damaged.
+        DataError: there is no such evidence, or a shard is damaged.
     """
     shards, store = read_index(scored)["shards"], Store(scored)
     if name not in shards:
@@ -167,14 +167,14 @@ def read_evidence(
     return Evidence(every, all_draws, **shaped, layers=index["layers"], latent=index["latent"])
 
 
-def read_places(scored: Path, method: str, examples: Sequence[MatchingExample]) -> list[np.ndarray]:
+def read_ranks(scored: Path, method: str, examples: Sequence[MatchingExample]) -> list[np.ndarray]:
     """Read the rank [C] of every candidate of each example, from 1, under a method with a schedule.
 
     Raises:
         DataError: the stage `score` has run no such races, or a shard is damaged.
     """
     store, path = Store(scored / RACES), scored / RACES / INDEX
-    keys = json.loads(path.read_text())["shards"].get(method) if path.exists() else None
+    keys = _races_index(scored)["shards"].get(method)
     parts = [part for part in map(store.read, keys or ()) if part is not None]
     if not keys or len(parts) < len(keys):
         raise DataError(f"{path}: no races of {method}, or damaged ones; run the stage `score` again")
@@ -191,7 +191,12 @@ def read_identities(scored: Path) -> dict[str, dict[str, str]]:
     Raises:
         DataError: the stage `score` was not run.
     """
+    return dict(_races_index(scored)["compared"])
+
+
+def _races_index(scored: Path) -> dict[str, Any]:
     path = scored / RACES / INDEX
-    if not path.exists():
-        raise DataError(f"{path}: no such file; run the stage `score`")
-    return dict(json.loads(path.read_text())["compared"])
+    index = json.loads(path.read_text()) if path.exists() else {}
+    if set(index) != {"shards", "compared"}:
+        raise DataError(f"{path}: missing, or not the index of this version; run the stage `score` again")
+    return dict(index)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dsd.config import ContrastiveMethod
 from dsd.data.draws import Draw
 from dsd.engine.session import Session
-from dsd.models.clip_heads import untrained
+from dsd.models.clip_heads import new_head
 from dsd.training.base import Table
 
 
@@ -18,7 +18,7 @@ class HeadLearner:
     def __init__(self, session: Session, method: str) -> None:
         params, row = session.params, cast(ContrastiveMethod, session.params.methods[method])
         clip, features = session.clip(row.backbone), session.features(row.backbone)
-        self.module = untrained(row, clip, *features, params.context, params.seed)
+        self.module = new_head(row, clip, *features, params.context, params.seed)
         self.file = self.module.file
 
     def scores(self, tables: list[Table], draws: list[Draw]) -> Tensor:

@@ -32,7 +32,7 @@ from dsd.data.examples import MatchingExample, Pair
 from dsd.engine.session import Session
 from dsd.errors import DataError
 from dsd.models.checkpoint import locate
-from dsd.store import check_libraries, digest, file_digest, libraries, write_atomic
+from dsd.store import check_libraries, digest, file_digest, libraries, write_atomic, write_csv
 from dsd.training import LEARNERS
 from dsd.training.base import Learner, Table
 from dsd.versions import versioned
@@ -70,7 +70,7 @@ def shape(examples: Sequence[MatchingExample], most: int) -> tuple[int, int]:
     return min(most, images), min(most, texts)
 
 
-def contests(scores_EIT: Tensor) -> list[int]:
+def contested_dims(scores_EIT: Tensor) -> list[int]:
     """Return the dimensions with several candidates: images for a text, texts for an image, or both."""
     return [dim for dim in (1, 2) if scores_EIT.shape[dim] > 1]
 
@@ -87,7 +87,7 @@ def matching_loss(scores_EIT: Tensor, right_EIT: Tensor, training: TrainingParam
         logits_EIT = logits_EIT - logits_EIT.mean((1, 2), keepdim=True)
         return F.binary_cross_entropy_with_logits(logits_EIT, right_EIT.to(logits_EIT.dtype))
     losses = []
-    for dim in contests(scores_EIT):
+    for dim in contested_dims(scores_EIT):
         if training.loss == "softmax":
             losses.append(-logits_EIT.log_softmax(dim)[right_EIT].mean())
         else:
@@ -100,7 +100,7 @@ def matching_loss(scores_EIT: Tensor, right_EIT: Tensor, training: TrainingParam
 def accuracy(scores_EIT: Tensor, right_EIT: Tensor) -> Tensor:
     """Return the share of right pairs that score above every wrong pair with the same image or text."""
     wrong_EIT = scores_EIT.masked_fill(right_EIT, -torch.inf)
-    above = [(scores_EIT > wrong_EIT.amax(dim, keepdim=True))[right_EIT] for dim in contests(scores_EIT)]
+    above = [(scores_EIT > wrong_EIT.amax(dim, keepdim=True))[right_EIT] for dim in contested_dims(scores_EIT)]
     return torch.stack(above).all(0).float().mean()
 
 
@@ -236,14 +236,6 @@ def training_key(session: Session, method: str) -> str:
     return versioned("heads" if row.contrastive else "prompts", content)
 
 
-def curve_csv(curve: Sequence[dict[str, float]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["step", "loss", "accuracy"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(curve)
-    return text.getvalue().encode()
-
-
 def is_done(target: Path, key: str) -> bool:
     """Return whether the folder holds the undamaged results of the training of this key."""
     try:
@@ -263,7 +255,7 @@ def train(session: Session, method: str, target: Path) -> Iterator[dict[str, flo
     only the first writes, into folders that all of them can read.
 
     Raises:
-        DataError: the split is empty or has nothing to choose, or the loss is no longer finite.
+        DataError: the split is empty or has no wrong candidate, or the loss is not finite.
     """
     name, params = session.name, session.params
     PartialState(cpu=params.runtime.device == "cpu")  # assigns a GPU to each process
@@ -298,7 +290,7 @@ def train(session: Session, method: str, target: Path) -> Iterator[dict[str, flo
     if trainer.processes.number > 0:
         return
     trainer.learner.save(target / trainer.learner.file)
-    write_atomic(target / CURVE, curve_csv(trainer.curve))
+    write_csv(target / CURVE, trainer.curve)
     tail = trainer.curve[-max(1, len(trainer.curve) // 5) :]
     done = {
         "key": key,

@@ -20,7 +20,7 @@ def evaluate(params: Params) -> dict[str, Details]:
     target = DATA / "evaluate"
     results: dict[str, evaluation.Results] = {}
     ablated: dict[str, ablations.Ablations] = {}
-    data: dict[str, claims.Answers] = {}
+    data: dict[str, claims.DatasetHits] = {}
 
     def dataset(name: str) -> Details:
         scored = evaluation.ScoredSplit.of(name, params, DATA / "prepare" / name, DATA / "score" / name)
@@ -30,7 +30,7 @@ def evaluate(params: Params) -> dict[str, Details]:
         metric = HEADLINES[benchmark(scored.kind).metrics]
         identities = read_identities(DATA / "score" / name)
         raced = read_hits(DATA / "races" / f"{name}.json", identities, metric, scored.examples)
-        data[name] = claims.Answers(scored.kind, scored.examples, {**hits, **raced}, variants)
+        data[name] = claims.DatasetHits(scored.kind, scored.examples, {**hits, **raced}, variants)
         return {}
 
     details = each(unit(dataset), params.datasets)
