@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-# Libraries are compiled at installation; what the project's own code is compiled to at its first import is kept.
+# Libraries are compiled at installation; the project's bytecode, compiled at its first import, is kept.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -46,7 +46,7 @@ $(READY): pyproject.toml constraints.txt
 	  || { echo "$(PYTHON) is not Python 3.11 to 3.13; name one that is: make $(MAKECMDGOALS) PYTHON=..." >&2; exit 1; }
 	@echo "Installing into $(VENV) (some minutes, once)"
 	@$(PYTHON) -m venv $(VENV)
-	@# pip finds torch as this machine is set up to (a CPU build, say); uv is much the faster for all the rest.
+	@# pip uses this machine's index settings for torch (e.g. a CPU build); uv is faster for the rest.
 	@$(BIN)/pip install -qq --no-compile --disable-pip-version-check -c constraints.txt torch uv
 	@$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -64,7 +64,7 @@ def _watched(folder: Path) -> None:
 
 def main() -> None:
     """Register the results of this workspace; `champion`: under other params, as a champion to compare with."""
-    from flows.registry.promote import promote
+    from flows.registry.promote import register_and_judge
     from flows.registry.registry import KEPT_OUT, PROMOTED
     from flows.tracking import publish
 
@@ -75,7 +75,7 @@ def main() -> None:
     else:
         publish(params, DATA)
     with TemporaryDirectory() as folder:  # not over the page of this workspace
-        _, verdict = promote(params, Path(folder) / "index.html")
+        _, verdict = register_and_judge(params, Path(folder) / "index.html")
     print(PROMOTED if verdict.promoted else KEPT_OUT)
 
 

@@ -31,7 +31,7 @@ from dsd.config import (
 )
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import Pair
-from dsd.data.images import ImageSource, image_id, load_image, resize, to_array
+from dsd.data.images import MAX_PIXELS, ImageSource, image_id, load_image, resize, to_array
 from dsd.engine.encodings import Arrays
 from dsd.engine.engine import Engine, cores
 from dsd.engine.forward import row_values
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from dsd.models.stable_diffusion import StableDiffusion
 
 KEPT_TEXTS = 512  # encodings in memory: 240 kB each with Stable Diffusion 1.x
-MAX_PIXELS = 40_000_000
 AT_ONCE = 16  # batches of evidence in memory
 METHODS = ("cross-attention", "denoising")
 MethodName = Literal["cross-attention", "denoising"]
@@ -84,7 +83,7 @@ class Matcher:
         resolution: int | None = None,
     ) -> None:
         """`method` is a row of params.yaml, or a name; `resolution` is the backbone's own by default."""
-        self.backbone, self.prompt = backbone, prompt
+        self.backbone, self.prompt = backbone, None if prompt is None else prompt.to(backbone.device)
         self._row = _row(method, prompt, noise) if isinstance(method, str) else method
         self.method = cast(MethodName, self._row.scorer)
         self._draws, self._evidence, self._batch_size = draws(noise, seed), evidence, batch_size
@@ -142,7 +141,7 @@ class Matcher:
         if family is None and (detected := family_of(folder_of(row))):
             row = row.model_copy(update={"family": detected})
         backbone = load_diffusion(row, device_of(device), attention)
-        learned = None if prompt is None else AttentionPrompt.load(Path(prompt), backbone.digest).to(backbone.device)
+        learned = None if prompt is None else AttentionPrompt.load(Path(prompt), backbone.digest)
         noise = NoiseParams(levels=tuple(levels), draws_per_level=draws_per_level)
         evidence = EvidenceParams(poolings=("logsumexp",), scale=scale, normalise=False, tokens="content", shard=1)
         chosen: MethodName = "denoising" if method == "denoising" else "cross-attention"

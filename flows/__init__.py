@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dsd.config import BackboneParams
 
 DATA = Path("data")
 SETTINGS = {
@@ -29,6 +33,7 @@ for _name, _value in SETTINGS.items():
     os.environ.setdefault(_name, _value)
 
 
-def absolute(path: str) -> str:
-    """The absolute path of an existing file or folder; any other string, such as a hub id, unchanged."""
-    return str(Path(path).resolve()) if Path(path).exists() else path
+def absolute(row: BackboneParams) -> BackboneParams:
+    """A row of `backbones` with absolute paths; hub ids and absent files are unchanged."""
+    values = {key: getattr(row, key) for key in ("source", "config", "lora")}
+    return row.model_copy(update={k: str(Path(v).resolve()) for k, v in values.items() if v and Path(v).exists()})

@@ -21,8 +21,6 @@ from dsd import __version__
 from dsd.errors import DsdError
 from flows import terminal
 
-MAX_PIXELS = 40_000_000  # the limit of dsd.matcher, which imports torch
-
 
 class Commands(TyperGroup):
     """Print a user error or a warning as one line; a defect keeps its traceback."""
@@ -68,14 +66,14 @@ def dsd(
 def reproduce(
     preset: Annotated[
         Path | None,
-        typer.Option(help="Write these settings into params.yaml first, e.g. presets/paper-comvg-sd2.yaml."),
+        typer.Option(help="Apply this preset to the params files first, e.g. presets/paper-comvg-sd2.yaml."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the run needs and what is missing; change nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; only with --dry-run.")] = False,
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="Compute everything again, such as after an update of torch.")
+        bool, typer.Option("--recompute", help="Recompute everything, e.g. after an update of torch.")
     ] = False,
 ) -> None:
     """Run every stage whose params, code or data have changed, and print the path of the report.
@@ -110,7 +108,7 @@ def _dry_run(preset: Path | None, *, as_json: bool) -> bool:
     from flows import presets
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry
-    params = presets.applied(preset, commits=presets.today)[1] if preset else load()
+    params = presets.applied(preset, commits=presets.current_commits)[1] if preset else load()
     needed = list(needs(params, free=shutil.disk_usage(".").free))
     problems = [f"{need.what}: {need.problem}" for need in needed if need.problem]
     if as_json:
@@ -135,7 +133,7 @@ def promote(as_json: Json = False) -> None:
     """
     from dsd.config import load
     from flows.registry.leaderboard import PAGE
-    from flows.registry.promote import promote as register_and_judge
+    from flows.registry.promote import register_and_judge
     from flows.registry.registry import BACKBONE
 
     version, verdict = register_and_judge(load())
@@ -239,11 +237,12 @@ def leaderboard(
     from flows.registry.registry import Registry
 
     current = board(load(), Registry())
-    if html is not None:
-        print(f"page: {write(current, html)}")
+    page = None if html is None else write(current, html)
     if as_json:
         terminal.print_json(asdict(current))
-    elif html is None:
+    elif page is not None:
+        print(f"page: {page}")
+    else:
         terminal.print_leaderboard(current)
 
 
@@ -285,8 +284,9 @@ def match(
 
             prompt = str(Registry().prompt(prompt, Path(folder)))
         matcher = Matcher.from_pretrained(checkpoint, prompt=prompt, method=method)
-    scores = matcher.score(images, texts).tolist()
-    best = best_matches(scores)
+    scores_IT = matcher.score(images, texts)
+    best = [(int(scores_IT.argmax()), 0)] if len(texts) == 1 else list(enumerate(scores_IT.argmax(1).tolist()))
+    scores = scores_IT.tolist()
     if heatmap is not None:
         i, t = max(best, key=lambda pair: scores[pair[0]][pair[1]])
         terminal.save_heatmap(matcher.heatmap(images[i], texts[t]), heatmap)
@@ -304,7 +304,7 @@ def match(
 
 def check_images(images: Iterable[Path]) -> None:
     """Exit with a line per image that cannot be read, before the checkpoint is opened."""
-    from dsd.data.images import load_image
+    from dsd.data.images import MAX_PIXELS, load_image
 
     errors = []
     for image in images:
@@ -314,13 +314,6 @@ def check_images(images: Iterable[Path]) -> None:
             errors.append(f"dsd: {error}")
     if errors:
         sys.exit("\n".join(errors))
-
-
-def best_matches(scores: list[list[float]]) -> list[tuple[int, int]]:
-    """The (image, text) indices of the best text per image, or of the best image for a single text."""
-    if len(scores[0]) == 1:
-        return [(max(range(len(scores)), key=lambda i: scores[i][0]), 0)]
-    return [(i, max(range(len(row)), key=row.__getitem__)) for i, row in enumerate(scores)]
 
 
 @app.command()

@@ -9,7 +9,6 @@ import logging
 import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,11 +20,11 @@ from time import monotonic
 from typing import NamedTuple
 
 from packaging.requirements import Requirement
-from packaging.version import Version
 
 from dsd.config import BackboneParams, DatasetParams, Params, RuntimeParams, load
 from dsd.errors import CheckpointError, DsdError
 from flows import DATA, stores
+from flows.command import command
 
 SECONDS = 15.0  # the time limit of all checks together
 CONSTRAINTS = Path("constraints.txt")
@@ -100,18 +99,11 @@ def _settings() -> str:
 
 
 def _installed() -> Iterator[Check]:
-    yield Check("Python", _python, "create another environment: make reproduce PYTHON=python3.11")
+    yield Check("Python", platform.python_version, INSTALL)
     for name in PACKAGES:
         yield Check(name, partial(package, name), INSTALL)
     for name, extra in EXTRAS.items():
         yield Check(name, partial(package, name, extra), INSTALL)
-
-
-def _python() -> str:
-    version = platform.python_version()
-    if not Version("3.11") <= Version(version) < Version("3.14"):
-        raise DsdError(f"{version}, but dsd needs 3.11 to 3.13")
-    return version
 
 
 def package(name: str, extra: str | None = None) -> str:
@@ -120,8 +112,6 @@ def package(name: str, extra: str | None = None) -> str:
         if extra is None:
             raise DsdError("not installed")
         return f"not installed (extra `{extra}`)"
-    if name == "fastapi" and Version(version) >= Version("0.151") and (installed("prefect") or "").startswith("3.8."):
-        raise DsdError(f"{version}, with which every flow of prefect 3.8 fails; install a version below 0.151")
     requirement = required(name)
     if requirement is not None and not requirement.specifier.contains(version, prereleases=True):
         raise DsdError(f"{version}, but dsd needs {requirement.specifier}")
@@ -307,17 +297,8 @@ def _project() -> Iterator[Check]:
 
 
 def _git() -> str:
-    def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], capture_output=True, text=True, timeout=SECONDS)
-        if done.returncode:
-            raise DsdError((done.stderr.strip() or "git failed").splitlines()[-1])
-        return done.stdout.strip()
-
-    try:
-        commit, branch = git("rev-parse", "--short", "HEAD"), git("rev-parse", "--abbrev-ref", "HEAD")
-    except FileNotFoundError:
-        raise DsdError("git is not installed") from None
-    changed = len(git("status", "--porcelain").splitlines())
+    commit, branch = (command(Path(), "git", "rev-parse", form, "HEAD") for form in ("--short", "--abbrev-ref"))
+    changed = len(command(Path(), "git", "status", "--porcelain").splitlines())
     return f"{commit} ({branch}), {f'uncommitted files: {changed}' if changed else 'all committed'}"
 
 

@@ -1,6 +1,6 @@
 """The executor of the shards of a stage: its own process, or actors of a Ray cluster.
 
-Actors compute the missing shards first. Then the stage runs as usual, and finds them in its store. A shard is named by
+Actors compute the missing shards first. Then the stage runs as usual, and reads them from its store. A shard is named by
 its content key and written atomically, so a shard that is computed twice, because an actor died, is stored once.
 """
 
@@ -39,8 +39,8 @@ class Actor:
     User errors are returned as part of the result: Ray would wrap an exception.
     """
 
-    def __init__(self, opened: Callable[[], Worker], workspace: str, threads: int) -> None:
-        self._opened, self._workspace, self._threads = opened, workspace, threads
+    def __init__(self, open_worker: Callable[[], Worker], workspace: str, threads: int) -> None:
+        self._open_worker, self._workspace, self._threads = open_worker, workspace, threads
         self._worker: Worker | None = None
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[str]]:
@@ -60,7 +60,7 @@ class Actor:
             if not Path(self._workspace).is_dir():
                 raise DsdError(f"{place}: no such folder; all machines need the workspace under one path")
             os.chdir(self._workspace)  # paths in params are relative to it
-            self._worker = self._opened()
+            self._worker = self._open_worker()
         if key not in self._worker.shards:
             raise DsdError(f"{place}: has other shards; all machines need the same data, checkpoints and code")
         self._worker(key)
@@ -71,7 +71,7 @@ class Node(NamedTuple):
     gpus: int
 
 
-def compute(missing: Mapping[str, int], opened: Callable[[], Worker], runtime: RuntimeParams, title: str) -> int:
+def compute(missing: Mapping[str, int], open_worker: Callable[[], Worker], runtime: RuntimeParams, title: str) -> int:
     """Compute the missing shards, given with their numbers of rows, on a Ray cluster; return the total of rows.
 
     Raises:
@@ -89,7 +89,7 @@ def compute(missing: Mapping[str, int], opened: Callable[[], Worker], runtime: R
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # about max_task_retries
         results = shards.map_batches(
             Actor,
-            fn_constructor_args=(opened, str(Path.cwd()), threads),
+            fn_constructor_args=(open_worker, str(Path.cwd()), threads),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
             num_cpus=threads,

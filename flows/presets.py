@@ -1,10 +1,9 @@
-"""Presets: files of settings that belong together, applied to params.yaml and the files beside it."""
+"""Presets: files of settings that belong together, applied to the params files."""
 
 from __future__ import annotations
 
 import io
 import os
-import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,16 @@ import yaml
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from dsd.config import Params, RepositoryDataset, files, merged, mistake, read
+from dsd.config import Params, RepositoryDataset, assign, files, merged, mistake, read
 from dsd.errors import ParamsError, unknown
 from dsd.store import write_atomic
+from flows.command import command
 
-PARAMS = Path("params.yaml")
 Commits = Callable[[Params], Iterable[tuple[str, str, str]]]
 
 
-def applied(preset: Path, path: Path = PARAMS, *, commits: Commits | None = None) -> tuple[dict[Path, bytes], Params]:
-    """Apply the settings of a preset: the new text of each params file, comments kept, and the params that they hold.
+def applied(preset: Path, *, commits: Commits | None = None) -> tuple[dict[Path, bytes], Params]:
+    """Return the text of each params file with a preset applied, comments kept, and the resulting params.
 
     A preset maps keys, written as paths (`images.resolution`), to new values.
 
@@ -33,40 +32,34 @@ def applied(preset: Path, path: Path = PARAMS, *, commits: Commits | None = None
         ParamsError: the preset cannot be read, a key does not exist, or the params are invalid; one line.
     """
     settings, round_trip = _read(preset), _round_trip()
-    read(path)  # checks that each section is in its file
-    contents = {file: round_trip.load(file.read_text()) for file in files(path)}
+    read()  # checks that each section is in its file
+    contents = {file: round_trip.load(file.read_text()) for file in files()}
     holder = {section: content for content in contents.values() for section in content}
     for key, value in settings.items():
-        *parents, last = str(key).split(".")
-        node = holder.get([*parents, last][0], holder)
-        for part in parents:
-            node = _inside(node, part, f"{preset}: {key}")
-        _inside(node, last, f"{preset}: {key}")
-        node[last] = value
-    texts, params = _written(round_trip, contents, preset, path)
+        keys = str(key).split(".")
+        assign(holder.get(keys[0], holder), keys, value, f"{preset}: {key}")
+    texts, params = _written(round_trip, contents, preset)
     if commits is not None:
         for section, name, commit in commits(params):
             holder[section][section][name]["revision"] = commit
-        texts, params = _written(round_trip, contents, preset, path)
+        texts, params = _written(round_trip, contents, preset)
     return texts, params
 
 
-def _written(
-    round_trip: YAML, contents: Mapping[Path, Any], preset: Path, path: Path
-) -> tuple[dict[Path, bytes], Params]:
+def _written(round_trip: YAML, contents: Mapping[Path, Any], preset: Path) -> tuple[dict[Path, bytes], Params]:
     texts = {}
     for file, content in contents.items():
         text = io.StringIO()
         round_trip.dump(content, text)
         texts[file] = text.getvalue().encode()
     try:
-        sections = merged({file: yaml.safe_load(text) for file, text in texts.items()}, path)
+        sections = merged({file: yaml.safe_load(text) for file, text in texts.items()})
         return texts, Params.model_validate(sections)
     except ValidationError as error:
         raise ParamsError(mistake(error.errors()[0], preset)) from None
 
 
-def today(params: Params) -> Iterator[tuple[str, str, str]]:
+def current_commits(params: Params) -> Iterator[tuple[str, str, str]]:
     """Section, row and current commit of each hub row without a revision.
 
     Raises:
@@ -84,17 +77,16 @@ def today(params: Params) -> Iterator[tuple[str, str, str]]:
             yield "datasets", name, commit
 
 
-def put(preset: Path, path: Path = PARAMS, *, commits: Commits = today) -> None:
+def put(preset: Path, *, commits: Commits = current_commits) -> None:
     """Write the settings of a preset into the params files, with each hub repository pinned to a commit.
 
     Raises:
         ParamsError: see `applied`; or a file to be changed has uncommitted changes, which would be lost.
     """
-    texts, _ = applied(preset, path, commits=commits)
+    texts, _ = applied(preset, commits=commits)
     changed = {file: text for file, text in texts.items() if text != file.read_bytes()}
     for file in changed:
-        status = subprocess.run(["git", "status", "--porcelain", "--", file.name], cwd=file.parent, capture_output=True)
-        if status.stdout:
+        if command(file.parent, "git", "status", "--porcelain", "--", file.name):
             raise ParamsError(f"{file}: has changes that are not committed and would be lost; commit or revert them")
     _write_all(changed)
 
@@ -113,7 +105,7 @@ def _write_all(texts: Mapping[Path, bytes]) -> None:
 
 
 def _round_trip() -> YAML:
-    """A YAML reader and writer that keeps what is not changed byte for byte."""
+    """A YAML reader and writer that keeps unchanged content byte for byte."""
     round_trip = YAML()
     round_trip.width, round_trip.preserve_quotes = 2**16, True
     round_trip.indent(mapping=2, sequence=4, offset=2)
@@ -127,16 +119,10 @@ def _read(preset: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(preset.read_text())
     except FileNotFoundError:
-        choices = sorted(str(file) for file in PARAMS.parent.glob("presets/*.yaml"))
+        choices = sorted(str(file) for file in Path("presets").glob("*.yaml"))
         raise ParamsError(unknown("preset", str(preset), choices)) from None
     except yaml.YAMLError as error:
         raise ParamsError(f"{preset}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise ParamsError(f"{preset}: not a mapping from keys of params.yaml to values")
     return settings
-
-
-def _inside(node: Any, part: str, where: str) -> Any:
-    if not isinstance(node, dict) or part not in node:
-        raise ParamsError(f"{where}: {unknown('key', part, list(node) if isinstance(node, dict) else [])}")
-    return node[part]

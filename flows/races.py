@@ -6,7 +6,7 @@ from prefect import flow
 
 from dsd.config import load
 from flows import DATA
-from flows.stages.common import Details, each, main, unit
+from flows.stages.common import Details, each, main
 
 
 @flow(name="races", persist_result=False)
@@ -26,8 +26,8 @@ def races() -> None:
         measure_scaling(params.races, params.evaluate, params.seed, DATA / "races")
         return {}
 
-    each(unit(dataset), params.races.datasets)
-    each(unit(growth), ["growth"])
+    each(dataset, params.races.datasets)
+    each(growth, ["growth"])
 
 
 if __name__ == "__main__":

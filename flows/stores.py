@@ -25,7 +25,8 @@ LOCK = 6_580_297  # the number of our advisory lock, which no other program take
 
 def uri() -> str:
     """MLFLOW_TRACKING_URI, or this workspace's database; for PostgreSQL with the driver of the extra `postgres`."""
-    address = os.environ.get(MLFLOW) or f"sqlite:///{Path('mlflow.db').resolve()}"
+    address = os.environ.get(MLFLOW) or "sqlite:///mlflow.db"
+    address = re.sub("^sqlite:///(?=[^/:])", f"sqlite:///{Path().resolve()}/", address)
     return re.sub("^postgresql:", "postgresql+psycopg2:", address)
 
 

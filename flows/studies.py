@@ -10,7 +10,7 @@ from prefect import flow
 from dsd.config import load
 from dsd.errors import DsdError, unknown
 from flows import DATA
-from flows.stages.common import Details, each, main, unit
+from flows.stages.common import Details, each, main
 
 
 @flow(name="studies", persist_result=False)
@@ -34,8 +34,9 @@ def studies() -> None:
         run_piece(study, variant, dataset, target, DATA / "unfinished" / study.name)
         return {}
 
-    each(unit(piece), pieces)
-    shutil.rmtree(DATA / "unfinished", ignore_errors=True)
+    each(piece, pieces)
+    for name in names or params.studies:
+        shutil.rmtree(DATA / "unfinished" / name, ignore_errors=True)
 
 
 if __name__ == "__main__":

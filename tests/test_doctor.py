@@ -91,16 +91,6 @@ def test_versions(versions: dict[str, str]) -> None:
         doctor.package("diffusers")
 
 
-def test_an_incompatible_combination(versions: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.metadata, "requires", lambda _: None)  # whatever is declared
-    assert doctor.package("fastapi") == "0.150.0"
-    versions["fastapi"] = "0.151.0"
-    with pytest.raises(DsdError, match="every flow of prefect 3"):
-        doctor.package("fastapi")
-    versions["prefect"] = "3.9.0"
-    assert doctor.package("fastapi").startswith("0.151.0")
-
-
 def with_row(params: Params, row: BackboneParams, **runtime: str) -> Params:
     backbones = {**params.backbones, params.backbone: row}
     return params.model_copy(

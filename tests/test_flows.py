@@ -34,7 +34,7 @@ from dsd.pretraining import recipe as pretraining
 from dsd.training import loop as training
 from flows import reproduce
 from flows.stages import common as stages
-from flows.stages.common import declared, each, main, params, prune, stage, unit
+from flows.stages.common import declared, each, main, prune, stage, stage_params
 from flows.stages.download import is_transient
 from tests.conftest import read_settings, write_settings
 
@@ -53,7 +53,7 @@ def one_dataset(workspace: Path) -> Path:
 
 
 def test_a_stage_reads_the_params_that_dvc_lists(one_dataset: Path) -> None:
-    granted = params("work")
+    granted = stage_params("work")
     assert (granted.seed, list(granted.datasets)) == (0, ["scenes-com"])
     assert granted.runtime.workers  # changes no result, so no stage depends on it
     with pytest.raises(AttributeError, match="training"):
@@ -67,7 +67,7 @@ def test_every_section_is_declared_somewhere(workspace: Path) -> None:
 
 @stage
 def work(params: Params) -> dict[str, dict[str, Any]]:
-    return each(unit(lambda name: {"seed": params.seed}), params.datasets)
+    return each(lambda name: {"seed": params.seed}, params.datasets)
 
 
 def test_a_stage_leaves_its_timing(one_dataset: Path, prefect_server: None) -> None:
@@ -85,7 +85,7 @@ def failing(error: Exception) -> Callable[[], None]:
         raise error
 
     def fail(params: Params) -> dict[str, dict[str, Any]]:
-        return each(unit(body), ["one"])
+        return each(body, ["one"])
 
     return lambda: main(stage(fail))
 
@@ -165,8 +165,7 @@ def test_only_transient_errors_are_retried(one_dataset: Path, prefect_server: No
 
     @stage
     def work(params: Params) -> dict[str, dict[str, Any]]:
-        task = unit(flaky, retries=2, retry_delay_seconds=0, retry_condition_fn=is_transient)
-        return each(task, ["reset", "mistake"])
+        return each(flaky, ["reset", "mistake"], retries=2, retry_delay_seconds=0, retry_condition_fn=is_transient)
 
     with pytest.raises(DataError):
         work()

@@ -34,7 +34,7 @@ from dsd.report.comparisons import Comparison, compare
 from dsd.report.figures import smooth
 from dsd.report.findings import unbeaten
 from dsd.report.gallery import choose, decimals, noisy_example
-from dsd.report.heatmaps import BackboneHeatMaps, overlay
+from dsd.report.heatmaps import HeatMaps, overlay
 from dsd.report.inputs import DatasetResults, read_datasets
 from dsd.report.papers import second_paper
 from dsd.report.races import front
@@ -609,7 +609,7 @@ def test_heat_maps_are_those_of_the_trained_prompt(models: Path, tmp_path: Path)
     from tests.tiny import small
 
     params = small(models)
-    heat = BackboneHeatMaps(params, tmp_path)
+    heat = HeatMaps(params, tmp_path)
     backbone = heat._backbone
     prompt = AttentionPrompt(
         backbone.unet.config.cross_attention_dim, backbone.layer_widths, 4, rank=2, conditional=False, seed=0

@@ -28,12 +28,13 @@ from dsd.data.examples import MatchingExample, write_examples
 from dsd.errors import DsdError
 from flows import tracking
 from flows.cli import app
+from flows.command import last_line
 from flows.registry.attempts import KILLED
 from flows.registry.registry import CHAMPION, Registry
 from flows.reproduce import free_port
 from flows.stores import DATABASE, MLFLOW
 from flows.watch import tick as watching
-from flows.watch.clone import clone, last_line
+from flows.watch.clone import clone
 from flows.watch.tick import tick, tick_lock
 from tests.conftest import ROOT, read_settings, write_settings
 from tests.hubserver import COMMIT, Hub, connected, files_of
@@ -279,7 +280,7 @@ def test_a_repository_is_evaluated_at_the_commit_of_its_branch(
     ]  # fmt: skip
     assert "own/empty@main: no diffusion model in the diffusers layout" in report.lines[1] + report.lines[0]
     [version] = Registry().versions()
-    assert (version.digest, version.revision, version.row.family) == (
+    assert (version.digest, version.row.revision, version.row.family) == (
         f"own/model@{COMMIT}",
         COMMIT,
         "stable-diffusion-xl",

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dsd.errors import ImageError
 
+MAX_PIXELS = 40_000_000  # of an image that a user passes
 log = logging.getLogger(__name__)
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray

@@ -118,22 +118,6 @@ def tally(a: str, b: str, comparisons: Sequence[Comparison]) -> str:
     )
 
 
-def overlaps(comparisons: Sequence[Comparison]) -> list[str]:
-    """By dataset, on which metrics the intervals of the two methods overlap."""
-    sentences = []
-    for dataset in dict.fromkeys(c.dataset for c in comparisons):
-        rows = [c for c in comparisons if c.dataset == dataset]
-        disjoint = [c.metric for c in rows if not c.overlap]
-        overlapping = [c.metric for c in rows if c.overlap]
-        parts = [
-            f"{word} on {names(metrics)}"
-            for word, metrics in (("disjoint", disjoint), ("overlapping", overlapping))
-            if metrics
-        ]
-        sentences.append(f"{dataset}: intervals are {', '.join(parts)}.")
-    return sentences
-
-
 def value_text(name: str, value: Interval) -> str:
     return f"{name} {percent(value.value)} % {interval(value)}"
 

@@ -26,7 +26,7 @@ from dsd.report.inputs import DatasetResults
 if TYPE_CHECKING:
     from dsd.matcher import Heatmap
 
-MAPPED = 6  # examples with heat maps, among the correct and the wrong ones each: a map costs U-Net passes
+MAPPED = 6  # examples with heat maps in each group: a map costs U-Net passes
 LISTED = 3  # top candidates that a card lists; correct ones are always listed
 IMAGE_SIDE, MAP_SIDE = 224, 96  # maximum, in pixels
 
@@ -97,7 +97,7 @@ def choose(dataset: DatasetResults, method: str, count: int, seed: int) -> tuple
 
 
 def gallery(dataset: DatasetResults, method: str, count: int, seed: int, prepared: Path, heat: HeatMaps) -> Gallery:
-    """Sampled answers of a method: `count` each, or a third of it where every example has a single image."""
+    """Sampled correct and wrong answers: `count` of each, or a third where every example has one image."""
     if not any(len(example.images) > 1 for example in dataset.examples):
         count = max(1, count // 3)
     images, correct_n = ImageTable(prepared / "images.parquet"), dataset.ranks[method] == 1

@@ -5,8 +5,9 @@ Shapes: R image side, M words.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,23 +19,8 @@ if TYPE_CHECKING:
     from dsd.matcher import Heatmap, Matcher
 
 
-class HeatMaps(Protocol):
-    """Attention maps of the words of a text over an image, with the attention prompt of a dataset."""
-
-    @property
-    def digest(self) -> str:
-        """The digest of the checkpoint."""
-        ...
-
-    def __call__(self, dataset: str, image: Image.Image, text: str) -> Heatmap: ...
-
-    def by_level(self, dataset: str, image: Image.Image, text: str) -> dict[float, Heatmap]:
-        """By noise level: the maps, over the decoded noisy latent."""
-        ...
-
-
-class BackboneHeatMaps:
-    """Heat maps of the method under test: one backbone, and the attention prompt of each dataset if it has one.
+class HeatMaps:
+    """Attention maps of the method under test: one backbone, and the attention prompt of each dataset if it has one.
 
     torch is imported here only, because the leaderboard imports the other modules of this package without it.
     """
@@ -42,42 +28,36 @@ class BackboneHeatMaps:
     def __init__(self, params: Params, trained: Path) -> None:
         from dsd.models import device_of, load_diffusion
 
-        self._name = params.under_test
-        method = params.methods[self._name]
-        assert method.scorer != "contrastive"  # `under_test` returns none
         row, runtime = params.backbones[params.backbone], params.runtime
         self._backbone = load_diffusion(row, device_of(runtime.device), runtime.attention)
-        self._params, self._method, self._trained = params, method, trained
-        self._matchers: dict[str, Matcher] = {}
+        self._params, self._trained = params, trained
+        self._matcher = cache(self._open)
 
     @property
     def digest(self) -> str:
+        """The digest of the checkpoint."""
         return str(self._backbone.digest)
 
     def __call__(self, dataset: str, image: Image.Image, text: str) -> Heatmap:
         return self._matcher(dataset).heatmap(image, text)
 
     def by_level(self, dataset: str, image: Image.Image, text: str) -> dict[float, Heatmap]:
+        """By noise level: the maps, over the decoded noisy latent."""
         return self._matcher(dataset).heatmaps(image, text)
-
-    def _matcher(self, dataset: str) -> Matcher:
-        if dataset not in self._matchers:
-            self._matchers[dataset] = self._open(dataset)
-        return self._matchers[dataset]
 
     def _open(self, dataset: str) -> Matcher:
         from dsd.matcher import Matcher
         from dsd.models.prompts import PROMPT, AttentionPrompt
 
-        prompt = None
-        if self._method.prompt == "few-shot":
-            prompt = AttentionPrompt.load(self._trained / dataset / self._name / PROMPT, self._backbone.digest)
-            prompt = prompt.to(self._backbone.device)
+        name = self._params.under_test
+        method, prompt = self._params.methods[name], None
+        if method.prompt == "few-shot":
+            prompt = AttentionPrompt.load(self._trained / dataset / name / PROMPT, self._backbone.digest)
         return Matcher(
             self._backbone,
             prompt,
             "cross-attention",
-            self._params.noise.model_copy(update={"levels": self._method.levels}),
+            self._params.noise.model_copy(update={"levels": method.levels}),
             self._params.evidence,
             parity=None,  # prepared images are resized already
             batch_size=self._params.runtime.batch_size,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,6 @@ from dsd.datasets import benchmark
 from dsd.errors import DataError, unknown
 from dsd.evaluation.ablations import Ablations
 from dsd.evaluation.claims import Judgement
-from dsd.experiments.scaling import read_scaling
 from dsd.metrics import HEADLINES, METRICS, WINOGROUND_CHANCE, Hits
 from dsd.schedules.replay import current
 from dsd.scorers.evidence import read_identities
@@ -97,18 +97,21 @@ class DatasetResults:
         return METRICS[benchmark(self.kind).metrics](ranks, [e.category for e in self.examples])
 
 
-def read_json(path: Path, stage: str) -> Any:
-    """The content of a JSON file that `stage` writes.
-
-    Raises:
-        DataError: the file is missing or is not JSON.
-    """
+@contextmanager
+def reading(path: Path, stage: str, content: str) -> Iterator[None]:
+    """Turn the absence of a file that `stage` writes, or content other than described, into a DataError of one line."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        yield
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run the stage `{stage}`") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); run the stage `{stage}` again") from None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise DataError(f"{path}: not {content}; run the stage `{stage}` again") from None
+
+
+def read_json(path: Path, stage: str) -> Any:
+    """The content of a JSON file that `stage` writes; raise DataError if it is missing or malformed."""
+    with reading(path, stage, "JSON"):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_datasets(params: Params, data: Path, timings: Timings) -> list[DatasetResults]:
@@ -129,9 +132,8 @@ def read_datasets(params: Params, data: Path, timings: Timings) -> list[DatasetR
     for name, row in params.datasets.items():
         prepared = data / "prepare" / name
         file = prepared / "examples.parquet"
-        if not file.exists():
-            raise DataError(f"{file}: no such file; run the stage `prepare`")
-        examples = {split: read_examples(file, split) for split in SPLITS}
+        with reading(file, "prepare", "examples"):
+            examples = {split: read_examples(file, split) for split in SPLITS}
         scores, ranks = _scores(data / "evaluate" / "scores" / f"{name}.parquet", list(results[name]), examples["test"])
         summaries = {"prepare": read_json(prepared / "summary.json", "prepare")}
         # Counts of one run are stored with its timing, not with its outputs, so that they make no later stage stale.
@@ -160,15 +162,8 @@ def read_claims(data: Path) -> list[Claim]:
     """The judged claims and their comparisons, by number."""
     folder = data / "evaluate"
     claims, rows = (read_json(folder / f"{name}.json", "evaluate") for name in ("claims", "comparisons"))
-    try:
+    with reading(folder / "claims.json", "evaluate", "judged claims"):
         return [Claim(number, Judgement(**claim), rows[number]) for number, claim in claims.items()]
-    except (KeyError, TypeError):
-        raise DataError(f"{folder / 'claims.json'}: not judged claims; run the stage `evaluate` again") from None
-
-
-def read_studies(data: Path) -> dict[str, Any]:
-    """The results of each study, see `dsd.experiments.study_results`."""
-    return dict(read_json(data / "evaluate" / "studies.json", "evaluate"))
 
 
 def read_races(datasets: Iterable[str], data: Path) -> dict[str, dict[str, Any]]:
@@ -176,11 +171,6 @@ def read_races(datasets: Iterable[str], data: Path) -> dict[str, dict[str, Any]]
     identities = {name: read_identities(data / "score" / name) for name in datasets}
     races = {name: current(data / "races" / f"{name}.json", identities[name]) for name in datasets}
     return {name: by_method for name, by_method in races.items() if by_method}
-
-
-def read_growth(data: Path) -> list[dict[str, Any]]:
-    """The results of `dsd.experiments.scaling`; empty if it was not run."""
-    return list(read_scaling(data / "races").get("rows", []))
 
 
 def read_timings(data: Path) -> Timings:
@@ -195,7 +185,7 @@ def read_timings(data: Path) -> Timings:
 
 def _ablations(path: Path) -> dict[str, Ablations]:
     content = read_json(path, "evaluate")
-    try:
+    with reading(path, "evaluate", "intervals by dataset, method, key and value"):
         return {
             dataset: {
                 method: {
@@ -206,10 +196,6 @@ def _ablations(path: Path) -> dict[str, Ablations]:
             }
             for dataset, by_method in content.items()
         }
-    except (AttributeError, TypeError):
-        raise DataError(
-            f"{path}: not intervals by dataset, method, key and value; run the stage `evaluate` again"
-        ) from None
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -221,10 +207,8 @@ def _results(path: Path, dataset: str, rows: dict[str, Any], methods: Sequence[s
     for method in rows:
         if method not in methods:
             raise DataError(f"{path}: {dataset}: {unknown('method', method, methods)}; {again}")
-    try:
+    with reading(path, "evaluate", f"value, low, high and n of {dataset}"):
         results = {m: {k: Interval(**v) for k, v in rows[m].items()} for m in methods if m in rows}
-    except (TypeError, AttributeError):
-        raise DataError(f"{path}: {dataset}: an entry is not {{value, low, high, n}}; {again}") from None
     if not results or len({tuple(row) for row in results.values()}) != 1 or not all(results.values()):
         raise DataError(f"{path}: {dataset}: every method needs the same metrics; {again}")
     return results
@@ -234,27 +218,18 @@ def _scores(
     path: Path, methods: Sequence[str], examples: Sequence[MatchingExample]
 ) -> tuple[dict[str, list[NDArray[np.float64]]], dict[str, NDArray[np.int64]]]:
     """Scores and ranks by method, in the order of the examples."""
-    if not path.exists():
-        raise DataError(f"{path}: no such file; run the stage `evaluate`")
-    rows = {(row["method"], row["id"]): row for row in pq.read_table(path).to_pylist()}
     shapes = [(len(e.images), len(e.texts)) for e in examples]
-    try:
+    with reading(path, "evaluate", "the scores of the test examples"):
+        rows = {(row["method"], row["id"]): row for row in pq.read_table(path).to_pylist()}
         columns = {method: [rows[method, e.id] for e in examples] for method in methods}
         scores = {
             method: [np.array(row["scores"]).reshape(shape) for row, shape in zip(column, shapes, strict=True)]
             for method, column in columns.items()
         }
-    except (KeyError, ValueError):
-        raise DataError(f"{path}: not the scores of the test examples; run the stage `evaluate` again") from None
     return scores, {method: np.array([row["rank"] for row in column]) for method, column in columns.items()}
 
 
 def _curve(path: Path) -> dict[str, list[float]]:
-    if not path.exists():
-        raise DataError(f"{path}: no such file; run the stage `train`")
-    with path.open(newline="") as file:
+    with reading(path, "train", "a curve of step, loss and accuracy"), path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    try:
         return {name: [float(row[name]) for row in rows] for name in ("step", "loss", "accuracy")}
-    except (KeyError, TypeError, ValueError):
-        raise DataError(f"{path}: not a curve of step, loss and accuracy; run the stage `train` again") from None

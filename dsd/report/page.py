@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from dsd.config import FusionMethod, Params
+from dsd.experiments.scaling import read_scaling
 from dsd.progress import progress
 from dsd.report import comparisons, figures, findings, inputs, papers, races, studies, tables
 from dsd.report.gallery import MAPPED, gallery, noisy_example
-from dsd.report.heatmaps import BackboneHeatMaps, HeatMaps
+from dsd.report.heatmaps import HeatMaps
 from dsd.report.html import render
 from dsd.report.inputs import DatasetResults
 from dsd.statistics import Resampling
@@ -30,7 +31,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
     """
     timings = inputs.read_timings(data)
     datasets = inputs.read_datasets(params, data, timings)
-    heat = heatmaps or BackboneHeatMaps(params, data / "train")
+    heat = heatmaps or HeatMaps(params, data / "train")
     method, before = params.under_test, params.twin
     evaluate = params.evaluate
     resampling = Resampling(resamples=evaluate.resamples, confidence=evaluate.confidence, seed=params.seed)
@@ -39,6 +40,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
     untrained = [name for name, row in params.methods.items() if not row.contrastive and row.zero_shot]
     clips = {row.tuned: name for name, row in reversed(params.contrastive.items())}
     claims, replays = inputs.read_claims(data), inputs.read_races(params.races.datasets, data)
+    stored_studies = inputs.read_json(data / "evaluate" / "studies.json", "evaluate")
     tested = [d for d in datasets if method in d.results]
     series = {name: number for number, name in enumerate(params.methods)}
     evaluated = {name for dataset in datasets for name in dataset.methods}
@@ -64,10 +66,10 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         subsets=params.ablations.subsets,
         fusion=params.fusion,
         races=list(races.sections(replays)),
-        growth=races.growth(inputs.read_growth(data)),
+        growth=races.growth(read_scaling(data / "races").get("rows", [])),
         second_paper=list(papers.second_paper(replays, datasets, clips.get("none"))),
         noisy=[noisy_example(d, data / "prepare" / d.name, heat) for d in papers.classified(replays, tested)],
-        studies=list(studies.sections(params, inputs.read_studies(data), datasets, series)),
+        studies=list(studies.sections(params, stored_studies, datasets, series)),
         galleries=[
             gallery(d, method, params.report.gallery, params.seed, data / "prepare" / d.name, heat)
             for d in progress(tested, desc="gallery")
@@ -86,17 +88,13 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
 def _facts(params: Params, digest: str, timings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What was evaluated and how, as terms and values."""
     row, images = params.backbones[params.backbone], params.images
-    parity = (
-        f"parity: {images.parity} → {images.resolution} pixels"
-        if images.parity
-        else f"direct: {images.resolution} pixels"
-    )
+    pixels = f"{images.parity} → {images.resolution}" if images.parity else str(images.resolution)
     devices = dict.fromkeys(timings[stage]["device"] for stage in ("train", "score") if stage in timings)
     finished = max((str(stage["finished"]) for name, stage in timings.items() if name != "pretrain"), default="")
     return [
         ("checkpoint", f"{params.backbone} ({row.source}{'@' + row.revision if row.revision else ''}, {row.dtype})"),
         ("digest", digest),
-        ("images", parity),
+        ("images", f"{pixels} pixels"),
         ("noise levels", ", ".join(map(str, params.noise.levels))),
         ("draws per level", ", ".join(f"{name} {params.noise_of(name).draws_per_level}" for name in params.datasets)),
         ("λ of eq. 3", f"{params.evidence.scale:g}"),
@@ -115,7 +113,7 @@ def _comparisons(
 ) -> Values:
     """The findings at the top of the page and the paired comparisons that they are based on."""
     sides = {name: comparisons.compare_all(name, before, datasets, resampling) for name in (method, *fusions)}
-    # A fusion is compared with the tested method once, from the side of the fusion.
+    # Each fusion is compared with the tested method once, as fusion minus method.
     sides[method] = {other: rows for other, rows in sides[method].items() if other not in fusions}
     pairs = {(name, other): rows for name, side in sides.items() for other, rows in side.items()}
     tallies = {pair: findings.tally(*pair, rows) for pair, rows in pairs.items()}
@@ -132,8 +130,7 @@ def _comparisons(
         "headlines": findings.headlines(datasets, prompting, before, method) if before else [],
         "answers": [(question, sentences) for question, sentences in answers.items() if sentences],
         "comparisons": [
-            (comparisons.table(*pair, rows), tallies[pair], findings.overlaps(rows) if pair == (method, before) else [])
-            for pair, rows in pairs.items()
+            (comparisons.table(*pair, rows), tallies[pair], pair == (method, before)) for pair, rows in pairs.items()
         ],
         "tests": sum(map(len, pairs.values())),
         "parts": tables.names([part for parts in fusions.values() for part in parts]),

@@ -88,9 +88,9 @@ def first_paper_figures(method: str | None, datasets: Sequence[DatasetResults]) 
 def _lines(key: str, values: Mapping[str, Interval]) -> Iterator[tuple[str, dict[str, Interval]]]:
     """(suffix of the line's name, its values from left to right)."""
     if key == "heads":
-        for how in ("weighted", "mean"):
+        for how in (how for how in ("weighted", "mean") if how in values):
             some = {text.split()[0]: value for text, value in values.items() if text.endswith(f" {how}")}
-            yield f", {how}", dict(sorted(some.items())) | {"all": values[how]}
+            yield f", {how}", dict(sorted(some.items(), key=lambda item: int(item[0]))) | {"all": values[how]}
     elif key == "levels":
         ordered = sorted(values.items(), key=lambda item: ("," in item[0], item[0]))
         yield "", {text if "," not in text else "together": value for text, value in ordered}

@@ -14,7 +14,6 @@ from dsd.schedules.replay import LEARNED_FROM, MEASURED_ON
 from dsd.statistics import Interval
 
 Results = Mapping[str, Any]  # of a method on a dataset, see dsd.schedules.replay.compare
-SCHEDULES = ("exhaustive", "staged", "hierarchical", "racing")
 
 
 def sections(races: Mapping[str, Mapping[str, Results]]) -> Iterator[Section]:
@@ -109,12 +108,13 @@ def growth(rows: Sequence[Results]) -> Table | None:
 def plots(dataset: str, method: str, results: Results) -> list[Plot]:
     """Accuracy over cost of each schedule, and, as in Figure 4 of the second paper, of each direction."""
     exhaustive, name = Interval(**results["chosen"][ALL_DRAWS]["accuracy"]), slug(f"{dataset}-{method}")
-    runs = {schedule: [run for run in results["runs"] if run["schedule"] == schedule] for schedule in SCHEDULES}
+    kinds = dict.fromkeys(run["schedule"] for run in results["runs"])
+    runs = {kind: [run for run in results["runs"] if run["schedule"] == kind] for kind in kinds}
 
     def by_setting(schedule: str, key: str, value: str | None) -> list[tuple[float, float]]:
         return front(run for run in runs[schedule] if run["setting"][key] == value)
 
-    lines = {schedule: front(runs[schedule]) for schedule in SCHEDULES if schedule != "racing"}
+    lines = {kind: front(runs[kind]) for kind in kinds if kind != "racing"}
     for proposer in dict.fromkeys(run["setting"]["proposer"] for run in runs["racing"]):
         label = f"racing, {proposer} first" if proposer else "racing"
         lines[label] = by_setting("racing", "proposer", proposer)

@@ -1,4 +1,4 @@
-"""Results of the studies: a table each, and a plot where a study varies one numeric key."""
+"""Results of the studies: a table each, and a plot where a study varies one number of the datasets."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def percent(share: float) -> str:
 
 
 def points(difference: float) -> str:
-    """Percentage points with a sign; what rounds to zero has none."""
+    """Percentage points with a sign, except a rounded zero."""
     text = f"{100 * difference:+.1f}"
     return "0.0" if float(text) == 0 else text.replace("-", "−")
 

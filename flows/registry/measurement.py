@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from dsd.config import BackboneParams, Params
+from dsd.config import Params
 from dsd.errors import DataError
 from dsd.store import file_digest
 from dsd.versions import VERSIONS, moved_versions
@@ -24,17 +24,19 @@ class Measurement:
     """The results in the workspace `root`, and the checkpoint and the params that they were measured with."""
 
     def __init__(self, params: Params, root: Path) -> None:
+        from dsd.models.checkpoint import locate  # it imports torch
+
         file = root / "data" / "evaluate" / "metrics.json"
         if not file.exists():
             raise DataError(f"{file}: no results in this workspace; run `dsd reproduce` first")
         self.params, self.root = params, root
-        # Written by the stage evaluate since versions are recorded.
+        # Older workspaces have no record.
         record = root / "data" / "timings" / "evaluate.json"
         self.code = json.loads(record.read_text()) if record.exists() else {}
         if moved := moved_versions(self.code.get("versions", {}), VERSIONS):
             raise DataError(f"{file}: measured by other code ({', '.join(moved)}); run `dsd reproduce` first")
         row = params.backbones[params.backbone]
-        self.digest = row.digest or _located(row)  # a checkpoint whose digest differs from its row is never measured
+        self.digest = row.digest or locate(row)[1]  # a checkpoint whose digest differs from its row is never measured
         # dataset → method → metric → value, low, high, n
         self.metrics: dict[str, Any] = json.loads(file.read_text())
 
@@ -43,7 +45,7 @@ class Measurement:
         row = self.params.backbones[self.params.backbone]
         return {
             "dsd.digest": self.digest,
-            "dsd.source": absolute(row.source),
+            "dsd.source": absolute(row).source,
             "dsd.revision": row.revision or "",
             "dsd.commit": commit(self.root),
             "dsd.lock": file_digest(self.root / "dvc.lock"),
@@ -106,9 +108,3 @@ def commit(root: Path) -> str:
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "dsd", "flows", "dvc.yaml")
     return git("rev-parse", "HEAD") + ("+" if changed else "")
-
-
-def _located(row: BackboneParams) -> str:
-    from dsd.models.checkpoint import locate  # it imports torch
-
-    return locate(row)[1]

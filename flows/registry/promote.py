@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dsd.evaluation.gate import Verdict
 
 
-def promote(params: Params, page: Path = PAGE) -> tuple[Version, Verdict]:
+def register_and_judge(params: Params, page: Path = PAGE) -> tuple[Version, Verdict]:
     """Register the results of this workspace as the challenger, and compare it with the champion.
 
     Raises:

@@ -54,7 +54,6 @@ class Version:
     key: str
     digest: str
     source: str
-    revision: str | None
     row: BackboneParams
     metrics: dict[str, Any]
     verdict: str
@@ -62,7 +61,6 @@ class Version:
     compared: dict[str, Any]
     against: int | None
     commit: str
-    lock: str
     versions: dict[str, int]
     created: datetime
     run: str
@@ -82,7 +80,6 @@ class Version:
             key=tags["key"],
             digest=tags["digest"],
             source=tags["source"],
-            revision=tags["revision"] or None,
             row=BackboneParams.model_validate({**row, "source": tags["source"], "digest": tags["digest"]}),
             metrics=json.loads(tags["metrics"]),
             verdict=tags.get("verdict", ""),
@@ -90,7 +87,6 @@ class Version:
             compared=json.loads(tags.get("compared", "{}")),
             against=int(tags["against"]) if "against" in tags else None,
             commit=tags["commit"],
-            lock=tags["lock"],
             versions=json.loads(tags.get("versions", "{}")),
             created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
             run=version.run_id,

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it logs that it validates the example
 
 PIXEL = "R0lGODlhAQABAIAAAP///wAAACwAAAAAAQABAAACAkQBADs="  # a white image of one pixel, for the example
-MAX_LETTERS = 32  # per token: a text with more letters than all tokens can have is refused without being tokenized
+MAX_LETTERS = 32  # per token: longer texts are refused without tokenizing
 FAILED = "internal error; see the server's log"
 
 
@@ -70,13 +70,10 @@ class Rounds:
 
         if matcher.backbone.device.type == "cpu":
             keep_memory()
-        self.matcher, self._waiting = matcher, SimpleQueue[Job]()
+        self.matcher, self.waiting = matcher, SimpleQueue[Job]()
         self._threads = cores(matcher.backbone.device)
         for _ in range(self._threads):
             Thread(target=self._run, name="round", daemon=True).start()
-
-    def put(self, job: Job) -> None:
-        self._waiting.put(job)
 
     def _run(self) -> None:
         import torch
@@ -84,17 +81,14 @@ class Rounds:
         if self._threads > 1:
             torch.set_num_threads(1)
         while True:
-            jobs = [self._waiting.get()]
-            share = self._waiting.qsize() // self._threads  # leave jobs to threads that are idle
-            while len(jobs) <= share and sum(map(self._rows, jobs)) < self.matcher.full:
+            jobs = [self.waiting.get()]
+            share = self.waiting.qsize() // self._threads  # leave jobs to threads that are idle
+            while len(jobs) <= share and sum(self.matcher.rows(1, len(job.texts)) for job in jobs) < self.matcher.full:
                 try:
-                    jobs.append(self._waiting.get_nowait())
+                    jobs.append(self.waiting.get_nowait())
                 except Empty:
                     break
             self._answer([job for job in jobs if job.answer.set_running_or_notify_cancel()])
-
-    def _rows(self, job: Job) -> int:
-        return self.matcher.rows(1, len(job.texts))
 
     def _answer(self, jobs: Sequence[Job]) -> None:
         """Answer the jobs of a round; if the round fails, run each job alone, so that only the faulty one fails."""
@@ -180,7 +174,7 @@ class Service(PythonModel):
             except DsdError as error:
                 raise type(error)(f"row {number}: {error}") from None
         for job in jobs:
-            self.rounds.put(job)
+            self.rounds.waiting.put(job)
         return [job.answer for job in jobs]
 
     def cancel(self, answers: Sequence[Future[Answer]]) -> BusyError:

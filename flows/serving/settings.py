@@ -41,13 +41,12 @@ class Settings(Bounds):
         serving, row = params.serving, params.backbones[params.backbone]
         method = params.methods[serving.method]
         assert method.scorer == "cross-attention" or method.scorer == "denoising"  # `Params` checks it
-        paths = {key: path and absolute(path) for key in ("source", "config", "lora") for path in [getattr(row, key)]}
         noise = params.noise if serving.prompt is None else params.noise_of(serving.prompt)
         pooling = method.reads_pooling or "logsumexp"
         return cls(
             seed=params.seed,
             runtime=params.runtime,
-            backbone=row.model_copy(update={**paths, "digest": digest}),
+            backbone=absolute(row).model_copy(update={"digest": digest}),
             images=params.images,
             noise=noise.model_copy(update={"levels": method.levels}),
             evidence=params.evidence.model_copy(update={"poolings": (pooling,)}),
@@ -64,7 +63,7 @@ class Settings(Bounds):
         backbone = load_diffusion(self.backbone, device_of(self.runtime.device), self.runtime.attention)
         return Matcher(
             backbone,
-            AttentionPrompt.load(prompt, backbone.digest).to(backbone.device) if prompt is not None else None,
+            AttentionPrompt.load(prompt, backbone.digest) if prompt is not None else None,
             self.method,
             self.noise,
             self.evidence,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dsd.config import Params
 from flows import DATA, executors
-from flows.stages.common import Details, each, main, prune, stage, unit
+from flows.stages.common import Details, each, main, prune, stage
 
 
 @stage
@@ -22,7 +22,7 @@ def cache(params: Params) -> dict[str, Details]:
         return {**cache.encode(session())}
 
     prune(DATA / "cache", params.datasets)
-    return each(unit(dataset), params.datasets)
+    return each(dataset, params.datasets)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import httpx
 import yaml
-from prefect import Flow, Task, flow, task
+from prefect import Flow, flow, task
 from prefect.cache_policies import NO_CACHE
 
 from dsd.config import Params, load
@@ -47,7 +47,7 @@ def declared(name: str) -> set[str]:
     return sections | {entry for entry in entries if isinstance(entry, str)}
 
 
-def params(name: str) -> Params:
+def stage_params(name: str) -> Params:
     """Load the sections of the params that dvc.yaml lists for a stage, and `runtime`, which changes no result.
 
     Reading any other section raises AttributeError, so a section missing in dvc.yaml cannot leave an output stale.
@@ -59,10 +59,10 @@ def params(name: str) -> Params:
     return Params.model_construct(**{section: value for section, value in load() if section in granted})
 
 
-def unit(function: Callable[[str], Mapping[str, Any]], **options: Any) -> Task[[str], Details]:
-    """Make a Prefect task of a function of a dataset's name; its result includes the duration in seconds.
+def each(function: Callable[[str], Mapping[str, Any]], names: Iterable[str], **options: Any) -> dict[str, Details]:
+    """Return the result for each name and its duration in seconds, as Prefect tasks with these options.
 
-    No result is cached or stored, since DVC decides what to recompute. `options` are those of `prefect.task`.
+    They run in sequence, since one already uses the whole machine. No result is cached or stored: DVC decides that.
     """
 
     @functools.wraps(function)
@@ -71,12 +71,8 @@ def unit(function: Callable[[str], Mapping[str, Any]], **options: Any) -> Task[[
         result = function(name)
         return {**result, "seconds": round(time.perf_counter() - start, 3)}
 
-    return task(timed, task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False, **options)
-
-
-def each(work: Callable[[str], Details], names: Iterable[str]) -> dict[str, Details]:
-    """Return the result for each name, computed in sequence, since one already uses the whole machine."""
-    return {name: work(name) for name in names}
+    unit = task(timed, task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False, **options)
+    return {name: unit(name) for name in names}
 
 
 def stage(body: Callable[[Params], Mapping[str, Details]]) -> Stage:
@@ -89,7 +85,7 @@ def stage(body: Callable[[Params], Mapping[str, Details]]) -> Stage:
 
     @flow(name=name, persist_result=False)
     def run() -> None:
-        details = body(params(name))
+        details = body(stage_params(name))
         record: Details = {
             "stage": name,
             "seconds": round(sum(detail["seconds"] for detail in details.values()), 3),

@@ -8,7 +8,7 @@ from typing import Any
 from dsd.config import Params
 from dsd.errors import DsdError
 from flows import DATA
-from flows.stages.common import Details, each, main, prune, stage, unit
+from flows.stages.common import Details, each, main, prune, stage
 
 
 def is_transient(task: Any, run: Any, state: Any) -> bool:
@@ -29,8 +29,8 @@ def download(params: Params) -> dict[str, Details]:
         return {}
 
     prune(DATA / "download", params.datasets)
-    work = unit(dataset, retries=3, retry_delay_seconds=[2, 10, 60], retry_condition_fn=is_transient)
-    return each(work, params.datasets)
+    options = {"retries": 3, "retry_delay_seconds": [2, 10, 60], "retry_condition_fn": is_transient}
+    return each(dataset, params.datasets, **options)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dsd.config import Params
 from flows import DATA
-from flows.stages.common import Details, each, main, stage, unit
+from flows.stages.common import Details, each, main, stage
 
 
 @stage
@@ -33,7 +33,7 @@ def evaluate(params: Params) -> dict[str, Details]:
         data[name] = claims.DatasetHits(scored.kind, scored.examples, {**hits, **raced}, variants)
         return {}
 
-    details = each(unit(dataset), params.datasets)
+    details = each(dataset, params.datasets)
     evaluation.write_metrics(results, target)
     ablations.write(ablated, target)
     claims.write(*claims.judge(params, data), target)

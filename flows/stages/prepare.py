@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dsd.config import Params
 from flows import DATA
-from flows.stages.common import Details, each, main, stage, unit
+from flows.stages.common import Details, each, main, stage
 
 
 @stage
@@ -16,7 +16,7 @@ def prepare(params: Params) -> dict[str, Details]:
         row, images = params.datasets[name], params.images
         return {**preparation.prepare(name, row, source, target, images=images, seed=params.seed, workers=workers)}
 
-    return each(unit(dataset), params.datasets)
+    return each(dataset, params.datasets)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dsd.config import Params
 from flows import DATA
-from flows.stages.common import Details, each, main, stage, unit
+from flows.stages.common import Details, each, main, stage
 
 
 @stage
@@ -17,7 +17,7 @@ def pretrain(params: Params) -> dict[str, Details]:
         *_, last = pretraining.pretrain(params, DATA / "pretrain", Path(name))
         return dict(last)
 
-    return each(unit(models), ["models"])
+    return each(models, ["models"])
 
 
 if __name__ == "__main__":

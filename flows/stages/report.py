@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dsd.config import Params
 from flows import DATA
-from flows.stages.common import Details, each, main, stage, unit
+from flows.stages.common import Details, each, main, stage
 
 
 @stage
@@ -15,7 +15,7 @@ def report(params: Params) -> dict[str, Details]:
     def page(name: str) -> Details:
         return {"page": str(build(params, DATA, DATA / name))}
 
-    details = each(unit(page), ["report"])
+    details = each(page, ["report"])
     publish(params, DATA)
     return details
 

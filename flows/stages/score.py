@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dsd.config import Params
 from flows import DATA, executors
-from flows.stages.common import Details, each, main, prune, stage, unit
+from flows.stages.common import Details, each, main, prune, stage
 
 
 @stage
@@ -28,11 +28,11 @@ def score(params: Params) -> dict[str, Details]:
             computed = executors.compute(missing, worker, params.runtime, f"score {name}")
         counts = score.score(session, target, split="test")
         counts["computed"] += computed
-        # Not on Ray: what a race requests next depends on earlier values, and all races fill the same batches.
+        # Not on Ray: a race's next requests depend on earlier values, and all races share batches.
         return counts | {"raced": score.score_raced(session, DATA / "races", target, split="test")}
 
     prune(DATA / "score", params.datasets)
-    return each(unit(dataset), params.datasets)
+    return each(dataset, params.datasets)
 
 
 if __name__ == "__main__":

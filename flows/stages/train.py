@@ -8,8 +8,7 @@ import sys
 from dsd.config import Params
 from dsd.errors import DsdError
 from flows import DATA
-from flows.stages.common import Details, each, main, prune, stage, unit
-from flows.stages.common import params as params_of
+from flows.stages.common import Details, each, main, prune, stage, stage_params
 
 
 @stage
@@ -35,7 +34,7 @@ def train(params: Params) -> dict[str, Details]:
         return {method: fit(name, method) for method in params.trained}
 
     prune(DATA / "train", params.datasets)
-    return each(unit(dataset), params.datasets)
+    return each(dataset, params.datasets)
 
 
 def follow() -> None:
@@ -43,7 +42,7 @@ def follow() -> None:
     from dsd.engine.session import Folders, Session
     from dsd.training.loop import train
 
-    params = params_of("train")
+    params = stage_params("train")
     for name in params.datasets:
         for method in params.trained:
             list(train(Session(name, params, Folders.of(DATA, name)), method, DATA / "train" / name / method))

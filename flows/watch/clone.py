@@ -16,11 +16,11 @@ import yaml
 from dsd.config import BackboneParams, by_file, read
 from dsd.errors import DsdError
 from dsd.store import write_atomic
+from flows.command import command, last_line
 from flows.process import die_with_parent
 from flows.stores import uri
 
 READY = ".git/ready"  # written last: a clone with this file is complete
-PARAMS = Path("params.yaml")
 LOG, ERRORS = "run.log", "run.err"
 
 
@@ -35,19 +35,18 @@ def clone(target: Path, name: str, row: BackboneParams) -> Path:
     """
     head = command(Path(), "git", "rev-parse", "HEAD")
     whole = (target / READY).exists()
-    if whole and command(target, "git", "rev-parse", "HEAD") == head:
-        return target
     if not whole:
         shutil.rmtree(target, ignore_errors=True)
         command(Path(), "git", "clone", "--quiet", "--shared", "--no-checkout", str(Path().resolve()), str(target))
-    command(target, "git", "checkout", "--quiet", "--force", "--detach", head)
-    for file in (".dvc/config", ".dvc/config.local", "dvc.lock"):
-        if Path(file).exists():
-            shutil.copy(file, target / file)
-    settings = read(PARAMS)
+    if not whole or command(target, "git", "rev-parse", "HEAD") != head:
+        command(target, "git", "checkout", "--quiet", "--force", "--detach", head)
+        for file in (".dvc/config", ".dvc/config.local", "dvc.lock"):
+            if Path(file).exists():
+                shutil.copy(file, target / file)
+    settings = read()
     link(target, settings)
     settings["backbones"][name] = row.model_dump(mode="json")
-    for path, content in by_file({**settings, "backbone": name}, PARAMS).items():
+    for path, content in by_file({**settings, "backbone": name}).items():
         write_atomic(target / path, yaml.safe_dump(content, sort_keys=False).encode())
     if not whole:
         command(target, "dvc", "cache", "dir", "--local", command(Path(), "dvc", "cache", "dir"))
@@ -101,22 +100,3 @@ def reproduce(target: Path, lock: int) -> None:
     if status:
         problem = last_line((target / ERRORS).read_text(errors="replace"))
         raise DsdError(problem or f"python -m flows.reproduce: ended with status {status}")
-
-
-def command(folder: Path, *words: str) -> str:
-    """The output of a command run in a folder.
-
-    Raises:
-        DsdError: it fails; with its last line of output.
-    """
-    beside = Path(sys.executable).parent / words[0]
-    done = subprocess.run(
-        [str(beside) if beside.exists() else words[0], *words[1:]], cwd=folder, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise DsdError(f"{folder.resolve()}: {' '.join(words[:2])}: {last_line(done.stderr)}")
-    return done.stdout.strip()
-
-
-def last_line(text: str) -> str:
-    return next((line.strip()[:500] for line in reversed(text.splitlines()) if line.strip()), "")

@@ -14,7 +14,7 @@ from dsd.errors import DsdError
 from flows.watch.tick import tick
 
 NAME = "watch"
-# A run that is due while another one runs is cancelled: it would find nothing new.
+# A run that is due while another one runs is cancelled: nothing new is left for it.
 ALONE = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
 
 
@@ -29,7 +29,7 @@ def watch() -> State:
 @flow(name="promote", persist_result=False)
 def promote() -> State:
     """Run `dsd promote` as the last step of a pipeline; the state has the verdict and the reason."""
-    from flows.registry.promote import promote as register_and_judge  # it imports matplotlib, which few ticks need
+    from flows.registry.promote import register_and_judge  # it imports matplotlib, which few ticks need
 
     version, verdict = register_and_judge(load())
     word = "promoted" if verdict.promoted else "not promoted"

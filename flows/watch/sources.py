@@ -63,8 +63,7 @@ def _in_folder(source: FolderSource, tested: BackboneParams, key: Key) -> Iterat
     for path in sorted(Path(source.path).resolve().glob("[!.]*")):
         row = _row(tested, source=str(path), family="stable-diffusion")
         if path.suffix in (".safetensors", *PICKLES):
-            config = source.config and absolute(source.config)
-            row = row.model_copy(update={"config": config, "revision": source.revision})
+            row = absolute(row.model_copy(update={"config": source.config, "revision": source.revision}))
         elif not (path / "unet").is_dir():
             continue
         signed = signature(row)
@@ -89,18 +88,19 @@ def _identify(row: BackboneParams) -> list[str]:
 
     Raise CheckpointError if the hub does not return its config, since that may be a network error.
     """
-    from dsd.models.checkpoint import family_of, locate  # it imports torch
+    from dsd.models.checkpoint import family_of, folder_of, locate  # it imports torch
 
     try:
-        folder, identity = locate(row)
+        folder = folder_of(row)
+        family = family_of(folder)
+        if family not in ("stable-diffusion", "stable-diffusion-xl"):
+            return ["", "", f"{folder}: {NO_DIFFUSION}"]
+        return [family, locate(row.model_copy(update={"family": family}))[1], ""]
     except CheckpointError as error:
         remote = row.config is not None and not Path(row.config).is_dir()
         if remote and Path(row.source).suffix not in PICKLES:
             raise
         return ["", "", str(error)]
-    family = str(family_of(folder))
-    known = family in ("stable-diffusion", "stable-diffusion-xl")
-    return [family, identity, "" if known else f"{folder}: {NO_DIFFUSION}"]
 
 
 def _on_hub(source: HubSource, tested: BackboneParams, key: Key) -> Checkpoint:
@@ -125,8 +125,7 @@ def _on_hub(source: HubSource, tested: BackboneParams, key: Key) -> Checkpoint:
 def _registered(versions: Sequence[Version], tested: BackboneParams, key: Key) -> Iterator[Checkpoint]:
     """Every registered checkpoint, in its newest version."""
     for version in {version.digest: version for version in reversed(versions)}.values():
-        paths = {name: path and absolute(path) for name in ("config", "lora") for path in [getattr(version.row, name)]}
-        row = version.row.model_copy(update={"dtype": tested.dtype, **paths})
+        row = absolute(version.row).model_copy(update={"dtype": tested.dtype})
         yield Checkpoint(version.name, row, key(version.digest))
 
 

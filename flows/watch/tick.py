@@ -7,7 +7,6 @@ run of the kind `attempt`.
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,16 +52,13 @@ def tick_lock(file: Path) -> Iterator[int | None]:
     keeps the next tick out of its clone.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    with file.open("a") as lock:
+        free = True
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = True
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             free = False
-        yield descriptor if free else None
-    finally:
-        os.close(descriptor)
+        yield lock.fileno() if free else None
 
 
 class _Tick:
@@ -74,7 +70,8 @@ class _Tick:
     def run(self) -> TickReport:
         self._attempts.settle()
         new = self._new()
-        self._remove_other_clones(new)
+        if not self._report.failed:  # a source that cannot be read may have a clone to resume
+            self._remove_other_clones(new)
         if self._judge():
             self._write_page()
         for checkpoint in new:
@@ -85,16 +82,16 @@ class _Tick:
         return self._report
 
     def _new(self) -> list[Checkpoint]:
-        """What is neither evaluated nor given up."""
+        """Checkpoints not evaluated and not given up."""
         versions, failed = self._registry.versions(), self._attempts.failed()
         known = {version.key for version in versions}
         known |= {key for key, runs in failed.items() if len(runs) >= self._params.watch.attempts}
-        unseen: dict[str, str] = {}
-        found = checkpoints(self._params, versions, unseen)
-        for name, reason in unseen.items():
-            self._report.fail(f"watch.sources.{name}: not looked at: {reason}")
+        unreadable: dict[str, str] = {}
+        listed = checkpoints(self._params, versions, unreadable)
+        for name, reason in unreadable.items():
+            self._report.fail(f"watch.sources.{name}: not read: {reason}")
         first = self._champion()
-        return sorted((c for c in found if c.key not in known), key=lambda c: c.row.digest != first)
+        return sorted((c for c in listed if c.key not in known), key=lambda c: c.row.digest != first)
 
     def _champion(self) -> str | None:
         """The champion's digest: it is evaluated first, since the others are compared with it."""
@@ -135,7 +132,7 @@ class _Tick:
             self._report.lines.append(f"{checkpoint.name}: evaluated, version {version.number}")
 
     def _judge(self) -> bool:
-        """Lets each version that has no verdict yet challenge the champion; says whether the registry has changed."""
+        """Run the gate for each version without a verdict; return whether the registry has changed."""
         changed, first = False, self._champion()
         for version in sorted(self._registry.versions(), key=lambda v: (v.digest != first, v.number)):
             if version.verdict not in ("", NOT_COMPARED) or version.key != evaluation_key(self._params, version.digest):
