@@ -1,7 +1,7 @@
 """The executor of the shards of a stage: its own process, or actors of a Ray cluster.
 
-Actors compute the missing shards first. Then the stage runs as usual, and reads them from its store. A shard is named by
-its content key and written atomically, so a shard that is computed twice, because an actor died, is stored once.
+Actors compute the missing shards first. Then the stage runs as usual and reads them from its store. A shard is named by
+its key and written atomically, so a shard that is computed twice, because an actor died, is stored once.
 """
 
 from __future__ import annotations
