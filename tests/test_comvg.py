@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dsd.config import ComvgDataset, Params, load
 from dsd.data.examples import read_examples
 from dsd.datasets import RawExample, benchmark
-from dsd.datasets.comvg import COLUMNS, Row, read_list
+from dsd.datasets.comvg import COLUMNS, Entry, read_list
 from dsd.errors import DataError, DsdError, ParamsError
 from dsd.metrics import SLOTS
 from dsd.scenes.captions import TEMPLATES
@@ -71,10 +71,10 @@ def test_odd_sentences_and_triplets(tmp_path: Path) -> None:
     path = tmp_path / "list.csv"
     path.write_bytes(text.encode())
     assert read_list(path) == [
-        Row("a man is sitting at a table", 2358258, 2357994, "subject"),
-        Row('a man, who has a "big" hat.', 1, 2, "object"),
-        Row("a man's 5\" phone", 3, 1, "predicate"),
-        Row("une fille naïve\nand a “cat”", 4, 5, "object"),
+        Entry("a man is sitting at a table", 2358258, 2357994, "subject"),
+        Entry('a man, who has a "big" hat.', 1, 2, "object"),
+        Entry("a man's 5\" phone", 3, 1, "predicate"),
+        Entry("une fille naïve\nand a “cat”", 4, 5, "object"),
     ]
 
 
@@ -89,7 +89,7 @@ def test_read_list_inverts_writing(
     lines = [line(n, text, n, 2, label) | {"neg_triplet": triplet} for n, (text, triplet, label) in enumerate(rows)]
     slots = {"verb": "predicate"}
     assert read_list(write(tmp_path_factory.mktemp("list") / "list.csv", lines)) == [
-        Row(text.strip(), n, 2, slots.get(label, label)) for n, (text, _, label) in enumerate(rows)
+        Entry(text.strip(), n, 2, slots.get(label, label)) for n, (text, _, label) in enumerate(rows)
     ]
 
 
