@@ -82,7 +82,7 @@ def test_a_row_says_what_is_predicted_where_the_scheduler_does_not(folder: Path)
     with pytest.raises(CheckpointError) as error:
         load_diffusion(row(folder, prediction="epsilon"), CPU)
     assert str(error.value) == (
-        f"{folder}: prediction of its row is epsilon, but its scheduler says v_prediction; null takes v_prediction"
+        f"{folder}: prediction is epsilon, but the scheduler has v_prediction; set it to v_prediction or null"
     )
     edit(folder / SCHEDULER, prediction_type=None)  # as the oldest say nothing
     plain, velocity = (load_diffusion(row(folder, prediction=said), CPU) for said in (None, "v_prediction"))

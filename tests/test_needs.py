@@ -58,7 +58,8 @@ def test_scoring_takes_no_more_passes_than_estimated(params: Params, prepared: P
     )
     work = Workload("scenes-com", params)
     assert taken <= work.scoring < 3 * taken
-    assert work.training == 3 * 4 * 3 * 4  # forward and backward: four steps of three examples with four pairs
+    # Four steps of three examples with four pairs: forward, backward as two, and forward again, since no batch has 12 rows.
+    assert params.runtime.batch_size < 12 and work.training == 4 * 4 * 3 * 4
 
 
 def test_the_cost_of_a_pass_follows_from_the_configuration(params: Params, tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_an_unavailable_checkpoint_is_reported_with_all_other_needs(params: Para
     assert {need.problem for need in found} == {None, f"{tmp_path / 'absent'}: no such checkpoint folder"}
     broken = with_backbone(params, configured(tmp_path / "broken", block_out_channels=3))
     (problem,) = (need.problem for need in needs(broken, free=10**12) if need.what == "U-Net")
-    assert problem is not None and "unet/config.json makes no U-Net" in problem and "\n" not in problem
+    assert problem is not None and "unet/config.json is no valid U-Net" in problem and "\n" not in problem
 
 
 def test_texts_beyond_the_limit_take_no_disk_and_are_reported(params: Params, tmp_path: Path) -> None:

@@ -396,7 +396,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another tower": (
         lambda f: edit(f, "model_cfg.vision_cfg", timm_model_name="convnext_base"),
-        f"/{CONFIG}: model_cfg.vision_cfg.timm_model_name: a setting of another kind of CLIP than is built here",
+        f"/{CONFIG}: model_cfg.vision_cfg.timm_model_name: a setting of a CLIP that is not supported",
     ),
     "two towers": (
         lambda f: edit(f, "model_cfg.vision_cfg", patch_size=16),
@@ -406,7 +406,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f, "model_cfg.vision_cfg", head_width=100),
         f"/{CONFIG}: model_cfg.vision_cfg: Value error, head_width 100 must divide the 256 features of the tower",
     ),
-    "heads of the text": (lambda f: edit(f, "model_cfg.text_cfg", heads=5), f"/{CONFIG}: makes no CLIP (Class valid"),
+    "heads of the text": (lambda f: edit(f, "model_cfg.text_cfg", heads=5), f"/{CONFIG}: no valid CLIP (Class valid"),
     "no deviation": (
         lambda f: edit(f, "preprocess_cfg", std=[0, 1, 1]),
         f"/{CONFIG}: preprocess_cfg.std.0: Input should be greater than 0",
@@ -419,7 +419,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"PK" * 50), f"/{WEIGHTS}: not a file in safetensors ("),
     "a missing tensor": (
         lambda f: change(f, visual__attnpool__c_proj__bias=None),
-        f"/{WEIGHTS}: 1 tensors are not those of the model of {CONFIG}; visual.attnpool.c_proj.bias is missing",
+        f"/{WEIGHTS}: 1 tensors do not fit the model of {CONFIG}; visual.attnpool.c_proj.bias is missing",
     ),
     "a missing matrix of three": (
         lambda f: change(f, transformer__resblocks__1__attn__in_proj_weight=None),
@@ -435,7 +435,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a larger tower": (
         lambda f: change(f, visual__layer3__1__conv1__weight=torch.zeros(32, 128, 1, 1)),
-        "; visual.layer3.1.conv1.weight is of no part of it",
+        "; visual.layer3.1.conv1.weight is unexpected",
     ),
     "no tokenizer": (lambda f: (f / "vocab.json").unlink(), ": no tokenizer (tokenizer.json, or vocab.json"),
     "another tokenizer": (

@@ -341,7 +341,7 @@ def test_a_page_without_trained_methods(params: Params, tmp_path: Path) -> None:
     bare = params.model_copy(update={"methods": kept, "training": {}, "studies": {}, "ablations": ablations_})
     write_results(bare, tmp_path)
     text = build(bare, tmp_path, tmp_path / "report", FakeHeatMaps()).read_text(encoding="utf-8")
-    assert "DatasetHits of denoising on test examples" in text and "denoising − clip-zero-shot" in text
+    assert "Answers of denoising on test examples" in text and "denoising − clip-zero-shot" in text
     for absent in ("few-shot prompting (", "with the attention prompt", "trained methods ()", "None →", "Figure 5:"):
         assert absent not in text
     assert json.loads((tmp_path / "evaluate" / "claims.json").read_text()) == {}

@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from dsd.config import BackboneParams, load
 from dsd.data.examples import MatchingExample, write_examples
 from dsd.errors import DsdError
+from dsd.models.checkpoint import locate
 from flows import tracking
 from flows.cli import app
 from flows.command import last_line
@@ -286,6 +287,23 @@ def test_a_repository_is_evaluated_at_the_commit_of_its_branch(
         "stable-diffusion-xl",
     )
     assert dag.ran == ["model"] and not attempts("FAILED")
+
+
+def test_a_folder_of_xl_is_registered_under_the_digest_that_opens_it(watched: Path, dag: Dag) -> None:
+    (checkpoint(watched, "xl") / "text_encoder_2").mkdir()
+    assert tick().lines == ["xl: evaluated, version 1"]
+    row = Registry().versions()[0].row
+    assert row.family == "stable-diffusion-xl" and locate(row)[1] == row.digest
+
+
+def test_a_source_that_cannot_be_read_keeps_its_clone(watched: Path, dag: Dag) -> None:
+    dag.failing = {"a": "killed"}
+    watch_settings(attempts=2)
+    checkpoint(watched, "a")
+    tick()
+    watch_settings(sources={"gone": {"kind": "hub", "source": "own/gone", "revision": "main"}})
+    assert tick().failed == 1
+    assert len(list(Path(".watch").glob("*/"))) == 1
 
 
 def test_a_stopped_attempt_does_not_count_and_a_defect_keeps_its_traceback(watched: Path, dag: Dag) -> None:
@@ -649,6 +667,9 @@ def test_a_complete_clone_is_reused_on_the_current_commit(project: Path) -> None
     clone(Path(".watch/key"), "new", row("/checkpoints/new"))
     assert (target / "mended.py").exists() and (target / "data" / "partial").exists()
     assert read_settings(target)["backbone"] == "new"
+    change(runtime={**read_settings()["runtime"], "batch_size": 1})  # such as after an attempt that ran out of memory
+    clone(Path(".watch/key"), "new", row("/checkpoints/new"))
+    assert read_settings(target)["runtime"]["batch_size"] == 1 and read_settings(target)["backbone"] == "new"
     (target / ".git" / "ready").unlink()  # killed while it was made
     clone(Path(".watch/key"), "new", row("/checkpoints/new"))
     assert not (target / "data" / "partial").exists() and (target / "data/step/done").exists()
