@@ -58,7 +58,7 @@ def test_scoring_takes_no_more_passes_than_estimated(params: Params, prepared: P
     )
     work = Workload("scenes-com", params)
     assert taken <= work.scoring < 3 * taken
-    # Four steps of three examples with four pairs: forward, backward as two, and forward again, since no batch has 12 rows.
+    # Four steps of three examples with four pairs: forward, backward as two, and forward again: no batch has 12 rows.
     assert params.runtime.batch_size < 12 and work.training == 4 * 4 * 3 * 4
 
 
