@@ -216,6 +216,7 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
         "dsd.evaluation.ablations.write": None,
         "dsd.evaluation.claims.judge": ({}, {}),
         "dsd.evaluation.claims.write": None,
+        "dsd.scorers.evidence.read_identities": {},
     }.items():
         monkeypatch.setattr(function, lambda *_, answer=answer: answer)
     monkeypatch.setattr(evaluation, "write_metrics", note(None))

@@ -125,9 +125,7 @@ def test_a_comparison_has_results_of_every_method(
         assert method["races"] == {"train": 12, "calibration": 9, "test": 9} and method["draws"] == K
         assert all(row["live"]["differ"] == 0 for row in method["chosen"].values())
 
-    session = Session(DATASET, raced, folders)
-    score(session, tmp_path / "score", split="test")
-    score_raced(session, tmp_path / "races", tmp_path / "score", split="test")
+    score_raced(Session(DATASET, raced, folders), tmp_path / "races", tmp_path / "score", split="test")
     current = read_identities(tmp_path / "score")
     assert all(current[name].items() <= comparison.items() for name, comparison in comparisons.items())
 

@@ -291,7 +291,7 @@ def test_a_repository_is_evaluated_at_the_commit_of_its_branch(
 
 def test_a_folder_of_xl_is_registered_under_the_digest_that_opens_it(watched: Path, dag: Dag) -> None:
     (checkpoint(watched, "xl") / "text_encoder_2").mkdir()
-    assert tick().lines == ["xl: evaluated, version 1"]
+    assert tick().lines[0] == "xl: evaluated, version 1"
     row = Registry().versions()[0].row
     assert row.family == "stable-diffusion-xl" and locate(row)[1] == row.digest
 
