@@ -12,7 +12,7 @@ import numpy as np
 from dsd.config import EvaluateParams, StudyParams
 from dsd.data.examples import MatchingExample
 from dsd.evaluation.claims import DatasetHits
-from dsd.evaluation.evaluate import hits_of, intervals
+from dsd.evaluation.evaluate import hits_of
 from dsd.statistics import Interval, paired_difference
 from dsd.store import digest, write_json
 
@@ -60,8 +60,6 @@ def compare_variants(
             clusters = [example.cluster for example in answers.examples]
             for method, ranks in piece["ranks"].items():
                 hits = hits_of(answers.kind, answers.examples, np.array(ranks.split(), dtype=int))
-                current = intervals(answers.examples, hits, evaluate, seed)
-                metrics[method] = {metric: v.as_dict() for metric, v in current.items()}
                 for metric, (hits_n, groups) in hits.items():
                     base_n, _ = answers.methods[method][metric]
                     difference = paired_difference(hits_n, base_n, clusters, groups, **evaluate.model_dump(), seed=seed)
