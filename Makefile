@@ -24,7 +24,7 @@ races: $(READY) ## Compare the schedules on evidence at every draw, some hours; 
 test: $(READY) ## Lint, contracts, types and tests
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/mypy dsd flows
+	$(BIN)/mypy dsd flows benchmarks
 	$(BIN)/pytest
 
 chaos: $(READY) ## Kills, full disks and damaged files in mid-run; results must stay equal; half an hour

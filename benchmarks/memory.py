@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from benchmarks.setting import PREPARED, engine_over
 from dsd.config import load
 from dsd.data.examples import read_examples
-from dsd.engine.engine import fill
 from dsd.scorers.evidence import plan, requests
 from dsd.store import Store
 
@@ -21,8 +20,9 @@ def main() -> None:
     examples = read_examples(PREPARED / "examples.parquet", "test")[: int(sys.argv[1])]
     engine = engine_over(params, Path("data/cache/scenes-com"))
     with TemporaryDirectory() as folder:
-        shards = plan(requests(examples, noise, params.seed, compares=True), "memory", 128)
-        fill(lambda: engine, shards, Store(Path(folder)), "memory")
+        store = Store(Path(folder))
+        for shard in plan(requests(examples, noise, params.seed, compares=True), "memory", 128):
+            store.write(shard.key, engine.compute(shard.rows))
     sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.1f}\n")
 
 

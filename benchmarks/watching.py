@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from dsd.config import FolderSource, RegisteredSource, load, split
+from dsd.config import FolderSource, RegisteredSource, by_file, load
 from dsd.errors import DataError
 from flows import DATA
 
@@ -53,7 +53,7 @@ def _watched(folder: Path) -> None:
         "registered": RegisteredSource(kind="registered"),
     }
     settings = params.model_copy(update={"watch": params.watch.model_copy(update={"sources": sources})})
-    for file, content in split(settings.model_dump(mode="json"), folder / "params.yaml").items():
+    for file, content in by_file(settings.model_dump(mode="json"), folder / "params.yaml").items():
         file.write_text(yaml.safe_dump(content))
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "own").symlink_to(Path(params.backbones[params.backbone].source).resolve())

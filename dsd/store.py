@@ -21,7 +21,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path, PurePath
@@ -128,10 +128,10 @@ def write_json(path: Path, content: object, indent: int = 1) -> None:
     write_atomic(path, (json.dumps(content, indent=indent, default=dataclasses.asdict) + "\n").encode())
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Replace a file by CSV, see `write_atomic`; the columns are those of the first row."""
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Replace a file by CSV, see `write_atomic`."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(path, text.getvalue().encode())

@@ -118,5 +118,7 @@ def test_known_split() -> None:
 
 
 def test_too_few_rows() -> None:
-    with pytest.raises(DataError, match=r"^3 rows are too few for 2 \+ 1 \+ 1"):
+    with pytest.raises(
+        DataError, match=r"^3 rows in whole groups are too few for 2 few-shot, 1 validation and 1 test examples$"
+    ):
         split_groups(["a", "b", "c"], few_shot=2, validation=1, test=1, seed=0, sample=0)

@@ -136,7 +136,7 @@ def test_the_seed_selects_test_examples(made: dict[str, Path], tmp_path: Path) -
 def test_params_that_need_more_examples(made: dict[str, Path], tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     assert mistake(row("cifar10", made["cifar10"], test=21), mine) == (
-        "datasets.mine: 20 rows are too few for 0 + 0 + 21 in whole groups"
+        "datasets.mine: 20 rows in whole groups are too few for 0 few-shot, 0 validation and 21 test examples"
     )
     line = mistake(row("vqav2", made["vqav2"], test=None), mine)
     assert line.startswith("datasets.mine.test: null takes every example, and none is left for few_shot and validation")

@@ -128,7 +128,7 @@ def staged(**changed: object) -> Settings:
         ),
         (
             lambda s: s["schedules"].update(few=staged(to_keep=[1, 2])),
-            "schedules.few.to_keep: must fall from stage to stage, not [1, 2]",
+            "schedules.few.to_keep: must fall from stage to stage, found [1, 2]",
         ),
         (
             lambda s: s["schedules"].update(few=staged(shortlist={"proposer": "clip", "keep": 5})),

@@ -37,7 +37,7 @@ from dsd.report.gallery import choose, decimals, noisy_example
 from dsd.report.heatmaps import HeatMaps, overlay
 from dsd.report.inputs import DatasetResults, read_datasets
 from dsd.report.papers import second_paper
-from dsd.report.races import front
+from dsd.report.races import front, plots
 from dsd.report.tables import duration, names, points
 from dsd.schedules.replay import compare_settings
 from dsd.scorers.evidence import INDEX, RACES
@@ -670,3 +670,10 @@ def test_durations(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(("difference", "text"), [(0.1234, "+12.3"), (-0.02, "−2.0"), (-0.0001, "0.0"), (0.0, "0.0")])
 def test_points(difference: float, text: str) -> None:
     assert points(difference) == text
+
+
+@pytest.mark.parametrize("schedule", ["racing", "hierarchical", "staged"])
+def test_a_schedule_without_runs_is_not_plotted(schedule: str, data: Path) -> None:
+    results = json.loads((data / "races" / "scenes-vqa.json").read_text())["denoising"]
+    results["runs"] = [run for run in results["runs"] if run["schedule"] != schedule]
+    assert len(plots("scenes-vqa", "denoising", results)) == (1 if schedule == "hierarchical" else 2)

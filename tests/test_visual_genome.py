@@ -454,7 +454,7 @@ def test_an_interrupted_download_is_resumed(server: Server, tmp_path: Path) -> N
         (
             {"test": 110},
             ParamsError,
-            r"^datasets\.mine\.size: 120 rows are too few for 12 \+ 6 \+ 110 in whole groups$",
+            r"^datasets\.mine\.size: 120 rows in whole groups are too few for 12 few-shot, 6 validation and 110 test",
         ),
         (
             {"sha256": "0" * 64},

@@ -37,7 +37,7 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _falling(values: tuple[int, ...]) -> tuple[int, ...]:
     if any(b > a for a, b in pairwise(values)):
-        raise ValueError(f"must fall from stage to stage, not {list(values)}")
+        raise ValueError("must fall from stage to stage")
     return values
 
 

@@ -50,7 +50,8 @@ def split_groups(
             group = next(remaining, None)
             if group is None:
                 raise DataError(
-                    f"{sizes.total()} rows are too few for {few_shot} + {validation} + {test} in whole groups"
+                    f"{sizes.total()} rows in whole groups are too few for {few_shot} few-shot, {validation} "
+                    f"validation and {test} test examples"
                 )
             result[group] = name
             filled += sizes[group]

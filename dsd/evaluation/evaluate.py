@@ -158,4 +158,4 @@ def write_metrics(results: dict[str, Results], target: Path) -> None:
         for method, metrics in methods.items()
         for metric, interval in metrics.items()
     ]
-    write_csv(target / "metrics.csv", rows)
+    write_csv(target / "metrics.csv", ["dataset", "method", "metric", "value", "low", "high", "n"], rows)

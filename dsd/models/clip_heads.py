@@ -1,4 +1,4 @@
-"""CLIP's cosine of image and text: zero-shot, with fine-tuned projections, or with a load_head context.
+"""CLIP's cosine of image and text: zero-shot, with fine-tuned projections, or with a learned context.
 
 Shapes: B pairs, F width of a tower, D width of the joint space, M text tokens, N context tokens, W width of a token.
 """

@@ -117,7 +117,7 @@ def fit(
             state = dict(module=module.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict())
             torch.save({**state, "step": step + 1, "rows": rows}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
-            write_csv(root / f"{name}.csv", rows)
+            write_csv(root / f"{name}.csv", list(rows[0]), rows)
     module.load_state_dict(average.module.state_dict())
     module.eval()
 

@@ -112,18 +112,16 @@ def plots(dataset: str, method: str, results: Results) -> list[Plot]:
     runs = {kind: [run for run in results["runs"] if run["schedule"] == kind] for kind in kinds}
 
     def by_setting(schedule: str, key: str, value: str | None) -> list[tuple[float, float]]:
-        return front(run for run in runs[schedule] if run["setting"][key] == value)
+        return front(run for run in runs.get(schedule, ()) if run["setting"][key] == value)
 
     lines = {kind: front(runs[kind]) for kind in kinds if kind != "racing"}
-    for proposer in dict.fromkeys(run["setting"]["proposer"] for run in runs["racing"]):
+    for proposer in dict.fromkeys(run["setting"]["proposer"] for run in runs.get("racing", ())):
         label = f"racing, {proposer} first" if proposer else "racing"
         lines[label] = by_setting("racing", "proposer", proposer)
     sides = {f"from {side}": by_setting("hierarchical", "direction", side) for side in DIRECTIONS}
     figure_4 = f"{dataset}: hierarchical by direction (Figure 4 of the second paper)"
-    return [
-        costs(f"costs-{name}", f"{dataset}: {method}", lines, exhaustive),
-        costs(f"directions-{name}", figure_4, sides, exhaustive),
-    ]
+    plotted = {f"costs-{name}": (f"{dataset}: {method}", lines), f"directions-{name}": (figure_4, sides)}
+    return [costs(key, title, fronts, exhaustive) for key, (title, fronts) in plotted.items() if any(fronts.values())]
 
 
 def front(runs: Iterable[Mapping[str, Any]]) -> list[tuple[float, float]]:

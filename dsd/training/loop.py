@@ -290,7 +290,7 @@ def train(session: Session, method: str, target: Path) -> Iterator[dict[str, flo
     if trainer.processes.number > 0:
         return
     trainer.learner.save(target / trainer.learner.file)
-    write_csv(target / CURVE, trainer.curve)
+    write_csv(target / CURVE, ["step", "loss", "accuracy"], trainer.curve)
     tail = trainer.curve[-max(1, len(trainer.curve) // 5) :]
     done = {
         "key": key,
