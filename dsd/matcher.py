@@ -186,7 +186,7 @@ class Matcher:
             values |= zip(part, values_R.tolist(), strict=True)
         self._batch_size = engine.batch_size  # halved if memory was too small
         values_ITK = ([[[values[pair, d] for d in self._draws] for pair in row] for row in table] for table in tables)
-        return [self._reduced(torch.tensor(table)) for table in values_ITK]
+        return [self._reduced(torch.tensor(table, device="cpu")) for table in values_ITK]
 
     def rows(self, images: int, texts: int) -> int:
         """Return the number of (pair, draw) rows of a problem of this size."""
@@ -238,7 +238,7 @@ class Matcher:
         self.backbone.predict_noise(noised, timesteps, hidden, capture=capture, prompt=prompt)
         assert capture.maps is not None
         side = self._resolution
-        total = torch.zeros(int(content.sum()), side, side)
+        total = torch.zeros(int(content.sum()), side, side, dtype=torch.float32, device="cpu")
         for attn_BHNM in capture.maps:
             size = round(attn_BHNM.shape[-2] ** 0.5)
             maps = attn_BHNM[0].mean(0).T[content[0]].reshape(1, -1, size, size)

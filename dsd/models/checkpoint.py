@@ -6,7 +6,8 @@ Every defect raises CheckpointError, with one line that names the place and the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.utils import filter_repo_objects
+from torch import Tensor, nn
 
 from dsd.config import BackboneParams
 from dsd.data.hub import hub_errors
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 # weights in other layouts and precisions.
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
 SETTINGS = (
-    *("config.json", "merges.txt", "model_index.json", "preprocessor_config.json", "special_tokens_map.json"),
+    *("config.json", "merges.txt", "model_index.json", "preprocessor_config.json", "processor_config.json"),
+    "special_tokens_map.json",
     *("tokenizer.json", "tokenizer_config.json", "vocab.json"),
     *(f"{part}/*{suffix}" for part in PARTS for suffix in (".json", ".txt")),
 )
@@ -44,10 +47,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device of `runtime.device`; "auto" is CUDA if it is available."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError("runtime.device: cuda, but torch has no CUDA device; use auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    """Return the device of a name: auto (CUDA if it is available, else the CPU), cpu, cuda, cuda:N or mps.
+
+    Raises:
+        CheckpointError: there is no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?|mps", name):
+        raise CheckpointError(f"device {name!r}: must be auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if (device.index or 0) >= count:
+        raise CheckpointError(f"device {name}: torch has {count or 'no'} {device.type.upper()} device; use auto or cpu")
+    return device
 
 
 def one_file(row: BackboneParams) -> Path | None:
@@ -199,25 +212,6 @@ def pickle_note(folder: Path) -> str:
     return f"only {pickles[0]}, a pickle; convert it to safetensors" if pickles else ""
 
 
-def prediction_of(folder: Path, row: BackboneParams) -> str:
-    """Return the U-Net's target, "epsilon" or "v_prediction": by the row, else by the scheduler, else "epsilon".
-
-    The oldest schedulers have no key for it. Row and scheduler must not disagree.
-    """
-    file = folder / "scheduler" / "scheduler_config.json"
-    try:
-        kind = json.loads(file.read_text()).get("prediction_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file}: does not load: {brief(error)}") from None
-    if kind not in (None, "epsilon", "v_prediction"):
-        raise CheckpointError(f"{file}: prediction_type {kind!r} is neither epsilon nor v_prediction")
-    if None not in (kind, row.prediction) and kind != row.prediction:
-        raise CheckpointError(
-            f"{row.source}: prediction is {row.prediction}, but the scheduler has {kind}; set it to {kind} or null"
-        )
-    return str(row.prediction or kind or "epsilon")
-
-
 def tokenizer(folder: Path, name: str) -> CLIPTokenizer:
     """Load the tokenizer in `<folder>/<name>`."""
     place = folder / name
@@ -258,7 +252,15 @@ def component(folder: Path, kind: Any, name: str, dtype: torch.dtype) -> Any:
         raise CheckpointError(f"{place}: does not load as {kind.__name__}: {brief(error, 200)}") from None
     if wrong := [*info.get("mismatched_keys", ()), *info.get("missing_keys", ())]:
         raise CheckpointError(f"{place}: {len(wrong)} tensors missing or misshapen, the first {wrong[0]}")
+    check_finite(model, str(place))
     return model.eval().requires_grad_(False)
+
+
+def check_finite(weights: nn.Module | Mapping[str, Tensor], place: str) -> None:
+    """Raise CheckpointError if a weight is NaN or infinite."""
+    for name, weight in (weights.state_dict() if isinstance(weights, nn.Module) else weights).items():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise CheckpointError(f"{place}: {name} has values that are not finite (NaN or infinite); damaged")
 
 
 def brief(error: object, length: int = 160) -> str:
