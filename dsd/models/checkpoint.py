@@ -6,8 +6,10 @@ Every defect raises CheckpointError, with one line that names the place and the 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,8 @@ from dsd.store import digest, file_digest
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
+log = logging.getLogger(__name__)
+
 # The files that are read, and so digested. A repository may also hold model cards, images, and gigabytes of the same
 # weights in other layouts and precisions.
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
@@ -41,7 +45,8 @@ OPEN_CLIP = (
     *(OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS),
     *("merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
 )
-VARIANTS = ("*.fp16*.safetensors*", "*.bf16*.safetensors*", "*.non_ema*.safetensors*")
+# Copies of the weights that are read only where there are no others, in this order.
+VARIANTS = {name: f"*.{name}*.safetensors*" for name in ("fp16", "bf16", "non_ema")}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -88,9 +93,25 @@ def folder_of(row: BackboneParams) -> Path:
     source, patterns = _source_and_patterns(row)
     if _is_local(source):
         return Path(source)
-    options = {"revision": row.revision, "allow_patterns": patterns, "ignore_patterns": list(VARIANTS)}
+    options: dict[str, Any] = {"revision": row.revision, "allow_patterns": patterns}
     with hub_errors(source, row.revision, error=CheckpointError):
-        return Path(snapshot_download(source, **options))
+        folder = Path(snapshot_download(source, ignore_patterns=list(VARIANTS.values()), **options))
+        if one_file(row) is None and any(not list(config.parent.glob("*.safetensors")) for config in _configs(folder)):
+            return Path(snapshot_download(source, **options))
+        return folder
+
+
+def _configs(folder: Path) -> list[Path]:
+    """The configs of the components that have weights."""
+    return [config for part in PARTS if (config := folder / part / "config.json").exists()]
+
+
+def variant_of(names: Iterable[str]) -> str | None:
+    """Return the variant to read of the weights of one component, by their file names; None if there are plain ones."""
+    files = [name for name in names if ".safetensors" in name]
+    if not files or any(not any(fnmatch(name, pattern) for pattern in VARIANTS.values()) for name in files):
+        return None
+    return next(variant for variant, pattern in VARIANTS.items() if any(fnmatch(name, pattern) for name in files))
 
 
 def locate(row: BackboneParams) -> tuple[Path, str]:
@@ -139,7 +160,18 @@ def _is_local(source: str) -> bool:
 
 
 def _names_read(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    return list(filter_repo_objects(names, allow_patterns=list(patterns), ignore_patterns=list(VARIANTS)))
+    """Return the files that are read: those of the patterns; variants of weights only where there are no others."""
+    allowed = list(filter_repo_objects(names, allow_patterns=list(patterns)))
+    by_folder: dict[str, list[str]] = {}
+    for name in allowed:
+        by_folder.setdefault(name.rpartition("/")[0], []).append(name)
+    read = {folder: VARIANTS.get(variant_of(files) or "") for folder, files in by_folder.items()}
+
+    def is_read(name: str) -> bool:
+        variants = [pattern for pattern in VARIANTS.values() if fnmatch(name, pattern)]
+        return not variants or read[name.rpartition("/")[0]] in variants
+
+    return [name for name in allowed if is_read(name)]
 
 
 def remote(row: BackboneParams) -> int:
@@ -246,6 +278,9 @@ def component(folder: Path, kind: Any, name: str, dtype: torch.dtype) -> Any:
 
         disable_progress_bar()  # a bar for each component would hide those of the stages
         options |= {"dtype": dtype}
+    if variant := variant_of(file.name for file in place.glob("*.safetensors*")):
+        log.warning("%s: reads the variant %s, the only weights", place, variant)
+        options |= {"variant": variant}
     try:
         model, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     except Exception as error:  # each library has its own family of errors
