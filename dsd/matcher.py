@@ -6,7 +6,8 @@ Shapes: I images, T texts, K draws, M words, R image side in pixels.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from cachetools import LRUCache
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor
 
 from dsd.config import (
@@ -35,7 +37,7 @@ from dsd.data.images import MAX_PIXELS, ImageSource, image_id, load_image, resiz
 from dsd.engine.encodings import Arrays
 from dsd.engine.engine import Engine, cores
 from dsd.engine.forward import row_values
-from dsd.errors import CheckpointError, TextError, unknown
+from dsd.errors import ImageError, ParamsError, TextError, unknown
 from dsd.models import device_of, load_diffusion
 from dsd.models.attention import Capture
 from dsd.models.checkpoint import family_of, folder_of
@@ -125,39 +127,54 @@ class Matcher:
             parity: resize images to this side in pixels first, as in a comparison with CLIP.
 
         Raises:
+            ParamsError: an option is wrong.
             CheckpointError: the checkpoint or the prompt does not load.
         """
-        if method not in METHODS:
-            raise CheckpointError(unknown("method", method, METHODS))
-        row = BackboneParams(
-            family=family or "stable-diffusion",
-            source=str(path_or_id),
-            revision=revision,
-            config=None if config is None else str(config),
-            prediction=prediction,
-            lora=None,
-            dtype=dtype,
-        )
+        check_choice("method", method, METHODS)
+        for name, value in {"path_or_id": path_or_id, "prompt": prompt, "config": config}.items():
+            if not (isinstance(value, str | Path) and str(value)) and (value is not None or name == "path_or_id"):
+                raise ParamsError(f"{name}: must be a path or a hub id, found {value!r}")
+        for name, number in {"parity": parity, "batch_size": batch_size}.items():
+            if (type(number) is not int or number < 1) and (number is not None or name == "batch_size"):
+                raise ParamsError(f"{name}: must be a whole number above 0, found {number!r}")
+        if type(seed) is not int:
+            raise ParamsError(f"seed: must be a whole number, found {seed!r}")
+        with option_errors():
+            row = BackboneParams(
+                family=family or "stable-diffusion",
+                source=str(path_or_id),
+                revision=revision,
+                config=None if config is None else str(config),
+                prediction=prediction,
+                lora=None,
+                dtype=dtype,
+            )
+            noise = NoiseParams(levels=levels, draws_per_level=draws_per_level)
+            evidence = EvidenceParams(poolings=("logsumexp",), scale=scale, normalise=False, tokens="content", shard=1)
         if family is None and (detected := family_of(folder_of(row))):
             row = row.model_copy(update={"family": detected})
         backbone = load_diffusion(row, device_of(device), attention)
         learned = None if prompt is None else AttentionPrompt.load(Path(prompt), backbone.digest)
-        noise = NoiseParams(levels=tuple(levels), draws_per_level=draws_per_level)
-        evidence = EvidenceParams(poolings=("logsumexp",), scale=scale, normalise=False, tokens="content", shard=1)
         chosen: MethodName = "denoising" if method == "denoising" else "cross-attention"
         return cls(backbone, learned, chosen, noise, evidence, parity=parity, batch_size=batch_size, seed=seed)
 
     def score(self, images: Sequence[ImageSource] | ImageSource, texts: Sequence[str] | str) -> Tensor:
-        """Return scores [I, T], higher is better, for images given as paths, PIL images, arrays or bytes.
+        """Return scores [I, T], higher is better.
 
-        Raise ImageError for an unreadable image and TextError for an empty text; a text over the model's token limit is
-        cut with a warning.
+        Args:
+            images: paths, PIL images, the bytes of files, arrays [H, W, 3 or 4] or [H, W], tensors [C, H, W] or
+                [H, W, C], one of these, or a batch of arrays or tensors. Numbers are uint8, or floats in 0…1.
+            texts: a text or several. One over the model's token limit is cut with a warning.
+
+        Raises:
+            ImageError: an image cannot be read.
+            TextError: a text is empty, or has no token but special ones.
         """
-        if isinstance(images, str | Path | bytes | np.ndarray | Image.Image):
-            images = [images]
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        check_texts(texts)
-        [scores_IT] = self.score_many([([self.picture(image) for image in images], texts)])
+        images, texts = image_list(images), text_list(texts)
+        pictures = [self.picture(image) for image in images]
+        if not pictures or not texts:
+            return torch.zeros(len(pictures), len(texts), dtype=torch.float32, device="cpu")
+        [scores_IT] = self.score_many([(pictures, texts)])
         for text in self.cut(texts):
             warnings.warn(
                 f"text is longer than the model's {self.backbone.max_tokens} tokens and was cut: {text[:60]!r}…",
@@ -275,7 +292,10 @@ class Matcher:
             encoded = {text: self._known.get(text) for text in texts}
             if new := [text for text, arrays in encoded.items() if arrays is None]:
                 out = self.backbone.encode_texts(new)
+                special = set(self.backbone.tokenizer.all_special_ids)
                 for n, text in enumerate(new):
+                    if text != UNCONDITIONAL and special.issuperset(self.backbone.tokenizer(text).input_ids):
+                        raise TextError(f"text {text[:60]!r}: has no token but special ones; give it a word")
                     tensors = {"hidden": out.hidden[n], "content": out.content[n], "truncated": out.truncated[n]}
                     self._known[text] = encoded[text] = {k: v.cpu().numpy().copy() for k, v in tensors.items()}
         return {text: arrays for text, arrays in encoded.items() if arrays is not None}
@@ -289,10 +309,64 @@ class Matcher:
 
 
 def check_texts(texts: Sequence[str]) -> None:
-    """Raise TextError if one of the texts is empty."""
+    """Raise TextError if one of the texts is empty or not valid Unicode."""
     for number, text in enumerate(texts):
         if not text.strip():
             raise TextError(f"text {number + 1} of {len(texts)} is empty; give it at least one word")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise TextError(f"text {number + 1} of {len(texts)}, {text[:40]!a}: half a character (a lone surrogate)")
+
+
+def text_list(texts: Sequence[str] | str) -> list[str]:
+    """Return one or several texts as a list; raise TextError if they are anything else."""
+    several = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, Iterable) else [texts]
+    for number, text in enumerate(several):
+        if not isinstance(text, str):
+            raise TextError(f"text {number + 1} of {len(several)}: must be a string, found {type(text).__name__}")
+    check_texts(several)
+    return several
+
+
+def image_list(images: Sequence[ImageSource] | ImageSource | Tensor) -> list[ImageSource]:
+    """Return one or several images as a list of what `load_image` reads; raise ImageError if they are anything else."""
+    if isinstance(images, str | Path | bytes | Image.Image):
+        return [images]
+    if isinstance(images, np.ndarray | Tensor):
+        return [_array(image) for image in (images if images.ndim == 4 else [images])]
+    if not isinstance(images, Iterable):
+        raise ImageError(f"images: must be images or a list of images, found {type(images).__name__}")
+    several = list(images)
+    for number, image in enumerate(several):
+        if not isinstance(image, str | Path | bytes | Image.Image | np.ndarray | Tensor):
+            what = f"image {number + 1} of {len(several)}: must be a path, bytes, a PIL image, an array or a tensor"
+            raise ImageError(f"{what}, found {type(image).__name__}")
+    return [_array(image) if isinstance(image, Tensor) else image for image in several]
+
+
+def _array(image: np.ndarray | Tensor) -> np.ndarray:
+    """Return a tensor as an array [H, W, C]; its channels are first if the first dimension can be one."""
+    if isinstance(image, np.ndarray):
+        return image
+    plain = image.detach().cpu()
+    channels_first = plain.ndim == 3 and plain.shape[0] in (1, 3, 4)
+    array = np.asarray((plain.permute(1, 2, 0) if channels_first else plain).numpy())
+    return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+
+
+def check_choice(option: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ParamsError(f"{option}: {unknown(option, str(value), choices)}")
+
+
+@contextmanager
+def option_errors() -> Iterator[None]:
+    """Turn pydantic's error for an option into a ParamsError of one line."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        option, reason = first["loc"][0] if first["loc"] else "options", first["msg"].removeprefix("Value error, ")
+        raise ParamsError(f"{option}: {reason}, found {first['input']!r}") from None
 
 
 def _row(name: MethodName, prompt: AttentionPrompt | None, noise: NoiseParams) -> ScheduledMethod:
