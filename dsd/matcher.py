@@ -6,13 +6,13 @@ Shapes: I images, T texts, K draws, M words, R image side in pixels.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 KEPT_TEXTS = 512  # encodings in memory: 240 kB each with Stable Diffusion 1.x
 AT_ONCE = 16  # batches of evidence in memory
 METHODS = ("cross-attention", "denoising")
+P = ParamSpec("P")
+Result = TypeVar("Result")
 MethodName = Literal["cross-attention", "denoising"]
 Picture = NDArray[np.uint8]  # [R, R, 3] as `Matcher.picture` returns it
 
@@ -62,6 +64,17 @@ class Heatmap:
     words: list[str]
     maps: np.ndarray  # [M, R, R] float32
     picture: np.ndarray  # [R, R, 3] uint8
+
+
+def on_own_device(function: Callable[P, Result]) -> Callable[P, Result]:
+    """Run a function without the default device of the caller's session; tensors name theirs."""
+
+    @wraps(function)
+    def run(*arguments: P.args, **options: P.kwargs) -> Result:
+        with torch.device("cpu"):
+            return function(*arguments, **options)
+
+    return run
 
 
 class Matcher:
@@ -94,6 +107,7 @@ class Matcher:
         self._reading = Lock()  # tokenizers are not thread-safe
 
     @classmethod
+    @on_own_device
     def from_pretrained(
         cls,
         path_or_id: str | Path,
@@ -182,6 +196,7 @@ class Matcher:
             )
         return scores_IT
 
+    @on_own_device
     def score_many(self, problems: Sequence[tuple[Sequence[Picture], Sequence[str]]]) -> list[Tensor]:
         """Score several (images, texts) together in full batches; what they share is computed once.
 
@@ -203,7 +218,7 @@ class Matcher:
             values |= zip(part, values_R.tolist(), strict=True)
         self._batch_size = engine.batch_size  # halved if memory was too small
         values_ITK = ([[[values[pair, d] for d in self._draws] for pair in row] for row in table] for table in tables)
-        return [self._reduced(torch.tensor(table, device="cpu")) for table in values_ITK]
+        return [self._reduced(torch.tensor(table, dtype=torch.float32, device="cpu")) for table in values_ITK]
 
     def rows(self, images: int, texts: int) -> int:
         """Return the number of (pair, draw) rows of a problem of this size."""
@@ -226,6 +241,7 @@ class Matcher:
         """Return the cross-attention of each word over the image, averaged over layers, heads and draws."""
         return self.heatmap_of(self.picture(image), text)
 
+    @on_own_device
     @torch.inference_mode()
     def heatmap_of(self, picture: Picture, text: str) -> Heatmap:
         """Return the `heatmap` of an image that `picture` returned."""
@@ -233,6 +249,7 @@ class Matcher:
         maps = [self._maps(latents, hidden, content, draw)[0] for draw in self._draws]
         return Heatmap(self._words(text), _stretched(torch.stack(maps).sum(0)), picture)
 
+    @on_own_device
     @torch.inference_mode()
     def heatmaps(self, image: ImageSource, text: str) -> dict[float, Heatmap]:
         """Return for each noise level the `heatmap` of its first draw, over the noised image."""
@@ -315,6 +332,8 @@ def check_texts(texts: Sequence[str]) -> None:
             raise TextError(f"text {number + 1} of {len(texts)} is empty; give it at least one word")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise TextError(f"text {number + 1} of {len(texts)}, {text[:40]!a}: half a character (a lone surrogate)")
+        if "\0" in text:
+            raise TextError(f"text {number + 1} of {len(texts)}, {text[:40]!a}: has a NUL character")
 
 
 def text_list(texts: Sequence[str] | str) -> list[str]:
