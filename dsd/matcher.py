@@ -5,6 +5,7 @@ Shapes: I images, T texts, K draws, M words, R image side in pixels.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -112,7 +113,7 @@ class Matcher:
         cls,
         path_or_id: str | Path,
         prompt: str | Path | None = None,
-        method: str = "cross-attention",
+        method: str | None = None,
         *,
         revision: str | None = None,
         family: str | None = None,
@@ -133,7 +134,8 @@ class Matcher:
         Args:
             path_or_id: a folder or hub id in the diffusers layout, or a file .safetensors with `config`, a folder or
                 hub id of the same architecture.
-            method: "cross-attention" (DSD) or "denoising" (Diffusion Classifier).
+            method: "cross-attention" (DSD) or "denoising" (Diffusion Classifier); by default cross-attention with a
+                prompt, which is trained for it, else denoising, the best without training.
             family: detected from the files by default.
             prediction, attention: as in params.yaml.
             levels: noise levels in (0, 1).
@@ -144,6 +146,7 @@ class Matcher:
             ParamsError: an option is wrong.
             CheckpointError: the checkpoint or the prompt does not load.
         """
+        method = method if method is not None else "denoising" if prompt is None else "cross-attention"
         check_choice("method", method, METHODS)
         for name, value in {"path_or_id": path_or_id, "prompt": prompt, "config": config}.items():
             if not (isinstance(value, str | Path) and str(value)) and (value is not None or name == "path_or_id"):
@@ -189,12 +192,32 @@ class Matcher:
         if not pictures or not texts:
             return torch.zeros(len(pictures), len(texts), dtype=torch.float32, device="cpu")
         [scores_IT] = self.score_many([(pictures, texts)])
+        if words := self.unknown_words(texts):
+            warnings.warn(f"the text encoder has not learned: {', '.join(words[:10])}", stacklevel=2)
         for text in self.cut(texts):
             warnings.warn(
                 f"text is longer than the model's {self.backbone.max_tokens} tokens and was cut: {text[:60]!r}…",
                 stacklevel=2,
             )
         return scores_IT
+
+    def shares(self, scores_IT: Tensor) -> Tensor:
+        """Return the softmax of scores over the texts of each image, [I, T].
+
+        Of denoising, the posterior of the Diffusion Classifier with equal priors (Li et al. 2023, eq. 6): the error is
+        there a sum over the values of the latent, here a mean. Of cross-attention, with λ of eq. 3 as the inverse
+        temperature.
+        """
+        side = self._resolution // self.backbone.scale
+        values = self.backbone.latent_channels * side**2 if self.method == "denoising" else self._evidence.scale
+        return (scores_IT * values).softmax(-1)
+
+    def unknown_words(self, texts: Iterable[str]) -> list[str]:
+        """Return the words of several letters that the tokenizer splits into letters: it has not learned them."""
+        words = dict.fromkeys(word for text in texts for word in re.findall(r"[^\W\d_]{2,}", text))
+        with self._reading:
+            pieces = {word: self.backbone.tokenizer.tokenize(word) for word in words}
+        return [word for word, split in pieces.items() if len(split) >= len(word)]
 
     @on_own_device
     def score_many(self, problems: Sequence[tuple[Sequence[Picture], Sequence[str]]]) -> list[Tensor]:
