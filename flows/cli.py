@@ -269,7 +269,8 @@ def match(
 ) -> None:
     """Score images against texts, and mark the best text of each image, or the best image for a single text.
 
-    Higher is better. Scores are comparable within one command only.
+    Higher is better. Scores are comparable within one command only. A share is a softmax over the texts of an image, or
+    over the images of a single text.
 
     \b
     Examples:
@@ -288,7 +289,8 @@ def match(
         matcher = Matcher.from_pretrained(checkpoint, prompt=prompt, method=method)
     scores_IT = matcher.score(images, texts)
     best = [(int(scores_IT.argmax()), 0)] if len(texts) == 1 else list(enumerate(scores_IT.argmax(1).tolist()))
-    scores, shares = scores_IT.tolist(), matcher.shares(scores_IT).tolist()
+    shares_IT = matcher.shares(scores_IT.T).T if len(texts) == 1 else matcher.shares(scores_IT)
+    scores, shares = scores_IT.tolist(), shares_IT.tolist()
     if heatmap is not None:
         i, t = max(best, key=lambda pair: scores[pair[0]][pair[1]])
         terminal.save_heatmap(matcher.heatmap(images[i], texts[t]), heatmap)
