@@ -5,19 +5,22 @@ Shapes: I images, T texts, K draws, M words, R image side in pixels.
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
 from cachetools import LRUCache
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor
 
 from dsd.config import (
@@ -35,7 +38,7 @@ from dsd.data.images import MAX_PIXELS, ImageSource, image_id, load_image, resiz
 from dsd.engine.encodings import Arrays
 from dsd.engine.engine import Engine, cores
 from dsd.engine.forward import row_values
-from dsd.errors import CheckpointError, TextError, unknown
+from dsd.errors import ImageError, ParamsError, TextError, unknown
 from dsd.models import device_of, load_diffusion
 from dsd.models.attention import Capture
 from dsd.models.checkpoint import family_of, folder_of
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
 KEPT_TEXTS = 512  # encodings in memory: 240 kB each with Stable Diffusion 1.x
 AT_ONCE = 16  # batches of evidence in memory
 METHODS = ("cross-attention", "denoising")
+P = ParamSpec("P")
+Result = TypeVar("Result")
 MethodName = Literal["cross-attention", "denoising"]
 Picture = NDArray[np.uint8]  # [R, R, 3] as `Matcher.picture` returns it
 
@@ -60,6 +65,17 @@ class Heatmap:
     words: list[str]
     maps: np.ndarray  # [M, R, R] float32
     picture: np.ndarray  # [R, R, 3] uint8
+
+
+def on_own_device(function: Callable[P, Result]) -> Callable[P, Result]:
+    """Run a function without the default device of the caller's session; tensors name theirs."""
+
+    @wraps(function)
+    def run(*arguments: P.args, **options: P.kwargs) -> Result:
+        with torch.device("cpu"):
+            return function(*arguments, **options)
+
+    return run
 
 
 class Matcher:
@@ -92,11 +108,12 @@ class Matcher:
         self._reading = Lock()  # tokenizers are not thread-safe
 
     @classmethod
+    @on_own_device
     def from_pretrained(
         cls,
         path_or_id: str | Path,
         prompt: str | Path | None = None,
-        method: str = "cross-attention",
+        method: str | None = None,
         *,
         revision: str | None = None,
         family: str | None = None,
@@ -117,7 +134,8 @@ class Matcher:
         Args:
             path_or_id: a folder or hub id in the diffusers layout, or a file .safetensors with `config`, a folder or
                 hub id of the same architecture.
-            method: "cross-attention" (DSD) or "denoising" (Diffusion Classifier).
+            method: "cross-attention" (DSD) or "denoising" (Diffusion Classifier); by default cross-attention with a
+                prompt, which is trained for it, else denoising, the best without training.
             family: detected from the files by default.
             prediction, attention: as in params.yaml.
             levels: noise levels in (0, 1).
@@ -125,39 +143,57 @@ class Matcher:
             parity: resize images to this side in pixels first, as in a comparison with CLIP.
 
         Raises:
+            ParamsError: an option is wrong.
             CheckpointError: the checkpoint or the prompt does not load.
         """
-        if method not in METHODS:
-            raise CheckpointError(unknown("method", method, METHODS))
-        row = BackboneParams(
-            family=family or "stable-diffusion",
-            source=str(path_or_id),
-            revision=revision,
-            config=None if config is None else str(config),
-            prediction=prediction,
-            lora=None,
-            dtype=dtype,
-        )
+        method = method if method is not None else "denoising" if prompt is None else "cross-attention"
+        check_choice("method", method, METHODS)
+        for name, value in {"path_or_id": path_or_id, "prompt": prompt, "config": config}.items():
+            if not (isinstance(value, str | Path) and str(value)) and (value is not None or name == "path_or_id"):
+                raise ParamsError(f"{name}: must be a path or a hub id, found {value!r}")
+        for name, number in {"parity": parity, "batch_size": batch_size}.items():
+            if (type(number) is not int or number < 1) and (number is not None or name == "batch_size"):
+                raise ParamsError(f"{name}: must be a whole number above 0, found {number!r}")
+        if type(seed) is not int:
+            raise ParamsError(f"seed: must be a whole number, found {seed!r}")
+        with option_errors():
+            row = BackboneParams(
+                family=family or "stable-diffusion",
+                source=str(path_or_id),
+                revision=revision,
+                config=None if config is None else str(config),
+                prediction=prediction,
+                lora=None,
+                dtype=dtype,
+            )
+            noise = NoiseParams(levels=levels, draws_per_level=draws_per_level)
+            evidence = EvidenceParams(poolings=("logsumexp",), scale=scale, normalise=False, tokens="content", shard=1)
         if family is None and (detected := family_of(folder_of(row))):
             row = row.model_copy(update={"family": detected})
         backbone = load_diffusion(row, device_of(device), attention)
         learned = None if prompt is None else AttentionPrompt.load(Path(prompt), backbone.digest)
-        noise = NoiseParams(levels=tuple(levels), draws_per_level=draws_per_level)
-        evidence = EvidenceParams(poolings=("logsumexp",), scale=scale, normalise=False, tokens="content", shard=1)
         chosen: MethodName = "denoising" if method == "denoising" else "cross-attention"
         return cls(backbone, learned, chosen, noise, evidence, parity=parity, batch_size=batch_size, seed=seed)
 
     def score(self, images: Sequence[ImageSource] | ImageSource, texts: Sequence[str] | str) -> Tensor:
-        """Return scores [I, T], higher is better, for images given as paths, PIL images, arrays or bytes.
+        """Return scores [I, T], higher is better.
 
-        Raise ImageError for an unreadable image and TextError for an empty text; a text over the model's token limit is
-        cut with a warning.
+        Args:
+            images: paths, PIL images, the bytes of files, arrays [H, W, 3 or 4] or [H, W], tensors [C, H, W] or
+                [H, W, C], one of these, or a batch of arrays or tensors. Numbers are uint8, or floats in 0…1.
+            texts: a text or several. One over the model's token limit is cut with a warning.
+
+        Raises:
+            ImageError: an image cannot be read.
+            TextError: a text is empty, or has no token but special ones.
         """
-        if isinstance(images, str | Path | bytes | np.ndarray | Image.Image):
-            images = [images]
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        check_texts(texts)
-        [scores_IT] = self.score_many([([self.picture(image) for image in images], texts)])
+        images, texts = image_list(images), text_list(texts)
+        pictures = [self.picture(image) for image in images]
+        if not pictures or not texts:
+            return torch.zeros(len(pictures), len(texts), dtype=torch.float32, device="cpu")
+        [scores_IT] = self.score_many([(pictures, texts)])
+        if words := self.unknown_words(texts):
+            warnings.warn(f"the text encoder has not learned: {', '.join(words[:10])}", stacklevel=2)
         for text in self.cut(texts):
             warnings.warn(
                 f"text is longer than the model's {self.backbone.max_tokens} tokens and was cut: {text[:60]!r}…",
@@ -165,6 +201,25 @@ class Matcher:
             )
         return scores_IT
 
+    def shares(self, scores_IT: Tensor) -> Tensor:
+        """Return the softmax of scores over the texts of each image, [I, T].
+
+        Of denoising, the posterior of the Diffusion Classifier with equal priors (Li et al. 2023, eq. 6): the error is
+        there a sum over the values of the latent, here a mean. Of cross-attention, with λ of eq. 3 as the inverse
+        temperature.
+        """
+        side = self._resolution // self.backbone.scale
+        values = self.backbone.latent_channels * side**2 if self.method == "denoising" else self._evidence.scale
+        return (scores_IT * values).softmax(-1)
+
+    def unknown_words(self, texts: Iterable[str]) -> list[str]:
+        """Return the words of several letters that the tokenizer splits into letters: it has not learned them."""
+        words = dict.fromkeys(word for text in texts for word in re.findall(r"[^\W\d_]{2,}", text))
+        with self._reading:
+            pieces = {word: self.backbone.tokenizer.tokenize(word) for word in words}
+        return [word for word, split in pieces.items() if len(split) >= len(word)]
+
+    @on_own_device
     def score_many(self, problems: Sequence[tuple[Sequence[Picture], Sequence[str]]]) -> list[Tensor]:
         """Score several (images, texts) together in full batches; what they share is computed once.
 
@@ -186,7 +241,7 @@ class Matcher:
             values |= zip(part, values_R.tolist(), strict=True)
         self._batch_size = engine.batch_size  # halved if memory was too small
         values_ITK = ([[[values[pair, d] for d in self._draws] for pair in row] for row in table] for table in tables)
-        return [self._reduced(torch.tensor(table)) for table in values_ITK]
+        return [self._reduced(torch.tensor(table, dtype=torch.float32, device="cpu")) for table in values_ITK]
 
     def rows(self, images: int, texts: int) -> int:
         """Return the number of (pair, draw) rows of a problem of this size."""
@@ -209,6 +264,7 @@ class Matcher:
         """Return the cross-attention of each word over the image, averaged over layers, heads and draws."""
         return self.heatmap_of(self.picture(image), text)
 
+    @on_own_device
     @torch.inference_mode()
     def heatmap_of(self, picture: Picture, text: str) -> Heatmap:
         """Return the `heatmap` of an image that `picture` returned."""
@@ -216,6 +272,7 @@ class Matcher:
         maps = [self._maps(latents, hidden, content, draw)[0] for draw in self._draws]
         return Heatmap(self._words(text), _stretched(torch.stack(maps).sum(0)), picture)
 
+    @on_own_device
     @torch.inference_mode()
     def heatmaps(self, image: ImageSource, text: str) -> dict[float, Heatmap]:
         """Return for each noise level the `heatmap` of its first draw, over the noised image."""
@@ -238,7 +295,7 @@ class Matcher:
         self.backbone.predict_noise(noised, timesteps, hidden, capture=capture, prompt=prompt)
         assert capture.maps is not None
         side = self._resolution
-        total = torch.zeros(int(content.sum()), side, side)
+        total = torch.zeros(int(content.sum()), side, side, dtype=torch.float32, device="cpu")
         for attn_BHNM in capture.maps:
             size = round(attn_BHNM.shape[-2] ** 0.5)
             maps = attn_BHNM[0].mean(0).T[content[0]].reshape(1, -1, size, size)
@@ -275,7 +332,10 @@ class Matcher:
             encoded = {text: self._known.get(text) for text in texts}
             if new := [text for text, arrays in encoded.items() if arrays is None]:
                 out = self.backbone.encode_texts(new)
+                special = set(self.backbone.tokenizer.all_special_ids)
                 for n, text in enumerate(new):
+                    if text != UNCONDITIONAL and special.issuperset(self.backbone.tokenizer(text).input_ids):
+                        raise TextError(f"text {text[:60]!r}: has no token but special ones; give it a word")
                     tensors = {"hidden": out.hidden[n], "content": out.content[n], "truncated": out.truncated[n]}
                     self._known[text] = encoded[text] = {k: v.cpu().numpy().copy() for k, v in tensors.items()}
         return {text: arrays for text, arrays in encoded.items() if arrays is not None}
@@ -289,10 +349,66 @@ class Matcher:
 
 
 def check_texts(texts: Sequence[str]) -> None:
-    """Raise TextError if one of the texts is empty."""
+    """Raise TextError if one of the texts is empty or not valid Unicode."""
     for number, text in enumerate(texts):
         if not text.strip():
             raise TextError(f"text {number + 1} of {len(texts)} is empty; give it at least one word")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise TextError(f"text {number + 1} of {len(texts)}, {text[:40]!a}: half a character (a lone surrogate)")
+        if "\0" in text:
+            raise TextError(f"text {number + 1} of {len(texts)}, {text[:40]!a}: has a NUL character")
+
+
+def text_list(texts: Sequence[str] | str) -> list[str]:
+    """Return one or several texts as a list; raise TextError if they are anything else."""
+    several = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, Iterable) else [texts]
+    for number, text in enumerate(several):
+        if not isinstance(text, str):
+            raise TextError(f"text {number + 1} of {len(several)}: must be a string, found {type(text).__name__}")
+    check_texts(several)
+    return several
+
+
+def image_list(images: Sequence[ImageSource] | ImageSource | Tensor) -> list[ImageSource]:
+    """Return one or several images as a list of what `load_image` reads; raise ImageError if they are anything else."""
+    if isinstance(images, str | Path | bytes | Image.Image):
+        return [images]
+    if isinstance(images, np.ndarray | Tensor):
+        return [_array(image) for image in (images if images.ndim == 4 else [images])]
+    if not isinstance(images, Iterable):
+        raise ImageError(f"images: must be images or a list of images, found {type(images).__name__}")
+    several = list(images)
+    for number, image in enumerate(several):
+        if not isinstance(image, str | Path | bytes | Image.Image | np.ndarray | Tensor):
+            what = f"image {number + 1} of {len(several)}: must be a path, bytes, a PIL image, an array or a tensor"
+            raise ImageError(f"{what}, found {type(image).__name__}")
+    return [_array(image) if isinstance(image, Tensor) else image for image in several]
+
+
+def _array(image: np.ndarray | Tensor) -> np.ndarray:
+    """Return a tensor as an array [H, W, C]; its channels are first if the first dimension can be one."""
+    if isinstance(image, np.ndarray):
+        return image
+    plain = image.detach().cpu()
+    channels_first = plain.ndim == 3 and plain.shape[0] in (1, 3, 4)
+    array = np.asarray((plain.permute(1, 2, 0) if channels_first else plain).numpy())
+    return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+
+
+def check_choice(option: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ParamsError(f"{option}: {unknown(option, str(value), choices)}")
+
+
+@contextmanager
+def option_errors() -> Iterator[None]:
+    """Turn pydantic's error for an option into a ParamsError of one line."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        option, reason = first["loc"][0] if first["loc"] else "options", first["msg"].removeprefix("Value error, ")
+        raise ParamsError(f"{option}: {reason}, found {first['input']!r}") from None
 
 
 def _row(name: MethodName, prompt: AttentionPrompt | None, noise: NoiseParams) -> ScheduledMethod:

@@ -259,7 +259,9 @@ def match(
             help="A trained prompt: prompt.safetensors of data/train, or models:/dsd-prompt-scenes-com@champion."
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="cross-attention or denoising.")] = "cross-attention",
+    method: Annotated[
+        str | None, typer.Option(help="denoising, the default, or cross-attention, the default with a prompt.")
+    ] = None,
     heatmap: Annotated[
         Path | None, typer.Option(help="Save the heat map of each word of the best match to this image file.")
     ] = None,
@@ -267,7 +269,8 @@ def match(
 ) -> None:
     """Score images against texts, and mark the best text of each image, or the best image for a single text.
 
-    Higher is better. Scores are comparable within one command only.
+    Higher is better. Scores are comparable within one command only. A share is a softmax over the texts of an image, or
+    over the images of a single text.
 
     \b
     Examples:
@@ -286,20 +289,24 @@ def match(
         matcher = Matcher.from_pretrained(checkpoint, prompt=prompt, method=method)
     scores_IT = matcher.score(images, texts)
     best = [(int(scores_IT.argmax()), 0)] if len(texts) == 1 else list(enumerate(scores_IT.argmax(1).tolist()))
-    scores = scores_IT.tolist()
+    shares_IT = matcher.shares(scores_IT.T).T if len(texts) == 1 else matcher.shares(scores_IT)
+    scores, shares = scores_IT.tolist(), shares_IT.tolist()
     if heatmap is not None:
         i, t = max(best, key=lambda pair: scores[pair[0]][pair[1]])
         terminal.save_heatmap(matcher.heatmap(images[i], texts[t]), heatmap)
     matches = [
-        {"image": str(image), "text": text, "score": scores[i][t], "best": (i, t) in best}
+        {"image": str(image), "text": text, "score": scores[i][t], "share": shares[i][t], "best": (i, t) in best}
         for i, image in enumerate(images)
         for t, text in enumerate(texts)
     ]
     if as_json:
         terminal.print_json(matches)
     else:
-        rows = ((m["image"], m["text"], f"{m['score']:.5f}", "best" if m["best"] else "") for m in matches)
-        terminal.print_table(("image", "text", "score", ""), rows, number="score")
+        rows = (
+            (m["image"], m["text"], f"{m['score']:.5f}", f"{100 * m['share']:.1f} %", "best" if m["best"] else "")
+            for m in matches
+        )
+        terminal.print_table(("image", "text", "score", "share", ""), rows, number="score")
 
 
 def check_images(images: Iterable[Path]) -> None:

@@ -194,7 +194,8 @@ def _checkpoint(params: Params) -> str:
 
     from dsd.estimate import PassCost
     from dsd.models import family
-    from dsd.models.checkpoint import family_of, folder_of, one_file, prediction_of, remote, require
+    from dsd.models.checkpoint import family_of, folder_of, one_file, remote, require
+    from dsd.models.noise_process import prediction_of
     from dsd.models.stable_diffusion import StableDiffusion
 
     row = params.backbones[params.backbone]

@@ -34,6 +34,9 @@ class Fake:
     def score(self, images: list[Path], texts: list[str]) -> torch.Tensor:
         return torch.tensor([[(text == "right") + 0.1 * (image.name == "b.png") for text in texts] for image in images])
 
+    def shares(self, scores_IT: torch.Tensor) -> torch.Tensor:
+        return scores_IT.softmax(-1)
+
     def heatmap(self, image: Path, text: str) -> Heatmap:
         return Heatmap([text], np.zeros((1, 8, 8), np.float32), np.zeros((8, 8, 3), np.uint8))
 
@@ -56,14 +59,15 @@ def run(*arguments: str, code: int = 0) -> Any:
 def test_table_marks_the_best_text_of_each_image() -> None:
     lines = run("a.png", "b.png", "--text", "wrong", "--text", "right").output.splitlines()
     assert [line.split() for line in lines if "best" in line] == [
-        ["a.png", "right", "1.00000", "best"],
-        ["b.png", "right", "1.10000", "best"],
+        ["a.png", "right", "1.00000", "73.1", "%", "best"],
+        ["b.png", "right", "1.10000", "73.1", "%", "best"],
     ]
 
 
 def test_a_single_text_has_one_best_image() -> None:
     matches = json.loads(run("a.png", "b.png", "--text", "right", "--json").output)
     assert [(row["image"], row["best"]) for row in matches] == [("a.png", False), ("b.png", True)]
+    assert sum(row["share"] for row in matches) == pytest.approx(1)  # of the images, as there is one text
 
 
 def test_heatmap_is_written(tmp_path: Path) -> None:

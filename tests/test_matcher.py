@@ -11,7 +11,14 @@ import torch
 from PIL import Image
 
 from dsd import Matcher
-from dsd.errors import CheckpointError, ImageError, TextError
+from dsd.config import DrawnDataset, load
+from dsd.datasets.scenes_ref import compose
+from dsd.datasets.synthetic import _items
+from dsd.errors import CheckpointError, ImageError, ParamsError, TextError
+from dsd.models.prompts import AttentionPrompt
+from dsd.scenes.corpus import NATIVE
+from dsd.scenes.render import render
+from tests.conftest import ROOT
 
 TEXTS = ["a red circle", "a blue star", "a green ring left of a pink bolt"]
 
@@ -50,7 +57,7 @@ def test_a_heatmap_has_one_map_a_word(models: Path, images: list[Image.Image]) -
 
 
 def test_mistakes_are_one_line(models: Path, images: list[Image.Image], tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="did you mean 'denoising'"):
+    with pytest.raises(ParamsError, match="did you mean 'denoising'"):
         Matcher.from_pretrained(models / "embedded", method="denoisin")
     with pytest.raises(CheckpointError, match="family clip has no cross-attention"):
         Matcher.from_pretrained(models / "embedded-clip")
@@ -117,3 +124,43 @@ def test_threads_share_a_matcher(models: Path, images: list[Image.Image]) -> Non
     fresh = Matcher.from_pretrained(models / "embedded", levels=(0.3,))
     for some, scores in zip(texts, together, strict=True):
         assert torch.allclose(scores, fresh.score(images[0], some), atol=1e-5)
+
+
+def test_the_default_names_the_true_caption() -> None:
+    """The first 100 test scenes of scenes-ref, the true caption against another one, with the embedded model."""
+    real = load(ROOT / "params.yaml")
+    drawn = real.datasets["scenes-ref"]
+    assert isinstance(drawn, DrawnDataset)
+    matcher, problems = Matcher.from_pretrained(ROOT / "models/embedded"), []
+    for item in [item for item in _items(drawn, "scenes-ref", real.seed, 1) if item[2] == "test"][:100]:
+        scenes, [example] = compose(*item, drawn)
+        ((image, text),) = example.answer
+        other = example.texts[(text + 1) % len(example.texts)]
+        picture = matcher.picture(render(scenes[example.images[image]], NATIVE))
+        problems.append(([picture], [example.texts[text], other]))
+    scores = matcher.score_many(problems)
+    assert len(scores) == 100 and sum(bool(s[0, 0] > s[0, 1]) for s in scores) >= 85
+
+
+def test_shares_are_a_softmax_over_texts(models: Path, images: list[Image.Image]) -> None:
+    for method, values in {"denoising": None, "cross-attention": 20.0}.items():
+        matcher = Matcher.from_pretrained(models / "embedded", method=method, levels=(0.3,))
+        scores = matcher.score(images, TEXTS)
+        values = values or float(np.prod(matcher.backbone.encode_images(matcher.picture(images[0])[None]).shape))
+        shares = matcher.shares(scores)
+        assert torch.allclose(shares.sum(1), torch.ones(2)) and torch.equal(shares.argmax(1), scores.argmax(1))
+        assert torch.allclose(shares, (scores * values).softmax(-1))
+
+
+def test_words_that_the_tokenizer_has_not_learned_are_named(images: list[Image.Image]) -> None:
+    matcher = Matcher.from_pretrained(ROOT / "models/embedded", levels=(0.3,))
+    with pytest.warns(UserWarning, match="the text encoder has not learned: dog, zebra$"):
+        matcher.score(images[0], ["a photo of a dog left of a zebra", "a red circle"])
+
+
+def test_with_a_prompt_the_default_is_what_it_was_trained_for(models: Path, tmp_path: Path) -> None:
+    backbone = Matcher.from_pretrained(models / "embedded").backbone
+    prompt = AttentionPrompt(backbone.text_width, backbone.layer_widths, 4, rank=2, conditional=False, seed=0)
+    prompt.save(tmp_path / "prompt.safetensors", backbone.digest)
+    prompted = Matcher.from_pretrained(models / "embedded", prompt=tmp_path / "prompt.safetensors")
+    assert (prompted.method, Matcher.from_pretrained(models / "embedded").method) == ("cross-attention", "denoising")

@@ -12,7 +12,7 @@ from dsd.config.base import Levels, ParamsModel, Poolings, Positive, is_unset
 class RuntimeParams(ParamsModel):
     """How fast a run is; changes no result."""
 
-    device: Literal["auto", "cpu", "cuda"]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?|mps)$")]
     attention: str
     batch_size: Positive
     workers: Positive

@@ -25,7 +25,9 @@ class Draw(NamedTuple):
         """Standard normal noise of one latent, generated on the CPU so that it is equal on every device."""
         import torch  # imported here: counting draws does not need torch
 
-        return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
+        return torch.randn(
+            shape, generator=torch.Generator("cpu").manual_seed(self.seed), dtype=torch.float32, device="cpu"
+        )
 
 
 def draws(noise: NoiseParams, seed: int) -> list[Draw]:

@@ -30,8 +30,8 @@ def load_image(source: ImageSource, *, max_pixels: int) -> Image.Image:
     """Read an image as RGB, with EXIF orientation applied and transparency composited on white.
 
     Args:
-        source: a path, the bytes of a file, a Pillow image, or an array [H, W, 3] or [H, W] of uint8 or of
-            floats in 0..1.
+        source: a path, the bytes of a file, a Pillow image, or an array [H, W, 3], [H, W, 4] (with transparency) or
+            [H, W] of uint8 or of floats in 0..1.
         max_pixels: maximum number of pixels. It is checked against the header, before anything is decoded.
 
     Returns:
@@ -44,7 +44,7 @@ def load_image(source: ImageSource, *, max_pixels: int) -> Image.Image:
     name = _name(source)
     try:
         if isinstance(source, np.ndarray):
-            return Image.fromarray(_array_to_uint8(source, max_pixels)).convert("RGB")
+            return _decode(Image.fromarray(_array_to_uint8(source, max_pixels)), max_pixels)
         if isinstance(source, Image.Image):
             return _decode(source, max_pixels)
         file = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -139,8 +139,8 @@ def _sixteen_bits_to_uint8(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _array_to_uint8(array: NDArray[Any], max_pixels: int) -> NDArray[np.uint8]:
-    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] != 3):
-        raise ValueError("an image array must be [H, W, 3] or [H, W]")
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
+        raise ValueError("an image array must be [H, W, 3], [H, W, 4] or [H, W]")
     _check_size((array.shape[1], array.shape[0]), max_pixels)
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array, dtype=np.uint8)

@@ -17,6 +17,7 @@ import torch
 from dsd.config import EvidenceParams
 from dsd.engine.encodings import Arrays
 from dsd.engine.forward import Batch, Lookup, observe
+from dsd.errors import CheckpointError
 from dsd.models.prompts import AttentionPrompt
 from dsd.scorers.evidence import Request
 
@@ -95,7 +96,11 @@ class Engine:
     @torch.inference_mode()
     def _batch(self, batch: Batch) -> Arrays:
         evidence = observe(self.backbone, self.prompt, self.evidence, batch.to(self.backbone.device))
-        arrays = (tensor.float().cpu().contiguous().numpy() for tensor in evidence)
+        arrays = [tensor.float().cpu().contiguous().numpy() for tensor in evidence]
+        if not all(np.isfinite(array).all() for array in arrays):
+            dtype = str(self.backbone.dtype).removeprefix("torch.")
+            remedy = "use bfloat16 or float32" if dtype == "float16" else "the checkpoint or the prompt is damaged"
+            raise CheckpointError(f"{self.backbone.source}: evidence in {dtype} is NaN or infinite; {remedy}")
         return dict(zip(("attention", "attribution", "error"), arrays, strict=True))
 
 

@@ -53,7 +53,7 @@ class Batch(NamedTuple):
             torch.from_numpy(texts["hidden"]),
             content,
             torch.from_numpy(index),
-            torch.tensor([draw.timestep(schedule_length) for _, draw in rows]),
+            torch.tensor([draw.timestep(schedule_length) for _, draw in rows], device="cpu"),
             torch.stack([noise[draw] for _, draw in rows]),
         )
 

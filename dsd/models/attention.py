@@ -70,7 +70,7 @@ def logits_pooling(logits_BHNM: Tensor, attn_BHNM: Tensor) -> Tensor:
 
 def token_weights(tokens_BM: Tensor) -> Tensor:
     """Return the weights [B, 1, M] of a mean over the text tokens that count."""
-    return (tokens_BM / tokens_BM.sum(-1, keepdim=True))[:, None, :]
+    return (tokens_BM.float() / tokens_BM.sum(-1, keepdim=True))[:, None, :]
 
 
 def over_tokens(values_BHM: Tensor, weights_B1M: Tensor) -> Tensor:

@@ -6,7 +6,10 @@ Every defect raises CheckpointError, with one line that names the place and the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.utils import filter_repo_objects
+from torch import Tensor, nn
 
 from dsd.config import BackboneParams
 from dsd.data.hub import hub_errors
@@ -23,11 +27,14 @@ from dsd.store import digest, file_digest
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
+log = logging.getLogger(__name__)
+
 # The files that are read, and so digested. A repository may also hold model cards, images, and gigabytes of the same
 # weights in other layouts and precisions.
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
 SETTINGS = (
-    *("config.json", "merges.txt", "model_index.json", "preprocessor_config.json", "special_tokens_map.json"),
+    *("config.json", "merges.txt", "model_index.json", "preprocessor_config.json", "processor_config.json"),
+    "special_tokens_map.json",
     *("tokenizer.json", "tokenizer_config.json", "vocab.json"),
     *(f"{part}/*{suffix}" for part in PARTS for suffix in (".json", ".txt")),
 )
@@ -38,16 +45,27 @@ OPEN_CLIP = (
     *(OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS),
     *("merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
 )
-VARIANTS = ("*.fp16*.safetensors*", "*.bf16*.safetensors*", "*.non_ema*.safetensors*")
+# Copies of the weights that are read only where there are no others, in this order.
+VARIANTS = {name: f"*.{name}*.safetensors*" for name in ("fp16", "bf16", "non_ema")}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device of `runtime.device`; "auto" is CUDA if it is available."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError("runtime.device: cuda, but torch has no CUDA device; use auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    """Return the device of a name: auto (CUDA if it is available, else the CPU), cpu, cuda, cuda:N or mps.
+
+    Raises:
+        CheckpointError: there is no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?|mps", name):
+        raise CheckpointError(f"device {name!r}: must be auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if (device.index or 0) >= count:
+        raise CheckpointError(f"device {name}: torch has {count or 'no'} {device.type.upper()} device; use auto or cpu")
+    return device
 
 
 def one_file(row: BackboneParams) -> Path | None:
@@ -75,9 +93,25 @@ def folder_of(row: BackboneParams) -> Path:
     source, patterns = _source_and_patterns(row)
     if _is_local(source):
         return Path(source)
-    options = {"revision": row.revision, "allow_patterns": patterns, "ignore_patterns": list(VARIANTS)}
+    options: dict[str, Any] = {"revision": row.revision, "allow_patterns": patterns}
     with hub_errors(source, row.revision, error=CheckpointError):
-        return Path(snapshot_download(source, **options))
+        folder = Path(snapshot_download(source, ignore_patterns=list(VARIANTS.values()), **options))
+        if one_file(row) is None and any(not list(config.parent.glob("*.safetensors")) for config in _configs(folder)):
+            return Path(snapshot_download(source, **options))
+        return folder
+
+
+def _configs(folder: Path) -> list[Path]:
+    """The configs of the components that have weights."""
+    return [config for part in PARTS if (config := folder / part / "config.json").exists()]
+
+
+def variant_of(names: Iterable[str]) -> str | None:
+    """Return the variant to read of the weights of one component, by their file names; None if there are plain ones."""
+    files = [name for name in names if ".safetensors" in name]
+    if not files or any(not any(fnmatch(name, pattern) for pattern in VARIANTS.values()) for name in files):
+        return None
+    return next(variant for variant, pattern in VARIANTS.items() if any(fnmatch(name, pattern) for name in files))
 
 
 def locate(row: BackboneParams) -> tuple[Path, str]:
@@ -126,7 +160,18 @@ def _is_local(source: str) -> bool:
 
 
 def _names_read(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    return list(filter_repo_objects(names, allow_patterns=list(patterns), ignore_patterns=list(VARIANTS)))
+    """Return the files that are read: those of the patterns; variants of weights only where there are no others."""
+    allowed = list(filter_repo_objects(names, allow_patterns=list(patterns)))
+    by_folder: dict[str, list[str]] = {}
+    for name in allowed:
+        by_folder.setdefault(name.rpartition("/")[0], []).append(name)
+    read = {folder: VARIANTS.get(variant_of(files) or "") for folder, files in by_folder.items()}
+
+    def is_read(name: str) -> bool:
+        variants = [pattern for pattern in VARIANTS.values() if fnmatch(name, pattern)]
+        return not variants or read[name.rpartition("/")[0]] in variants
+
+    return [name for name in allowed if is_read(name)]
 
 
 def remote(row: BackboneParams) -> int:
@@ -199,25 +244,6 @@ def pickle_note(folder: Path) -> str:
     return f"only {pickles[0]}, a pickle; convert it to safetensors" if pickles else ""
 
 
-def prediction_of(folder: Path, row: BackboneParams) -> str:
-    """Return the U-Net's target, "epsilon" or "v_prediction": by the row, else by the scheduler, else "epsilon".
-
-    The oldest schedulers have no key for it. Row and scheduler must not disagree.
-    """
-    file = folder / "scheduler" / "scheduler_config.json"
-    try:
-        kind = json.loads(file.read_text()).get("prediction_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file}: does not load: {brief(error)}") from None
-    if kind not in (None, "epsilon", "v_prediction"):
-        raise CheckpointError(f"{file}: prediction_type {kind!r} is neither epsilon nor v_prediction")
-    if None not in (kind, row.prediction) and kind != row.prediction:
-        raise CheckpointError(
-            f"{row.source}: prediction is {row.prediction}, but the scheduler has {kind}; set it to {kind} or null"
-        )
-    return str(row.prediction or kind or "epsilon")
-
-
 def tokenizer(folder: Path, name: str) -> CLIPTokenizer:
     """Load the tokenizer in `<folder>/<name>`."""
     place = folder / name
@@ -252,13 +278,24 @@ def component(folder: Path, kind: Any, name: str, dtype: torch.dtype) -> Any:
 
         disable_progress_bar()  # a bar for each component would hide those of the stages
         options |= {"dtype": dtype}
+    if variant := variant_of(file.name for file in place.glob("*.safetensors*")):
+        log.warning("%s: reads the variant %s, the only weights", place, variant)
+        options |= {"variant": variant}
     try:
         model, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     except Exception as error:  # each library has its own family of errors
         raise CheckpointError(f"{place}: does not load as {kind.__name__}: {brief(error, 200)}") from None
     if wrong := [*info.get("mismatched_keys", ()), *info.get("missing_keys", ())]:
         raise CheckpointError(f"{place}: {len(wrong)} tensors missing or misshapen, the first {wrong[0]}")
+    check_finite(model, str(place))
     return model.eval().requires_grad_(False)
+
+
+def check_finite(weights: nn.Module | Mapping[str, Tensor], place: str) -> None:
+    """Raise CheckpointError if a weight is NaN or infinite."""
+    for name, weight in (weights.state_dict() if isinstance(weights, nn.Module) else weights).items():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise CheckpointError(f"{place}: {name} has values that are not finite (NaN or infinite); damaged")
 
 
 def brief(error: object, length: int = 160) -> str:

@@ -42,7 +42,7 @@ class Opened(NamedTuple):
 class Clip:
     """A frozen CLIPModel in the transformers layout; its tokenizer is in the same folder or in `tokenizer/`.
 
-    Pixels are normalised according to `preprocessor_config.json`, or to −1…1 without this file.
+    Pixels are normalised according to `preprocessor_config.json` or `processor_config.json`, or to −1…1 without them.
     """
 
     family: ClassVar[str] = "clip"
@@ -80,7 +80,7 @@ class Clip:
         model: CLIPModel = component(folder, CLIPModel, "", dtype)
         tokens = tokenizer(folder, "tokenizer" if (folder / "tokenizer").is_dir() else "")
         resolution = int(model.config.vision_config.image_size)
-        return Opened(model, tokens, resolution, *normalisation(folder / "preprocessor_config.json"))
+        return Opened(model, tokens, resolution, *normalisation(folder))
 
     @property
     def max_tokens(self) -> int:
@@ -124,13 +124,21 @@ class Clip:
             hook.remove()
 
 
-def normalisation(file: Path) -> tuple[Tensor, Tensor]:
-    """Read mean and standard deviation [3] of each colour from a preprocessor_config.json; 0.5 without the file."""
+def normalisation(folder: Path) -> tuple[Tensor, Tensor]:
+    """Read mean and standard deviation [3] of each colour from preprocessor_config.json, or from the image processor in
+    processor_config.json, which transformers 5 writes; 0.5 without these files."""
+    file, section = folder / "preprocessor_config.json", None
     if not file.exists():
-        return torch.full((3,), 0.5), torch.full((3,), 0.5)
+        file, section = folder / "processor_config.json", "image_processor"
+    if not file.exists():
+        half_3 = torch.full((3,), 0.5, dtype=torch.float32, device="cpu")
+        return half_3, half_3
     try:
         settings = json.loads(file.read_text())
-        mean_3, deviation_3 = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
+        settings = settings[section] if section else settings
+        mean_3, deviation_3 = (
+            torch.tensor(settings[key], dtype=torch.float32, device="cpu") for key in ("image_mean", "image_std")
+        )
         if mean_3.shape != (3,) or not (deviation_3 > 0).all():
             raise ValueError(f"image_mean {settings['image_mean']}, image_std {settings['image_std']}")
     except (ValueError, KeyError, TypeError) as error:

@@ -88,7 +88,7 @@ class ContextPrompt(nn.Module):
                 f"{clip.max_tokens} of this CLIP"
             )
         joint, width = clip.model.text_projection.out_features, clip.model.text_projection.in_features
-        self.context = nn.Parameter(torch.zeros(tokens, width))
+        self.context = nn.Parameter(torch.zeros(tokens, width, dtype=torch.float32))
         self.net = nn.Sequential(nn.Linear(joint, hidden), nn.ReLU(), nn.Linear(hidden, width))
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(self.context, std=0.02, generator=generator)  # as in the authors' code
@@ -103,7 +103,7 @@ class ContextPrompt(nn.Module):
         features_BF = torch.from_numpy(self._images([pair.image for pair in pairs])["features"]).to(clip.device)
         images_BD = F.normalize(clip.model.visual_projection(features_BF.to(clip.dtype)).float(), dim=-1)
         context_BNW = self.context + self.net(images_BD)[:, None]
-        ids = [torch.tensor(ids) for ids in clip.tokenizer([pair.text for pair in pairs]).input_ids]
+        ids = [torch.tensor(ids, device="cpu") for ids in clip.tokenizer([pair.text for pair in pairs]).input_ids]
         # Padding follows the end token and has no effect.
         ids_BM = pad_sequence(ids, batch_first=True, padding_value=clip.tokenizer.pad_token_id).to(clip.device)
         texts_BF = clip.prompted_features(ids_BM, context_BNW)

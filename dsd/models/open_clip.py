@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from dsd.errors import CheckpointError
-from dsd.models.checkpoint import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, brief, family_of, pickle_note, tokenizer
+from dsd.models.checkpoint import (
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_WEIGHTS,
+    brief,
+    check_finite,
+    family_of,
+    pickle_note,
+    tokenizer,
+)
 from dsd.models.clip import Clip, Opened
 from dsd.models.resnet import ResNet
 
@@ -125,7 +133,7 @@ class Towers(nn.Module):
                 )
             )  # fmt: skip
             self.vision_model, self.visual_projection = images.vision_model, images.visual_projection
-        self.logit_scale = nn.Parameter(torch.zeros(()))
+        self.logit_scale = nn.Parameter(torch.zeros((), dtype=torch.float32))
 
 
 # Parts of names: transformers' → open_clip's, in the order in which they are replaced.
@@ -206,6 +214,7 @@ def fill(towers: Towers, file: Path) -> None:
         raise CheckpointError(
             f"{file}: {len(wrong)} tensors do not fit the model of {OPEN_CLIP_CONFIG}; {name} is {reason}"
         )
+    check_finite(tensors, str(file))
     towers.load_state_dict({key: origin.take(tensors[origin.name]) for key, origin in origins.items()}, strict=False)
 
 
@@ -232,7 +241,10 @@ class OpenClip(Clip):
         except (StrictDataclassError, RuntimeError) as error:  # sizes that do not fit each other, or no memory
             raise CheckpointError(f"{folder / OPEN_CLIP_CONFIG}: no valid CLIP ({brief(error, 200)})") from None
         fill(towers, weights)
-        mean_3, deviation_3 = (torch.tensor(x) for x in (config.preprocess_cfg.mean, config.preprocess_cfg.std))
+        mean_3, deviation_3 = (
+            torch.tensor(x, dtype=torch.float32, device="cpu")
+            for x in (config.preprocess_cfg.mean, config.preprocess_cfg.std)
+        )
         towers, side = towers.to(dtype).eval().requires_grad_(False), config.model_cfg.vision_cfg.image_size
         return Opened(towers, tokens, side, mean_3, deviation_3)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dsd.errors import CheckpointError
 from dsd.models.attention import Prompt
+from dsd.models.checkpoint import check_finite
 from dsd.store import write_atomic
 
 PROMPT = "prompt.safetensors"  # written by the stage `train` into a method's folder
@@ -56,6 +57,7 @@ def load_learned(build: Callable[..., Learned], path: Path, backbone: str, kind:
         module.load_state_dict(tensors)
     except (TypeError, RuntimeError):  # of another shape, with other names
         raise CheckpointError(f"{path}: not {kind}; another kind of tensors") from None
+    check_finite(module, str(path))
     return module.eval().requires_grad_(False)
 
 
@@ -72,12 +74,15 @@ class AttentionPrompt(nn.Module):
     ) -> None:
         super().__init__()
         self.conditional = conditional
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults of the process
         # Keys and values of a layer share one stacked matrix: index 0 is k, index 1 is v.
-        self.down = nn.Parameter(torch.randn(len(inner), 2, rank, text_width, generator=generator) * text_width**-0.5)
-        self.up = nn.ParameterList([nn.Parameter(torch.zeros(2, width, rank)) for width in inner])
+        self.down = nn.Parameter(
+            torch.randn(len(inner), 2, rank, text_width, generator=generator, **plain) * text_width**-0.5
+        )
+        self.up = nn.ParameterList([nn.Parameter(torch.zeros(2, width, rank, **plain)) for width in inner])
         if conditional:
-            self.map = nn.Parameter(torch.zeros(len(inner), 2, rank, 2 * latent_channels))
+            self.map = nn.Parameter(torch.zeros(len(inner), 2, rank, 2 * latent_channels, **plain))
             nn.init.normal_(self.map, std=0.1 * (2 * latent_channels) ** -0.5, generator=generator)
 
     def forward(self, layer: int, text_BMD: Tensor, pooled_BC: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ class AttentionPool(nn.Module):
     def __init__(self, side: int, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.zeros(side**2 + 1, width))
+        self.positional_embedding = nn.Parameter(torch.zeros(side**2 + 1, width, dtype=torch.float32))
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
 
     def forward(self, maps_BFSS: Tensor) -> Tensor:

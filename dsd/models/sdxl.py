@@ -26,6 +26,8 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     family = layout = "stable-diffusion-xl"
+    addition = "text_time"
+    architecture = r"stable-diffusion-xl-v1(-base)?"
     encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}  # noqa: RUF012
 
     @property
@@ -35,10 +37,6 @@ class StableDiffusionXL(StableDiffusion):
     def _check_shapes(self, unet: Any) -> None:
         super()._check_shapes(unet)
         folder, width = self._folder, self._pooled
-        if unet.addition_embed_type != "text_time":
-            raise CheckpointError(
-                f"{folder}: unet has addition_embed_type {unet.addition_embed_type!r}; XL's has 'text_time'"
-            )
         sizes = 6 * unet.addition_time_embed_dim
         if unet.projection_class_embeddings_input_dim != sizes + width or width > unet.cross_attention_dim:
             raise CheckpointError(
@@ -61,7 +59,9 @@ class StableDiffusionXL(StableDiffusion):
         conditions = {
             "text_embeds": pooled_TP if text_index is None else pooled_TP[text_index],
             # original height and width, top and left of the crop, target height and width
-            "time_ids": torch.tensor([side, side, 0, 0, side, side], device=noised.device).expand(len(noised), -1),
+            "time_ids": torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32, device=noised.device).expand(
+                len(noised), -1
+            ),
         }
         return cast(Tensor, self.unet(noised, timesteps, hidden_TMD, added_cond_kwargs=conditions).sample)
 

@@ -7,8 +7,9 @@ ones at random values.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.loaders.single_file_utils import (
@@ -17,16 +18,65 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dsd.errors import CheckpointError
-from dsd.models.checkpoint import brief
+from dsd.models.checkpoint import brief, check_finite
 
 # Prefixes of text encoders in the layouts of transformers (1.x, the first of XL) and OpenCLIP (2.x, the second of XL).
 TRANSFORMERS = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
 OPEN_CLIP = {"text_encoder": "cond_stage_model.model.", "text_encoder_2": "conditioner.embedders.1.model."}
+
+
+class Marks(NamedTuple):
+    """What a file states about itself; None or False if it does not."""
+
+    prediction: str | None
+    zero_snr: bool
+    architecture: str | None
+
+
+def marks(path: Path) -> Marks:
+    """Read the marks of a file: keys without weights that trainers add, and metadata after the ModelSpec standard.
+
+    Raises:
+        CheckpointError: it is not in safetensors, or its marks are of a noise process that is not supported.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            names, metadata = set(file.keys()), file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a file in safetensors ({brief(error)})") from None
+    if edm := sorted(name for name in names if name.startswith("edm_")):
+        raise CheckpointError(f"{path}: the key {edm[0]} marks an EDM model, whose noise process is not supported")
+    stated = str(metadata.get("modelspec.prediction_type", "")).lower()
+    known = {"": None, "epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+    if stated not in known:
+        raise CheckpointError(f"{path}: modelspec.prediction_type {stated!r}: neither epsilon nor v")
+    prediction = "v_prediction" if "v_pred" in names else known[stated]
+    if "v_pred" in names and known[stated] == "epsilon":
+        raise CheckpointError(f"{path}: the key v_pred and modelspec.prediction_type epsilon disagree")
+    return Marks(prediction, "ztsnr" in names, metadata.get("modelspec.architecture"))
+
+
+def check_marks(path: Path, folder: Path, architecture: str, *, prediction: str, zero_snr: bool) -> None:
+    """Check the marks of a file against the settings in `folder`.
+
+    Args:
+        architecture: a pattern of ModelSpec's names.
+
+    Raises:
+        CheckpointError: they disagree; the line names both.
+    """
+    own = marks(path)
+    if own.architecture is not None and not re.fullmatch(architecture, own.architecture):
+        raise CheckpointError(f"{path}: modelspec.architecture is {own.architecture}, the settings are of {folder}")
+    if own.prediction not in (None, prediction):
+        raise CheckpointError(f"{path}: marked as {own.prediction}, but {folder} or the row has {prediction}")
+    if own.zero_snr and not zero_snr:
+        raise CheckpointError(f"{path}: marked ztsnr, but {folder} has no rescale_betas_zero_snr: true")
 
 
 class SingleFile:
@@ -57,6 +107,7 @@ class SingleFile:
                 f"{self.folder}; the first is {wrong[0]}"
             )
         model.load_state_dict({key: tensors[key] for key in shapes})
+        check_finite(model, f"{self.path}: {name}")
         return model.to(dtype).eval().requires_grad_(False)
 
     def _tensors(self, name: str, model: Any) -> dict[str, Tensor]:

@@ -30,12 +30,17 @@ from dsd.models.checkpoint import (
     locate,
     one_file,
     over_limit,
-    prediction_of,
     require,
     tokenizer,
 )
-from dsd.models.single_file import SingleFile
+from dsd.models.noise_process import declared, noise_schedule, prediction_of
+from dsd.models.single_file import SingleFile, check_marks
 
+# Settings of U-Nets that take more than a latent, a time and a text, with the value of those that do not.
+INPUTS = {
+    **dict.fromkeys(("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")),
+    "attention_type": "default",
+}
 AT_ONCE = 2**21  # pixels per batch of the VAE: 512 images of 64², 8 of 512²
 
 
@@ -53,7 +58,9 @@ class StableDiffusion:
     """
 
     family: ClassVar[str] = "stable-diffusion"
+    addition: ClassVar[str | None] = None  # the U-Net's additional embedding
     layout: ClassVar[str] = "stable-diffusion"  # what `family_of` returns for folders with these components
+    architecture: ClassVar[str] = r"stable-diffusion-v[12](-.*)?"  # what ModelSpec calls files of this family
     encoders: ClassVar[Mapping[str, Any]] = {"text_encoder": CLIPTextModel}
 
     def __init__(self, row: BackboneParams, device: torch.device, attention: str) -> None:
@@ -62,7 +69,7 @@ class StableDiffusion:
         Raises:
             CheckpointError: it is missing, lacks a component, or its scheduler does not load.
         """
-        self._row, self._backend, self._lock = row, attention, RLock()
+        self._row, self._backend, self._lock, self.source = row, attention, RLock(), row.source
         self._file: SingleFile | None = None
         self._folder, self.digest = locate(row)
         tokenizers = [name.replace("text_encoder", "tokenizer") for name in self.encoders]
@@ -70,6 +77,9 @@ class StableDiffusion:
         require(self._folder, self.layout, components, weights=one_file(row) is None)
         self.device, self.dtype, self.prediction = device, DTYPES[row.dtype], prediction_of(self._folder, row)
         self.attention = AttentionState()
+        if file := one_file(row):
+            zero_snr = bool(declared(self._folder).get("rescale_betas_zero_snr"))
+            check_marks(file, self._folder, self.architecture, prediction=self.prediction, zero_snr=zero_snr)
 
     def open(self) -> None:
         """Open every component; raise CheckpointError if one does not load or does not match the others."""
@@ -88,7 +98,12 @@ class StableDiffusion:
 
     @cached_property
     def tokenizers(self) -> list[CLIPTokenizer]:
-        return [tokenizer(self._folder, name.replace("text_encoder", "tokenizer")) for name in self.encoders]
+        opened = {name: tokenizer(self._folder, name.replace("text_encoder", "tokenizer")) for name in self.encoders}
+        for name, tokens in opened.items():
+            if (last := max(tokens.get_vocab().values())) >= (size := self._config(name).vocab_size):
+                problem = f"has the token {last}, but {name} has {size} tokens, from 0"
+                raise CheckpointError(f"{self._folder}/{name.replace('text_encoder', 'tokenizer')}: {problem}")
+        return list(opened.values())
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
@@ -105,10 +120,7 @@ class StableDiffusion:
 
     @cached_property
     def schedule(self) -> DDPMScheduler:
-        try:
-            return DDPMScheduler.from_pretrained(self._folder, subfolder="scheduler")
-        except (OSError, ValueError, KeyError, NotImplementedError) as error:
-            raise CheckpointError(f"{self._folder}/scheduler: does not load: {brief(error)}") from None
+        return noise_schedule(self._folder)
 
     @cached_property
     def _alphas(self) -> tuple[Tensor, Tensor]:
@@ -145,6 +157,13 @@ class StableDiffusion:
             raise CheckpointError(f"{folder}: unet expects texts of width {expected}, {encoders} give {width}")
         if unet.in_channels != (channels := self._config("vae").latent_channels):
             raise CheckpointError(f"{folder}: unet expects {unet.in_channels} latent channels, vae gives {channels}")
+        if unet.out_channels != unet.in_channels:
+            problem = f"unet has {unet.out_channels} output channels for {unet.in_channels} of the latent"
+            raise CheckpointError(f"{folder}: {problem}; a learned variance is not supported")
+        for key, plain in {**INPUTS, "addition_embed_type": self.addition}.items():
+            if (value := getattr(unet, key)) != plain:
+                problem = f"{key} {value!r}: must be {plain!r} for family {self.family}"
+                raise CheckpointError(f"{folder}/unet/config.json: {problem}; no other input can be given")
 
     @property
     def tokenizer(self) -> CLIPTokenizer:
@@ -159,7 +178,11 @@ class StableDiffusion:
     @property
     def resolution(self) -> int:
         """The side in pixels that the U-Net was trained at."""
-        return int(self._skeleton.config.sample_size * self.scale)
+        size = self._skeleton.config.sample_size
+        height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+        if type(height) is not int or height != width or height < 1:
+            raise CheckpointError(f"{self._folder}/unet/config.json: sample_size {size!r}: must be n or [n, n]")
+        return height * self.scale
 
     @cached_property
     def scale(self) -> int:
@@ -195,12 +218,14 @@ class StableDiffusion:
         for first in range(0, len(images), size):
             pixels = torch.from_numpy(to_model(images[first : first + size])).to(self.device)
             means.append(self.vae.encode(pixels).latent_dist.mean)
-        return torch.cat(means) * self.vae.config.scaling_factor
+        shift, scale = self._latent_statistics
+        return (torch.cat(means) - shift) * scale
 
     @torch.inference_mode()
     def decode_images(self, latents: Tensor) -> np.ndarray:
         """Decode scaled latents [B, C, r, r], which may be noisy, to uint8 images [B, R, R, 3]."""
-        pixels = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        shift, scale = self._latent_statistics
+        pixels = self.vae.decode(latents / scale + shift).sample
         return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
     @torch.inference_mode()
@@ -211,8 +236,9 @@ class StableDiffusion:
             tokens(texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
             for tokens in self.tokenizers
         ]
-        lengths = torch.tensor([[len(ids) for ids in tokens(texts).input_ids] for tokens in self.tokenizers])
-        position = torch.arange(limit)  # a truncated text has its end token in the last position
+        counts = [[len(ids) for ids in tokens(texts).input_ids] for tokens in self.tokenizers]
+        lengths = torch.tensor(counts, device="cpu")
+        position = torch.arange(limit, device="cpu")  # a truncated text has its end token in the last position
         content = (position > 0) & (position < lengths[0].clamp(max=limit)[:, None] - 1)
         hidden = self._hidden([ids.to(self.device) for ids in padded])
         return TextEmbeddings(hidden, content, (lengths > limit).any(0))
@@ -224,6 +250,27 @@ class StableDiffusion:
     def _hidden(self, ids: Sequence[Tensor]) -> Tensor:
         """Return `TextEmbeddings.hidden`, given the ids [B, M] of each text encoder."""
         return cast(Tensor, self.text_encoders[0](ids[0]).last_hidden_state)
+
+    @cached_property
+    def _latent_statistics(self) -> tuple[Any, Any]:
+        """Shift and scale of latents, numbers or [1, C, 1, 1], as diffusers' pipelines apply them.
+
+        Either one scaling_factor with an optional shift_factor, or for each channel latents_mean and latents_std, to
+        which the scaling_factor applies as well.
+        """
+        config, place = self.vae.config, f"{self._folder}/vae/config.json"
+        scaling, shift = config.scaling_factor, config.shift_factor or 0.0
+        mean, deviation = config.latents_mean, config.latents_std
+        if (mean is None) != (deviation is None) or (mean is not None and shift):
+            raise CheckpointError(f"{place}: latents_mean and latents_std belong together, without shift_factor")
+        if not isinstance(scaling, int | float) or not scaling > 0:
+            raise CheckpointError(f"{place}: scaling_factor {scaling!r}: must be a number above 0")
+        if mean is None:
+            return shift, scaling
+        if len(mean) != config.latent_channels or len(deviation) != config.latent_channels or min(deviation) <= 0:
+            raise CheckpointError(f"{place}: latents_mean and latents_std: must have {config.latent_channels} values")
+        mean_C, deviation_C = (torch.tensor(v, dtype=torch.float32, device=self.device) for v in (mean, deviation))
+        return mean_C.view(1, -1, 1, 1), (scaling / deviation_C).view(1, -1, 1, 1)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return z_t = √ᾱ_t z + √(1 − ᾱ_t) ε."""

@@ -166,7 +166,7 @@ class Trainer:
         tables, right = zip(*(table(example, *self.shape, rng) for example in chosen), strict=True)
         levels = self.training.levels or ()
         draws = [Draw(rng.choice(levels), rng.getrandbits(62)) for _ in chosen if levels]
-        return list(tables), torch.tensor(right), draws
+        return list(tables), torch.tensor(right, device="cpu"), draws
 
     def advance(self) -> dict[str, float]:
         """Take one step and return its row of the curve.
