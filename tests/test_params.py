@@ -115,6 +115,22 @@ def staged(**changed: object) -> Settings:
         ),
         (lambda s: s["ablations"].update(heads=[-1]), "ablations.heads.0: Input should be"),
         (lambda s: s["races"]["staged"].update(to_keep=[[1, 5]]), "races.staged.to_keep.0: must fall from stage to"),
+        (lambda s: s["datasets"].update({"../up": s["datasets"]["scenes-com"]}), "datasets.../up: a name has letters"),
+        (lambda s: s["methods"].update({"a/b": s["methods"]["denoising"]}), "methods.a/b: a name has letters"),
+        (lambda s: s["studies"].update({"..": s["studies"]["samples"]}), "studies...: a name has letters"),
+        (lambda s: s.update(seed=False), "seed: must not be yes, no, true or false, found False"),
+        (
+            lambda s: s["runtime"].update(batch_size=True),
+            "runtime.batch_size: must not be yes, no, true or false, found",
+        ),
+        (
+            lambda s: s["datasets"]["scenes-com"].update(few_shot=True),
+            "datasets.scenes-com.few_shot: must not be yes, no, true or false, found True",
+        ),
+        (
+            lambda s: s["training"]["dsd"].update(learning_rate=float("inf")),
+            "training.dsd.learning_rate: Input should be a finite number",
+        ),
         (lambda s: s["races"]["exhaustive"].update(draws=[]), "races.exhaustive.draws: needs at least one value"),
         (lambda s: s["races"]["racing"].update(threshold=[]), "races.racing.threshold: needs at least one value"),
         (lambda s: s["races"]["exhaustive"]["draws"].append(65), "races.exhaustive.draws: 65, but there are 64 in all"),
@@ -160,7 +176,8 @@ def test_a_mistake_is_one_line_that_names_the_key(
     path = tmp_path / "params.yaml"
     with pytest.raises(ParamsError) as error:
         load(path)
-    file = path.with_name("races.yaml") if line.startswith("races.") else path
+    section = line.split(".")[0]
+    file = path.with_name(f"{section}.yaml") if section in ("races", "studies") else path
     assert str(error.value).startswith(f"{file}: {line}") and "\n" not in str(error.value)
 
 
@@ -366,3 +383,11 @@ def test_rows_answer_for_themselves() -> None:
         (),
         False,
     )
+
+
+@pytest.mark.parametrize("text", ["seed: 1\nseed: 2\n", "datasets:\n  a: 1\n  b: 2\n  a: 3\n"])
+def test_a_key_twice_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ParamsError, match=r"params\.yaml: not valid YAML: the key '(seed|a)' is there twice") as error:
+        load(tmp_path / "params.yaml")
+    assert "\n" not in str(error.value)

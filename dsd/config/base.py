@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from importlib import import_module
 from inspect import get_annotations
@@ -9,8 +10,8 @@ from itertools import pairwise
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler
-from pydantic_core import CoreSchema, core_schema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from dsd.errors import unknown
 
@@ -41,6 +42,13 @@ def _falling(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", value):
+        raise ValueError("a name has letters, digits, '.', '_' and '-' only and starts with none of '.-'")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]  # of a row that files and folders are named by
 Distinct = AfterValidator(_distinct)
 ToKeep = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_falling)]
 Levels = Annotated[tuple[Level, ...], Distinct]
@@ -54,13 +62,30 @@ def check_known(key: str, kind: str, name: str, choices: Iterable[str]) -> None:
         raise ValueError(f"{key}: {unknown(kind, name, known)}")
 
 
+WORD = "word_for_number"  # the type of this error, whose key is in its context
+
+
 class ParamsModel(BaseModel):
     """A section or a row of params: frozen, and unknown keys are errors.
 
     Fields have no defaults, because DVC would not see them, except for optional keys, whose default is None.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_words_for_numbers(cls, data: Any) -> Any:
+        """Refuse a YAML word such as `no` or `on` where a number belongs; pydantic would read it as 0 or 1."""
+        for key, value in data.items() if isinstance(data, dict) else ():
+            field = cls.model_fields.get(key)
+            if isinstance(value, bool) and field is not None and not _mentions(field.annotation, bool):
+                raise PydanticCustomError(WORD, "must not be yes, no, true or false", {"key": key})
+        return data
+
+
+def _mentions(annotation: Any, kind: type) -> bool:
+    return annotation in (kind, Any) or any(_mentions(part, kind) for part in get_args(annotation))
 
 
 def is_unset(value: object) -> bool:

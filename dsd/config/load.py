@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from dsd.config.base import Kind, ParamsModel, check_known, registered
+from dsd.config.base import WORD, Kind, Name, ParamsModel, check_known, registered
 from dsd.config.datasets import DatasetParams
 from dsd.config.experiments import AblationParams, EvaluateParams, RacesParams, ReportParams, StudyParams
 from dsd.config.methods import (
@@ -43,21 +43,21 @@ EXTENSIBLE: dict[str, type[Kind]] = {"datasets": DatasetParams, "schedules": Sch
 class Params(ParamsModel):
     seed: int
     runtime: RuntimeParams
-    backbones: dict[str, BackboneParams]
+    backbones: dict[Name, BackboneParams]
     backbone: str
     images: ImageParams
-    datasets: dict[str, DatasetParams]
+    datasets: dict[Name, DatasetParams]
     noise: NoiseParams
     evidence: EvidenceParams
     prompt: PromptParams
     context: ContextParams
-    training: dict[str, TrainingParams]
-    schedules: dict[str, ScheduleParams]
-    methods: dict[str, MethodParams]
+    training: dict[Name, TrainingParams]
+    schedules: dict[Name, ScheduleParams]
+    methods: dict[Name, MethodParams]
     fusion: FusionParams
     evaluate: EvaluateParams
     ablations: AblationParams
-    studies: dict[str, StudyParams]
+    studies: dict[Name, StudyParams]
     races: RacesParams
     report: ReportParams
     gate: GateParams
@@ -266,9 +266,19 @@ def read(path: Path | str = "params.yaml") -> dict[str, Any]:
     return merged({file: _parsed(file, path) for file in files(path)}, path)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice; YAML's readers keep the last and drop the others."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for key in (key for number, key in enumerate(keys) if key in keys[:number]):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _parsed(file: Path, path: Path | str) -> Any:
     try:
-        return yaml.safe_load(file.read_text())
+        return yaml.load(file.read_text(), _Loader)
     except FileNotFoundError:
         if file == Path(path):
             raise ParamsError(f"{file}: no such file; run from the project's folder or name the file") from None
@@ -322,10 +332,13 @@ CHECK = "Value error, "  # how pydantic marks the messages of our own checks
 def mistake(error: ErrorDetails, where: object) -> str:
     """One line for a validation error: where, which key, and what would be right."""
     key, known = _place(error["loc"])
+    value = error["input"]
+    if error["type"] == WORD:
+        key, value = [*key, error["ctx"]["key"]], value[error["ctx"]["key"]]
     location = ".".join(key)
     if error["type"] == "extra_forbidden":
         return f"{where}: {unknown('key', location, ['.'.join([*key[:-1], other]) for other in known])}"
-    found = "" if error["type"] == "missing" or not location else f", found {error['input']!r}"
+    found = "" if error["type"] == "missing" or not location else f", found {value!r}"
     return f"{where}: {location + ': ' if location else ''}{error['msg'].removeprefix(CHECK)}{found}"
 
 
@@ -339,6 +352,8 @@ def _place(location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
     known: list[str] = []
     for part in location:
         kind = _bare(kind)
+        if part == "[key]":  # the name of a row, which pydantic marks so
+            continue
         if choices := _choices(kind):
             kind = choices.get(part)
             continue
