@@ -194,8 +194,6 @@ class Service(PythonModel):
         for text in row.texts:
             if len(text) > MAX_LETTERS * tokens:
                 raise too_long(text, tokens)
-            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise RequestError(f"text {text[:40]!a}: half a character (a lone surrogate)")
         return Job(matcher.picture(decode_image(row.image), settings.max_pixels), row.texts, row.heatmap)
 
 
