@@ -170,6 +170,23 @@ def test_statistics_of_latents_are_those_of_the_published_pipelines(folder: Path
             latents()
 
 
+def test_another_autoencoder_is_refused(folder: Path) -> None:
+    edit(folder / "vae/config.json", _class_name="AutoencoderTiny")
+    with pytest.raises(CheckpointError, match=r"vae/config\.json: _class_name 'AutoencoderTiny': only AutoencoderKL"):
+        load(row(folder), CPU)
+
+
+def test_the_scale_of_latents_is_stated_or_that_of_the_first_models(folder: Path, models: Path, tmp_path: Path) -> None:
+    file = folder / "vae/config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in config.items() if key != "scaling_factor"}))
+    assert load(row(folder), CPU).vae.config.scaling_factor == 0.18215  # type: ignore[union-attr]
+    (folder / "text_encoder_2").mkdir()
+    (folder / "tokenizer_2").mkdir()
+    with pytest.raises(CheckpointError, match=r"no scaling_factor; that of family stable-diffusion-xl"):
+        load(row(folder, "stable-diffusion-xl"), CPU)
+
+
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(component: str, value: float, folder: Path) -> None:

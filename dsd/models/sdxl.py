@@ -27,6 +27,7 @@ class StableDiffusionXL(StableDiffusion):
 
     family = layout = "stable-diffusion-xl"
     addition = "text_time"
+    states_scale = True
     architecture = r"stable-diffusion-xl-v1(-base)?"
     encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}  # noqa: RUF012
 

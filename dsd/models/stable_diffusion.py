@@ -5,6 +5,7 @@ Shapes: B batch, C latent channels, R image side in pixels, r latent side, T tex
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -60,6 +61,7 @@ class StableDiffusion:
     family: ClassVar[str] = "stable-diffusion"
     addition: ClassVar[str | None] = None  # the U-Net's additional embedding
     layout: ClassVar[str] = "stable-diffusion"  # what `family_of` returns for folders with these components
+    states_scale: ClassVar[bool] = False  # whether the VAE's config must; of 1.x it may leave it to diffusers
     architecture: ClassVar[str] = r"stable-diffusion-v[12](-.*)?"  # what ModelSpec calls files of this family
     encoders: ClassVar[Mapping[str, Any]] = {"text_encoder": CLIPTextModel}
 
@@ -77,9 +79,20 @@ class StableDiffusion:
         require(self._folder, self.layout, components, weights=one_file(row) is None)
         self.device, self.dtype, self.prediction = device, DTYPES[row.dtype], prediction_of(self._folder, row)
         self.attention = AttentionState()
+        self._check_vae()
         if file := one_file(row):
             zero_snr = bool(declared(self._folder).get("rescale_betas_zero_snr"))
             check_marks(file, self._folder, self.architecture, prediction=self.prediction, zero_snr=zero_snr)
+
+    def _check_vae(self) -> None:
+        """Check that the VAE is of the class that is built here, and that its scale is known."""
+        file = self._folder / "vae/config.json"
+        with _config_errors(file.parent):
+            config = dict(json.loads(file.read_text()))
+        if (name := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+            raise CheckpointError(f"{file}: _class_name {name!r}: only AutoencoderKL is supported")
+        if self.states_scale and config.get("scaling_factor") is None:
+            raise CheckpointError(f"{file}: no scaling_factor; that of family {self.family} cannot be assumed")
 
     def open(self) -> None:
         """Open every component; raise CheckpointError if one does not load or does not match the others."""
