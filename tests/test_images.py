@@ -60,8 +60,8 @@ def test_arrays_of_one_channel_are_grey() -> None:
 @pytest.mark.parametrize(
     ("array", "reason"),
     [
-        (np.zeros((4, 4, 4), np.uint8), r"must be \[H, W, 3\] or \[H, W\]"),
-        (np.zeros(4, np.uint8), r"must be \[H, W, 3\] or \[H, W\]"),
+        (np.zeros((4, 4, 5), np.uint8), r"must be \[H, W, 3\], \[H, W, 4\] or \[H, W\]"),
+        (np.zeros(4, np.uint8), r"must be \[H, W, 3\], \[H, W, 4\] or \[H, W\]"),
         (np.zeros((4, 4), np.int32), "must be uint8, or float in 0..1"),
         (np.full((4, 4), 1.5), "must lie in 0..1"),
         (np.full((4, 4), np.nan), "must lie in 0..1"),
