@@ -322,7 +322,7 @@ def test_a_clip_of_transformers_5_is_normalised_by_its_processor(models: Path, t
         ({"batch_size": 0}, "batch_size: must"),
         ({"batch_size": None}, "batch_size: must"),
         ({"seed": "x"}, "seed: must be a whole number"),
-        ({"method": None}, "method: unknown method 'None'"),
+        ({"method": 5}, "method: unknown method '5'"),
         ({"prompt": ""}, "prompt: must be a path"),
         ({"prompt": 5}, "prompt: must be a path"),
     ],
