@@ -79,7 +79,6 @@ class StableDiffusion:
         require(self._folder, self.layout, components, weights=one_file(row) is None)
         self.device, self.dtype, self.prediction = device, DTYPES[row.dtype], prediction_of(self._folder, row)
         self.attention = AttentionState()
-        self._check_vae()
         if file := one_file(row):
             zero_snr = bool(declared(self._folder).get("rescale_betas_zero_snr"))
             check_marks(file, self._folder, self.architecture, prediction=self.prediction, zero_snr=zero_snr)
@@ -98,11 +97,13 @@ class StableDiffusion:
         """Open every component; raise CheckpointError if one does not load or does not match the others."""
         if file := one_file(self._row):
             self._file = SingleFile(file, self._folder)  # read once for all components, then dropped
-        _ = self.vae, self.unet, self.text_encoders, self.tokenizers, self.schedule
+        _ = self.vae, vars(self).get("unet") or self._bare_unet, self.text_encoders, self.tokenizers, self.schedule
+        _ = self.unet
         self._file = None
 
     @cached_property
     def vae(self) -> AutoencoderKL:
+        self._check_vae()
         return self._component(AutoencoderKL, "vae", torch.float32)
 
     @cached_property
@@ -119,11 +120,18 @@ class StableDiffusion:
         return list(opened.values())
 
     @cached_property
+    def _bare_unet(self) -> UNet2DConditionModel:
+        """The U-Net as stored; `unet` checks and changes it."""
+        unet: UNet2DConditionModel = self._component(UNet2DConditionModel, "unet", self.dtype)
+        return unet
+
+    @cached_property
     def unet(self) -> UNet2DConditionModel:
         with self._lock:
             if (opened := self.__dict__.get("unet")) is not None:  # another thread was first
                 return cast(UNet2DConditionModel, opened)
-            unet: UNet2DConditionModel = self._component(UNet2DConditionModel, "unet", self.dtype)
+            unet = self._bare_unet
+            del self._bare_unet  # opened again after an error below, which may leave it half changed
             self._check_shapes(unet.config)
             if self._row.lora is not None:
                 lora.merge(unet, Path(self._row.lora))
