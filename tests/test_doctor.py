@@ -109,7 +109,7 @@ def test_the_device_and_the_checkpoints(params: Params) -> None:
 @pytest.mark.parametrize(
     ("check", "changes", "line"),
     [
-        ("device", {"device": "cuda"}, "runtime.device: cuda, but torch has no CUDA device"),
+        ("device", {"device": "cuda"}, "device cuda: torch has no CUDA device"),
         ("attention", {"attention": "sdp"}, "did you mean 'sdpa'?"),
         ("attention", {"attention": "xformers"}, "runtime.attention: xformers"),
     ],
