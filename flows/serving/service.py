@@ -184,7 +184,7 @@ class Service(PythonModel):
         return BusyError(f"no answer within {self.settings.wait_seconds:g} seconds; try again later")
 
     def _job(self, row: Row) -> Job:
-        from dsd.matcher import check_texts  # it imports torch
+        from dsd.arguments import check_texts  # it imports torch
 
         matcher, settings = self.rounds.matcher, self.settings
         if len(row.texts) > settings.max_texts:
