@@ -269,8 +269,8 @@ def match(
 ) -> None:
     """Score images against texts, and mark the best text of each image, or the best image for a single text.
 
-    Higher is better. Scores are comparable within one command only. A share is a softmax over the texts of an image, or
-    over the images of a single text.
+    Higher is better. Scores are comparable within one command only.
+    Shares are softmaxes over the texts of an image, or the images of one text.
 
     \b
     Examples:
