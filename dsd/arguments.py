@@ -57,6 +57,7 @@ def _array(image: np.ndarray | Tensor) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return image
     plain = image.detach().cpu()
+    plain = plain.float() if plain.is_floating_point() else plain  # numpy has no bfloat16
     channels_first = plain.ndim == 3 and plain.shape[0] in (1, 3, 4)
     array = np.asarray((plain.permute(1, 2, 0) if channels_first else plain).numpy())
     return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array

@@ -144,7 +144,8 @@ class Matcher:
             ParamsError: an option is wrong.
             CheckpointError: the checkpoint or the prompt does not load.
         """
-        method = method if method is not None else "denoising" if prompt is None else "cross-attention"
+        if method is None:
+            method = "denoising" if prompt is None else "cross-attention"
         check_choice("method", method, METHODS)
         for name, value in {"path_or_id": path_or_id, "prompt": prompt, "config": config}.items():
             if not (isinstance(value, str | Path) and str(value)) and (value is not None or name == "path_or_id"):
@@ -170,7 +171,7 @@ class Matcher:
             row = row.model_copy(update={"family": detected})
         backbone = load_diffusion(row, device_of(device), attention)
         learned = None if prompt is None else AttentionPrompt.load(Path(prompt), backbone.digest)
-        chosen: MethodName = "denoising" if method == "denoising" else "cross-attention"
+        chosen = cast(MethodName, method)
         return cls(backbone, learned, chosen, noise, evidence, parity=parity, batch_size=batch_size, seed=seed)
 
     def score(self, images: Sequence[ImageSource] | ImageSource, texts: Sequence[str] | str) -> Tensor:

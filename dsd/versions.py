@@ -15,7 +15,7 @@ VERSIONS = {
     "latents": 1,  # dsd/data/images.py and datasets/preparation.py (resizing), encode_images of dsd/models
     "texts": 1,  # encode_texts of dsd/models
     "features": 1,  # of CLIP's two towers: dsd/models/clip.py, open_clip.py; resizing
-    "evidence": 1,  # dsd/data/draws.py, dsd/engine; of dsd/models: add_noise, predict_noise, attention.py, prompts.py
+    "evidence": 1,  # dsd/data/draws.py, dsd/engine; predict_noise, noise_process.py, attention.py, prompts.py of models
     "cosines": 1,  # dsd/models/clip_heads.py
     "prompts": 1,  # training of attention prompts: dsd/training
     "heads": 1,  # training of CLIP's heads: dsd/training

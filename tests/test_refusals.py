@@ -347,6 +347,7 @@ def test_arrays_tensors_and_batches_are_accepted(matcher: Matcher, images: list[
     for source in sources:
         assert torch.allclose(matcher.score(source, TEXTS), expected, atol=1e-6)
     assert torch.allclose(matcher.score(tensor[0].permute(2, 0, 1), TEXTS), expected[:1], atol=1e-6)
+    assert matcher.score((tensor / 255).to(torch.bfloat16), TEXTS).isfinite().all()
     transparent = np.zeros((32, 32, 4), np.uint8)
     assert torch.equal(matcher.score(transparent, TEXTS), matcher.score(Image.new("RGB", (32, 32), "white"), TEXTS))
 

@@ -44,7 +44,7 @@ def _falling(values: tuple[int, ...]) -> tuple[int, ...]:
 
 def _name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", value):
-        raise ValueError("a name has letters, digits, '.', '_' and '-' only and starts with none of '.-'")
+        raise ValueError("a name has letters, digits, '.', '_' and '-' only and starts with a letter, a digit or '_'")
     return value
 
 
@@ -62,7 +62,7 @@ def check_known(key: str, kind: str, name: str, choices: Iterable[str]) -> None:
         raise ValueError(f"{key}: {unknown(kind, name, known)}")
 
 
-WORD = "word_for_number"  # the type of this error, whose key is in its context
+WORD_FOR_NUMBER = "word_for_number"  # the type of this error, whose key is in its context
 
 
 class ParamsModel(BaseModel):
@@ -80,7 +80,7 @@ class ParamsModel(BaseModel):
         for key, value in data.items() if isinstance(data, dict) else ():
             field = cls.model_fields.get(key)
             if isinstance(value, bool) and field is not None and not _mentions(field.annotation, bool):
-                raise PydanticCustomError(WORD, "must not be yes, no, true or false", {"key": key})
+                raise PydanticCustomError(WORD_FOR_NUMBER, "must not be yes, no, true or false", {"key": key})
         return data
 
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from dsd.config.base import WORD, Kind, Name, ParamsModel, check_known, registered
+from dsd.config.base import WORD_FOR_NUMBER, Kind, Name, ParamsModel, check_known, registered
 from dsd.config.datasets import DatasetParams
 from dsd.config.experiments import AblationParams, EvaluateParams, RacesParams, ReportParams, StudyParams
 from dsd.config.methods import (
@@ -267,7 +267,7 @@ def read(path: Path | str = "params.yaml") -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that a mapping has twice; YAML's readers keep the last and drop the others."""
+    """A safe loader that refuses a key given twice; others keep the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -333,7 +333,7 @@ def mistake(error: ErrorDetails, where: object) -> str:
     """One line for a validation error: where, which key, and what would be right."""
     key, known = _place(error["loc"])
     value = error["input"]
-    if error["type"] == WORD:
+    if error["type"] == WORD_FOR_NUMBER:
         key, value = [*key, error["ctx"]["key"]], value[error["ctx"]["key"]]
     location = ".".join(key)
     if error["type"] == "extra_forbidden":

@@ -182,7 +182,10 @@ class Session:
         head, size = self.head(name), self.params.runtime.batch_size
         batches = [requested[i : i + size] for i in range(0, len(requested), size)]
         bar = progress(batches, desc="cosines", unit="batch", leave=False)
-        return np.concatenate([head(batch).float().cpu().numpy() for batch in bar])
+        cosines = np.concatenate([head(batch).float().cpu().numpy() for batch in bar])
+        if not np.isfinite(cosines).all():
+            raise CheckpointError(f"methods.{name}: cosines are NaN or infinite; set dtype of its backbone to float32")
+        return cosines
 
     def proposals(self, proposer: str, examples: Sequence[MatchingExample]) -> list[np.ndarray]:
         """Return the scores [C] of each example's candidates under a contrastive method."""

@@ -30,6 +30,7 @@ def families() -> dict[str, type[StableDiffusion] | type[Clip]]:
 
 
 def family(name: str) -> type[StableDiffusion] | type[Clip]:
+    """Return the class of a family; raise CheckpointError if there is none of this name."""
     if name not in families():
         raise CheckpointError(unknown("family", name, families()))
     return families()[name]

@@ -96,14 +96,13 @@ def folder_of(row: BackboneParams) -> Path:
     options: dict[str, Any] = {"revision": row.revision, "allow_patterns": patterns}
     with hub_errors(source, row.revision, error=CheckpointError):
         folder = Path(snapshot_download(source, ignore_patterns=list(VARIANTS.values()), **options))
-        if one_file(row) is None and any(not list(config.parent.glob("*.safetensors")) for config in _configs(folder)):
+        parts = [part for part in PARTS if (folder / part / "config.json").exists()]
+        if one_file(row) is None and (
+            bare := [part for part in parts if not list(folder.glob(f"{part}/*.safetensors"))]
+        ):
+            options["allow_patterns"] = [f"{part}/*.safetensors*" for part in bare]  # their variants, all there is
             return Path(snapshot_download(source, **options))
         return folder
-
-
-def _configs(folder: Path) -> list[Path]:
-    """The configs of the components that have weights."""
-    return [config for part in PARTS if (config := folder / part / "config.json").exists()]
 
 
 def variant_of(names: Iterable[str]) -> str | None:

@@ -107,8 +107,9 @@ class SingleFile:
                 f"{self.folder}; the first is {wrong[0]}"
             )
         model.load_state_dict({key: tensors[key] for key in shapes})
-        check_finite(model, f"{self.path}: {name}")
-        return model.to(dtype).eval().requires_grad_(False)
+        model = model.to(dtype).eval().requires_grad_(False)
+        check_finite(model, f"{self.path}: {name}")  # after the cast: float16 may overflow
+        return model
 
     def _tensors(self, name: str, model: Any) -> dict[str, Tensor]:
         """Return the tensors of a component under the names of diffusers or transformers."""

@@ -25,7 +25,7 @@ from dsd.errors import DataError, unknown
 from dsd.evaluation.ablations import Ablations
 from dsd.evaluation.claims import Judgement
 from dsd.metrics import HEADLINES, METRICS, WINOGROUND_CHANCE, Hits
-from dsd.schedules.replay import current
+from dsd.schedules.replay import current_comparisons
 from dsd.scorers.evidence import read_identities
 from dsd.statistics import Interval
 
@@ -169,7 +169,7 @@ def read_claims(data: Path) -> list[Claim]:
 def read_races(datasets: Iterable[str], data: Path) -> dict[str, dict[str, Any]]:
     """The schedule comparisons by dataset and method; datasets without current results are absent."""
     identities = {name: read_identities(data / "score" / name) for name in datasets}
-    races = {name: current(data / "races" / f"{name}.json", identities[name]) for name in datasets}
+    races = {name: current_comparisons(data / "races" / f"{name}.json", identities[name]) for name in datasets}
     return {name: by_method for name, by_method in races.items() if by_method}
 
 

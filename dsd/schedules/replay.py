@@ -1,5 +1,4 @@
-"""Replay schedules on evidence recorded for every candidate at every draw: their evaluations and winners. No model
-runs.
+"""Replay schedules on evidence that is recorded at every draw: their evaluations and winners. No model runs here.
 
 Shapes: n races of C candidates, K draws.
 """
@@ -212,11 +211,11 @@ def read_hits(
     """Hits of each chosen schedule, `<method>, <schedule>`, by metric: `metric`, right answers; `AGREED`, same winner
     as all draws; `SPARED`, the share of evaluations spared.
 
-    Empty where the comparison was not run, or not on these examples, or is stale, see `current`.
+    Empty where the comparison was not run, or not on these examples, or is stale, see `current_comparisons`.
     """
     everyone = [np.ones(len(examples), dtype=bool)]
     hits = {}
-    for method, comparison in current(file, identities).items():
+    for method, comparison in current_comparisons(file, identities).items():
         if comparison["examples"] == digest([example.id for example in examples]):
             for schedule, row in comparison["chosen"].items():
                 each, whole = row["each"], comparison["chosen"][ALL_DRAWS]["each"]
@@ -227,7 +226,7 @@ def read_hits(
     return hits
 
 
-def current(file: Path, identities: Identities) -> dict[str, Any]:
+def current_comparisons(file: Path, identities: Identities) -> dict[str, Any]:
     """The schedule comparisons of a dataset, by method, without those made with other params, model or code."""
     comparisons = read_comparisons(file)
     for method, results in list(comparisons.items()):
