@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from dsd.config import Params, RepositoryDataset, assign, files, merged, mistake, read
+from dsd.config import Params, RepositoryDataset, assign, files, merged, mistake, parsed, read
 from dsd.errors import ParamsError, unknown
 from dsd.store import write_atomic
 from flows.command import command
@@ -117,12 +117,10 @@ def _round_trip() -> YAML:
 
 def _read(preset: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(preset.read_text())
+        settings = parsed(preset)
     except FileNotFoundError:
         choices = sorted(str(file) for file in Path("presets").glob("*.yaml"))
         raise ParamsError(unknown("preset", str(preset), choices)) from None
-    except yaml.YAMLError as error:
-        raise ParamsError(f"{preset}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise ParamsError(f"{preset}: not a mapping from keys of params.yaml to values")
     return settings

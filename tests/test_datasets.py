@@ -541,17 +541,8 @@ def test_annotations_of_another_seed_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        (
-            "scenes-ref",
-            {"candidates": None},
-            r"^datasets\.mine\.candidates: scenes-ref needs 2 to 64, it is missing$",
-        ),
-        ("scenes-ref", {"candidates": 1}, r"^datasets\.mine\.candidates: scenes-ref needs 2 to 64, found 1$"),
-        ("scenes-vqa", {"binary": None}, r"^datasets\.mine\.binary: scenes-vqa needs 0 to 1, it is missing$"),
-        ("scenes-cls", {"template": None}, r"^datasets\.mine\.template: scenes-cls needs one, it is missing$"),
         ("scenes-cls", {"test": 55}, r"^datasets\.mine\.size: 60 rows in whole groups are too few for"),
         ("scenes-com", {"size": 62, "test": 55}, r"^datasets\.mine\.size: 60 rows in whole groups are too few for"),
-        ("scenes-com", {"candidates": 5}, r"^datasets\.mine\.candidates: scenes-com takes none, found 5$"),
     ],
 )
 def test_invalid_params(kind: str, changes: dict[str, object], message: str, tmp_path: Path) -> None:

@@ -71,7 +71,10 @@ def staged(**changed: object) -> Settings:
             lambda s: s["methods"]["clip-finetune"].update(tuned="all"),
             "methods.clip-finetune.tuned: Input should be 'none', 'projections' or 'context', found 'all'",
         ),
-        (lambda s: s["methods"]["dsd"].update(layers=-1), "methods.dsd.layers: Input should be 'all', found -1"),
+        (
+            lambda s: s["methods"]["dsd"].update(layers=-1),
+            "methods.dsd.layers: must be all or a number above 0, found -1",
+        ),
         (lambda s: s["methods"]["dsd"].update(levels=[]), "methods.dsd.levels: needs at least one value"),
         (lambda s: s["noise"]["levels"].append(0.2), "noise.levels: needs at least one value, and none twice"),
         (
@@ -113,7 +116,70 @@ def staged(**changed: object) -> Settings:
             lambda s: s["schedules"].update(few=staged(shortlist={"proposer": "clip-zero-shot", "keep": 0})),
             "schedules.few.shortlist.keep: Input should be greater than 0",
         ),
-        (lambda s: s["ablations"].update(heads=[-1]), "ablations.heads.0: Input should be"),
+        (
+            lambda s: s["ablations"].update(heads=[0]),
+            "ablations.heads.0: must be weighted, mean or a number above 0, found",
+        ),
+        (lambda s: s["gate"].update(method="dsdd"), "gate.method: unknown method 'dsdd': did you mean 'dsd'?"),
+        (
+            lambda s: move(s["gate"]["datasets"], "scenes-com", "scenes-con"),
+            "gate.datasets.scenes-con: unknown dataset 'scenes-con': did you mean 'scenes-com'?",
+        ),
+        (
+            lambda s: s["backbones"]["embedded"].update(family="stable-difusion"),
+            "backbones.embedded.family: unknown family 'stable-difusion': did you mean 'stable-diffusion'?",
+        ),
+        (
+            lambda s: s.update(backbone="embedded-clip"),
+            "backbone: embedded-clip is of family clip; the model under test",
+        ),
+        (
+            lambda s: s["methods"]["clip-prompt"].update(backbone="embedded"),
+            "methods.clip-prompt.backbone: unknown CLIP in backbones 'embedded': did you mean 'embedded-clip'?",
+        ),
+        (
+            lambda s: s["backbones"]["embedded-clip"].update(lora="mine.bin"),
+            "backbones.embedded-clip.lora: must be null for family clip",
+        ),
+        (
+            lambda s: s["datasets"]["scenes-ref"].update(candidates=1),
+            "datasets.scenes-ref.candidates: Input should be greater than or equal to 2, found 1",
+        ),
+        (
+            lambda s: s["datasets"]["scenes-ref"].pop("candidates"),
+            "datasets.scenes-ref.candidates: scenes-ref needs it",
+        ),
+        (lambda s: s["datasets"]["scenes-vqa"].pop("binary"), "datasets.scenes-vqa.binary: scenes-vqa needs it"),
+        (lambda s: s["datasets"]["scenes-cls"].pop("template"), "datasets.scenes-cls.template: scenes-cls needs it"),
+        (lambda s: s["datasets"]["scenes-com"].update(binary=0.5), "datasets.scenes-com.binary: scenes-com takes none"),
+        (
+            lambda s: s["datasets"]["scenes-cls"].update(test=4000),
+            "datasets.scenes-cls.size: 4000, but its three splits have 4320 examples",
+        ),
+        (
+            lambda s: s["datasets"]["scenes-cls"].update(few_shot=0.0001),
+            "datasets.scenes-cls.few_shot: 0.0001 of 4000 examples is none, but dsd is trained on them",
+        ),
+        (lambda s: s["watch"].update(cron="61 * * * *"), "watch.cron: must be five fields: minute, hour,"),
+        (lambda s: s["watch"].update(cron="0 0 31 2 *"), "watch.cron: must be five fields: minute, hour,"),
+        (lambda s: s["watch"].update(cron="* * * * * *"), "watch.cron: must be five fields: minute, hour,"),
+        (
+            lambda s: s["serving"].update(method="dsd"),
+            "serving.prompt: dsd needs the dataset whose prompt it uses, found",
+        ),
+        (
+            lambda s: s["methods"]["dsd"].update(scorer="dsd"),
+            "methods.dsd.scorer: unknown scorer 'dsd' (choices: contra",
+        ),
+        (lambda s: s["methods"]["dsd"].pop("scorer"), "methods.dsd.scorer: Field required"),
+        (
+            lambda s: s["datasets"]["scenes-com"].update(kind="scenes-con"),
+            "datasets.scenes-com.kind: unknown kind 'scenes-con': did you mean 'scenes-com'?",
+        ),
+        (
+            lambda s: s["studies"]["samples"]["variants"].update(bad={"dataset.sampel": 1}),
+            "studies.samples.variants.bad.dataset.sampel: unknown key 'sampel': did you mean 'sample'?",
+        ),
         (lambda s: s["races"]["staged"].update(to_keep=[[1, 5]]), "races.staged.to_keep.0: must fall from stage to"),
         (lambda s: s["datasets"].update({"../up": s["datasets"]["scenes-com"]}), "datasets.../up: a name has letters"),
         (lambda s: s["methods"].update({"a/b": s["methods"]["denoising"]}), "methods.a/b: a name has letters"),
@@ -187,6 +253,7 @@ def test_nothing_need_learn(tmp_path: Path) -> None:
     settings |= {"training": {}, "studies": {}, "schedules": {}}
     settings["ablations"]["methods"] = []
     settings["races"]["datasets"] = {}
+    settings["gate"]["method"] = "denoising"
     path = tmp_path / "params.yaml"
     write_settings(settings, tmp_path)
     params = load(path)
@@ -213,6 +280,7 @@ def test_what_has_a_schedule_may_learn_and_needs_its_pooling(tmp_path: Path) -> 
     settings["races"]["datasets"] = {}
     del settings["training"]["dsd"]
     settings["serving"] |= {"method": "first", "prompt": "scenes-com"}
+    settings["gate"]["method"] = "first"
     settings["methods"] = {name: row for name, row in settings["methods"].items() if row["scorer"] == "contrastive"}
     with pytest.raises(ParamsError, match=r"methods\.first: learns, but training has no row first"):
         loaded(first=own)

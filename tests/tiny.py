@@ -115,6 +115,7 @@ def small(models: Path, **changes: object) -> Params:
             },
             "training": training,
             "studies": {},
+            "gate": params.gate.model_copy(update={"datasets": {"scenes-com": params.gate.datasets["scenes-com"]}}),
             "races": few(params.races).model_copy(update={"datasets": {"scenes-com": ("denoising",)}}),
             "evidence": params.evidence.model_copy(update={"shard": 16}),
             "evaluate": params.evaluate.model_copy(update={"resamples": 50}),

@@ -27,17 +27,8 @@ from dsd.config.experiments import (
     ReportParams,
     StudyParams,
 )
-from dsd.config.load import (
-    Params,
-    assign,
-    by_file,
-    file_of,
-    files,
-    load,
-    merged,
-    mistake,
-    read,
-)
+from dsd.config.files import assign, by_file, file_of, files, merged, parsed, read
+from dsd.config.load import Params, load, mistake
 from dsd.config.methods import (
     EXHAUSTIVE,
     ContrastiveMethod,

@@ -10,7 +10,15 @@ from itertools import pairwise
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    model_validator,
+)
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from dsd.errors import unknown
@@ -48,7 +56,20 @@ def _name(value: str) -> str:
     return value
 
 
+def _word_or_number(*words: str) -> BeforeValidator:
+    """Refuse what is neither one of the words nor a number above 0, in one message for the whole union."""
+
+    def check(value: Any) -> Any:
+        if value not in words and not (type(value) is int and value > 0):
+            raise ValueError(f"must be {', '.join(words)} or a number above 0")
+        return value
+
+    return BeforeValidator(check)
+
+
 Name = Annotated[str, AfterValidator(_name)]  # of a row that files and folders are named by
+Layers = Annotated[Literal["all"] | Positive, _word_or_number("all")]  # all, or the last n
+HeadChoice = Annotated[Heads | Positive, _word_or_number(*get_args(Heads))]  # a number: so many random heads
 Distinct = AfterValidator(_distinct)
 ToKeep = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_falling)]
 Levels = Annotated[tuple[Level, ...], Distinct]

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from dsd.config.base import Kind, ParamsModel, Positive, Share, Template
 
+if TYPE_CHECKING:
+    from dsd.config.load import Params
+
 
 class DatasetParams(Kind):
     """A row of `datasets`; its `kind` selects the class.
@@ -31,18 +34,44 @@ class DatasetParams(Kind):
         @property
         def kind(self) -> str: ...
 
+    def check_learning(self, name: str, params: Params, learning: int) -> None:
+        """Check that methods that are trained have an example, where few_shot is a share of `learning` examples.
+
+        Raises:
+            ValueError: they have none; the message starts with the key.
+        """
+        trained = [method for method, row in params.methods.items() if not row.zero_shot]
+        if trained and round(self.few_shot * learning) < 1:
+            raise ValueError(
+                f"datasets.{name}.few_shot: {self.few_shot} of {learning} examples is none, "
+                f"but {trained[0]} is trained on them"
+            )
+
+
+OWN_KEYS = {"scenes-ref": "candidates", "scenes-vqa": "binary", "scenes-cls": "template"}  # of kinds of drawn datasets
+
 
 class DrawnDataset(DatasetParams):
-    """A benchmark of `size` rendered scenes. `candidates`, `binary` and `template` are for the kinds that use them."""
+    """A benchmark of `size` rendered scenes. Each of the last three keys belongs to one kind, see `OWN_KEYS`."""
 
     generated: ClassVar[bool] = True
 
     kind: Literal["scenes-com", "scenes-ref", "scenes-vqa", "scenes-cls"]
     size: Positive
     test: Positive
-    candidates: Positive | None = Field(default=None)
+    candidates: Annotated[int, Field(ge=2, le=64)] | None = Field(default=None)
     binary: Share | None = Field(default=None)
     template: Template | None = Field(default=None)
+
+    def check(self, name: str, params: Params) -> None:
+        for key in OWN_KEYS.values():
+            given, needed = getattr(self, key) is not None, OWN_KEYS.get(self.kind) == key
+            if given != needed:
+                raise ValueError(f"datasets.{name}.{key}: {self.kind} {'needs it' if needed else 'takes none'}")
+        taken = round(self.few_shot * self.size) + round(self.validation * self.size) + self.test
+        if taken > self.size:
+            raise ValueError(f"datasets.{name}.size: {self.size}, but its three splits have {taken} examples")
+        self.check_learning(name, params, self.size)
 
 
 class PublishedDataset(DatasetParams):

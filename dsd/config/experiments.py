@@ -10,7 +10,8 @@ from dsd.config.base import (
     Direction,
     Distinct,
     Fraction,
-    Heads,
+    HeadChoice,
+    Layers,
     Levels,
     ParamsModel,
     Parts,
@@ -33,8 +34,8 @@ class AblationParams(ParamsModel):
 
     methods: tuple[str, ...]
     pooling: tuple[Pooling, ...]
-    heads: tuple[Heads | Positive, ...]
-    layers: tuple[Literal["all"] | Positive, ...]
+    heads: tuple[HeadChoice, ...]
+    layers: tuple[Layers, ...]
     levels: tuple[Levels, ...]
     parts: tuple[Parts, ...]
     subsets: Positive
@@ -47,6 +48,12 @@ class StudyParams(ParamsModel):
     datasets: tuple[str, ...]
     methods: tuple[str, ...]
     variants: dict[str, dict[str, bool | int | float | str | None]]
+
+    @staticmethod
+    def path_of(key: str, dataset: str) -> list[str]:
+        """The path of a key of a variant; one that starts with `dataset.` is of the row of the dataset."""
+        first, *rest = key.split(".")
+        return ["datasets", dataset, *rest] if first == "dataset" else [first, *rest]
 
 
 class ExhaustiveSettings(ParamsModel):

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Union, cast, get_args, get_origin
 
-import yaml
 from pydantic import ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from dsd.config.base import WORD_FOR_NUMBER, Kind, Name, ParamsModel, check_known, registered
 from dsd.config.datasets import DatasetParams
 from dsd.config.experiments import AblationParams, EvaluateParams, RacesParams, ReportParams, StudyParams
+from dsd.config.files import file_of, parent_of, read
 from dsd.config.methods import (
     ContrastiveMethod,
     FusionParams,
@@ -36,7 +36,6 @@ from dsd.config.models import (
 from dsd.config.operations import GateParams, PretrainParams, ServingParams, WatchParams
 from dsd.errors import ParamsError, unknown
 
-APART = ("studies", "races", "pretrain")  # sections in a file of their own beside params.yaml: <section>.yaml
 EXTENSIBLE: dict[str, type[Kind]] = {"datasets": DatasetParams, "schedules": ScheduleParams, "methods": MethodParams}
 
 
@@ -94,7 +93,7 @@ class Params(ParamsModel):
     @model_validator(mode="after")
     def _rows_agree_with_other_sections(self) -> Params:
         check_known("backbone", "backbone", self.backbone, self.backbones)
-        for section in EXTENSIBLE:
+        for section in ("backbones", *EXTENSIBLE):
             for name, row in getattr(self, section).items():
                 row.check(name, self)
         return self
@@ -174,8 +173,29 @@ class Params(ParamsModel):
             raise ValueError(f"serving.method: the scorer of {name} is neither cross-attention nor denoising")
         if row.zero_shot and prompt is not None:
             raise ValueError(f"serving.prompt: {name} has none; set it to null")
-        if not row.zero_shot:
-            check_known("serving.prompt", "dataset", str(prompt), self.datasets)
+        if not row.zero_shot and prompt is None:
+            raise ValueError(f"serving.prompt: {name} needs the dataset whose prompt it uses, found null")
+        if prompt is not None:
+            check_known("serving.prompt", "dataset", prompt, self.datasets)
+        return self
+
+    @model_validator(mode="after")
+    def _variants_change_existing_keys(self) -> Params:
+        sections = self.model_dump(mode="json") if self.studies else {}
+        for name, study in self.studies.items():
+            for variant, dataset in product(study.variants, study.datasets):
+                for key in study.variants[variant]:
+                    try:
+                        parent_of(sections, study.path_of(key, dataset), f"studies.{name}.variants.{variant}.{key}")
+                    except ParamsError as error:
+                        raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
+    def _gate_has_rows(self) -> Params:
+        check_known("gate.method", "method", self.gate.method, self.methods)
+        for name in self.gate.datasets:
+            check_known(f"gate.datasets.{name}", "dataset", name, self.datasets)
         return self
 
     def noise_of(self, dataset: str) -> NoiseParams:
@@ -247,85 +267,6 @@ def load(path: Path | str = "params.yaml") -> Params:
         raise ParamsError(mistake(problem, file_of(str(section), path))) from None
 
 
-def file_of(section: str, path: Path | str = "params.yaml") -> Path:
-    """The file that holds a section, where params.yaml is at `path`."""
-    return Path(path).with_name(f"{section}.yaml") if section in APART else Path(path)
-
-
-def files(path: Path | str = "params.yaml") -> list[Path]:
-    """params.yaml and the files beside it."""
-    return [Path(path), *(file_of(section, path) for section in APART)]
-
-
-def read(path: Path | str = "params.yaml") -> dict[str, Any]:
-    """The sections of params.yaml and the files beside it, unchecked.
-
-    Raises:
-        ParamsError: a file is missing or not YAML, or a section is in the wrong file or in two; one line.
-    """
-    return merged({file: _parsed(file, path) for file in files(path)}, path)
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice; others keep the last value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        for key in (key for number, key in enumerate(keys) if key in keys[:number]):
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _parsed(file: Path, path: Path | str) -> Any:
-    try:
-        return yaml.load(file.read_text(), _Loader)
-    except FileNotFoundError:
-        if file == Path(path):
-            raise ParamsError(f"{file}: no such file; run from the project's folder or name the file") from None
-        raise ParamsError(f"{file}: no such file; it must hold the section {file.stem}") from None
-    except yaml.YAMLError as error:
-        raise ParamsError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def merged(contents: Mapping[Path, Any], path: Path | str = "params.yaml") -> dict[str, Any]:
-    """The sections of all files.
-
-    Raises:
-        ParamsError: a section is not in its file; one line that names both.
-    """
-    sections: dict[str, Any] = {}
-    for file, content in contents.items():
-        if not isinstance(content, Mapping):
-            raise ParamsError(f"{file}: not a mapping of sections, found {content!r}")
-        for section in content:
-            if (home := file_of(section, path)) != file:
-                raise ParamsError(f"{file}: holds the section {section}, which belongs in {home} alone")
-        sections |= content
-    return sections
-
-
-def by_file(sections: Mapping[str, Any], path: Path | str = "params.yaml") -> dict[Path, dict[str, Any]]:
-    """The content of each file, from the sections of all; the inverse of `merged`."""
-    contents: dict[Path, dict[str, Any]] = {file: {} for file in files(path)}
-    for section, content in sections.items():
-        contents[file_of(section, path)][section] = content
-    return contents
-
-
-def assign(sections: Any, path: Sequence[str], value: Any, where: str) -> None:
-    """Set the value of an existing key.
-
-    Raises:
-        ParamsError: there is no such key; the line starts with `where`.
-    """
-    parent, node = sections, sections
-    for part in path:
-        if not isinstance(node, dict) or part not in node:
-            raise ParamsError(f"{where}: {unknown('key', part, node if isinstance(node, dict) else ())}")
-        parent, node = node, node[part]
-    parent[path[-1]] = value
-
-
 CHECK = "Value error, "  # how pydantic marks the messages of our own checks
 
 
@@ -336,6 +277,13 @@ def mistake(error: ErrorDetails, where: object) -> str:
     if error["type"] == WORD_FOR_NUMBER:
         key, value = [*key, error["ctx"]["key"]], value[error["ctx"]["key"]]
     location = ".".join(key)
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        selector, choices = error["ctx"]["discriminator"].strip("'"), error["ctx"].get("expected_tags")
+        location += f".{selector}"
+        if choices is None:
+            return f"{where}: {location}: Field required"
+        known = choices.strip("'").split("', '")
+        return f"{where}: {location}: {unknown(selector, error['ctx']['tag'], known)}"
     if error["type"] == "extra_forbidden":
         return f"{where}: {unknown('key', location, ['.'.join([*key[:-1], other]) for other in known])}"
     found = "" if error["type"] == "missing" or not location else f", found {value!r}"

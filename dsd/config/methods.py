@@ -17,6 +17,7 @@ from dsd.config.base import (
     Fraction,
     Heads,
     Kind,
+    Layers,
     Levels,
     ParamsModel,
     Parts,
@@ -101,7 +102,8 @@ class MethodParams(Kind):
 
     def check(self, name: str, params: Params) -> None:
         if self.own_backbone is not None:
-            check_known(f"methods.{name}.backbone", "backbone", self.own_backbone, params.backbones)
+            choices = [backbone for backbone, row in params.backbones.items() if row.is_clip]
+            check_known(f"methods.{name}.backbone", "CLIP in backbones", self.own_backbone, choices)
 
 
 class DiffusionMethod(MethodParams):
@@ -161,7 +163,7 @@ class CrossAttentionMethod(ScheduledMethod):
     scorer: Literal["cross-attention"]
     schedule: str
     pooling: Pooling
-    layers: Literal["all"] | Positive
+    layers: Layers
     heads: Heads
 
     @property

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from dsd.config.base import Levels, ParamsModel, Poolings, Positive, is_unset
+from dsd.errors import DsdError
+
+if TYPE_CHECKING:
+    from dsd.config.load import Params
+
+# Whether each family is a CLIP. Other families, of further modules in dsd/models, are asked there: it imports torch.
+FAMILIES = {"stable-diffusion": False, "stable-diffusion-xl": False, "clip": True, "open-clip": True}
 
 
 class RuntimeParams(ParamsModel):
@@ -39,6 +47,26 @@ class BackboneParams(ParamsModel):
     lora: str | None
     digest: str | None = Field(default=None, exclude_if=is_unset)
     dtype: Literal["float32", "bfloat16", "float16"]
+
+    @property
+    def is_clip(self) -> bool:
+        """Whether it is a CLIP, not a diffusion model; raise CheckpointError if there is no such family."""
+        known = FAMILIES.get(self.family)
+        return bool(import_module("dsd.models").is_clip(self.family)) if known is None else known
+
+    def check(self, name: str, params: Params) -> None:
+        """Check this row, called `name`; raise ValueError that starts with the key."""
+        try:
+            contrastive = self.is_clip
+        except DsdError as error:
+            raise ValueError(f"backbones.{name}.family: {error}") from None
+        for key in ("config", "prediction", "lora") if contrastive else ():
+            if getattr(self, key) is not None:
+                raise ValueError(f"backbones.{name}.{key}: must be null for family {self.family}")
+        if params.backbone == name and contrastive:
+            raise ValueError(
+                f"backbone: {name} is of family {self.family}; the model under test must be a diffusion model"
+            )
 
 
 class ImageParams(ParamsModel):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from cronsim import CronSim, CronSimError
+from pydantic import AfterValidator, Field
 
-from dsd.config.base import Kind, ParamsModel, Positive, Share
+from dsd.config.base import Kind, Name, ParamsModel, Positive, Share
 
 
 class GateRow(ParamsModel):
@@ -83,12 +85,24 @@ class RegisteredSource(SourceParams):
     kind: Literal["registered"]
 
 
+def _cron(value: str) -> str:
+    """Refuse what is not five fields, has a value out of range, or names a time that never comes (31 February)."""
+    try:
+        if len(value.split()) != 5:
+            raise CronSimError
+        next(CronSim(value, datetime.now(UTC)))
+    except (CronSimError, StopIteration):
+        problem = "must be five fields: minute, hour, day of the month, month, day of the week; and a time that comes"
+        raise ValueError(problem) from None
+    return value
+
+
 class WatchParams(ParamsModel):
     """When and where to look for checkpoints; `attempts` is the limit of tries per checkpoint."""
 
-    cron: Annotated[str, Field(pattern=r"^\S+( \S+){4}$")]  # minute, hour, day of the month, month, day of the week
+    cron: Annotated[str, AfterValidator(_cron)]
     attempts: Positive
-    sources: dict[str, SourceParams]
+    sources: dict[Name, SourceParams]
 
 
 class FitParams(ParamsModel):

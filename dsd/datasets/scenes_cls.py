@@ -28,7 +28,6 @@ def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Composed:
 BENCHMARK = synthetic(
     "scenes-cls",
     compose,
-    requires={"template": None},
     metrics="recall",
     candidates=lambda row: (1, len(CLASSES)),
     citation="synthetic, after CIFAR-10: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",

@@ -21,7 +21,6 @@ from dsd.scenes.world import PREDICATES, Noun, Scene, Triplet, holds, random_nou
 
 NAMED = 0.5  # probability that a further thing gets a noun of another candidate
 ATTEMPTS = 100  # scenes sampled for a grid before another grid is sampled
-MAX_CANDIDATES = 64  # a grid of four values per slot
 
 
 def compose(name: str, index: int, split: Split, row: DrawnDataset) -> Composed:
@@ -83,8 +82,7 @@ def _scene(rng: Random, seed: str, candidates: list[Triplet], true: Triplet) -> 
 BENCHMARK = synthetic(
     "scenes-ref",
     compose,
-    requires={"candidates": (2, MAX_CANDIDATES)},
     metrics="recall",
-    candidates=lambda row: (1, row.candidates or MAX_CANDIDATES),
+    candidates=lambda row: (1, row.candidates or 0),
     citation="synthetic, after RefCOCOg: Mao et al., CVPR 2016; Yu et al., ECCV 2016",
 )

@@ -87,7 +87,6 @@ def _answers(rng: Random, scene: Scene, category: str) -> list[str]:
 BENCHMARK = synthetic(
     "scenes-vqa",
     compose,
-    requires={"binary": (0, 1)},
     metrics="answers",
     candidates=lambda row: (1, 2 + len(COUNTS) + 2 * CHOICES),
     citation="synthetic, after VQAv2: Goyal et al., Making the V in VQA Matter, CVPR 2017",

@@ -38,9 +38,6 @@ class Composed(NamedTuple):
 # Makes an item of a split from its name and index; the examples' ids start with the name.
 Compose = Callable[[str, int, Split, DrawnDataset], Composed]
 
-# The optional fields of a dataset's row that a kind requires, with the limits of a number.
-Requires = Mapping[str, tuple[int, int] | None]
-
 
 def synthetic(
     kind: str,
@@ -50,7 +47,6 @@ def synthetic(
     citation: str,
     candidates: Callable[[DrawnDataset], tuple[int, int]],
     examples: int = 1,
-    requires: Requires | None = None,
 ) -> Benchmark[DrawnDataset]:
     """Return a benchmark of rendered scenes.
 
@@ -60,7 +56,7 @@ def synthetic(
     """
     return Benchmark(
         kind,
-        partial(_download, compose, examples, requires or {}),
+        partial(_download, compose, examples),
         metrics,
         citation,
         licence="not needed: rendered by dsd",
@@ -145,7 +141,6 @@ def _render_item(compose: Compose, row: DrawnDataset, images: Path, item: tuple[
 def _download(
     compose: Compose,
     examples: int,
-    requires: Requires,
     row: DrawnDataset,
     *,
     seed: int,
@@ -155,17 +150,8 @@ def _download(
     """Implement `protocol.Download` by rendering the images of all three splits.
 
     Raises:
-        ParamsError: a field that the kind requires is missing or out of range, or one that it does not use is set, or
-            size is too small.
+        ParamsError: size is too small.
     """
-    for field, limits in requires.items():
-        value, needed = getattr(row, field), f"{limits[0]} to {limits[1]}" if limits else "one"
-        if value is None or (limits and not limits[0] <= value <= limits[1]):
-            found = "it is missing" if value is None else f"found {value}"
-            raise ParamsError(f"datasets.{folder.name}.{field}: {row.kind} needs {needed}, {found}")
-    for field in ("candidates", "binary", "template"):
-        if field not in requires and (value := getattr(row, field)) is not None:
-            raise ParamsError(f"datasets.{folder.name}.{field}: {row.kind} takes none, found {value}")
     items, images = _items(row, folder.name, seed, examples), folder / IMAGES
     (folder / ANNOTATIONS).unlink(missing_ok=True)
     work = partial(_render_item, compose, row, images)

@@ -11,7 +11,7 @@ import numpy as np
 from dsd.config import EvaluateParams, GateParams, Params
 from dsd.data.examples import MatchingExample
 from dsd.datasets import benchmark
-from dsd.errors import DataError, ParamsError, unknown
+from dsd.errors import DataError, ParamsError
 from dsd.metrics import HEADLINES, METRICS
 from dsd.statistics import Difference, holm, paired_difference
 from dsd.store import digest
@@ -62,14 +62,8 @@ class Verdict:
 
 
 def check_gate(params: Params, datasets: Sequence[str]) -> None:
-    """Check that `gate` names existing methods and datasets, at least one of them in `datasets`; raise ParamsError."""
-    gate = params.gate
-    if gate.method not in params.methods:
-        raise ParamsError(f"gate.method: {unknown('method', gate.method, params.methods)}")
-    for name in gate.datasets:
-        if name not in params.datasets:
-            raise ParamsError(f"gate.datasets: {unknown('dataset', name, params.datasets)}")
-    if not set(gate.datasets) & set(datasets):
+    """Check that `gate` has a row for at least one of these datasets; raise ParamsError."""
+    if not set(params.gate.datasets) & set(datasets):
         raise ParamsError(f"gate.datasets: has a row for none of {', '.join(datasets)}; give at least one")
 
 

@@ -34,7 +34,7 @@ class Study:
     def variant(self, variant: str, dataset: str) -> Params:
         """The params of a variant: the dataset alone, the methods of the study, and the keys that the variant changes.
 
-        A key is a path such as `prompt.rank`; one that starts with `dataset.` is of the row of the dataset.
+        A key is a path such as `prompt.rank`, see `StudyParams.path_of`.
 
         Raises:
             ParamsError: a key that does not exist, or a value that it cannot have; one line.
@@ -70,7 +70,6 @@ class Study:
 
     def _changed(self, content: dict[str, Any], variant: str, dataset: str) -> dict[str, Any]:
         for key, value in self.row.variants[variant].items():
-            first, *rest = key.split(".")
-            path = ["datasets", dataset, *rest] if first == "dataset" else [first, *rest]
-            assign(content, path, value, f"studies.{self.name}.variants.{variant}.{key}")
+            where = f"studies.{self.name}.variants.{variant}.{key}"
+            assign(content, self.row.path_of(key, dataset), value, where)
         return content

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dsd.models.clip import Clip
     from dsd.models.stable_diffusion import StableDiffusion
 
-__all__ = ["device_of", "families", "family", "load", "load_clip", "load_diffusion"]
+__all__ = ["device_of", "families", "family", "is_clip", "load", "load_clip", "load_diffusion"]
 
 
 @cache
@@ -34,6 +34,13 @@ def family(name: str) -> type[StableDiffusion] | type[Clip]:
     if name not in families():
         raise CheckpointError(unknown("family", name, families()))
     return families()[name]
+
+
+def is_clip(name: str) -> bool:
+    """Return whether a family is a CLIP, not a diffusion model; raise CheckpointError if there is no such family."""
+    from dsd.models.clip import Clip
+
+    return issubclass(family(name), Clip)
 
 
 def load(

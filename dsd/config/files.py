@@ -1,0 +1,114 @@
+"""The files of params: params.yaml and those beside it that hold one section each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsd.errors import ParamsError, unknown
+
+APART = ("studies", "races", "pretrain")  # sections in a file of their own beside params.yaml: <section>.yaml
+
+
+def file_of(section: str, path: Path | str = "params.yaml") -> Path:
+    """The file that holds a section, where params.yaml is at `path`."""
+    return Path(path).with_name(f"{section}.yaml") if section in APART else Path(path)
+
+
+def files(path: Path | str = "params.yaml") -> list[Path]:
+    """params.yaml and the files beside it."""
+    return [Path(path), *(file_of(section, path) for section in APART)]
+
+
+def read(path: Path | str = "params.yaml") -> dict[str, Any]:
+    """The sections of params.yaml and the files beside it, unchecked.
+
+    Raises:
+        ParamsError: a file is missing or not YAML, or a section is in the wrong file or in two; one line.
+    """
+    return merged({file: _parsed(file, path) for file in files(path)}, path)
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice; others keep the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for key in (key for number, key in enumerate(keys) if key in keys[:number]):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _parsed(file: Path, path: Path | str) -> Any:
+    try:
+        return parsed(file)
+    except FileNotFoundError:
+        if file == Path(path):
+            raise ParamsError(f"{file}: no such file; run from the project's folder or name the file") from None
+        raise ParamsError(f"{file}: no such file; it must hold the section {file.stem}") from None
+
+
+def parsed(file: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ParamsError: it cannot be read, is not YAML, or has a key twice; one line.
+    """
+    try:
+        return yaml.load(file.read_text(), _Loader)
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError:
+        raise ParamsError(f"{file}: not text in UTF-8") from None
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ParamsError(f"{file}: {error.strerror}") from None
+
+
+def merged(contents: Mapping[Path, Any], path: Path | str = "params.yaml") -> dict[str, Any]:
+    """The sections of all files.
+
+    Raises:
+        ParamsError: a section is not in its file; one line that names both.
+    """
+    sections: dict[str, Any] = {}
+    for file, content in contents.items():
+        if not isinstance(content, Mapping):
+            raise ParamsError(f"{file}: not a mapping of sections, found {content!r}")
+        for section in content:
+            if (home := file_of(section, path)) != file:
+                raise ParamsError(f"{file}: holds the section {section}, which belongs in {home} alone")
+        sections |= content
+    return sections
+
+
+def by_file(sections: Mapping[str, Any], path: Path | str = "params.yaml") -> dict[Path, dict[str, Any]]:
+    """The content of each file, from the sections of all; the inverse of `merged`."""
+    contents: dict[Path, dict[str, Any]] = {file: {} for file in files(path)}
+    for section, content in sections.items():
+        contents[file_of(section, path)][section] = content
+    return contents
+
+
+def assign(sections: Any, path: Sequence[str], value: Any, where: str) -> None:
+    """Set the value of an existing key; for errors see `parent_of`."""
+    parent_of(sections, path, where)[path[-1]] = value
+
+
+def parent_of(sections: Any, path: Sequence[str], where: str) -> Any:
+    """The mapping that holds the last key of a path.
+
+    Raises:
+        ParamsError: there is no such key; the line starts with `where`.
+    """
+    parent, node = sections, sections
+    for part in path:
+        if not isinstance(node, dict) or part not in node:
+            raise ParamsError(f"{where}: {unknown('key', part, node if isinstance(node, dict) else ())}")
+        parent, node = node, node[part]
+    return parent
