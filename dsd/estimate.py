@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsd.config import BackboneParams, Params
 from dsd.datasets import benchmark
-from dsd.errors import DsdError
+from dsd.errors import DsdError, ParamsError
 from dsd.models import device_of
 from dsd.models.attention import cross_attention_layers
 from dsd.models.checkpoint import DTYPES, component_config, remote
@@ -90,11 +91,11 @@ def needs(params: Params, free: int) -> Iterator[Need]:
         size = partial(benchmark(dataset.kind).remote, name, dataset)
         downloads.append(_access(f"dataset {name}", dataset.kind, size))
     yield from downloads
+    yield from (Need("settings", "", 0, "", line) for line in contradictions(params))
     tested = params.backbones[params.backbone]
     try:
         unet = PassCost.of(tested)
-    except DsdError as error:
-        yield Need("U-Net", params.backbone, 0, "bytes", str(error))
+    except DsdError:  # one of the contradictions
         return
     yield _memory(unet, tested.dtype, params.runtime.device)
     stored, operations = 0, 0.0
@@ -113,6 +114,42 @@ def needs(params: Params, free: int) -> Iterator[Need]:
     total = sum(int(need.amount) for need in downloads) + stored
     problem = f"{(total - free) / 1e9:.1f} GB more than is free" if total > free else None
     yield Need("disk", "downloads, latents, texts and evidence", total, "bytes", problem)
+
+
+def contradictions(params: Params) -> Iterator[str]:
+    """Yield a line for each setting that local files, or the configuration of the backbone, contradict.
+
+    No weight is read; of a hub repository only configurations are fetched.
+    """
+    used = dict.fromkeys([params.backbone, *(params.backbone_of(method) for method in params.methods)])
+    for name in used:
+        lora = params.backbones[name].lora
+        if lora is not None and not Path(lora).is_file():
+            yield f"backbones.{name}.lora: {lora}: no such file"
+    for name, dataset in params.datasets.items():
+        try:
+            learning = benchmark(dataset.kind).expected(dataset).learning
+            dataset.check_learning(name, params, learning)
+        except (DsdError, ValueError) as error:
+            yield str(error)
+    tested = params.backbones[params.backbone]
+    try:
+        layers, blocks = PassCost.of(tested).layers, component_config(tested, "vae").get("block_out_channels", ())
+    except DsdError as error:
+        yield str(error)
+        return
+    rows = {f"methods.{name}": getattr(row, "layers", None) for name, row in params.methods.items()}
+    for key, last in (*rows.items(), *(("ablations", last) for last in params.ablations.layers)):
+        if isinstance(last, int) and last > layers:
+            yield f"{key}.layers: {last}, but backbone {params.backbone} has {layers} layers of cross-attention"
+    if params.images.resolution % (factor := 2 ** max(len(blocks) - 1, 0)):
+        yield f"images.resolution: {params.images.resolution}, must be a multiple of {factor}, the VAE's reduction"
+
+
+def check(params: Params) -> None:
+    """Raise ParamsError with the first of the `contradictions`."""
+    for line in contradictions(params):
+        raise ParamsError(line)
 
 
 def _access(what: str, where: str, size: Callable[[], int]) -> Need:

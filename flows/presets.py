@@ -83,7 +83,10 @@ def put(preset: Path, *, commits: Commits = current_commits) -> None:
     Raises:
         ParamsError: see `applied`; or a file to be changed has uncommitted changes, which would be lost.
     """
-    texts, _ = applied(preset, commits=commits)
+    from dsd.estimate import check  # it imports torch
+
+    texts, params = applied(preset, commits=commits)
+    check(params)
     changed = {file: text for file, text in texts.items() if text != file.read_bytes()}
     for file in changed:
         if command(file.parent, "git", "status", "--porcelain", "--", file.name):

@@ -86,10 +86,12 @@ def reproduce(*, recompute: bool = False) -> str:
     with Repo(fs=AtomicFiles()) as repo:
         names = [stage.name for stage in repo.index.stages if not stage.frozen]
         empty = not any(out.exists for out in repo.index.outs if out.persist)  # no stage can resume
-        if recompute:
-            for name in RESUMED:
-                shutil.rmtree(DATA / name, ignore_errors=True)
         if stale := recompute or bool(repo.status()):
+            from dsd.estimate import check as check_settings  # it imports torch
+
+            check_settings(params)
+            for name in RESUMED if recompute else ():
+                shutil.rmtree(DATA / name, ignore_errors=True)
             with cache_in_use(Path(repo.cache.local.path).parent.parent):
                 run(repo, names if recompute else ())
     from flows.tracking import publish

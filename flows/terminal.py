@@ -43,7 +43,7 @@ def print_needs(needs: Iterable[Need]) -> None:
     rows = []
     for need in needs:
         much = "" if need.problem and not need.amount else amount(need.amount, need.unit)
-        rows.append((need.what, need.where, much, "missing" if need.problem else ""))
+        rows.append((need.what, need.where, much, "problem" if need.problem else ""))
     print_table(("what", "of", "how much", ""), rows, number="how much")
 
 

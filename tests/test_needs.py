@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,18 @@ from dsd.config import (
     ScheduleParams,
     ShortlistParams,
     StagedSchedule,
+    assign,
     load,
 )
 from dsd.data.examples import read_examples
-from dsd.estimate import RATE, PassCost, Workload, needs
+from dsd.errors import ParamsError
+from dsd.estimate import RATE, PassCost, Workload, check, needs
 from dsd.schedules import SCHEDULES
 from dsd.schedules.race import Race
 from dsd.scorers.evidence import evidence_prompts, reads_unconditional, requests
 from dsd.scorers.fusion import fitting_examples
 from flows import cli, presets, terminal
-from tests.conftest import ROOT
+from tests.conftest import ROOT, read_settings
 from tests.raced import few
 from tests.real import UNET
 from tests.tiny import row
@@ -44,6 +47,8 @@ def configured(folder: Path, **unet: Any) -> BackboneParams:
     """A checkpoint with nothing but the configuration of its U-Net."""
     (folder / "unet").mkdir(parents=True)
     (folder / "unet" / "config.json").write_text(json.dumps(unet))
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8, 8, 8, 8]}))
     return row(folder)
 
 
@@ -81,10 +86,10 @@ def test_the_cost_of_a_pass_follows_from_the_configuration(params: Params, tmp_p
 
 def test_an_unavailable_checkpoint_is_reported_with_all_other_needs(params: Params, tmp_path: Path) -> None:
     found = list(needs(with_backbone(params, row(tmp_path / "absent")), free=10**12))
-    assert [need.what for need in found if need.problem] == ["checkpoint embedded", "U-Net"]
+    assert [need.what for need in found if need.problem] == ["checkpoint embedded", "settings"]
     assert {need.problem for need in found} == {None, f"{tmp_path / 'absent'}: no such checkpoint folder"}
     broken = with_backbone(params, configured(tmp_path / "broken", block_out_channels=3))
-    (problem,) = (need.problem for need in needs(broken, free=10**12) if need.what == "U-Net")
+    (problem,) = (need.problem for need in needs(broken, free=10**12) if need.what == "settings")
     assert problem is not None and "unet/config.json is no valid U-Net" in problem and "\n" not in problem
 
 
@@ -188,3 +193,38 @@ def test_the_table_of_presets_is_what_they_need(monkeypatch: pytest.MonkeyPatch)
         cells = (f"{work.scoring:,}", f"{work.training:,}", f"{hours:.1f}", f"{work.disk(unet) / 1e9:.1f}")
         expected.append(f"| [{path.stem}](../presets/{path.name}) | {' | '.join(cells)} |")
     assert listed == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"methods.dsd.layers": 99}, "methods.dsd.layers: 99, but backbone embedded has 11 layers of cross-attention"),
+        ({"ablations.layers": [12]}, "ablations.layers: 12, but backbone embedded has 11 layers of cross-attention"),
+        ({"images.resolution": 60}, "images.resolution: 60, must be a multiple of 8, the VAE's reduction"),
+        ({"backbones.embedded.lora": "absent.bin"}, "backbones.embedded.lora: absent.bin: no such file"),
+        (
+            {"datasets.scenes-com": {"kind": "winoground", "source": "a/b", "revision": None, "few_shot": 0.5,
+                                     "sample": 0, "validation": 0, "test": None, "missing": 0,
+                                     "files": {"train": None, "test": "*.parquet"}}},
+            "datasets.scenes-com.few_shot: 0.5 of 0 examples is none, but dsd is trained on them",
+        ),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_run_are_refused_before_anything_is_touched(
+    changes: dict[str, Any], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    sections = read_settings()
+    for key, value in changes.items():
+        assign(sections, key.split("."), value, key)
+    params = Params.model_validate(sections)
+    with pytest.raises(ParamsError) as error:
+        check(params)
+    assert str(error.value) == line
+    assert [need.problem for need in needs(params, free=10**15) if need.what == "settings"] == [line]
+    preset = tmp_path / "mine.yaml"
+    preset.write_text(json.dumps(changes))
+    before = (ROOT / "params.yaml").read_bytes()
+    with pytest.raises(ParamsError, match=re.escape(line)):
+        presets.put(preset, commits=lambda _: [])
+    assert (ROOT / "params.yaml").read_bytes() == before

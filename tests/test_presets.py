@@ -21,6 +21,7 @@ from tests.conftest import ROOT
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for file in files(ROOT / "params.yaml"):
         shutil.copy(file, tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")
     for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "x"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     monkeypatch.chdir(tmp_path)
@@ -105,7 +106,8 @@ def test_an_unknown_preset_says_which_there_are(clone: Path) -> None:
         applied(Path("presets/min.yaml"))
 
 
-def test_what_has_no_revision_is_pinned(clone: Path) -> None:
+def test_what_has_no_revision_is_pinned(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsd.estimate.check", nothing)
     path = preset(clone, "backbones.embedded.source: owner/model\nseed: 5\n")
     put(path, commits=lambda params: [("backbones", "embedded", "0" * 40)] if params.seed == 5 else [])
     backbones = yaml.safe_load(Path("params.yaml").read_text())["backbones"]

@@ -108,7 +108,9 @@ def small(models: Path, **changes: object) -> Params:
             "datasets": {"scenes-com": com},
             "images": params.images.model_copy(update={"resolution": 32, "parity": 24}),
             "noise": params.noise.model_copy(update={"levels": (0.2, 0.6)}),
-            "ablations": params.ablations.model_copy(update={"levels": ((0.2, 0.6), (0.2,), (0.6,))}),
+            "ablations": params.ablations.model_copy(
+                update={"levels": ((0.2, 0.6), (0.2,), (0.6,)), "layers": ("all", 2, 1)}
+            ),
             "methods": {
                 name: method.model_copy(update={"levels": (0.2, 0.6)}) if hasattr(method, "levels") else method
                 for name, method in params.methods.items()
