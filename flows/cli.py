@@ -75,6 +75,9 @@ def reproduce(
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Recompute everything, e.g. after an update of torch.")
     ] = False,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Bring back the params and results from before the last preset, and exit.")
+    ] = False,
 ) -> None:
     """Run every stage whose params, code or data have changed, and print the path of the report.
 
@@ -85,13 +88,21 @@ def reproduce(
       dsd reproduce
       dsd reproduce --preset presets/paper-comvg-sd2.yaml --dry-run
       dsd reproduce --dry-run --json
+      dsd reproduce --undo
     """
     if as_json and not dry_run:
         raise DsdError("--json: only with --dry-run; the results of a run are in data/evaluate/metrics.json")
     if recompute and dry_run:
         raise DsdError("--recompute: not with --dry-run, which changes nothing")
+    if undo and (preset is not None or dry_run or recompute):
+        raise DsdError("--undo: takes no other option")
     if dry_run:
         sys.exit(_dry_run(preset, as_json=as_json))
+    if undo:
+        from flows import presets
+
+        print(f"restored: params and results from before {presets.undo()}")
+        return
     if preset is not None:
         from flows import presets
 

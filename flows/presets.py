@@ -1,9 +1,11 @@
-"""Presets: files of settings that belong together, applied to the params files."""
+"""Presets: files of settings that belong together, applied to the params files, and the way back."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,21 @@ import yaml
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from dsd.config import Params, RepositoryDataset, assign, files, merged, mistake, parsed, read
-from dsd.errors import ParamsError, unknown
-from dsd.store import write_atomic
-from flows.command import command
+from dsd.config import Params, RepositoryDataset, files, merged, mistake, node_at, parsed, read
+from dsd.errors import DsdError, ParamsError, unknown
+from dsd.store import write_atomic, write_json
+from flows import DATA
+from flows.reproduce import open_repo, verify_objects
 
+BEFORE, MANIFEST = DATA / "before", "manifest.json"  # states before presets, in folders numbered from 1
 Commits = Callable[[Params], Iterable[tuple[str, str, str]]]
 
 
 def applied(preset: Path, *, commits: Commits | None = None) -> tuple[dict[Path, bytes], Params]:
     """Return the text of each params file with a preset applied, comments kept, and the resulting params.
 
-    A preset maps keys, written as paths (`images.resolution`), to new values.
+    A preset maps keys, written as paths (`images.resolution`), to new values. The last key of a path may be new, such
+    as the name of a dataset.
 
     Args:
         commits: finds the current commit of each hub row without a revision.
@@ -36,8 +41,14 @@ def applied(preset: Path, *, commits: Commits | None = None) -> tuple[dict[Path,
     contents = {file: round_trip.load(file.read_text()) for file in files()}
     holder = {section: content for content in contents.values() for section in content}
     for key, value in settings.items():
-        keys = str(key).split(".")
-        assign(holder.get(keys[0], holder), keys, value, f"{preset}: {key}")
+        *parents, last = str(key).split(".")
+        section, where = parents[0] if parents else last, f"{preset}: {key}"
+        if section not in holder:
+            raise ParamsError(f"{where}: {unknown('section', section, holder)}")
+        node = node_at(holder[section], parents, where)
+        if not isinstance(node, dict):
+            raise ParamsError(f"{where}: {unknown('key', last, ())}")
+        node[last] = value
     texts, params = _written(round_trip, contents, preset)
     if commits is not None:
         for section, name, commit in commits(params):
@@ -80,18 +91,77 @@ def current_commits(params: Params) -> Iterator[tuple[str, str, str]]:
 def put(preset: Path, *, commits: Commits = current_commits) -> None:
     """Write the settings of a preset into the params files, with each hub repository pinned to a commit.
 
+    The state before is kept for `undo`, unless nothing changes.
+
     Raises:
-        ParamsError: see `applied`; or a file to be changed has uncommitted changes, which would be lost.
+        ParamsError: see `applied`, and `dsd.estimate.check`.
     """
     from dsd.estimate import check  # it imports torch
 
     texts, params = applied(preset, commits=commits)
     check(params)
     changed = {file: text for file, text in texts.items() if text != file.read_bytes()}
-    for file in changed:
-        if command(file.parent, "git", "status", "--porcelain", "--", file.name):
-            raise ParamsError(f"{file}: has changes that are not committed and would be lost; commit or revert them")
-    _write_all(changed)
+    if changed:
+        _keep(preset)
+        _write_all(changed)
+
+
+def _state() -> list[Path]:
+    """The small files that a reproduction under other params changes; DVC restores the rest from its cache."""
+    patterns = ("dvc.lock", "data/evaluate/*.json", "data/timings/*.json")
+    return [*files(), *(file for pattern in patterns for file in sorted(Path().glob(pattern)))]
+
+
+def _keep(preset: Path) -> None:
+    """Copy the current state to a new folder of BEFORE; its manifest, written last, names what there is."""
+    with open_repo() as repo:
+        outs = [out.fspath for out in repo.index.outs if out.use_cache and out.exists]
+    folder = BEFORE / f"{len(_kept()) + 1:04d}"
+    shutil.rmtree(folder, ignore_errors=True)  # left by a kill: it has no manifest
+    kept = [file.as_posix() for file in _state()]
+    for file in kept:
+        write_atomic(folder / file, Path(file).read_bytes())
+    relative = [Path(out).relative_to(Path.cwd()).as_posix() for out in outs]
+    write_json(folder / MANIFEST, {"preset": str(preset), "files": kept, "outs": relative})
+
+
+def _kept() -> list[Path]:
+    """The folders of the states before each preset in force, the newest last."""
+    return sorted(manifest.parent for manifest in BEFORE.glob(f"*/{MANIFEST}"))
+
+
+def undo() -> str:
+    """Bring back the params and results from before the last preset; return the preset's name.
+
+    What the preset's complete stages have computed stays in DVC's cache.
+
+    Raises:
+        ParamsError: no preset was applied here.
+        DsdError: DVC's cache lacks a result; then nothing but the params files, dvc.lock and small files is restored.
+    """
+    if not _kept():
+        raise ParamsError("--undo: no preset was applied in this workspace")
+    folder = _kept()[-1]
+    manifest = json.loads((folder / MANIFEST).read_text())
+    with open_repo() as repo:
+        made = [Path(out.fspath) for out in repo.index.outs if out.use_cache and out.exists]
+    new = {file.as_posix() for file in _state()} - {*manifest["files"]}
+    _write_all({Path(file): (folder / file).read_bytes() for file in manifest["files"]})
+    for file in new:
+        Path(file).unlink()
+    for out in made:
+        if out.relative_to(Path.cwd()).as_posix() not in manifest["outs"]:
+            shutil.rmtree(out) if out.is_dir() else out.unlink()
+    try:
+        with open_repo() as repo:
+            verify_objects(repo)
+            for path in manifest["outs"]:
+                for out in repo.find_outs_by_path(path, recursive=False):
+                    out.checkout(force=True)
+    except DsdError as error:
+        raise DsdError(f"--undo: {error}; the params are those of before: run `dsd reproduce`") from None
+    shutil.rmtree(folder)
+    return str(manifest["preset"])
 
 
 def _write_all(texts: Mapping[Path, bytes]) -> None:

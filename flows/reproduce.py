@@ -17,6 +17,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dvc.exceptions import DvcException
 from dvc.fs import LocalFileSystem
 from dvc.repo import Repo
 from dvc.stage.exceptions import StageCmdFailedError
+from dvc_data.hashfile.db import HashFileDB
 
 from dsd.config import load
 from dsd.errors import DsdError
@@ -92,6 +94,7 @@ def reproduce(*, recompute: bool = False) -> str:
             check_settings(params)
             for name in RESUMED if recompute else ():
                 shutil.rmtree(DATA / name, ignore_errors=True)
+            verify_objects(repo)
             with cache_in_use(Path(repo.cache.local.path).parent.parent):
                 run(repo, names if recompute else ())
     from flows.tracking import publish
@@ -110,19 +113,19 @@ def reproduce(*, recompute: bool = False) -> str:
 
 def stale_stages() -> list[str]:
     """The stages that a reproduction would run, in order."""
-    with _open_repo() as repo:
+    with open_repo() as repo:
         return list(repo.status())
 
 
 def cache_folder() -> Path:
     """The folder of DVC's cache, which may not exist yet."""
-    with _open_repo() as repo:
+    with open_repo() as repo:
         return Path(repo.cache.local.path)
 
 
 def remote_address() -> str | None:
     """The name and address of DVC's default remote, if any; raise DsdError if it cannot be reached or created."""
-    with _open_repo() as repo:
+    with open_repo() as repo:
         name = repo.config["core"].get("remote")
         if name is None:
             return None
@@ -138,7 +141,7 @@ def remote_address() -> str | None:
 
 
 @contextlib.contextmanager
-def _open_repo() -> Iterator[Repo]:
+def open_repo() -> Iterator[Repo]:
     """Open the DVC repository of this folder; turn the errors of DVC into one line."""
     try:
         with Repo() as repo:
@@ -196,6 +199,15 @@ def cache_in_use(cache: Path) -> Iterator[None]:
             repair_cache(cache)
         fcntl.flock(lock, fcntl.LOCK_SH)
         yield
+
+
+def verify_objects(repo: Repo) -> None:
+    """Make DVC hash an object of its cache before it uses it, and drop a damaged one; it trusts read-only files.
+
+    Hashes of files that have not changed since are in its state database.
+    """
+    objects = repo.cache.local
+    objects.check = partial(HashFileDB.check, objects)
 
 
 def repair_cache(cache: Path) -> None:

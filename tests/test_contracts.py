@@ -85,7 +85,7 @@ def test_dependencies_cover_the_data(stage: str) -> None:
     text = (ROOT / "flows" / "stages" / f"{stage}.py").read_text()
     constants = {node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)}
     named = {other for other in ORDER if other in constants} - {stage}
-    listed = {dep.split("/")[1] for dep in STAGES[stage]["deps"] if dep.startswith("data/")} - {"timings"}
+    listed = {dep.split("/")[1] for dep in STAGES[stage]["deps"] if dep.startswith("data/")}
     assert named <= listed
 
 
@@ -105,11 +105,12 @@ def test_every_curve_is_a_plot() -> None:
     assert set(plots["loss"]["y"]) == set(plots["accuracy"]["y"]) == curves
 
 
-def test_a_timing_makes_nothing_stale_but_the_report() -> None:
+def test_a_timing_makes_nothing_stale() -> None:
+    """In dvc.lock it would make the results of two machines differ. That of the frozen stage is in Git."""
     for stage in ORDER:
-        timings = [dep for dep in STAGES[stage]["deps"] if dep.startswith("data/timings")]
-        assert bool(timings) == (stage == "report")
-        assert any(f"data/timings/{stage}.json" in out for out in STAGES[stage]["outs"])
+        listed = [*STAGES[stage]["deps"], *(path for out in STAGES[stage]["outs"] for path in out)]
+        timings = {path for path in listed if "timings" in path}
+        assert timings <= {"data/timings/pretrain.json"} and bool(timings) == (stage in ("pretrain", "report"))
 
 
 @cache

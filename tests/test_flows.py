@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
+import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -44,7 +46,7 @@ def one_dataset(workspace: Path) -> Path:
     """The workspace with a single dataset, and two stages of its own beside those of the project."""
     settings = read_settings()
     settings["datasets"] = {"scenes-com": settings["datasets"]["scenes-com"]}
-    settings["studies"], settings["races"]["datasets"] = {}, {}
+    settings["studies"], settings["races"]["datasets"], settings["gate"]["datasets"] = {}, {}, {}
     write_settings(settings)
     pipeline = yaml.safe_load(Path("dvc.yaml").read_text())
     pipeline["stages"] |= {"work": {"params": ["seed", "datasets"]}, "fail": {"params": ["seed"]}}
@@ -266,6 +268,7 @@ def small_dag(one_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     Repo.init(no_scm=True).close()
     published: list[tuple[Any, ...]] = []
     monkeypatch.setattr(reproduce, "server", nullcontext)
+    monkeypatch.setattr("dsd.estimate.check", lambda _: None)
     monkeypatch.setattr("flows.tracking.publish", lambda *arguments: published.append(arguments))
     monkeypatch.setattr("signal.signal", lambda *_: None)
     return published
@@ -438,3 +441,23 @@ def test_the_server_starts_and_stops(workspace: Path, monkeypatch: pytest.Monkey
     assert "PREFECT_API_URL" not in os.environ
     with pytest.raises(OSError):
         urlopen(url, timeout=1)
+
+
+@pytest.mark.parametrize("lost", ["workspace", "lock"])
+def test_a_damaged_object_of_the_cache_is_made_again(small_dag: list[Any], lost: str) -> None:
+    """DVC trusts read-only files: it would put half a page in place, by dvc.lock or as the result of an earlier run."""
+    with Repo() as repo:
+        repo.reproduce()
+    shutil.rmtree("data/report")
+    if lost == "lock":
+        Path("dvc.lock").unlink()
+    name = hashlib.md5(b"page").hexdigest()
+    kept = Path(".dvc/cache/files/md5", name[:2], name[2:])
+    assert kept.stat().st_mode & 0o222 == 0
+    kept.unlink()
+    kept.write_bytes(b"pa")
+    kept.chmod(0o444)
+    with Repo() as repo:
+        reproduce.verify_objects(repo)
+        repo.reproduce()
+    assert Path("data/report/index.html").read_bytes() == kept.read_bytes() == b"page"

@@ -183,7 +183,7 @@ def test_the_table_of_presets_is_what_they_need(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(dsd.estimate, "component_config", lambda row, component: UNET)
     listed = [line for line in Path("docs/benchmarks.md").read_text().splitlines() if line.startswith("| [")]
     expected, unets = [], dict[str, PassCost]()
-    for path in sorted(Path("presets").glob("*.yaml")):
+    for path in sorted({*Path("presets").glob("*.yaml")} - {Path("presets/own-folder.yaml")}):
         _, params = presets.applied(path)
         tested, (name,) = params.backbones[params.backbone], params.datasets
         if tested.dtype not in unets:  # all have the same configuration here

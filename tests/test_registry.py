@@ -198,8 +198,7 @@ def test_measurements_by_other_code_are_not_compared(measured: Params, monkeypat
     monkeypatch.setitem(VERSIONS, "evidence", 2)
     with pytest.raises(DataError, match=r"json: measured by other code \(evidence 1 → 2\); run `dsd reproduce` first"):
         registry.register(measured, Path())
-    record = Path("data/timings/evaluate.json")
-    record.parent.mkdir(parents=True, exist_ok=True)
+    record = Path("data/evaluate/code.json")
     record.write_text(json.dumps({"versions": VERSIONS, "libraries": {"torch": "2.13"}}))
     again = registry.register(measured, Path())
     assert before is not None and again.key != before.key and again.versions["evidence"] == 2

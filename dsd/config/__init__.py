@@ -27,7 +27,7 @@ from dsd.config.experiments import (
     ReportParams,
     StudyParams,
 )
-from dsd.config.files import assign, by_file, file_of, files, merged, parsed, read
+from dsd.config.files import assign, by_file, file_of, files, merged, node_at, parsed, read
 from dsd.config.load import Params, load, mistake
 from dsd.config.methods import (
     EXHAUSTIVE,

@@ -96,19 +96,20 @@ def by_file(sections: Mapping[str, Any], path: Path | str = "params.yaml") -> di
 
 
 def assign(sections: Any, path: Sequence[str], value: Any, where: str) -> None:
-    """Set the value of an existing key; for errors see `parent_of`."""
-    parent_of(sections, path, where)[path[-1]] = value
+    """Set the value of an existing key; for errors see `node_at`."""
+    node_at(sections, path, where)
+    node_at(sections, path[:-1], where)[path[-1]] = value
 
 
-def parent_of(sections: Any, path: Sequence[str], where: str) -> Any:
-    """The mapping that holds the last key of a path.
+def node_at(sections: Any, path: Sequence[str], where: str) -> Any:
+    """The value at a path of keys.
 
     Raises:
         ParamsError: there is no such key; the line starts with `where`.
     """
-    parent, node = sections, sections
+    node = sections
     for part in path:
         if not isinstance(node, dict) or part not in node:
             raise ParamsError(f"{where}: {unknown('key', part, node if isinstance(node, dict) else ())}")
-        parent, node = node, node[part]
-    return parent
+        node = node[part]
+    return node

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from dsd.config.base import WORD_FOR_NUMBER, Kind, Name, ParamsModel, check_known, registered
 from dsd.config.datasets import DatasetParams
 from dsd.config.experiments import AblationParams, EvaluateParams, RacesParams, ReportParams, StudyParams
-from dsd.config.files import file_of, parent_of, read
+from dsd.config.files import file_of, node_at, read
 from dsd.config.methods import (
     ContrastiveMethod,
     FusionParams,
@@ -186,7 +186,7 @@ class Params(ParamsModel):
             for variant, dataset in product(study.variants, study.datasets):
                 for key in study.variants[variant]:
                     try:
-                        parent_of(sections, study.path_of(key, dataset), f"studies.{name}.variants.{variant}.{key}")
+                        node_at(sections, study.path_of(key, dataset), f"studies.{name}.variants.{variant}.{key}")
                     except ParamsError as error:
                         raise ValueError(str(error)) from None
         return self

@@ -31,7 +31,7 @@ class Measurement:
             raise DataError(f"{file}: no results in this workspace; run `dsd reproduce` first")
         self.params, self.root = params, root
         # Older workspaces have no record.
-        record = root / "data" / "timings" / "evaluate.json"
+        record = file.with_name("code.json")
         self.code = json.loads(record.read_text()) if record.exists() else {}
         if moved := moved_versions(self.code.get("versions", {}), VERSIONS):
             raise DataError(f"{file}: measured by other code ({', '.join(moved)}); run `dsd reproduce` first")

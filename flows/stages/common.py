@@ -79,7 +79,7 @@ def stage(body: Callable[[Params], Mapping[str, Details]]) -> Stage:
     """Make the flow of a stage of a function with the stage's name.
 
     The function takes the stage's params and returns the details of its units. They are written to
-    data/timings/<stage>.json, on which only the report depends.
+    data/timings/<stage>.json, which the report shows and no stage depends on.
     """
     name = body.__name__
 

@@ -16,6 +16,8 @@ def evaluate(params: Params) -> dict[str, Details]:
     from dsd.metrics import HEADLINES
     from dsd.schedules.replay import read_hits
     from dsd.scorers.evidence import read_identities
+    from dsd.store import libraries, write_json
+    from dsd.versions import VERSIONS
 
     target = DATA / "evaluate"
     results: dict[str, evaluation.Results] = {}
@@ -35,6 +37,7 @@ def evaluate(params: Params) -> dict[str, Details]:
 
     details = each(dataset, params.datasets)
     evaluation.write_metrics(results, target)
+    write_json(target / "code.json", {"versions": VERSIONS, "libraries": libraries()}, indent=2)
     ablations.write(ablated, target)
     claims.write(*claims.judge(params, data), target)
     studies = {
