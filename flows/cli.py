@@ -100,16 +100,14 @@ def reproduce(
         sys.exit(_dry_run(preset, as_json=as_json))
     if undo:
         from flows import presets
+        from flows.reproduce import alone
 
-        print(f"restored: params and results from before {presets.undo()}")
+        with alone():
+            print(f"restored: params and results from before {presets.undo()}")
         return
-    if preset is not None:
-        from flows import presets
-
-        presets.put(preset)
     from flows import reproduce as reproduction
 
-    reproduction.main(recompute=recompute)
+    reproduction.main(preset, recompute=recompute)
 
 
 def _dry_run(preset: Path | None, *, as_json: bool) -> bool:
@@ -174,7 +172,9 @@ def serve(
       dsd serve --model models:/dsd-backbone/3 --port 8080
     """
     from flows.serving.server import serve as run_server
+    from flows.stores import require_version
 
+    require_version(model)
     run_server(model, host, port)
 
 
@@ -246,8 +246,9 @@ def leaderboard(
     from dsd.report.leaderboard import write
     from flows.registry.leaderboard import board
     from flows.registry.registry import Registry
+    from flows.stores import exists
 
-    current = board(load(), Registry())
+    current = board(load(), Registry() if exists() else None)
     page = None if html is None else write(current, html)
     if as_json:
         terminal.print_json(asdict(current))
@@ -290,11 +291,16 @@ def match(
       dsd match photo.png --text "a red circle" --heatmap heatmap.png
     """
     check_images(images)
+    if heatmap is not None:
+        terminal.check_heatmap(heatmap)
     from dsd.matcher import Matcher
 
     with TemporaryDirectory() as folder:
         if prompt is not None and prompt.startswith("models:/"):
             from flows.registry.registry import Registry
+            from flows.stores import require_version
+
+            require_version(prompt)
 
             prompt = str(Registry().prompt(prompt, Path(folder)))
         matcher = Matcher.from_pretrained(checkpoint, prompt=prompt, method=method)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 from dvc.exceptions import DvcException
@@ -40,24 +40,55 @@ LOG.setLevel(logging.ERROR)  # it warns about frozen stages
 for _name in ("dvc", "dvc_data", "dvc_objects"):
     logging.getLogger(_name).propagate = False  # prefect would print each message a second time
 RWLOCK = Path(".dvc") / "tmp" / "rwlock"  # the paths that DVC's processes use
+RUNNING = DATA / "reproduce.lock"  # holds the number of the process that reproduces here
+INTERRUPTED = ("exited with 130", "exited with -2")  # the end of DVC's message about a stage that Ctrl-C has stopped
 RESUMED = ("cache", "train", "score")  # data folders whose content a stage resumes from
 STARTUP_SECONDS = 600  # the limit; a server starts in 5 s on an idle machine
 
 
-def main(*, recompute: bool = False) -> None:
-    """Run the reproduction as a command; a failed stage prints its own error."""
+def main(preset: Path | None = None, *, recompute: bool = False) -> None:
+    """Run the reproduction as a command, after applying a preset if any; a failed stage prints its own error."""
     # The commands in dvc.yaml call `python`, which must be this interpreter.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        print(reproduce(recompute=recompute))
+        with alone():
+            if preset is not None:
+                from flows import presets
+
+                presets.put(preset)
+            print(reproduce(recompute=recompute))
     except KeyboardInterrupt:
-        sys.exit(130)
+        _interrupted()
     except Exception as error:
+        if str(error.__cause__).endswith(INTERRUPTED):  # a stage; DVC itself ignores Ctrl-C while a stage runs
+            _interrupted()
         line = failure(error)
         if line is None:
             raise
         sys.exit(f"reproduce: {line}" if line else 1)
+
+
+def _interrupted() -> NoReturn:
+    print("reproduce: interrupted; run it again to resume", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Exclude other reproductions of this workspace; raise DsdError, with the other's process, if there is one."""
+    RUNNING.parent.mkdir(parents=True, exist_ok=True)
+    with RUNNING.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            line = f"process {lock.read().strip()} reproduces in this workspace; wait for it, or stop it"
+            raise DsdError(line) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 def failure(error: Exception) -> str | None:

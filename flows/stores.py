@@ -36,6 +36,18 @@ def artifacts() -> Path:
     return (Path(name[1]).parent if name else Path()).resolve() / "mlartifacts"
 
 
+def exists() -> bool:
+    """Whether there is a tracking store; opening one creates a SQLite file, so what only reads asks first."""
+    address = uri()
+    return is_server(address) or make_url(address).get_backend_name() != "sqlite" or _sqlite_exists(make_url(address))
+
+
+def require_version(name: str) -> None:
+    """Raise DsdError if nothing can be registered, because there is no tracking store."""
+    if not exists():
+        raise DsdError(f"{name}: no such version: {redacted(uri())} does not exist; `dsd promote` registers versions")
+
+
 def is_server(address: str) -> bool:
     """Whether an address is that of a server, not of a database."""
     return re.match(r"(postgresql|mysql|mssql|sqlite)\b", address) is None

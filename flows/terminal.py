@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsd.errors import DsdError
+from dsd.store import write_atomic
 
 if TYPE_CHECKING:
     from dsd.estimate import Need
@@ -82,6 +84,17 @@ def print_leaderboard(board: Board) -> None:
         print("no checkpoint is registered; run `dsd promote` or `dsd watch`")
 
 
+def check_heatmap(path: Path) -> None:
+    """Raise DsdError unless an image file can be written at this path; done before a checkpoint is opened."""
+    from matplotlib.figure import Figure
+
+    kinds = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in kinds:
+        raise DsdError(f"--heatmap {path}: not the name of an image file; it must end in one of .{', .'.join(kinds)}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise DsdError(f"--heatmap {path}: {'a folder' if path.is_dir() else f'no folder {path.parent}'}")
+
+
 def save_heatmap(heatmap: Heatmap, path: Path) -> None:
     """Save the image, and next to it a copy per word overlaid with that word's heat map, as one image file."""
     from matplotlib.figure import Figure
@@ -94,7 +107,9 @@ def save_heatmap(heatmap: Heatmap, path: Path) -> None:
     for panel, word, map_RR in zip(axes[1:], heatmap.words, heatmap.maps, strict=True):
         panel.imshow(map_RR, cmap="inferno", alpha=0.6, vmin=0, vmax=1)
         panel.set_title(word)
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix.removeprefix(".").lower())
     try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise DsdError(f"--heatmap {path}: {error}") from None
+        write_atomic(path, image.getvalue())
+    except OSError as error:
+        raise DsdError(f"--heatmap {path}: {error.strerror}") from None

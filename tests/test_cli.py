@@ -80,13 +80,20 @@ def test_heatmap_is_written(tmp_path: Path) -> None:
     [
         (["--checkpoint", "absent"], "dsd: absent: no such checkpoint folder"),
         (["--heatmap", "where.nonsense"], "dsd: --heatmap where.nonsense: "),
-        (["--heatmap", "no/such/folder/where.png"], "dsd: --heatmap no/such/folder/where.png: "),
+        (
+            ["--heatmap", "no/such/folder/where.png"],
+            "dsd: --heatmap no/such/folder/where.png: no folder no/such/folder",
+        ),
+        (["--heatmap", "folder.png"], "dsd: --heatmap folder.png: a folder"),
+        (["--prompt", "models:/dsd-prompt-x/1"], "dsd: models:/dsd-prompt-x/1: no such version: sqlite:///"),
     ],
 )
 def test_a_user_error_is_one_line(arguments: list[str], message: str) -> None:
+    Path("folder.png").mkdir()
+    before = sorted(Path().iterdir())
     result = run("a.png", "--text", "right", *arguments, code=1)
     assert result.output.startswith(message)
-    assert len(result.output.splitlines()) == 1
+    assert len(result.output.splitlines()) == 1 and sorted(Path().iterdir()) == before
 
 
 def test_every_image_that_cannot_be_read_has_a_line(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -38,7 +40,7 @@ from flows import reproduce
 from flows.stages import common as stages
 from flows.stages.common import declared, each, main, prune, stage, stage_params
 from flows.stages.download import is_transient
-from tests.conftest import read_settings, write_settings
+from tests.conftest import ROOT, read_settings, write_settings
 
 
 @pytest.fixture
@@ -343,6 +345,47 @@ def test_a_killed_stage_is_reported(
     Path("dvc.yaml").write_text(Path("dvc.yaml").read_text().replace("cmd: ", "cmd: kill -9 $$; "))
     with pytest.raises(SystemExit, match=r"reproduce: failed to reproduce 'report': failed to run: .* with -9"):
         reproduce.main()
+
+
+@pytest.mark.parametrize("stopped", ["kill -INT $$; sleep 9", "exit 130"])
+def test_an_interrupted_stage_leaves_the_report(
+    stopped: str, small_dag: list[Any], prefect_server: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = yaml.safe_load(Path("dvc.yaml").read_text())
+    pipeline["stages"]["report"] |= {
+        "cmd": f"test ! -e data/report || {{ {stopped}; }}; mkdir data/report; echo page > data/report/index.html",
+        "outs": [{"data/report": {"persist": True}}],
+    }
+    Path("dvc.yaml").write_text(yaml.safe_dump(pipeline))
+    reproduce.main()
+    write_settings({**read_settings(), "seed": 1})
+    with pytest.raises(SystemExit) as exit:
+        reproduce.main()
+    assert exit.value.code == 130
+    assert capfd.readouterr().err.splitlines()[-1] == "reproduce: interrupted; run it again to resume"
+    assert Path("data/report/index.html").read_text() == "page\n"
+    listed = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["report"]["outs"]
+    assert {"data/report": {"persist": True}} in listed
+
+
+def test_two_reproductions_at_once_are_one_line(small_dag: list[Any]) -> None:
+    code = "import sys; from flows.reproduce import alone\nwith alone(): print('in', flush=True); sys.stdin.read()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"in\n"
+        before = Path("params.yaml").read_bytes()
+        preset = Path("mine.yaml")
+        preset.write_text("seed: 5")
+        with pytest.raises(SystemExit) as exit:
+            reproduce.main(preset)
+        assert str(exit.value.code) == (
+            f"reproduce: process {other.pid} reproduces in this workspace; wait for it, or stop it"
+        )
+        assert Path("params.yaml").read_bytes() == before
+        other.communicate()
+    with reproduce.alone():
+        assert reproduce.RUNNING.read_text() == str(os.getpid())
 
 
 def test_dvc_writes_its_lock_through_our_file_system(small_dag: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,3 +132,12 @@ def test_the_command_shows_the_registry(watched: Path, dag: Dag) -> None:  # noq
     change(seed=1)
     board = json.loads(CliRunner().invoke(app, ["leaderboard", "--json"]).stdout)
     assert [e["now"] for e in board["entries"]] == [False, False] and len(Registry().versions()) == 2
+
+
+def test_what_only_reads_creates_no_database(workspace: Path) -> None:
+    before = sorted(workspace.iterdir())
+    shown = CliRunner().invoke(app, ["leaderboard"])
+    assert shown.exit_code == 0 and "no checkpoint is registered" in shown.output
+    served = CliRunner().invoke(app, ["serve"])
+    assert served.exit_code == 1 and served.output.startswith("dsd: models:/dsd-backbone@champion: no such version")
+    assert sorted(workspace.iterdir()) == before

@@ -20,9 +20,14 @@ from flows.registry.registry import CHAMPION, Registry, Version, evaluation_key
 PAGE = DATA / "leaderboard" / "index.html"
 
 
-def board(params: Params, registry: Registry) -> Board:
-    """All measured checkpoints by the gate's method, and those that failed and were not measured since."""
+def board(params: Params, registry: Registry | None) -> Board:
+    """All measured checkpoints by the gate's method, and those that failed and were not measured since.
+
+    registry: None where there is no tracking store.
+    """
     metrics = {name: HEADLINES[benchmark(row.kind).metrics] for name, row in params.datasets.items()}
+    if registry is None:
+        return Board(params.gate.method, metrics, params.evaluate.confidence, [], [])
     versions, champion = registry.versions(), registry.alias(CHAMPION)
     entries = [
         _entry(

@@ -107,6 +107,8 @@ def main(run: Stage) -> None:
     try:
         run()
     except KeyboardInterrupt:
+        if "DVC_STAGE" not in os.environ:  # else the reproduction says so
+            print(f"{run.name}: interrupted; run it again to resume", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         line = error_line(error)
