@@ -128,8 +128,8 @@ def contradictions(params: Params) -> Iterator[str]:
             yield f"backbones.{name}.lora: {lora}: no such file"
     for name, dataset in params.datasets.items():
         try:
-            learning = benchmark(dataset.kind).expected(dataset).learning
-            dataset.check_learning(name, params, learning)
+            few_shot = benchmark(dataset.kind).expected(dataset).few_shot(dataset.few_shot)
+            dataset.check_learning(name, params, few_shot)
         except (DsdError, ValueError) as error:
             yield str(error)
     tested = params.backbones[params.backbone]
@@ -177,7 +177,9 @@ class Workload:
     @property
     def examples(self) -> int:
         """The number of examples of all splits."""
-        return self._expected.test + round((self._row.few_shot + self._row.validation) * self._expected.learning)
+        expected = self._expected
+        validation = round(self._row.validation * expected.learning)
+        return expected.test + expected.few_shot(self._row.few_shot) + validation
 
     @property
     def texts(self) -> int:
@@ -206,7 +208,7 @@ class Workload:
         texts = max(expected.images, expected.texts)  # a few-shot choice of images has a text for each
         fitting = 0
         if any(method.fits_weights for method in params.methods.values()):
-            fitting = min(params.fusion.examples, round(self._row.few_shot * expected.learning))
+            fitting = min(params.fusion.examples, expected.few_shot(self._row.few_shot))
         passes = 0
         for prompt in evidence_prompts(params.methods):
             alone = expected.images if expected.images > 1 and reads_unconditional(params.methods, prompt) else 0
@@ -232,8 +234,8 @@ class Workload:
         training = self._params.training.get(self._params.prompted or "")
         if training is None:
             return 0
-        images, texts, learning = self._expected.images, self._expected.texts, self._expected.learning
+        images, texts = self._expected.images, self._expected.texts
         pairs = min(training.candidates, images) * min(training.candidates, max(images, texts))
-        steps = training.epochs * self._row.few_shot * learning / training.examples_per_step
+        steps = training.epochs * self._expected.few_shot(self._row.few_shot) / training.examples_per_step
         again = training.examples_per_step * pairs > self._params.runtime.batch_size  # each pass is then made twice
         return (BACKWARD + again) * round(max(training.least_steps, steps) * training.examples_per_step * pairs)

@@ -39,7 +39,7 @@ from dsd.engine.forward import row_values
 from dsd.errors import ParamsError, TextError
 from dsd.models import device_of, load_diffusion
 from dsd.models.attention import Capture
-from dsd.models.checkpoint import family_of, folder_of
+from dsd.models.checkpoint import family_of, folder_of, token_ids
 from dsd.models.prompts import AttentionPrompt
 from dsd.progress import progress
 from dsd.scorers.evidence import UNCONDITIONAL
@@ -193,6 +193,8 @@ class Matcher:
         [scores_IT] = self.score_many([(pictures, texts)])
         if words := self.unknown_words(texts):
             warnings.warn(f"the text encoder has not learned: {', '.join(words[:10])}", stacklevel=2)
+        for same in self.indistinct(texts):
+            warnings.warn(f"to the model these are one text, a tie: {' = '.join(map(repr, same))}", stacklevel=2)
         for text in self.cut(texts):
             warnings.warn(
                 f"text is longer than the model's {self.backbone.max_tokens} tokens and was cut: {text[:60]!r}…",
@@ -318,6 +320,15 @@ class Matcher:
         encoded = self._encoded(dict.fromkeys(texts))
         return [text for text in texts if encoded[text]["truncated"]]
 
+    def indistinct(self, texts: Sequence[str]) -> list[list[str]]:
+        """Return the groups of different texts that are one to the model, after the cut or by its tokenizer."""
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        different = list(dict.fromkeys(texts))
+        with self._reading:
+            for text, ids in zip(different, self.backbone.text_ids(different), strict=True):
+                groups.setdefault(ids, []).append(text)
+        return [same for same in groups.values() if len(same) > 1]
+
     def _latents(self, images: Mapping[str, Picture]) -> dict[str, Arrays]:
         ids, encoded = list(images), dict[str, Arrays]()
         for n in range(0, len(ids), 16):
@@ -333,7 +344,7 @@ class Matcher:
                 out = self.backbone.encode_texts(new)
                 special = set(self.backbone.tokenizer.all_special_ids)
                 for n, text in enumerate(new):
-                    if text != UNCONDITIONAL and special.issuperset(self.backbone.tokenizer(text).input_ids):
+                    if text != UNCONDITIONAL and special.issuperset(*token_ids(self.backbone.tokenizer, [text])):
                         raise TextError(f"text {text[:60]!r}: has no token but special ones; give it a word")
                     tensors = {"hidden": out.hidden[n], "content": out.content[n], "truncated": out.truncated[n]}
                     self._known[text] = encoded[text] = {k: v.cpu().numpy().copy() for k, v in tensors.items()}

@@ -23,28 +23,31 @@ WINOGROUND_CHANCE = (1 / 6, 1 / 12, 1 / 12, 2 / 3)
 
 
 def rank(scores: ArrayLike, answer: Answer) -> int:
-    """1-based rank of the true pair among the candidates of an I x 1 or 1 x T example.
+    """1-based rank of the best true pair among the false candidates of an I x 1 or 1 x T example.
 
-    Ties are pessimistic: candidates with the score of the true pair rank above it, so the order of the candidates never
-    matters. Without a true pair the rank is one below the last candidate. For a 2 x 2 example with two true pairs it is
-    an index into `WINOGROUND_RANKS`, from 1.
+    Ties are pessimistic: false candidates with the score of the true pair rank above it, so the order of the candidates
+    never matters. Without a true pair the rank is one below the last candidate. For a 2 x 2 example it is an index into
+    `WINOGROUND_RANKS`, from 1.
 
     Args:
         scores: [I, T] with I = 1 or T = 1, or [2, 2].
-        answer: the one true pair or none; two for a 2 x 2 example.
+        answer: the true pairs; two for a 2 x 2 example, any number for others.
 
     Raises:
         ValueError: a score is NaN, or the shape or answer is not as above.
     """
     scores_IT = _checked(scores, answer)
-    if len(answer) == 2:
+    if scores_IT.shape == (2, 2):
         hit = winoground(scores_IT, answer)
         return WINOGROUND_RANKS.index((hit["text"], hit["image"])) + 1
     if not answer:
         return scores_IT.size + 1
-    if 1 not in scores_IT.shape or len(answer) != 1:
-        raise ValueError(f"a rank needs I x 1 or 1 x T scores and one pair, not {scores_IT.shape} and {answer}")
-    return int(np.count_nonzero(scores_IT >= scores_IT[answer[0]]))
+    if 1 not in scores_IT.shape:
+        raise ValueError(f"a rank needs I x 1, 1 x T or 2 x 2 scores, not {scores_IT.shape}")
+    right = tuple(zip(*answer, strict=True))
+    false_IT = np.ones(scores_IT.shape, dtype=bool)
+    false_IT[right] = False
+    return 1 + int(np.count_nonzero(scores_IT[false_IT] >= scores_IT[right].max()))
 
 
 def winoground(scores: ArrayLike, answer: Answer) -> dict[str, bool]:
@@ -87,6 +90,13 @@ def recall(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
     return {f"top{k}": (_top(ranks, k), _all(ranks)) for k in (1, 5)}
 
 
+def by_category(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
+    """The user's own images: `recall`, and top-1 accuracy of each category if there are several."""
+    found = sorted(set(categories))
+    masks = {f"top1 {category}": [_equal(categories, category)] for category in found if len(found) > 1}
+    return recall(ranks, categories) | {name: (_top(ranks, 1), mask) for name, mask in masks.items()}
+
+
 def answers(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
     """VQAv2: accuracy on binary (yes or no) questions, on the others, and on all."""
     hits_n = _top(ranks, 1)
@@ -117,11 +127,27 @@ def winoground_hits(ranks: Ranks, categories: Sequence[str]) -> dict[str, Hits]:
 METRICS: dict[str, Callable[[Ranks, Sequence[str]], dict[str, Hits]]] = {
     "slots": slots,
     "recall": recall,
+    "categories": by_category,
     "answers": answers,
     "winoground": winoground_hits,
 }
 # The headline metric of each.
-HEADLINES = {"slots": "macro", "recall": "top1", "answers": "all", "winoground": "group"}
+HEADLINES = {"slots": "macro", "recall": "top1", "categories": "top1", "answers": "all", "winoground": "group"}
+
+
+def all_hits(metrics: str, ranks: Ranks, categories: Sequence[str], candidates: ArrayLike) -> dict[str, Hits]:
+    """Hits and groups of each metric of a dataset; `top5` is of the examples with more than five candidates, if any.
+
+    Args:
+        metrics: a key of `METRICS`.
+        candidates: [n] numbers of candidates.
+    """
+    hits, many_n = METRICS[metrics](ranks, categories), np.asarray(candidates) > 5
+    if "top5" in hits and many_n.any():
+        hits["top5"] = (hits["top5"][0], [many_n])
+    elif "top5" in hits:
+        del hits["top5"]
+    return hits
 
 
 def _checked(scores: ArrayLike, answer: Answer) -> NDArray[np.float64]:

@@ -281,7 +281,7 @@ def match(
 ) -> None:
     """Score images against texts, and mark the best text of each image, or the best image for a single text.
 
-    Higher is better. Scores are comparable within one command only.
+    Higher is better; on a tie none is marked. Scores are comparable within one command only.
     Shares are softmaxes over the texts of an image, or the images of one text.
 
     \b
@@ -305,11 +305,14 @@ def match(
             prompt = str(Registry().prompt(prompt, Path(folder)))
         matcher = Matcher.from_pretrained(checkpoint, prompt=prompt, method=method)
     scores_IT = matcher.score(images, texts)
-    best = [(int(scores_IT.argmax()), 0)] if len(texts) == 1 else list(enumerate(scores_IT.argmax(1).tolist()))
+    scores_LC = scores_IT.T if len(texts) == 1 else scores_IT  # a line of candidates per text, or per image
+    # A tie is nobody's win.
+    winners = [(n, int(line.argmax())) for n, line in enumerate(scores_LC) if int((line == line.max()).sum()) == 1]
+    best = [winner[::-1] for winner in winners] if len(texts) == 1 else winners
     shares_IT = matcher.shares(scores_IT.T).T if len(texts) == 1 else matcher.shares(scores_IT)
     scores, shares = scores_IT.tolist(), shares_IT.tolist()
     if heatmap is not None:
-        i, t = max(best, key=lambda pair: scores[pair[0]][pair[1]])
+        i, t = max(best or [(0, 0)], key=lambda pair: scores[pair[0]][pair[1]])
         terminal.save_heatmap(matcher.heatmap(images[i], texts[t]), heatmap)
     matches = [
         {"image": str(image), "text": text, "score": scores[i][t], "share": shares[i][t], "best": (i, t) in best}

@@ -70,6 +70,12 @@ def test_a_single_text_has_one_best_image() -> None:
     assert sum(row["share"] for row in matches) == pytest.approx(1)  # of the images, as there is one text
 
 
+def test_a_tie_has_no_best() -> None:
+    lines = run("a.png", "b.png", "--text", "wrong", "--text", "false").output.splitlines()
+    assert not any("best" in line for line in lines)
+    assert "best" not in run("a.png", "a.png", "--text", "right").output
+
+
 def test_heatmap_is_written(tmp_path: Path) -> None:
     run("a.png", "--text", "right", "--heatmap", str(tmp_path / "where.png"))
     assert (tmp_path / "where.png").read_bytes().startswith(b"\x89PNG")

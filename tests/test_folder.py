@@ -12,7 +12,10 @@ import pytest
 from dsd.config import load
 from dsd.datasets import benchmark
 from dsd.datasets.annotations import ANNOTATIONS, IMAGES
+from dsd.datasets.protocol import Expected
+from dsd.engine.races import answer_index
 from dsd.errors import DataError, DsdError
+from dsd.metrics import rank
 from tests.conftest import ROOT
 from tests.hubdata import downloaded, image_bytes
 from tests.hubdata import row as row_of
@@ -128,6 +131,38 @@ def test_a_missing_image(mine: Path, tmp_path: Path) -> None:
     assert len(downloaded(row(mine, table, missing=1), tmp_path / "d")) == 2
 
 
+@pytest.mark.parametrize(("content", "reason"), [(b"", "an empty file"), (b"GIF", "not an image")])
+def test_what_is_no_image_is_named_with_its_line(content: bytes, reason: str, mine: Path, tmp_path: Path) -> None:
+    (mine / "dogs" / "2.png").write_bytes(content)
+    line = f"0, but 1 of 2 images are missing: {mine}/table.csv:4: dogs/2.png: {reason}"
+    assert mistake(row(mine, SEVERAL_TEXTS), tmp_path / "d") == f"datasets.d.missing: {line}"
+
+
+def test_several_right_texts(mine: Path, tmp_path: Path) -> None:
+    table = HEAD + "dogs/1.png,a dog,1\ndogs/1.png,an animal,1\ndogs/1.png,a cat,0\n"
+    [example] = downloaded(row(mine, table), tmp_path / "d")
+    assert example.answer == ((0, 0), (0, 1))
+    assert [rank([scores], example.answer) for scores in ([1, 3, 2], [1, 2, 2], [0, 1, 2])] == [1, 2, 2]
+    with pytest.raises(DataError, match=r"has 2 right pairs; a schedule needs exactly one"):
+        answer_index(example)
+
+
+def test_the_estimate_knows_the_shapes_and_splits(images: Path) -> None:
+    expected = benchmark("folder").expected
+    assert expected(row(images, SEVERAL_TEXTS)) == Expected(0, 2, 1, 3)
+    assert expected(row(images, SEVERAL_IMAGES, test=1)) == Expected(1, 1, 2, 1)
+    given = expected(row(images, many(30, "train validation test")))
+    assert given == Expected(20, 10, 2, 1, train=10) and given.few_shot(0) == 10
+
+
+def test_too_few_rows_name_the_shared_images(mine: Path, tmp_path: Path) -> None:
+    rows = [f"dogs/{n % 2 + 1}.png,{n},text {n} {label},{label}" for n in range(8) for label in (1, 0)]
+    table = "image,id,text,label\n" + "\n".join(rows) + "\n"
+    line = mistake(row(mine, table, few_shot=0.5, validation=0.2, test=4), tmp_path / "d")
+    assert line.startswith("datasets.d: 8 rows in whole groups are too few for 2 few-shot, 1 validation and 4 test")
+    assert "; 4 of them share images, among them dogs-" in line
+
+
 def test_links_stay_in_the_folder(mine: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(image_bytes(9))
     (mine / "out.png").symlink_to(tmp_path / "secret.png")
@@ -161,8 +196,10 @@ HEAD = "image,text,label\n"
         (HEAD + "dogs/../../1.png,a,1\n", ":2: 'dogs/../../1.png' must be a path in the folder"),
         (HEAD + "/etc/passwd,a,1\n", ":2: '/etc/passwd' must be a path in the folder"),
         (HEAD + "dogs/1.png,a,1\n", ":2: example 'dogs/1.png' has only one row; at least two candidates are needed"),
-        (HEAD + "dogs/1.png,a,0\ndogs/1.png,b,0\n", ":2: example 'dogs/1.png' has 0 rows with label 1, must have one"),
-        (HEAD + "dogs/1.png,a,1\ndogs/1.png,b,1\n", ":2: example 'dogs/1.png' has 2 rows with label 1, must have one"),
+        (HEAD + "dogs/1.png,a,0\ndogs/1.png,b,0\n", ":2: example 'dogs/1.png' has no row with label 1; it needs a"),
+        (HEAD + "dogs/1.png,a,1\ndogs/1.png,b,1\n", ":2: example 'dogs/1.png' has no row with label 0; it needs a"),
+        (HEAD, ": has no row below the header"),
+        ("image,text,label,category\ndogs/1.png,a,1,x$\n", ":2: category 'x$': may have letters, digits, spaces and"),
         (HEAD + "dogs/1.png,a,1\ndogs/1.png,b,0\n./dogs/1.png,a,1\n", ":4: repeats line 2"),
         (
             "id,image,text,label\n1,dogs/1.png,a,1\n1,dogs/2.png,b,0\n",
@@ -187,6 +224,8 @@ def test_an_unreadable_table(mine: Path, tmp_path: Path) -> None:
     good = row(mine, SEVERAL_TEXTS)
     (mine / "table.csv").write_bytes("image,text,label\ndogs/1.png,é,1\n".encode("latin-1"))
     assert mistake(good, tmp_path / "d") == f"{mine}/table.csv: not UTF-8"
+    (mine / "table.csv").write_text(SEVERAL_TEXTS, encoding="utf-16")
+    assert mistake(good, tmp_path / "d") == f"{mine}/table.csv: UTF-16; save it as UTF-8"
     assert mistake(good.model_copy(update={"table": "other.csv"}), tmp_path / "d") == f"{mine}/other.csv: no such file"
     assert mistake(good.model_copy(update={"table": "../t.csv"}), tmp_path / "d") == (
         f"datasets.d.table: '../t.csv' must be a path in the folder {mine}"

@@ -164,3 +164,15 @@ def test_with_a_prompt_the_default_is_what_it_was_trained_for(models: Path, tmp_
     prompt.save(tmp_path / "prompt.safetensors", backbone.digest)
     prompted = Matcher.from_pretrained(models / "embedded", prompt=tmp_path / "prompt.safetensors")
     assert (prompted.method, Matcher.from_pretrained(models / "embedded").method) == ("cross-attention", "denoising")
+
+
+def test_texts_that_are_one_to_the_model_are_said(models: Path, caplog: pytest.LogCaptureFixture) -> None:
+    matcher = Matcher.from_pretrained(models / "embedded", device="cpu")
+    long = "a red circle " * 12
+    texts = [f"{long}left", f"{long}right", "a blue square", "A BLUE square"]
+    with pytest.warns(UserWarning, match="to the model these are one text, a tie") as warned:
+        [scores_T] = matcher.score(np.zeros((32, 32, 3), np.uint8), texts)
+    assert len([w for w in warned if "a tie" in str(w.message)]) == 2
+    assert len([w for w in warned if "was cut" in str(w.message)]) == 2
+    assert scores_T[0] == scores_T[1] and scores_T[2] == scores_T[3]
+    assert "indexing errors" not in caplog.text

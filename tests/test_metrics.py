@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsd.metrics import HEADLINES, METRICS, WINOGROUND_CHANCE, Answer, rank, winoground
+from dsd.metrics import HEADLINES, METRICS, WINOGROUND_CHANCE, Answer, all_hits, rank, winoground
 
 scores_1T = st.lists(st.integers(-50, 50), min_size=2, max_size=12)
 
@@ -162,3 +162,19 @@ def test_chance_of_winoground_ranks() -> None:
 def test_empty_groups_are_errors(name: str, ranks: list[int], categories: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         METRICS[name](np.array(ranks), categories)
+
+
+def test_top_5_is_of_examples_with_more_than_five_candidates() -> None:
+    ranks = np.array([1, 4, 6, 2])
+    hits = all_hits("recall", ranks, ["all"] * 4, [5, 6, 10, 2])
+    assert hits["top5"][1][0].tolist() == [False, True, True, False]
+    assert set(all_hits("recall", ranks, ["all"] * 4, [5, 5, 5, 2])) == {"top1"}
+
+
+def test_the_user_s_categories_have_their_accuracy() -> None:
+    hits = METRICS["categories"](np.array([1, 2, 1]), ["dogs", "dogs", "cats"])
+    assert {name: mask.tolist() for name, (_, [mask]) in hits.items() if " " in name} == {
+        "top1 cats": [False, False, True],
+        "top1 dogs": [True, True, False],
+    }
+    assert set(METRICS["categories"](np.array([1, 2]), ["all", "all"])) == {"top1", "top5"}

@@ -206,7 +206,7 @@ def test_the_table_of_presets_is_what_they_need(monkeypatch: pytest.MonkeyPatch)
             {"datasets.scenes-com": {"kind": "winoground", "source": "a/b", "revision": None, "few_shot": 0.5,
                                      "sample": 0, "validation": 0, "test": None, "missing": 0,
                                      "files": {"train": None, "test": "*.parquet"}}},
-            "datasets.scenes-com.few_shot: 0.5 of 0 examples is none, but dsd is trained on them",
+            "datasets.scenes-com.few_shot: 0.5 leaves no example, but dsd is trained on them",
         ),
     ],
 )  # fmt: skip

@@ -158,7 +158,7 @@ def staged(**changed: object) -> Settings:
         ),
         (
             lambda s: s["datasets"]["scenes-cls"].update(few_shot=0.0001),
-            "datasets.scenes-cls.few_shot: 0.0001 of 4000 examples is none, but dsd is trained on them",
+            "datasets.scenes-cls.few_shot: 0.0001 leaves no example, but dsd is trained on them",
         ),
         (lambda s: s["watch"].update(cron="61 * * * *"), "watch.cron: must be five fields: minute, hour,"),
         (lambda s: s["watch"].update(cron="0 0 31 2 *"), "watch.cron: must be five fields: minute, hour,"),

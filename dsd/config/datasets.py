@@ -34,18 +34,16 @@ class DatasetParams(Kind):
         @property
         def kind(self) -> str: ...
 
-    def check_learning(self, name: str, params: Params, learning: int) -> None:
-        """Check that methods that are trained have an example, where few_shot is a share of `learning` examples.
+    def check_learning(self, name: str, params: Params, few_shot: int) -> None:
+        """Check that methods that are trained have an example, where the few-shot split has so many.
 
         Raises:
             ValueError: they have none; the message starts with the key.
         """
         trained = [method for method, row in params.methods.items() if not row.zero_shot]
-        if trained and round(self.few_shot * learning) < 1:
-            raise ValueError(
-                f"datasets.{name}.few_shot: {self.few_shot} of {learning} examples is none, "
-                f"but {trained[0]} is trained on them"
-            )
+        if trained and few_shot < 1:
+            problem = f"{self.few_shot} leaves no example, but {trained[0]} is trained on them"
+            raise ValueError(f"datasets.{name}.few_shot: {problem}")
 
 
 OWN_KEYS = {"scenes-ref": "candidates", "scenes-vqa": "binary", "scenes-cls": "template"}  # of kinds of drawn datasets
@@ -71,7 +69,7 @@ class DrawnDataset(DatasetParams):
         taken = round(self.few_shot * self.size) + round(self.validation * self.size) + self.test
         if taken > self.size:
             raise ValueError(f"datasets.{name}.size: {self.size}, but its three splits have {taken} examples")
-        self.check_learning(name, params, self.size)
+        self.check_learning(name, params, round(self.few_shot * self.size))
 
 
 class PublishedDataset(DatasetParams):

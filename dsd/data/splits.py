@@ -49,9 +49,11 @@ def split_groups(
         while filled < rows:
             group = next(remaining, None)
             if group is None:
+                largest, most = sizes.most_common(1)[0] if sizes else ("", 0)
+                shared = f"; {most} of them share images, among them {largest}" if most > 1 else ""
                 raise DataError(
                     f"{sizes.total()} rows in whole groups are too few for {few_shot} few-shot, {validation} "
-                    f"validation and {test} test examples"
+                    f"validation and {test} test examples{shared}"
                 )
             result[group] = name
             filled += sizes[group]

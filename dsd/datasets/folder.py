@@ -7,8 +7,9 @@ an image are one example, with several texts for one image:
     dogs/1.jpg,a dog asleep,1
     dogs/1.jpg,a dog awake,0
 
-With a column `id`, the rows of an id are one example, which can also have several images for one text. Exactly one row
-of an example has label 1. Two more optional columns must be equal in all rows of an example: `category`, and `split`
+With a column `id`, the rows of an id are one example, which can also have several images for one text. At least one row
+of an example has label 1 and one has label 0; an answer is right if a candidate with label 1 scores highest. Two more
+optional columns must be equal in all rows of an example: `category`, for which accuracy is also reported, and `split`
 (train, validation or test). With a column `split`, `few_shot` and `validation` must be 0.
 
 The table is UTF-8 with commas. DVC notices changes of the folder if it is in the `deps` of the stage `download`.
@@ -16,7 +17,10 @@ The table is UTF-8 with commas. DVC notices changes of the folder if it is in th
 
 from __future__ import annotations
 
+import codecs
 import csv
+import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -27,11 +31,13 @@ from dsd.config import FolderDataset
 from dsd.data.splits import SPLITS, Split
 from dsd.datasets.annotations import RawExample
 from dsd.datasets.protocol import Benchmark, Expected
-from dsd.datasets.published import Content, assign_splits, file_stem, store_images
+from dsd.datasets.published import Content, assign_splits, file_stem, image_format, store_images
 from dsd.errors import DataError, ImageError, ParamsError, unknown
 
 REQUIRED = ("image", "text", "label")
 OPTIONAL = ("id", "split", "category")
+MOST_CATEGORIES = 50  # each is a metric with its interval
+CATEGORY = re.compile(r"[\w .:/-]+")  # what MLflow allows in the name of a metric
 DELIMITERS = ";\t|:"  # recognised in the error for a table without commas
 
 
@@ -61,15 +67,8 @@ def _download(row: FolderDataset, *, seed: int, folder: Path, workers: int) -> N
         ParamsError, DataError: see `assign_splits` and `store_images`; or the folder or table is missing, shares are
             given besides a column `split`, or a line is invalid.
     """
-    name, root = folder.name, Path(row.source)
-    if not root.is_dir():
-        raise DataError(f"datasets.{name}.source: {row.source} is not a folder")
-    table = root / _inside(root, row.table, f"datasets.{name}.table")
-    lines = list(_lines(root, table))
-    by_id: dict[str, list[Line]] = {}
-    for line in lines:
-        by_id.setdefault(line.id, []).append(line)
-    examples = [_example(table, row, of_example) for of_example in by_id.values()]
+    name = folder.name
+    root, table, lines, examples = _read(row, f"datasets.{name}")
     groups = _groups(examples)
     given = {f"{row.kind}/{line.id}": line.split for line in lines if line.split}
     if given and (row.few_shot or row.validation):
@@ -83,9 +82,32 @@ def _download(row: FolderDataset, *, seed: int, folder: Path, workers: int) -> N
     store_images(folder, selected, _images(root, table, lines, stems), row.missing)
 
 
+def _read(row: FolderDataset, key: str) -> tuple[Path, Path, list[Line], list[RawExample]]:
+    """Read the table: the folder, the table's path, its rows, and its examples, whose split is only a placeholder."""
+    root = Path(row.source)
+    if not root.is_dir():
+        raise DataError(f"{key}.source: {row.source} is not a folder")
+    table = root / _inside(root, row.table, f"{key}.table")
+    lines = list(_lines(root, table))
+    if not lines:
+        raise DataError(f"{table}: has no row below the header")
+    by_id: dict[str, list[Line]] = {}
+    for line in lines:
+        by_id.setdefault(line.id, []).append(line)
+    examples = [_example(table, row, of_example) for of_example in by_id.values()]
+    if len(categories := {example.category for example in examples}) > MOST_CATEGORIES:
+        raise DataError(
+            f"{table}: column 'category' has {len(categories)} values, at most {MOST_CATEGORIES} are reported"
+        )
+    return root, table, lines, examples
+
+
 def _lines(root: Path, table: Path) -> Iterator[Line]:
     """Read the rows of the table and check each by itself."""
     try:
+        with table.open("rb") as start:
+            if start.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise DataError(f"{table}: UTF-16; save it as UTF-8")
         with table.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = _header(table, next(reader, []))
@@ -127,6 +149,9 @@ def _line(root: Path, where: str, number: int, header: Sequence[str], values: Se
         raise DataError(f"{where}: label must be 1 or 0, found {row['label']!r}")
     if row.get("split", SPLITS[0]) not in SPLITS:
         raise DataError(f"{where}: {unknown('split', row['split'], SPLITS)}")
+    if not CATEGORY.fullmatch(row.get("category", "all")):
+        problem = "may have letters, digits, spaces and _ . : / - only, as it names a metric"
+        raise DataError(f"{where}: category {row['category']!r}: {problem}")
     image = _inside(root, row["image"], where)
     split = next((split for split in SPLITS if split == row.get("split")), None)
     return Line(
@@ -163,8 +188,8 @@ def _example(table: Path, row: FolderDataset, lines: Sequence[Line]) -> RawExamp
         raise DataError(f"{where} has only one row; at least two candidates are needed")
     if len(images) > 1 and len(texts) > 1:
         raise DataError(f"{where} has {len(images)} images and {len(texts)} texts; one of the two must be single")
-    if len(right) != 1:
-        raise DataError(f"{where} has {len(right)} rows with label 1, must have one")
+    if not 0 < len(right) < len(lines):
+        raise DataError(f"{where} has no row with label {0 if right else 1}; it needs a right and a wrong candidate")
     stems = tuple(file_stem(image) for image in images)
     return RawExample(f"{row.kind}/{first.id}", "test", stems, tuple(texts), tuple(right), first.category)
 
@@ -189,10 +214,14 @@ def _images(root: Path, table: Path, lines: Sequence[Line], stems: Collection[st
     """Yield (stem, content) of the images with these stems, each once."""
     for line in {line.image: line for line in reversed(lines)}.values():
         if file_stem(line.image) in stems:
+            where = f"{table}:{line.number}: {line.image}"
             try:
-                yield file_stem(line.image), (root / line.image).read_bytes()
+                content = (root / line.image).read_bytes()
             except OSError as error:
-                yield file_stem(line.image), ImageError(f"{table}:{line.number}: {line.image}: {error.strerror}")
+                yield file_stem(line.image), ImageError(f"{where}: {error.strerror}")
+                continue
+            problem = None if image_format(content) else "not an image" if content else "an empty file"
+            yield file_stem(line.image), ImageError(f"{where}: {problem}") if problem else content
 
 
 def _remote(name: str, row: FolderDataset) -> int:
@@ -202,19 +231,21 @@ def _remote(name: str, row: FolderDataset) -> int:
 
 
 def _expected(row: FolderDataset) -> Expected:
-    """Count the examples of the table, whatever its splits."""
-    root = Path(row.source)
-    by_id: dict[str, set[str]] = {}
-    for line in _lines(root, root / row.table):
-        by_id.setdefault(line.id, set()).add(f"{line.image}/{line.text}")
-    most = max(map(len, by_id.values()), default=0)
-    return Expected(len(by_id), row.test or len(by_id), 1, most)
+    """Count the examples of the table, by split if it has that column."""
+    *_, lines, examples = _read(row, "datasets")
+    images, texts = (max(len(getattr(e, key)) for e in examples) for key in ("images", "texts"))
+    splits = Counter({line.id: line.split for line in lines}.values())
+    if given := {split: count for split, count in splits.items() if split}:
+        learning = given.get("train", 0) + given.get("validation", 0)
+        return Expected(learning, given.get("test", 0), images, texts, train=given.get("train", 0))
+    test = row.test or len(examples)
+    return Expected(max(0, len(examples) - test), test, images, texts)
 
 
 BENCHMARK = Benchmark(
     "folder",
     _download,
-    "recall",
+    "categories",
     citation="the user's own",
     licence="the user's own",
     expected=_expected,

@@ -25,6 +25,11 @@ class Expected(NamedTuple):
     images: int  # per example
     texts: int  # per example
     shared: bool = False  # whether all examples have the same texts
+    train: int | None = None  # number of few-shot examples, if the files give the splits
+
+    def few_shot(self, share: float) -> int:
+        """Return the number of few-shot examples where they are this share."""
+        return round(share * self.learning) if self.train is None else self.train
 
 
 @dataclass(frozen=True)

@@ -159,15 +159,21 @@ def _annotate(
     write_annotations(folder, complete)
 
 
+def image_format(content: bytes) -> str | None:
+    """Return the format that an image file's header names, in lower case; None if it is no image that is read."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:  # reads the header; `prepare` decodes the rest
+            return str(image.format).lower()
+    except Exception:  # Pillow's readers raise many types of exception on corrupt bytes
+        return None
+
+
 def _write(images: Path, stem: str, content: Content) -> str:
     """Write an image with the suffix of its format and return the file's name."""
     if isinstance(content, ImageError):
         raise content
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:  # reads the header; `prepare` decodes the rest
-            kind = str(image.format).lower()
-    except Exception:  # Pillow's readers raise many types of exception on corrupt bytes
-        raise ImageError(f"{stem}: not an image (formats read: {', '.join(FORMATS)})") from None
+    if (kind := image_format(content)) is None:
+        raise ImageError(f"{stem}: not an image (formats read: {', '.join(FORMATS)})")
     path = images / f"{stem}.{'jpg' if kind == 'jpeg' else kind}"
     if not (path.is_file() and path.read_bytes() == content):
         write_atomic(path, content)

@@ -29,15 +29,22 @@ def split_answers(examples: Iterable[MatchingExample]) -> list[MatchingExample]:
     """Split examples with several right pairs into one choice among the images for each right pair's text."""
     split: list[MatchingExample] = []
     for e in examples:
+        _check_one_answer(e)
         each = [replace(e, id=f"{e.id}/{t}", texts=(e.texts[t],), answer=((i, 0),)) for i, t in e.answer]
         split += [e] if len(each) <= 1 else each
     return split
+
+
+def _check_one_answer(example: MatchingExample) -> None:
+    if len(example.answer) > 1 and 1 in (len(example.images), len(example.texts)):
+        raise DataError(f"example {example.id}: has {len(example.answer)} right pairs; a schedule needs exactly one")
 
 
 def answer_index(example: MatchingExample) -> int:
     """Return the index of the example's right pair; −1 if there is none, or an equal wrong one (a tie is wrong)."""
     if not example.answer:
         return -1
+    _check_one_answer(example)
     ((image, text),) = example.answer
     candidates = [Pair(i, t) for i in example.images for t in example.texts]
     answer = Pair(example.images[image], example.texts[text])

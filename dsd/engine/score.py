@@ -100,7 +100,8 @@ def score(session: Session, target: Path, *, split: str) -> dict[str, Any]:
     keys |= score_contrastive(session, pairs(examples), store)
     store.prune(set(chain.from_iterable(keys.values())))
     latents, _ = session.diffusion_encodings
-    write_index(target, keys, session.backbone.layers, latents(session.images.ids[:1])["latents"][0].size)
+    size, indistinct = latents(session.images.ids[:1])["latents"][0].size, session.indistinct(split)
+    write_index(target, keys, session.backbone.layers, size, indistinct)
     return {"pairs": len(pairs(examples)), "rows": total, "computed": computed, "corrupt": store.corrupt}
 
 

@@ -5,8 +5,9 @@ Shapes: C candidates, E pairs.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -45,6 +46,18 @@ class Folders(NamedTuple):
         return cls(*(data / stage / dataset for stage in ("prepare", "cache", "train")))
 
 
+def similar_starts(texts: Sequence[str], length: int) -> list[str]:
+    """Return the texts whose first `length` bytes are also those of another text, whatever their case and spaces.
+
+    A token is at least one byte, so no others can have the same first `length` tokens.
+    """
+    by_start: dict[bytes, list[str]] = {}
+    for text in dict.fromkeys(texts):
+        letters = unicodedata.normalize("NFC", "".join(text.lower().split()))
+        by_start.setdefault(letters.encode()[:length], []).append(text)
+    return [text for alike in by_start.values() if len(alike) > 1 for text in alike]
+
+
 class Session:
     """Models, encodings and engines of a run on dataset `name`."""
 
@@ -75,11 +88,39 @@ class Session:
         return all_texts(read_all(self.folders.prepared))
 
     def examples(self, split: str) -> list[MatchingExample]:
-        """Read the examples of a split; raise DataError if the dataset is not prepared."""
+        """Read the examples of a split, of validation and test without the `indistinct` ones.
+
+        Raises:
+            DataError: the dataset is not prepared.
+        """
+        indistinct = () if split == "train" else self.indistinct(split)
+        return [example for example in self._all_examples(split) if example.id not in indistinct]
+
+    @cached_property
+    def _all_examples(self) -> Callable[[str], list[MatchingExample]]:
         file = self.folders.prepared / "examples.parquet"
         if not file.exists():
             raise DataError(f"{file}: no such file; run `make reproduce` first")
-        return read_examples(file, split)
+        return lru_cache(maxsize=None)(partial(read_examples, file))
+
+    @cached_property
+    def indistinct(self) -> Callable[[str], dict[str, str]]:
+        """Return the row of `backbones` by example of a split, where two texts of the example are one text to it.
+
+        Their scores are equal whatever the image: a tie, which is nobody's win.
+        """
+        return lru_cache(maxsize=None)(self._indistinct)
+
+    def _indistinct(self, split: str) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name in (self.params.backbone, *self.clip_names):
+            model = self.backbone if name == self.params.backbone else self.clip(name)
+            for example in self._all_examples(split):
+                if alike := similar_starts(example.texts, model.max_tokens - 2):  # all but the begin and end token
+                    ids = model.text_ids(alike)
+                    if len(set(ids)) < len(ids):
+                        found.setdefault(example.id, name)
+        return found
 
     @cached_property
     def backbone(self) -> StableDiffusion:

@@ -19,10 +19,10 @@ from dsd.config import EvaluateParams, MethodParams, Params
 from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
 from dsd.datasets import benchmark
 from dsd.errors import DataError
-from dsd.metrics import METRICS, Hits, rank
+from dsd.metrics import Hits, all_hits, rank
 from dsd.scorers import SCORERS
 from dsd.scorers.base import Scores, StoredEvidence
-from dsd.scorers.evidence import read_ranks
+from dsd.scorers.evidence import read_ranks, scored_examples
 from dsd.scorers.fusion import fitting_examples
 from dsd.statistics import Interval, clustered_mean
 from dsd.store import write_atomic, write_csv, write_json
@@ -58,7 +58,8 @@ def hits_of(kind: str, examples: Sequence[MatchingExample], ranks_n: NDArray[np.
         DataError: a metric needs a category that no example has.
     """
     try:
-        return METRICS[benchmark(kind).metrics](ranks_n, [example.category for example in examples])
+        categories, candidates = zip(*((e.category, len(e.images) * len(e.texts)) for e in examples), strict=True)
+        return all_hits(benchmark(kind).metrics, ranks_n, categories, candidates)
     except ValueError as error:
         raise DataError(f"{kind}, {len(examples)} examples: {error}") from None
 
@@ -85,7 +86,10 @@ class ScoredSplit:
     @classmethod
     def of(cls, name: str, params: Params, prepared: Path, scored: Path, split: str = "test") -> ScoredSplit:
         """prepared, scored: the dataset's folders of the stages `prepare` and `score`."""
-        examples, few_shot = (read_examples(prepared / "examples.parquet", part) for part in (split, "train"))
+        examples, few_shot = (
+            scored_examples(prepared, scored, split),
+            read_examples(prepared / "examples.parquet", "train"),
+        )
         stored = StoredEvidence(
             scored,
             examples,

@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
@@ -257,12 +258,20 @@ def tokenizer(folder: Path, name: str) -> CLIPTokenizer:
         raise CheckpointError(f"{place}: tokenizer does not load: {brief(error)}") from None
 
 
+def token_ids(tokens: CLIPTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of each text, with begin and end, whatever their number.
+
+    Not verbose: of a text over the limit transformers says that it leads to indexing errors; here it is cut first.
+    """
+    return [list(ids) for ids in tokens(list(texts), verbose=False).input_ids]
+
+
 def over_limit(tokens: CLIPTokenizer, texts: Iterable[str], limit: int) -> Iterator[tuple[str, int]]:
     """Yield the texts with more tokens than the limit, and their numbers of tokens including begin and end."""
     # A token of ASCII text is at least one character, so short texts, most of millions, need no tokenizing.
     doubtful = (text for text in texts if not (text.isascii() and len(text) + 2 <= limit))
     while batch := list(islice(doubtful, 4096)):
-        counted = zip(batch, map(len, tokens(batch).input_ids), strict=True)
+        counted = zip(batch, map(len, token_ids(tokens, batch)), strict=True)
         yield from ((text, count) for text, count in counted if count > limit)
 
 
@@ -288,6 +297,15 @@ def component(folder: Path, kind: Any, name: str, dtype: torch.dtype) -> Any:
         raise CheckpointError(f"{place}: {len(wrong)} tensors missing or misshapen, the first {wrong[0]}")
     check_finite(model, str(place))
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def config_errors(place: Path) -> Iterator[None]:
+    """Raise CheckpointError if a configuration does not load."""
+    try:
+        yield
+    except Exception as error:  # each library has its own errors for settings that do not fit
+        raise CheckpointError(f"{place}/config.json: does not load: {brief(error)}") from None
 
 
 def check_finite(weights: nn.Module | Mapping[str, Tensor], place: str) -> None:

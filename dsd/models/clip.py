@@ -6,6 +6,7 @@ Shapes: B batch, P image side in pixels, F width of a tower, M text tokens, N co
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -14,12 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from dsd.config import BackboneParams
 from dsd.data.images import resize, to_array, to_model
 from dsd.errors import CheckpointError
-from dsd.models.checkpoint import DTYPES, brief, component, locate, require, tokenizer
+from dsd.models.checkpoint import DTYPES, brief, component, config_errors, locate, require, tokenizer
 from dsd.store import digest
 
 
@@ -33,7 +34,6 @@ class Opened(NamedTuple):
     """
 
     model: Any
-    tokenizer: CLIPTokenizer
     resolution: int
     mean_3: Tensor
     deviation_3: Tensor
@@ -54,8 +54,8 @@ class Clip:
         self.device, self.dtype, self._folder = device, DTYPES[row.dtype], folder
 
     def open(self) -> None:
-        """Open the model unless it is open; raise CheckpointError if it does not load."""
-        _ = self._opened
+        """Open model and tokenizer unless they are open; raise CheckpointError if one does not load."""
+        _ = self._opened, self.tokenizer
 
     @cached_property
     def _opened(self) -> Opened:
@@ -66,9 +66,10 @@ class Clip:
     def model(self) -> Any:
         return self._opened.model
 
-    @property
+    @cached_property
     def tokenizer(self) -> CLIPTokenizer:
-        return self._opened.tokenizer
+        """Opened without the model."""
+        return tokenizer(self._folder, "tokenizer" if (self._folder / "tokenizer").is_dir() else "")
 
     @property
     def resolution(self) -> int:
@@ -78,13 +79,23 @@ class Clip:
     def _open(cls, folder: Path, dtype: torch.dtype) -> Opened:
         require(folder, cls.family, ())
         model: CLIPModel = component(folder, CLIPModel, "", dtype)
-        tokens = tokenizer(folder, "tokenizer" if (folder / "tokenizer").is_dir() else "")
         resolution = int(model.config.vision_config.image_size)
-        return Opened(model, tokens, resolution, *normalisation(folder))
+        return Opened(model, resolution, *normalisation(folder))
 
     @property
+    def _positions(self) -> int:
+        """The longest text of the text tower, in tokens."""
+        with config_errors(self._folder):
+            return int(CLIPConfig.from_pretrained(self._folder).text_config.max_position_embeddings)
+
+    @cached_property
     def max_tokens(self) -> int:
-        return int(min(self.tokenizer.model_max_length, self.model.text_model.config.max_position_embeddings))
+        return int(min(self.tokenizer.model_max_length, self._positions))
+
+    def text_ids(self, texts: Sequence[str]) -> list[tuple[Any, ...]]:
+        """Return the token ids of each text as it is encoded; texts with the same ids are one text to the model."""
+        ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens).input_ids
+        return [tuple(one) for one in ids]
 
     @torch.inference_mode()
     def image_features(self, images: np.ndarray) -> Tensor:

@@ -6,6 +6,7 @@ The text tower and the vision transformer are those of transformers, under other
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -15,7 +16,13 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, Validati
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from dsd.errors import CheckpointError
 from dsd.models.checkpoint import (
@@ -246,7 +253,15 @@ class OpenClip(Clip):
             for x in (config.preprocess_cfg.mean, config.preprocess_cfg.std)
         )
         towers, side = towers.to(dtype).eval().requires_grad_(False), config.model_cfg.vision_cfg.image_size
-        return Opened(towers, tokens, side, mean_3, deviation_3)
+        return Opened(towers, side, mean_3, deviation_3)
+
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        return tokenizer(self._folder, "")
+
+    @property
+    def _positions(self) -> int:
+        return Config.read(self._folder).model_cfg.text_cfg.context_length
 
 
 BACKBONES = {OpenClip.family: OpenClip}

@@ -6,8 +6,7 @@ Shapes: B batch, C latent channels, R image side in pixels, r latent side, T tex
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
@@ -28,10 +27,12 @@ from dsd.models.checkpoint import (
     DTYPES,
     brief,
     component,
+    config_errors,
     locate,
     one_file,
     over_limit,
     require,
+    token_ids,
     tokenizer,
 )
 from dsd.models.noise_process import declared, noise_schedule, prediction_of
@@ -86,7 +87,7 @@ class StableDiffusion:
     def _check_vae(self) -> None:
         """Check that the VAE is of the class that is built here, and that its scale is known."""
         file = self._folder / "vae/config.json"
-        with _config_errors(file.parent):
+        with config_errors(file.parent):
             config = dict(json.loads(file.read_text()))
         if (name := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
             raise CheckpointError(f"{file}: _class_name {name!r}: only AutoencoderKL is supported")
@@ -156,7 +157,7 @@ class StableDiffusion:
 
     def _config(self, name: str) -> Any:
         """Return the configuration of a component including defaults, without its weights."""
-        with _config_errors(self._folder / name):
+        with config_errors(self._folder / name):
             if (kind := self.encoders.get(name)) is not None:
                 return kind.config_class.from_pretrained(self._folder / name)
             return AutoencoderKL.from_config(AutoencoderKL.load_config(self._folder, subfolder=name)).config
@@ -166,7 +167,7 @@ class StableDiffusion:
         """The U-Net if it is open, else one without weights, for attributes that depend on the configuration alone."""
         if "unet" in self.__dict__:
             return self.unet
-        with _config_errors(self._folder / "unet"):
+        with config_errors(self._folder / "unet"):
             config = UNet2DConditionModel.load_config(self._folder, subfolder="unet")
         return unet_skeleton(config, str(self._folder))
 
@@ -257,12 +258,18 @@ class StableDiffusion:
             tokens(texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
             for tokens in self.tokenizers
         ]
-        counts = [[len(ids) for ids in tokens(texts).input_ids] for tokens in self.tokenizers]
+        counts = [[len(ids) for ids in token_ids(tokens, texts)] for tokens in self.tokenizers]
         lengths = torch.tensor(counts, device="cpu")
         position = torch.arange(limit, device="cpu")  # a truncated text has its end token in the last position
         content = (position > 0) & (position < lengths[0].clamp(max=limit)[:, None] - 1)
         hidden = self._hidden([ids.to(self.device) for ids in padded])
         return TextEmbeddings(hidden, content, (lengths > limit).any(0))
+
+    def text_ids(self, texts: Sequence[str]) -> list[tuple[Any, ...]]:
+        """Return the token ids of each text as it is encoded; texts with the same ids are one text to the model."""
+        limit = self.max_tokens
+        by_encoder = [tokens(list(texts), truncation=True, max_length=limit).input_ids for tokens in self.tokenizers]
+        return [tuple(map(tuple, ids)) for ids in zip(*by_encoder, strict=True)]
 
     def truncated(self, texts: Collection[str]) -> int:
         """Return the number of texts over the token limit, without encoding them."""
@@ -326,15 +333,6 @@ class StableDiffusion:
 
     def _output(self, noised: Tensor, timesteps: Tensor, hidden: Tensor, text_index: Tensor | None) -> Tensor:
         return cast(Tensor, self.unet(noised, timesteps, hidden).sample)
-
-
-@contextmanager
-def _config_errors(place: Path) -> Iterator[None]:
-    """Raise CheckpointError if a configuration does not load."""
-    try:
-        yield
-    except Exception as error:  # each library has its own errors for settings that do not fit
-        raise CheckpointError(f"{place}/config.json: does not load: {brief(error)}") from None
 
 
 def unet_skeleton(config: Mapping[str, Any], source: str) -> UNet2DConditionModel:

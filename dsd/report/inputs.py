@@ -24,9 +24,9 @@ from dsd.datasets import benchmark
 from dsd.errors import DataError, unknown
 from dsd.evaluation.ablations import Ablations
 from dsd.evaluation.claims import Judgement
-from dsd.metrics import HEADLINES, METRICS, WINOGROUND_CHANCE, Hits
+from dsd.metrics import HEADLINES, WINOGROUND_CHANCE, Hits, all_hits
 from dsd.schedules.replay import current_comparisons
-from dsd.scorers.evidence import read_identities
+from dsd.scorers.evidence import read_identities, read_index
 from dsd.statistics import Interval
 
 # In order of execution. The time of the report stage is unknown while the report is written.
@@ -55,6 +55,7 @@ class DatasetResults:
     ablations: Ablations  # method → key → value → metric → interval
     curves: dict[str, dict[str, list[float]]]  # trained method → column of its training curve
     quarantine: list[dict[str, str]]
+    indistinct: dict[str, str]  # examples left out: two texts are one to this backbone
     summaries: dict[str, dict[str, Any]]  # stage → its counts; prepare, cache and score where recorded
 
     @property
@@ -77,16 +78,18 @@ class DatasetResults:
     @property
     def two_by_two(self) -> bool:
         """Whether ranks encode text and image correctness; see `dsd.metrics.WINOGROUND_RANKS`."""
-        return any(len(e.answer) == 2 for e in self.examples)
+        return any(len(e.images) == len(e.texts) == 2 for e in self.examples)
 
     @cached_property
     def chance(self) -> dict[str, float]:
-        """The expected value of each metric under random scores: every rank is equally likely, except in 2 × 2
-        examples."""
-        candidates_n = self.candidates
+        """The expected value of each metric under random scores, that is with the candidates in random order."""
+        candidates_n, right_n = self.candidates, np.array([len(e.answer) for e in self.examples])
+        before_n = np.ones(len(candidates_n))  # the probability that all earlier places have false candidates
         expected: dict[str, Any] = {}
         for rank in range(1, int(candidates_n.max()) + 1):
-            share_n = WINOGROUND_CHANCE[rank - 1] if self.two_by_two else (rank <= candidates_n) / candidates_n
+            left_n = np.maximum(candidates_n - rank + 1, 1)
+            share_n = WINOGROUND_CHANCE[rank - 1] if self.two_by_two else before_n * np.minimum(right_n / left_n, 1)
+            before_n = before_n * np.maximum(1 - right_n / left_n, 0)
             for metric, (hits_n, _) in self.hits(np.full(len(candidates_n), rank)).items():
                 expected[metric] = expected.get(metric, 0) + share_n * hits_n
         groups = {metric: masks for metric, (_, masks) in self.hits(candidates_n).items()}
@@ -94,7 +97,7 @@ class DatasetResults:
 
     def hits(self, ranks: NDArray[np.int64]) -> dict[str, Hits]:
         """Hits and groups of every metric at the given ranks [n]."""
-        return METRICS[benchmark(self.kind).metrics](ranks, [e.category for e in self.examples])
+        return all_hits(benchmark(self.kind).metrics, ranks, [e.category for e in self.examples], self.candidates)
 
 
 @contextmanager
@@ -134,6 +137,8 @@ def read_datasets(params: Params, data: Path, timings: Timings) -> list[DatasetR
         file = prepared / "examples.parquet"
         with reading(file, "prepare", "examples"):
             examples = {split: read_examples(file, split) for split in SPLITS}
+        indistinct = read_index(data / "score" / name)["indistinct"]
+        examples["test"] = [example for example in examples["test"] if example.id not in indistinct]
         scores, ranks = _scores(data / "evaluate" / "scores" / f"{name}.parquet", list(results[name]), examples["test"])
         summaries = {"prepare": read_json(prepared / "summary.json", "prepare")}
         # Counts of one run are stored with its timing, not with its outputs, so that they make no later stage stale.
@@ -152,6 +157,7 @@ def read_datasets(params: Params, data: Path, timings: Timings) -> list[DatasetR
                 ablations.get(name, {}),
                 {m: _curve(data / "train" / name / m / "curve.csv") for m in params.trained if m in results[name]},
                 read_json(prepared / "quarantine.json", "prepare"),
+                indistinct,
                 summaries,
             )
         )

@@ -165,8 +165,11 @@ def losses(results: Sequence[DatasetResults]) -> Table:
         value = dataset.summaries.get(stage, {}).get(key)
         return Cell(UNKNOWN if value is None else count(value))
 
-    rows = [Row(d.name, [cell(d, stage, key) for stage, key in LOSSES.values()]) for d in results]
-    return Table("Data loss", ["dataset", *LOSSES], rows)
+    rows = [
+        Row(d.name, [*(cell(d, stage, key) for stage, key in LOSSES.values()), Cell(count(len(d.indistinct)))])
+        for d in results
+    ]
+    return Table("Data loss", ["dataset", *LOSSES, "test examples left out\nfor indistinct texts"], rows)
 
 
 def timings(stages: Mapping[str, Mapping[str, Any]], datasets: Sequence[str]) -> Table:

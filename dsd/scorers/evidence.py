@@ -15,7 +15,7 @@ import numpy as np
 
 from dsd.config import MethodParams, NoiseParams
 from dsd.data.draws import Draw, draws
-from dsd.data.examples import MatchingExample, Pair, pairs
+from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
 from dsd.errors import DataError
 from dsd.store import Store, digest, write_atomic
 
@@ -120,9 +120,14 @@ def plan(rows: Sequence[Request], source: str, size: int) -> list[Shard]:
     return [Shard(f"evidence-{digest(source, [[*p, *d] for p, d in chunk])}", chunk) for chunk in chunks]
 
 
-def write_index(scored: Path, keys: dict[str, list[str]], layers: Sequence[str], latent: int) -> None:
-    """Write the shards of each prompt and contrastive method in the order of their rows, the layers and latent size."""
-    content = {"layers": list(layers), "latent": latent, "shards": keys}
+def write_index(
+    scored: Path, keys: dict[str, list[str]], layers: Sequence[str], latent: int, indistinct: Mapping[str, str]
+) -> None:
+    """Write the shards of each prompt and contrastive method in the order of their rows, the layers and latent size.
+
+    indistinct: examples that are not scored, with the backbone to which two of their texts are one; see `Session`.
+    """
+    content = {"layers": list(layers), "latent": latent, "indistinct": dict(indistinct), "shards": keys}
     write_atomic(scored / INDEX, json.dumps(content, indent=1).encode())
 
 
@@ -133,9 +138,15 @@ def read_index(scored: Path) -> dict[str, Any]:
         index: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run the stage `score`") from None
-    if set(index) != {"layers", "latent", "shards"}:
+    if set(index) != {"layers", "latent", "indistinct", "shards"}:
         raise DataError(f"{path}: not the index of this version; run the stage `score` again")
     return index
+
+
+def scored_examples(prepared: Path, scored: Path, split: str) -> list[MatchingExample]:
+    """Read the examples of a split that the stage `score` has scored."""
+    indistinct = read_index(scored)["indistinct"]
+    return [e for e in read_examples(prepared / "examples.parquet", split) if e.id not in indistinct]
 
 
 def read_shards(scored: Path, name: str) -> dict[str, np.ndarray]:

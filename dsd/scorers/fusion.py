@@ -126,10 +126,12 @@ def contests(examples: Sequence[MatchingExample], pairs: Sequence[Pair]) -> Iter
     row = {pair: n for n, pair in enumerate(pairs)}
     for example in examples:
         for i, t in example.answer:
-            if len(example.images) > 1:
-                yield [row[Pair(image, example.texts[t])] for image in example.images], i
-            else:
-                yield [row[Pair(example.images[i], text)] for text in example.texts], t
+            several = len(example.images) > 1
+            places = (
+                [(k, t) for k in range(len(example.images))] if several else [(i, k) for k in range(len(example.texts))]
+            )
+            kept = [place for place in places if place == (i, t) or place not in example.answer]
+            yield [row[Pair(example.images[k], example.texts[n])] for k, n in kept], kept.index((i, t))
 
 
 def related(examples: Sequence[MatchingExample]) -> NDArray[np.int64]:

@@ -85,12 +85,12 @@ class Measurement:
 
     def ranks(self) -> dict[str, dict[str, Any]]:
         """`gate.Ranks` of each dataset, with the ranks of every method."""
-        from dsd.data.examples import read_examples
         from dsd.evaluation.gate import Ranks
+        from dsd.scorers.evidence import scored_examples
 
         data, ranks = self.root / "data", dict[str, dict[str, Any]]()
         for dataset in self.metrics:
-            examples = read_examples(data / "prepare" / dataset / "examples.parquet", "test")
+            examples = scored_examples(data / "prepare" / dataset, data / "score" / dataset, "test")
             table = pq.read_table(data / "evaluate" / "scores" / f"{dataset}.parquet", columns=["method", "rank"])
             by_method: dict[str, list[int]] = {}
             for method, rank in zip(*(column.to_pylist() for column in table.columns), strict=True):
