@@ -47,6 +47,8 @@ def rank(scores: ArrayLike, answer: Answer) -> int:
     right = tuple(zip(*answer, strict=True))
     false_IT = np.ones(scores_IT.shape, dtype=bool)
     false_IT[right] = False
+    if not false_IT.any():
+        raise ValueError("a rank needs a false candidate, and all are true")
     return 1 + int(np.count_nonzero(scores_IT[false_IT] >= scores_IT[right].max()))
 
 

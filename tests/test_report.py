@@ -40,7 +40,7 @@ from dsd.report.papers import second_paper
 from dsd.report.races import front, plots
 from dsd.report.tables import duration, names, points
 from dsd.schedules.replay import compare_settings
-from dsd.scorers.evidence import INDEX, RACES
+from dsd.scorers.evidence import INDEX, RACES, write_index
 from dsd.statistics import Difference, Resampling
 from tests.raced import few, synthetic_races
 
@@ -118,6 +118,8 @@ def write_dataset(name: str, params: Params, data: Path) -> claims.DatasetHits:
     pq.write_table(pa.Table.from_pylist(images), prepared / "images.parquet")
     summary = {"train": 1, "validation": 0, "test": len(examples), "images": len(images), "repeated": 0}
     write(prepared / "summary.json", summary | {"quarantined": 1, "dropped": 2, "shared": 0})
+    left_out = {f"{name}/7": "embedded-clip"} if name == "scenes-ref" else {}
+    write_index(data / "score" / name, {}, [], 1, left_out)
     write(prepared / "quarantine.json", [{"name": f"{HOSTILE}.png", "reason": "truncated"}])
     rows, hits = [], {}
     for method in params.methods:
@@ -367,7 +369,7 @@ def test_chance_follows_the_number_of_candidates(params: Params, data: Path) -> 
 
 def test_chance_of_two_by_two_examples() -> None:
     examples = [MatchingExample(str(n), ("i", "j"), ("a", "b"), ((0, 0), (1, 1)), "Object") for n in range(3)]
-    dataset = DatasetResults("w", "winoground", {}, examples, {}, {}, {}, {}, {}, [], {})
+    dataset = DatasetResults("w", "winoground", {}, examples, {}, {}, {}, {}, {}, [], {}, {})
     assert dataset.chance == pytest.approx({"text": 1 / 4, "image": 1 / 4, "group": 1 / 6})
 
 
@@ -543,7 +545,9 @@ def test_gallery_is_sampled_by_the_seed(params: Params, data: Path) -> None:
 
 def test_counts_and_times(page: str) -> None:
     tables, text = Parsed(page).tables, Parsed(page).text
-    assert tables["Data loss"][1] == ["scenes-com", "48", "1", "2", "0", "7", "3", "0", "0"]
+    assert tables["Data loss"][1] == ["scenes-com", "48", "1", "2", "0", "7", "3", "0", "0", "0"]
+    assert [row[-1] for row in tables["Data loss"][1:]] == ["1" if name == "scenes-ref" else "0" for name in NAMES]
+    assert "scenes-ref: scenes-ref/7 (backbone embedded-clip)" in " ".join(text.split())
     assert tables["Evidence: U-Net passes"][1] == ["scenes-com", "5", "40", "20", "4.0 s", "5"]
     assert tables["Time by stage"][-1][:2] == ["total", "4 min 30 s"]
     assert "0123456789abcdef" in text and "2026-11-22 10:00:00 UTC" in text and "48 → 64 pixels" in text
