@@ -183,6 +183,8 @@ def test_a_missing_library_skips_what_needs_it(
     )
     assert [(name, own.name) for name, own in gpu.planned(TINY, records)] == [("capture", "sd2-base, batch 4")]
     assert records.entries("memory")["all"]["skipped"] == "benchmarks.gpu.memory is not installed"
+    records.add("memory", case(), "result", {}, 1.0)
+    assert set(records.entries("memory")) == {"one"}
 
 
 def test_a_failed_case_does_not_end_the_run(records: Records, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -199,6 +201,13 @@ def test_a_failed_case_does_not_end_the_run(records: Records, monkeypatch: pytes
     assert entries["fails"]["failed"] == "RuntimeError: CUDA error: an illegal memory access"
     assert entries["impossible"]["skipped"] == "it cannot run here" and entries["works"]["result"] == {"value": 1}
     assert records.folder.name == "nvidia-h100-80gb-hbm3"
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error")
+
+    bench = cpu_bench(tmp_path)
+    monkeypatch.setattr(bench.machine, "release", broken)
+    assert gpu.attempt(cases[2], bench) == ("failed", "RuntimeError: CUDA error")
 
 
 def test_no_case_begins_that_cannot_end_in_time(

@@ -45,15 +45,14 @@ class Clock:
 
 def planned(sizes: Sizes, records: Records) -> Iterator[tuple[str, Case]]:
     """Yield (measurement, case) in order; a measurement whose libraries are missing is recorded as skipped."""
-    from benchmarks.gpu.records import Case
+    from benchmarks.gpu.records import WHOLE, Case
 
     for measurement, place, part in PLAN:
         module, function = place.split(".")
         try:
             cases = getattr(import_module(f"benchmarks.gpu.{module}"), function)(sizes)
         except ImportError as error:
-            nothing = Case("all", {}, 0, lambda bench: {})
-            record(measurement, nothing, records, "skipped", missing(error), 0.0)
+            record(measurement, Case(WHOLE, {}, 0, lambda bench: {}), records, "skipped", missing(error), 0.0)
         else:
             yield from ((measurement, case) for case in cases[part])
 
@@ -85,6 +84,7 @@ def attempt(case: Case, bench: Bench) -> tuple[str, Any]:
     from benchmarks.gpu.records import Skipped
 
     try:
+        bench.machine.release()  # in here: after some errors every call of a GPU fails
         return "result", case.measure(bench)
     except Skipped as reason:
         return "skipped", str(reason)
@@ -92,8 +92,6 @@ def attempt(case: Case, bench: Bench) -> tuple[str, Any]:
         return "skipped", missing(error)
     except Exception as error:  # the other cases are measured all the same
         return "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    finally:
-        bench.machine.release()
 
 
 def record(measurement: str, case: Case, records: Records, outcome: str, content: Any, seconds: float) -> None:
