@@ -7,10 +7,15 @@ READY := $(VENV)/ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce studies races test chaos bench readme clean
+# Where `make gpu` writes and `make performance` reads; the Python of the machine that a bundle is for.
+GPU_RESULTS := benchmarks/gpu/results
+GPU_BUNDLE := .gpu
+GPU_PYTHON := 3.12
+
+.PHONY: help reproduce studies races test chaos bench gpu gpu-bundle performance readme clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 reproduce: $(READY) ## From a clone to data/report/index.html; later runs compute only what has changed
 	@$(BIN)/python -m flows.reproduce
@@ -32,6 +37,18 @@ chaos: $(READY) ## Kills, full disks and damaged files in mid-run; results must 
 
 bench: $(READY) ## Measure speed on this machine
 	@$(BIN)/python -m benchmarks
+
+gpu: $(READY) ## Measure correctness, speed and memory on this machine's GPU, in 7 minutes; measures what is missing
+	@$(BIN)/python -m benchmarks.gpu --out $(GPU_RESULTS) --minutes 7
+
+gpu-bundle: $(READY) ## Fill .gpu/ with what a GPU machine with torch and transformers lacks (GPU_PYTHON: its Python)
+	@rm -rf $(GPU_BUNDLE)
+	@$(BIN)/uv pip install -q --no-deps --only-binary :all: --python-version $(GPU_PYTHON) --python-platform linux \
+	  --target $(GPU_BUNDLE) -c constraints.txt -r benchmarks/gpu/requirements.txt
+	@du -sh $(GPU_BUNDLE)
+
+performance: $(READY) ## Write docs/performance.md from the results of `make gpu`
+	@$(BIN)/python -m benchmarks.performance --results $(GPU_RESULTS) --out docs/performance.md
 
 readme: $(READY) ## Write the table and the figure of results in README.md
 	@$(BIN)/python -m dsd.report.readme

@@ -25,12 +25,21 @@ class Drift(NamedTuple):
     changed: float
 
 
+def moved(full: Sequence[np.ndarray], low: Sequence[np.ndarray]) -> np.ndarray:
+    """Absolute differences between all scores, of examples [I, T], relative to the mean spread of an example."""
+    spread = float(np.mean([np.ptp(scores) for scores in full]))
+    return np.concatenate([np.abs(b - a).ravel() for a, b in zip(full, low, strict=True)]) / spread
+
+
+def changed(full: Sequence[np.ndarray], low: Sequence[np.ndarray]) -> list[bool]:
+    """Whether each example has another best candidate."""
+    return [bool(a.argmax() != b.argmax()) for a, b in zip(full, low, strict=True)]
+
+
 def between(full: Sequence[np.ndarray], low: Sequence[np.ndarray]) -> Drift:
     """The drift from the scores [I, T] of each example in float32 to those in other arithmetic."""
-    spread = float(np.mean([np.ptp(scores) for scores in full]))
-    moved = np.concatenate([np.abs(b - a).ravel() for a, b in zip(full, low, strict=True)]) / spread
-    changed = [a.argmax() != b.argmax() for a, b in zip(full, low, strict=True)]
-    return Drift(float(moved.max()), float(moved.mean()), float(np.mean(changed)))
+    drifts = moved(full, low)
+    return Drift(float(drifts.max()), float(drifts.mean()), float(np.mean(changed(full, low))))
 
 
 def drift(full: Engine, low: Engine, params: Params, examples: Sequence[MatchingExample]) -> dict[str, Drift]:

@@ -105,9 +105,14 @@ def reproduce(
         with alone():
             print(f"restored: params and results from before {presets.undo()}")
         return
+    from flows import presets
     from flows import reproduce as reproduction
 
-    reproduction.main(preset, recompute=recompute)
+    def apply() -> None:
+        if preset is not None:
+            presets.put(preset)
+
+    reproduction.main(apply, recompute=recompute)
 
 
 def _dry_run(preset: Path | None, *, as_json: bool) -> bool:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -46,17 +46,17 @@ RESUMED = ("cache", "train", "score")  # data folders whose content a stage resu
 STARTUP_SECONDS = 600  # the limit; a server starts in 5 s on an idle machine
 
 
-def main(preset: Path | None = None, *, recompute: bool = False) -> None:
-    """Run the reproduction as a command, after applying a preset if any; a failed stage prints its own error."""
+def main(first: Callable[[], None] = lambda: None, *, recompute: bool = False) -> None:
+    """Run the reproduction as a command; a failed stage prints its own error.
+
+    first: applies a preset, once no other reproduction can run here.
+    """
     # The commands in dvc.yaml call `python`, which must be this interpreter.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with alone():
-            if preset is not None:
-                from flows import presets
-
-                presets.put(preset)
+            first()
             print(reproduce(recompute=recompute))
     except KeyboardInterrupt:
         _interrupted()

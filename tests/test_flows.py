@@ -375,10 +375,8 @@ def test_two_reproductions_at_once_are_one_line(small_dag: list[Any]) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as other:
         assert other.stdout is not None and other.stdout.readline() == b"in\n"
         before = Path("params.yaml").read_bytes()
-        preset = Path("mine.yaml")
-        preset.write_text("seed: 5")
         with pytest.raises(SystemExit) as exit:
-            reproduce.main(preset)
+            reproduce.main(lambda: Path("params.yaml").unlink())
         assert str(exit.value.code) == (
             f"reproduce: process {other.pid} reproduces in this workspace; wait for it, or stop it"
         )

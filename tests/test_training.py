@@ -147,6 +147,20 @@ def test_a_gradient_does_not_depend_on_what_fits_into_a_batch(params: Params, pr
             torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_was_opened_for_scoring_can_be_trained(
+    method: str, params: Params, prepared: Path, tmp_path: Path
+) -> None:
+    """Weights and tables that are made in inference mode would have no gradient."""
+    session = opened(params, prepared, tmp_path)
+    with torch.inference_mode():
+        _ = session.backbone.unet, session.backbone.text_encoders, session.backbone._alphas
+        session.clip("embedded-clip").open()
+    examples = session.examples("train")
+    learner = LEARNERS[str(params.methods[method].learns)](session, method)
+    assert np.isfinite(Trainer(method, params.training[method], 0, learner, examples).advance()["loss"])
+
+
 def test_a_square_is_four_choices(params: Params) -> None:
     """Of an image for each text and of a text for each image."""
     [[a, b], [c, d]] = [[0.3, 0.1], [0.6, 0.4]]

@@ -58,6 +58,7 @@ class Clip:
         _ = self._opened, self.tokenizer
 
     @cached_property
+    @torch.inference_mode(False)  # a tensor that is made in this mode cannot be used in training
     def _opened(self) -> Opened:
         opened = self._open(self._folder, self.dtype)
         return opened._replace(model=opened.model.to(self.device))

@@ -145,11 +145,13 @@ class StableDiffusion:
         return noise_schedule(self._folder)
 
     @cached_property
+    @torch.inference_mode(False)
     def _alphas(self) -> tuple[Tensor, Tensor]:
         """√ᾱ and √(1 − ᾱ) of every timestep."""
         alphas = self.schedule.alphas_cumprod.to(self.device)
         return alphas.sqrt(), (1 - alphas).sqrt()
 
+    @torch.inference_mode(False)  # a tensor that is made in this mode cannot be used in training
     def _component(self, kind: Any, name: str, dtype: torch.dtype) -> Any:
         if file := one_file(self._row):
             return (self._file or SingleFile(file, self._folder)).component(kind, name, dtype).to(self.device)
