@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import warnings
 from collections.abc import Iterable
@@ -179,8 +180,20 @@ def serve(
     from flows.serving.server import serve as run_server
     from flows.stores import require_version
 
+    check_port(host, port)
     require_version(model)
     run_server(model, host, port)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise DsdError if no server can listen there; done before a checkpoint is opened."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        # Python adds the address to the message of the system; a name that does not resolve has a message of its own.
+        reason = str(error.strerror).partition(" (while")[0].lower()
+        raise DsdError(f"--host {host} --port {port}: {reason}") from None
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -153,3 +154,13 @@ def test_the_version_is_cheap() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == f"dsd {__version__}\nset()\n"
+
+
+def test_a_busy_port_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = CliRunner().invoke(app, ["serve", "--port", str(port)])
+    assert (done.exit_code, done.output) == (1, f"dsd: --host 127.0.0.1 --port {port}: address already in use\n")
+    done = CliRunner().invoke(app, ["serve", "--host", "nowhere.invalid"])
+    assert done.exit_code == 1 and done.output.startswith("dsd: --host nowhere.invalid --port 5000: ")
+    assert len(done.output.splitlines()) == 1

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from dsd.config import BackboneParams, Params, load
 from dsd.data.examples import MatchingExample, write_examples
 from dsd.errors import CheckpointError, DataError, DsdError
+from dsd.scorers.evidence import write_index
 from dsd.versions import VERSIONS
 from flows import tracking
 from flows.cli import app
@@ -37,6 +38,7 @@ def measured(workspace: Path, database: Path, models: Path) -> Params:
     shutil.copytree(models, workspace / "models")
     (workspace / "dvc.lock").write_text("schema: '2.0'\n")
     write_examples(workspace / "data" / "prepare" / COM / "examples.parquet", (("test", e) for e in EXAMPLES))
+    write_index(workspace / "data" / "score" / COM, {}, [], 1, {})
     measure(150)
     subprocess.run(["git", "init", "-q"], check=True)
     subprocess.run(["git", "add", "params.yaml", "dvc.yaml"], check=True)

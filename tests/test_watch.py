@@ -27,6 +27,7 @@ from dsd.config import BackboneParams, load
 from dsd.data.examples import MatchingExample, write_examples
 from dsd.errors import DsdError
 from dsd.models.checkpoint import locate
+from dsd.scorers.evidence import write_index
 from flows import tracking
 from flows.cli import app
 from flows.command import last_line
@@ -86,6 +87,7 @@ def questions(folder: Path, seed: int) -> None:
     path = folder / "data/prepare" / REF / "examples.parquet"
     if not path.exists():
         write_examples(path, (("test", e) for e in EXAMPLES[seed:]))
+        write_index(folder / "data/score" / REF, {}, [], 1, {})
 
 
 @pytest.fixture
@@ -697,9 +699,12 @@ def test_the_reason_is_the_last_line(stderr: str, line: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"cron": "hourly"}, "params.yaml: watch.cron: String should match pattern"),
+        ({"cron": "hourly"}, "params.yaml: watch.cron: must be five fields"),
         ({"attempts": 0}, "params.yaml: watch.attempts: Input should be greater than 0"),
-        ({"sources": {"a": {"kind": "folders", "path": "a"}}}, "params.yaml: watch.sources.a: Input tag 'folders'"),
+        (
+            {"sources": {"a": {"kind": "folders", "path": "a"}}},
+            "params.yaml: watch.sources.a.kind: unknown kind 'folders'",
+        ),
         ({"sources": {"a": {"kind": "hub", "source": "a/b"}}}, "params.yaml: watch.sources.a.revision: Field required"),
         ({"interval": 5}, "params.yaml: unknown key 'watch.interval'"),
     ],
