@@ -1,7 +1,7 @@
 """Orchestration: one Prefect flow per DVC stage, and the tools that operate them.
 
 Importing this package sets the environment variables that configure prefect, dvc, mlflow and ray, which they read when
-they are imported. Variables that the user has set are kept.
+they are imported. Variables that the user has set are kept, and this machine is added to NO_PROXY.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dsd.data.proxies import exclude_loopback
 
 if TYPE_CHECKING:
     from dsd.config import BackboneParams
@@ -31,6 +33,7 @@ SETTINGS = {
 
 for _name, _value in SETTINGS.items():
     os.environ.setdefault(_name, _value)
+exclude_loopback()
 
 
 def absolute(row: BackboneParams) -> BackboneParams:

@@ -27,6 +27,7 @@ from dvc.repo import Repo
 from dvc.stage.exceptions import StageCmdFailedError
 
 from dsd.config import load
+from dsd.data.proxies import check_proxies
 from dsd.errors import DsdError
 from dsd.store import write_atomic
 from flows import DATA
@@ -77,7 +78,7 @@ def reproduce(*, recompute: bool = False) -> str:
     With `recompute`, run every stage that is not frozen, without encodings, trainings and evidence of earlier runs.
 
     Raises:
-        DsdError: params.yaml is invalid, or the Prefect server does not start.
+        DsdError: params.yaml is invalid, or the Prefect server does not start; see `server`.
         DvcException: a stage failed, or this is not a DVC project.
     """
     started, clock = datetime.now(UTC).replace(microsecond=0), time.monotonic()
@@ -217,8 +218,9 @@ def server() -> Iterator[None]:
     """Run a Prefect server on a free port of this machine, unless PREFECT_API_URL names one.
 
     Raises:
-        DsdError: the server does not answer or ends too early, or its database cannot be reached.
+        DsdError: the server does not answer or ends too early, its database cannot be reached, or a proxy is invalid.
     """
+    check_proxies()
     if PREFECT in os.environ:
         check(PREFECT, os.environ[PREFECT])
         yield

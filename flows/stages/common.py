@@ -23,6 +23,7 @@ from prefect import Flow, flow, task
 from prefect.cache_policies import NO_CACHE
 
 from dsd.config import Params, load
+from dsd.data.proxies import check_proxies
 from dsd.errors import DsdError
 from dsd.store import libraries, write_atomic
 from dsd.versions import VERSIONS
@@ -105,6 +106,7 @@ def main(run: Stage) -> None:
     if "DVC_STAGE" in os.environ:  # a stage that outlives a killed DVC would run at the same time as the next one
         die_with_parent()
     try:
+        check_proxies()  # on which prefect fails with a traceback
         run()
     except KeyboardInterrupt:
         sys.exit(130)
