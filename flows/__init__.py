@@ -22,6 +22,8 @@ SETTINGS = {
     # An ephemeral server starts in 12 s on an idle machine; the default limit is 20 s.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "600",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_CLIENT_MAX_RETRIES": "1",  # after 2 s; by default a dead server costs a minute per request
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",  # it logs each event that a dead server does not receive
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -31,6 +31,7 @@ from dsd.data.proxies import check_proxies
 from dsd.errors import DsdError
 from dsd.store import write_atomic
 from flows import DATA
+from flows.failures import disk_full, error_line, exit_with, full_disks
 from flows.process import die_with_parent
 from flows.stores import DATABASE, PREFECT, check, redacted
 
@@ -56,13 +57,13 @@ def main(*, recompute: bool = False) -> None:
         line = failure(error)
         if line is None:
             raise
-        sys.exit(f"reproduce: {line}" if line else 1)
+        if line:
+            exit_with(f"reproduce: {line}", error)
+        sys.exit(1)
 
 
 def failure(error: Exception) -> str | None:
     """The last line of a failed run: "" if a stage has printed it, None for a defect."""
-    from flows.stages.common import error_line  # it imports prefect, which takes seconds
-
     cause = error.__cause__
     # A stage that was killed has another status, which DVC's message names.
     if isinstance(cause, StageCmdFailedError) and str(cause).endswith("exited with 1"):
@@ -245,10 +246,9 @@ def server() -> Iterator[None]:
         print(f"Prefect UI: {address}", flush=True)
         yield
     except Exception as error:
-        from flows.stages.common import error_line
-
         if process.poll() is not None and not isinstance(error, DsdError):
-            raise DsdError(f"the Prefect server has ended during the run; see {log}, then run again") from error
+            reason = disk_full() if full_disks() else f"see {log}, then run again"
+            raise DsdError(f"the Prefect server has ended during the run; {reason}") from error
         if isinstance(error, httpx.HTTPError) and (line := error_line(error)):  # it reads the address, removed below
             raise DsdError(line) from error
         raise
@@ -277,7 +277,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> N
                 return
         except OSError:
             time.sleep(0.1)
-    raise DsdError(f"the Prefect server does not answer; see {log}")
+    raise DsdError(f"the Prefect server does not answer; {disk_full() if full_disks() else f'see {log}'}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from dsd.scorers.evidence import INDEX
 from dsd.store import Store
 from dsd.training.loop import train
 from flows.executors import Actor, Node, compute, probe, share
-from flows.stages.common import error_line
+from flows.failures import error_line
 from tests.conftest import ROOT, shard_keys
 from tests.workers import Deadly, Defective, Dies, Stubborn
 
