@@ -1,7 +1,7 @@
 """Orchestration: one Prefect flow per DVC stage, and the tools that operate them.
 
 Importing this package sets the environment variables that configure prefect, dvc, mlflow and ray, which they read when
-they are imported. Variables that the user has set are kept.
+they are imported. Variables that the user has set are kept, and this machine is added to NO_PROXY.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dsd.data.proxies import exclude_loopback
 
 if TYPE_CHECKING:
     from dsd.config import BackboneParams
@@ -20,6 +22,8 @@ SETTINGS = {
     # An ephemeral server starts in 12 s on an idle machine; the default limit is 20 s.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "600",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_CLIENT_MAX_RETRIES": "1",  # after 2 s; by default a dead server costs a minute per request
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",  # it logs each event that a dead server does not receive
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -31,6 +35,7 @@ SETTINGS = {
 
 for _name, _value in SETTINGS.items():
     os.environ.setdefault(_name, _value)
+exclude_loopback()
 
 
 def absolute(row: BackboneParams) -> BackboneParams:

@@ -24,14 +24,18 @@ from flows import terminal
 
 
 class Commands(TyperGroup):
-    """Print a user error or a warning as one line; a defect keeps its traceback."""
+    """Print a user error, a failure of the machine or a warning as one line; a defect keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
             return super().invoke(ctx)
-        except DsdError as error:
-            sys.exit(f"dsd: {error}")
+        except Exception as error:
+            from flows.failures import error_line
+
+            if (line := error_line(error)) is None:
+                raise
+            sys.exit(f"dsd: {line}")
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -229,6 +233,9 @@ def watch(
     if pool is not None:
         if "PREFECT_API_URL" not in os.environ:
             raise DsdError("PREFECT_API_URL: not set; --pool needs a server, e.g. http://127.0.0.1:4200/api")
+        from flows.stores import PREFECT, check
+
+        check(PREFECT, os.environ[PREFECT])
         from flows.watch.deployment import deploy
 
         print(f"{deploy(cron, pool)}: in the work pool {pool}, at {cron}")

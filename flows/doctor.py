@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from pathlib import Path
 from threading import Thread
 from time import monotonic
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 
 from dsd.config import BackboneParams, DatasetParams, Params, RuntimeParams, load
+from dsd.data.proxies import check_proxies, proxies
 from dsd.errors import CheckpointError, DsdError
 from flows import DATA, stores
 from flows.command import command
@@ -31,6 +34,7 @@ CONSTRAINTS = Path("constraints.txt")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "prefect", "fastapi", "dvc", "mlflow")
 EXTRAS = {"ray": "ray", "xformers": "gpu", "psycopg2-binary": "postgres"}  # package → the extra that installs it
 INSTALL = "run `make reproduce`, which installs the versions of constraints.txt, or `pip install -c constraints.txt`"
+PORTS = {"http": 80, "https": 443, "socks5": 1080, "socks5h": 1080}  # of a proxy whose address has none
 ACCESS = "correct its row, or get access (docs/benchmarks.md); set HF_HUB_OFFLINE=1 if the hub's cache is complete"
 
 
@@ -90,12 +94,25 @@ def checks() -> list[Check]:
     with suppress(DsdError):
         params = load()
         dependent = [*_machine(params), *_outside(params.backbones, params.datasets)]
-    return [*_installed(), settings, *dependent, *_stores(), *_project()]
+    proxy = Check("proxy", _proxies, "correct or unset the variable that it names, or start the proxy")
+    return [*_installed(), settings, proxy, *dependent, *_stores(), *_project()]
 
 
 def _settings() -> str:
     params = load()
     return f"methods: {len(params.methods)}, datasets: {len(params.datasets)}, backbone: {params.backbone}"
+
+
+def _proxies() -> str:
+    """Check the proxies of the environment, and that each accepts connections."""
+    check_proxies()
+    for variable, address in proxies().items():
+        url = urlsplit(address if "://" in address else f"http://{address}")
+        try:
+            socket.create_connection((url.hostname, url.port or PORTS[url.scheme]), timeout=5).close()
+        except OSError as error:
+            raise DsdError(f"{variable}: {address}: no proxy answers ({error})") from None
+    return ", ".join(f"{variable}: {address}" for variable, address in proxies().items()) or "none"
 
 
 def _installed() -> Iterator[Check]:

@@ -18,6 +18,7 @@ from dsd.config import RuntimeParams
 from dsd.errors import DsdError
 from dsd.progress import progress
 
+CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # on every system; without clusters ray listens on loopback alone
 RETRIES = 3  # of a shard whose actor has died
 CODE = Path(__file__).resolve().parent.parent  # the import path of the actors
 
@@ -130,9 +131,14 @@ def room(nodes: Sequence[Node], cores: int, gpu: bool) -> int:
 def cluster() -> Any:
     """The package ray, connected to the cluster at RAY_ADDRESS, else to a local one that stops with this process.
 
+    A local one listens on 127.0.0.1 alone.
+
     Raises:
         DsdError: ray is not installed, or there is no such cluster.
     """
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if address == "local":  # else it listens on all interfaces; ray reads this when it is imported
+        os.environ.setdefault(CLUSTERS, "0")
     try:
         import ray
         import ray.data
@@ -142,7 +148,6 @@ def cluster() -> Any:
         return ray
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    address = os.environ.get("RAY_ADDRESS", "local")
     if address not in ("local", "auto"):
         probe(address)
     paths = os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH"))))

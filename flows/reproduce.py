@@ -29,9 +29,11 @@ from dvc.stage.exceptions import StageCmdFailedError
 from dvc_data.hashfile.db import HashFileDB
 
 from dsd.config import load
+from dsd.data.proxies import check_proxies
 from dsd.errors import DsdError
 from dsd.store import write_atomic
 from flows import DATA
+from flows.failures import disk_full, error_line, exit_with, full_disks
 from flows.process import die_with_parent
 from flows.stores import DATABASE, PREFECT, check, redacted
 
@@ -66,7 +68,9 @@ def main(first: Callable[[], None] = lambda: None, *, recompute: bool = False) -
         line = failure(error)
         if line is None:
             raise
-        sys.exit(f"reproduce: {line}" if line else 1)
+        if line:
+            exit_with(f"reproduce: {line}", error)
+        sys.exit(1)
 
 
 def _interrupted() -> NoReturn:
@@ -93,8 +97,6 @@ def alone() -> Iterator[None]:
 
 def failure(error: Exception) -> str | None:
     """The last line of a failed run: "" if a stage has printed it, None for a defect."""
-    from flows.stages.common import error_line  # it imports prefect, which takes seconds
-
     cause = error.__cause__
     # A stage that was killed has another status, which DVC's message names.
     if isinstance(cause, StageCmdFailedError) and str(cause).endswith("exited with 1"):
@@ -110,7 +112,7 @@ def reproduce(*, recompute: bool = False) -> str:
     With `recompute`, run every stage that is not frozen, without encodings, trainings and evidence of earlier runs.
 
     Raises:
-        DsdError: params.yaml is invalid, or the Prefect server does not start.
+        DsdError: params.yaml is invalid, or the Prefect server does not start; see `server`.
         DvcException: a stage failed, or this is not a DVC project.
     """
     started, clock = datetime.now(UTC).replace(microsecond=0), time.monotonic()
@@ -262,8 +264,9 @@ def server() -> Iterator[None]:
     """Run a Prefect server on a free port of this machine, unless PREFECT_API_URL names one.
 
     Raises:
-        DsdError: the server does not answer or ends too early, or its database cannot be reached.
+        DsdError: the server does not answer or ends too early, its database cannot be reached, or a proxy is invalid.
     """
+    check_proxies()
     if PREFECT in os.environ:
         check(PREFECT, os.environ[PREFECT])
         yield
@@ -288,10 +291,9 @@ def server() -> Iterator[None]:
         print(f"Prefect UI: {address}", flush=True)
         yield
     except Exception as error:
-        from flows.stages.common import error_line
-
         if process.poll() is not None and not isinstance(error, DsdError):
-            raise DsdError(f"the Prefect server has ended during the run; see {log}, then run again") from error
+            reason = disk_full() if full_disks() else f"see {log}, then run again"
+            raise DsdError(f"the Prefect server has ended during the run; {reason}") from error
         if isinstance(error, httpx.HTTPError) and (line := error_line(error)):  # it reads the address, removed below
             raise DsdError(line) from error
         raise
@@ -320,7 +322,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> N
                 return
         except OSError:
             time.sleep(0.1)
-    raise DsdError(f"the Prefect server does not answer; see {log}")
+    raise DsdError(f"the Prefect server does not answer; {disk_full() if full_disks() else f'see {log}'}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from sqlalchemy import URL, Connection, NullPool, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from dsd.data.proxies import check_proxies
 from dsd.errors import DsdError
 
 MLFLOW, PREFECT, DATABASE = "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_API_DATABASE_CONNECTION_URL"
@@ -112,6 +113,7 @@ def _check_server(setting: str, address: str, seconds: int) -> None:
     if not address.startswith(("http://", "https://")):
         line = "neither a server (http://…) nor a database (postgresql://…)"
         raise DsdError(f"{setting}: {redacted(address)}: {line}")
+    check_proxies()
     try:
         urllib.request.urlopen(re.sub("//[^/]*@", "//", address).rstrip("/") + "/health", timeout=seconds).close()
     except urllib.error.HTTPError:

@@ -82,7 +82,7 @@ class Reproduction:
                 if "server" in words:
                     found["server"] = child
                 elif len(words) > 2 and words[1] == "-m":
-                    found[words[2].removeprefix("flows.")] = child
+                    found[words[2].removeprefix("flows.stages.")] = child
         except psutil.NoSuchProcess:
             pass
         return found

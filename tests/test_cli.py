@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import subprocess
@@ -101,6 +102,15 @@ def test_a_user_error_is_one_line(arguments: list[str], message: str) -> None:
     result = run("a.png", "--text", "right", *arguments, code=1)
     assert result.output.startswith(message)
     assert len(result.output.splitlines()) == 1 and sorted(Path().iterdir()) == before
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "where")
+
+    monkeypatch.setattr(Fake, "heatmap", full)
+    result = run("a.png", "--text", "right", "--heatmap", "where.png", code=1)
+    assert result.output.startswith("dsd: where: disk full, ") and len(result.output.splitlines()) == 1
 
 
 def test_every_image_that_cannot_be_read_has_a_line(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +26,8 @@ from dsd.scorers.evidence import INDEX
 from dsd.store import Store
 from dsd.training.loop import train
 from flows.executors import Actor, Node, compute, probe, share
-from flows.stages.common import error_line
-from tests.conftest import shard_keys
+from flows.failures import error_line
+from tests.conftest import ROOT, shard_keys
 from tests.workers import Deadly, Defective, Dies, Stubborn
 
 NAME = "scenes-com"
@@ -253,6 +255,31 @@ def results(lean: Params, folders: Folders, target: Path, folder: Path) -> Resul
 def test_a_cluster_that_does_not_answer_is_one_line(address: str) -> None:
     with pytest.raises(DsdError, match=rf"^RAY_ADDRESS: no Ray cluster answers at {address}; give HOST:PORT of its"):
         probe(address)
+
+
+LOCAL = """
+import psutil
+from flows.executors import cluster
+ray = cluster()
+assert ray.get(ray.remote(num_cpus=0)(lambda: 1).remote()) == 1
+own = psutil.Process()
+listening = [
+    connection.laddr.ip
+    for process in (own, *own.children(recursive=True))
+    for connection in process.net_connections("inet")
+    if connection.status == psutil.CONN_LISTEN
+]
+print(*{address.removeprefix("::ffff:") for address in listening})
+"""
+
+
+@pytest.mark.ray
+def test_a_local_cluster_listens_on_loopback_alone(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}  # ray writes a token there
+    command = [sys.executable, "-c", LOCAL]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=600)
+    assert done.stdout.split() == ["127.0.0.1"]
 
 
 @pytest.mark.ray

@@ -11,6 +11,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,12 +33,11 @@ from dsd.datasets import DATASETS
 from dsd.engine import cache as cache_stage
 from dsd.engine import score as scoring
 from dsd.engine.session import Session
-from dsd.errors import DataError
+from dsd.errors import DataError, DsdError
 from dsd.evaluation import evaluate as evaluation
 from dsd.pretraining import recipe as pretraining
 from dsd.training import loop as training
-from flows import reproduce
-from flows.stages import common as stages
+from flows import failures, reproduce
 from flows.stages.common import declared, each, main, prune, stage, stage_params
 from flows.stages.download import is_transient
 from tests.conftest import ROOT, read_settings, write_settings
@@ -120,8 +120,8 @@ def test_a_defect_keeps_its_traceback(one_dataset: Path, prefect_server: None) -
 def test_a_user_error_is_found_among_the_causes() -> None:
     wrapped = RuntimeError("the task failed")
     wrapped.__cause__ = DataError("examples.parquet: no such file")
-    assert stages.error_line(wrapped) == "examples.parquet: no such file"
-    assert stages.error_line(RuntimeError()) is None
+    assert failures.error_line(wrapped) == "examples.parquet: no such file"
+    assert failures.error_line(RuntimeError()) is None
 
 
 def refused(url: str) -> httpx.HTTPError:
@@ -133,13 +133,17 @@ def refused(url: str) -> httpx.HTTPError:
     [
         (OSError(errno.EROFS, "", "data/score"), "data/score: Read-only file system; must be writable"),
         (PermissionError(errno.EACCES, "", "data"), "data: Permission denied; must be writable"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk full, /full has 7 bytes free"),
+        (OSError(errno.ENOSPC, "No space left on device", "shard"), "shard: disk full, /full has 7 bytes free"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "disk full, /full has 7 bytes free"),
+        (sqlite3.OperationalError("database or disk is full"), "disk full, /full has 7 bytes free"),
         (
             sqlite3.OperationalError("database is locked"),
             "MLflow's database, mlflow.db unless .*: database is locked",
         ),
         (
             refused("http://127.0.0.1:42/api/flows"),
-            "the Prefect server at http://127.0.0.1:42/api does not answer: refused",
+            "the Prefect server at http://127.0.0.1:42/api does not answer: disk full, /full has 7 bytes free",
         ),
         (refused("https://elsewhere"), None),
         (sqlite3.IntegrityError("a defect"), None),
@@ -150,10 +154,72 @@ def test_an_error_of_the_machine_is_one_line(
     error: Exception, line: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:42/api")
+    monkeypatch.setattr(failures, "full_disks", lambda: ["/full has 7 bytes free"])
     wrapped = RuntimeError("a flow failed")
     wrapped.__cause__ = error
-    found = stages.error_line(wrapped)
+    found = failures.error_line(wrapped)
     assert found is None if line is None else re.fullmatch(line, str(found))
+
+
+def test_a_full_disk_is_the_reason_why_a_server_does_not_answer(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:42/api")
+    error = refused("http://127.0.0.1:42/api/flows")
+    assert str(failures.error_line(error)).endswith("does not answer: refused")
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+        with pytest.raises(DsdError, match="the Prefect server does not answer; see server"):
+            reproduce.wait_until_ready(ended, "http://127.0.0.1:42", Path("server.log"))
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=7))
+        full = f"disk full, {workspace} has 7 bytes free"
+        assert str(failures.error_line(error)).split("does not answer: ")[1].startswith(full)
+        with pytest.raises(DsdError, match=f"the Prefect server does not answer; {full}"):
+            reproduce.wait_until_ready(ended, "http://127.0.0.1:42", Path("server.log"))
+
+
+def test_a_server_that_was_dead_before_is_one_line(one_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    with pytest.raises(SystemExit) as exit:
+        main(work)
+    expected = r"work: PREFECT_API_URL: http://127.0.0.1:9/api: no server answers \(.*\); .*"
+    assert re.fullmatch(expected, str(exit.value.code))
+
+
+DYING = """
+import sys
+import psutil
+from flows.reproduce import server
+with server():
+    from flows.stages.common import each, main, stage
+    (running,) = (child for child in psutil.Process().children() if "server" in child.cmdline())
+    @stage
+    def fail(params):
+        def unit(name):
+            if name == "second":
+                running.kill()
+                running.wait()
+                print("killed", flush=True)
+            return {}
+        return each(unit, ["first", "second", "third", "fourth"])
+    main(fail)
+"""
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_costs_seconds_and_one_line(one_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    command = [sys.executable, "-c", DYING]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        while process.stdout.readline().strip() != "killed":
+            assert process.poll() is None
+        killed = time.monotonic()
+        lines = process.stderr.read().splitlines()
+        assert process.wait() == 1
+        assert time.monotonic() - killed < 30
+    assert len(lines) == 1 and re.match("fail: the Prefect server at .* does not answer: .*refused", lines[0])
 
 
 def test_only_transient_errors_are_retried(one_dataset: Path, prefect_server: None) -> None:

@@ -6,17 +6,20 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
-from socket import socket
+from queue import Queue
+from socket import create_connection, socket
+from threading import Thread
 from typing import Any
 
 import mlflow
@@ -33,13 +36,13 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from dsd.config import Params, load
-from dsd.errors import CheckpointError, DataError, DsdError, ParamsError
+from dsd.errors import CheckpointError, DataError, DsdError, ParamsError, RequestError
 from dsd.matcher import Matcher
 from dsd.models.prompts import PROMPT, AttentionPrompt
 from flows import tracking
 from flows.registry.registry import BACKBONE, CHAMPION, Registry
 from flows.serving import Service, server
-from flows.serving.schema import parse_json
+from flows.serving.schema import ValueCount, parse_json
 from flows.serving.server import application, serve
 from flows.serving.service import Refused, save
 from flows.serving.settings import Settings
@@ -174,7 +177,8 @@ def test_both_servers_return_the_same_answers(
 
 
 def test_sixteen_clients_get_what_one_gets(service: Service) -> None:
-    asked = [parse_json(json.dumps({"inputs": [row(n % 5, TEXTS[: 1 + n % 3])]}).encode()) for n in range(48)]
+    bodies = [json.dumps({"inputs": [row(n % 5, TEXTS[: 1 + n % 3])]}).encode() for n in range(48)]
+    asked = [parse_json(body) for body in bodies]
     alone = [service.submit(rows)[0].result()["scores"] for rows in asked[:15]]
     with ThreadPoolExecutor(16) as clients:
         together = list(clients.map(lambda rows: service.submit(rows)[0].result()["scores"], asked))
@@ -246,11 +250,194 @@ def test_refusals_in_the_server_of_mlflow_are_one_line_too(its_own: TestClient) 
         (json.dumps({"inputs": [row()], "dataframe_records": [row()]}).encode(), "both inputs and dataframe_records"),
         (json.dumps({"inputs": [row(size=3)]}).encode(), "inputs.0.size: Extra inputs are not permitted"),
         (json.dumps({"inputs": [row(texts=["\ud800"])]}).encode(), "Invalid JSON"),
+        (json.dumps({"k" * 5_000: 1}).encode(), "k" * 40 + ": Extra inputs are not permitted"),
     ],
 )
 def test_invalid_bodies(body: bytes, expected: str, web: TestClient) -> None:
     response = web.post("/invocations", content=body)
     assert response.status_code == 400 and expected in response.json()["message"]
+
+
+MANY = {
+    "keys": b"{" + b",".join(b'"key%d":1' % n for n in range(9000)) + b"}",
+    "keys in escapes": b"{" + b",".join(b'"\\u0061%d\\\\":1' % n for n in range(9000)) + b"}",
+    "numbers": b'{"inputs": [' + b"1," * 9000 + b"1]}",
+    "lists": b'{"inputs": ' + b"[" * 9000,
+    "rows": b'{"inputs": [' + b"{}," * 9000 + b"{}]}",
+    "texts": b'{"inputs": [{"texts": [' + b'"",' * 9000 + b'""]}]}',
+}
+
+
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+@pytest.mark.parametrize("name", MANY)
+def test_too_many_values_are_refused_while_they_arrive(name: str, size: int, service: Service) -> None:
+    with pytest.raises(RequestError, match="too many values; send up to 32 images with up to 64 texts each"):
+        count(MANY[name], size, service)
+    count(MANY[name][:1000], size, service)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+def test_the_largest_request_has_not_too_many_values(size: int, service: Service) -> None:
+    texts = [f'{n}, "{{[a \\ red]}}", circle\\' for n in range(service.settings.max_texts)]
+    rows = [{"image": "A" * 99, "texts": texts, "heatmap": True}] * service.settings.max_images
+    count(json.dumps({"inputs": rows}).encode(), size, service)
+    with pytest.raises(RequestError, match="too many values"):
+        count(json.dumps({"inputs": [*rows, *rows[:1]]}).encode(), size, service)
+
+
+def count(body: bytes, size: int, service: Service) -> None:
+    """Count the values of a body that arrives in chunks of a size."""
+    values = ValueCount(service.settings)
+    for start in range(0, len(body), size):
+        values.add(body[start : start + size])
+
+
+def peak_during(work: Callable[[], object]) -> int:
+    """The bytes by which the memory of this process has grown at most."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    before = memory("VmHWM")
+    work()
+    return memory("VmHWM") - before
+
+
+def memory(field: str, process: int | str = "self") -> int:
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
+
+
+@contextmanager
+def listening(service: Service) -> Iterator[int]:
+    """`dsd serve` in a thread, on a free port."""
+    with socket() as heard:
+        heard.bind(("127.0.0.1", 0))
+        running = server.http_server(service, "127.0.0.1", 0)
+        thread = Thread(target=running.run, kwargs={"sockets": [heard]}, daemon=True)
+        thread.start()
+        while not running.started:
+            time.sleep(0.01)
+        try:
+            yield heard.getsockname()[1]
+        finally:
+            running.should_exit = True
+            thread.join()
+
+
+@pytest.fixture
+def port(service: Service) -> Iterator[int]:
+    with listening(service) as number:
+        yield number
+
+
+def ping(port: int) -> float:
+    """The seconds until /ping has answered."""
+    start = time.monotonic()
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/ping")
+    assert connection.getresponse().status == 200
+    return time.monotonic() - start
+
+
+def pings_during(port: int, work: Callable[[], object]) -> float:
+    """The slowest answer of /ping while the work is done."""
+    with ThreadPoolExecutor(1) as pool:
+        done, slowest = pool.submit(work), 0.0
+        while not done.done():
+            slowest = max(slowest, ping(port))
+            time.sleep(0.02)
+        done.result()
+    return slowest
+
+
+HEAD = b"POST /invocations HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"
+
+
+@contextmanager
+def sockets(port: int, number: int, content: bytes) -> Iterator[list[socket]]:
+    """Open connections on which nothing but the content is sent."""
+    with ExitStack() as opened:
+        connected = [opened.enter_context(create_connection(("127.0.0.1", port))) for _ in range(number)]
+        for one in connected:
+            one.sendall(content)
+        yield connected
+
+
+@pytest.mark.parametrize("content", [b"", b"POST /invoc", HEAD, HEAD + b"{"], ids=["idle", "head", "body", "byte"])
+def test_connections_that_send_no_request_occupy_nothing(content: bytes, service: Service, port: int) -> None:
+    with sockets(port, service.settings.max_waiting + 6, content):
+        assert post(port, json.dumps({"inputs": [row()]}).encode())[0] == 200
+        assert ping(port) < 5
+
+
+def test_connections_without_a_request_are_closed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(service, "settings", service.settings.model_copy(update={"wait_seconds": 0.5}))
+    answered = HEAD.replace(b"/invocations", b"/nothing")
+    with listening(service) as port, ExitStack() as opened:
+        kinds = {
+            content: opened.enter_context(sockets(port, 3, content)) for content in (b"", HEAD[:9], HEAD, answered)
+        }
+        for content, connected in kinds.items():
+            for one in connected:
+                one.settimeout(30)
+                received = b""
+                with suppress(ConnectionError):
+                    while part := one.recv(1000):  # until the server closes it
+                        received += part
+                        one.send(b"x")  # what drips in changes nothing
+                assert (b" 408 " in received) == (content == HEAD) and (b" 404 " in received) == (content == answered)
+
+
+def test_work_is_bounded_and_ping_is_not(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted = Queue[Future[Any]]()
+
+    def submit(rows: Any) -> list[Future[Any]]:
+        submitted.put(answer := Future())
+        return [answer]
+
+    body = json.dumps({"inputs": [row()]}).encode()
+    monkeypatch.setattr(service, "settings", service.settings.model_copy(update={"max_waiting": 2}))
+    with listening(service) as port, ThreadPoolExecutor(2) as clients:
+        with monkeypatch.context() as patch:
+            patch.setattr(service, "submit", submit)
+            waiting = [clients.submit(post, port, body) for _ in range(2)]
+            answers = [submitted.get(timeout=60) for _ in waiting]
+            assert post(port, body) == (503, {"message": "too many requests at once; try again later"})
+            assert ping(port) < 5
+            for answer in answers:
+                answer.set_result({})
+            assert [request.result() for request in waiting] == [(200, {"predictions": [{}]})] * 2
+        assert post(port, body)[0] == 200
+
+
+def test_the_bytes_of_all_bodies_are_bounded(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = json.dumps({"inputs": [row()]}).encode()
+    monkeypatch.setattr(service, "settings", service.settings.model_copy(update={"max_bytes": len(body)}))
+    monkeypatch.setattr(server, "BODIES", 2)
+    unfinished = HEAD.replace(b"1000", str(len(body)).encode()) + body[:-1]
+    with listening(service) as port:
+        with sockets(port, 2, unfinished):
+            while post(port, body)[0] != 503:
+                time.sleep(0.01)
+            assert ping(port) < 5
+        while post(port, body)[0] != 200:  # the server sees that they are closed
+            time.sleep(0.01)
+
+
+ATTACK = b"{" + b",".join(b'"k%06d":1' % n for n in range(1_000_000)) + b"}"  # 12 MB
+
+
+def attack(port: int) -> None:
+    """Six bodies of a million unknown keys at once, next to 64 idle connections."""
+    with ThreadPoolExecutor(6) as clients, sockets(port, 64, b""):
+        for status, answer in clients.map(lambda _: post(port, ATTACK), range(6)):
+            assert status == 400 and answer["message"].startswith("too many values; send")
+
+
+def test_an_attack_costs_little(service: Service, port: int) -> None:
+    resident, slowest = memory("VmRSS"), [0.0]
+    grown = peak_during(lambda: slowest.append(pings_during(port, lambda: attack(port))))
+    assert grown < 0.3 * resident
+    assert max(slowest) < 5  # 1 s on an idle machine
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -274,7 +461,7 @@ def test_garbage_is_refused_in_one_line(body: bytes, web: TestClient) -> None:
 
 def test_a_long_request_is_refused_before_it_is_read(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "settings", service.settings.model_copy(update={"max_bytes": 1000}))
-    monkeypatch.setattr(server, "parse_json", lambda body: pytest.fail("was read"))
+    monkeypatch.setattr(server, "parse_json", lambda *_: pytest.fail("was read"))
     with TestClient(application(service)) as client:
         for content in (b"x" * 1001, iter([b"x" * 600, b"x" * 600])):
             response = client.post("/invocations", content=content)
@@ -434,6 +621,17 @@ def post(port: int, body: bytes) -> tuple[int, Any]:
 
 DSD = [sys.executable, "-c", "from flows.cli import app; app()", "serve"]
 MLFLOW = [sys.executable, "-m", "mlflow", "models", "serve", "-m", MODEL, "--env-manager", "local"]
+
+
+@pytest.mark.slow
+def test_an_attack_on_a_real_server_costs_little(registered: Path) -> None:
+    with process(DSD) as (port, running):
+        assert post(port, json.dumps({"inputs": [row()]}).encode())[0] == 200
+        idle = memory("VmRSS", running.pid)
+        Path(f"/proc/{running.pid}/clear_refs").write_text("5")
+        slowest = pings_during(port, lambda: attack(port))
+        peak = memory("VmHWM", running.pid)
+        assert peak <= 1.3 * idle and slowest < 5
 
 
 @pytest.mark.slow

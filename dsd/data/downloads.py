@@ -26,6 +26,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
+from dsd.data.proxies import check_proxies
 from dsd.errors import DataError, DsdError
 from dsd.progress import progress
 from dsd.store import file_digest
@@ -202,7 +203,12 @@ def _fetch_first(session: requests.Session, limit: _RateLimit, sources: Sequence
 
 
 def _session() -> requests.Session:
-    """A session in which urllib3 retries failed connections and temporary statuses, and obeys Retry-After."""
+    """A session in which urllib3 retries failed connections and temporary statuses, and obeys Retry-After.
+
+    Raises:
+        DsdError: a proxy of the environment cannot be used.
+    """
+    check_proxies()
     retry = Retry(
         total=ATTEMPTS - 1,
         backoff_factor=BACKOFF,

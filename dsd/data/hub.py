@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects
 
 from dsd.config import RepositoryDataset
+from dsd.data.proxies import check_proxies
 from dsd.errors import DataError, DsdError, ParamsError
 from dsd.store import file_digest
 
@@ -170,7 +171,11 @@ def hub_errors(
         error: the type to raise.
         row: key of the row of params.yaml that has `source` and `revision`, if known.
         prefix: start of the path of the repository's page: "datasets/" for a dataset.
+
+    Raises:
+        DsdError: a proxy of the environment cannot be used.
     """
+    check_proxies()
     page = f"{constants.ENDPOINT}/{prefix}{source}"
     subject, pinned = (f"{row}.{key}: {source}" if row else source for key in ("source", "revision"))
     try:

@@ -18,6 +18,7 @@ from mlflow.types.schema import Array, ColSpec, DataType, Object, Property, Sche
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dsd.config import Bounds
 from dsd.errors import RequestError
 
 if TYPE_CHECKING:
@@ -63,7 +64,35 @@ class Body(BaseModel):
     dataframe_records: list[Row] = []
 
 
-def parse_json(body: bytes) -> list[Row]:
+class ValueCount:
+    """Counts the JSON values of a body while it arrives, and refuses more than a request can have.
+
+    A value of a few bytes takes hundreds once it is parsed, and each invalid one would be an error of its own.
+    """
+
+    def __init__(self, bounds: Bounds) -> None:
+        self._rows, self._texts = bounds.max_images, bounds.max_texts
+        # A row has `image`, `texts` and `heatmap`, the image and its texts: so many strings, commas and brackets.
+        self._most = self._rows * (self._texts + 4) + 2
+        self._strings = self._others = 0
+        self._inside, self._rest = False, b""
+
+    def add(self, chunk: bytes) -> None:
+        """Count a further part of the body; raise RequestError if there are too many values."""
+        unescaped = (self._rest + chunk).replace(rb"\\", b"").replace(rb"\"", b"")
+        self._rest = b"\\" if unescaped.endswith(b"\\") else b""  # it escapes what comes next
+        for number, part in enumerate(unescaped.split(b'"')):
+            if number:
+                self._inside = not self._inside
+                self._strings += self._inside
+            if not self._inside:
+                self._others += sum(map(part.count, (b",", b"[", b"{")))
+        if max(self._strings, self._others) > self._most:
+            line = f"send up to {self._rows} images with up to {self._texts} texts each"
+            raise RequestError(f"too many values; {line}")
+
+
+def parse_json(body: bytes | bytearray) -> list[Row]:
     """The rows of a request in JSON. Raises RequestError, in one line, if the body is invalid."""
     try:
         parsed = Body.model_validate_json(body)
@@ -91,7 +120,7 @@ def _record(record: Mapping[str, Any]) -> dict[str, Any]:
 def _request_error(error: ValidationError) -> RequestError:
     """The first error, with its location."""
     first = error.errors(include_url=False, include_input=False)[0]
-    location = [str(part) for part in first["loc"] if part not in ("str", "bytes")]
+    location = [str(part)[:40] for part in first["loc"] if part not in ("str", "bytes")]
     return RequestError(": ".join([*([".".join(location)] if location else []), " ".join(first["msg"].split())]))
 
 

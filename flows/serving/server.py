@@ -1,13 +1,16 @@
 """`dsd serve`: the HTTP server.
 
-It takes the requests of MLflow's own server and returns the same answers, but only in JSON, and it checks the size of a
-request before reading it.
+It takes the requests of MLflow's own server and returns the same answers, but only in JSON. What a client can occupy is
+bounded: connections by time, bodies by bytes, and work by number. `/ping` needs none of these.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import mlflow
@@ -17,29 +20,91 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from uvicorn import Config, Server
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dsd.errors import BusyError, DsdError
-from flows.serving.schema import parse_json
+from flows.serving.schema import Answer, ValueCount, parse_json
 from flows.serving.service import FAILED, Service
 from flows.stores import uri
+
+HEAD_SECONDS = 10.0  # for the head of a request, after the connection or after the last answer
+IDLE_SECONDS = 5  # without a byte, after the last answer
+BODIES = 8  # requests of the maximum size whose bodies are in memory
+
+
+@dataclass
+class Bound:
+    """A limit on what all requests together use; a request that exceeds it is refused."""
+
+    limit: int
+    used: int = 0
+
+    @contextmanager
+    def take(self, amount: int = 1) -> Iterator[None]:
+        if self.used + amount > self.limit:
+            raise BusyError("too many requests at once; try again later")
+        self.used += amount
+        try:
+            yield
+        finally:
+            self.used -= amount
+
+
+class Requests:
+    """The requests that are being received, parsed and answered."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._bytes = Bound(BODIES * service.settings.max_bytes)
+        self._work = Bound(service.settings.max_waiting)
+        self._parser = ThreadPoolExecutor(1, "parser")  # a decoded image takes many times the size of its file
+
+    async def answer(self, request: Request) -> list[Answer]:
+        """Receive and answer a request.
+
+        Raises:
+            HTTPException: the body did not arrive in time.
+            BusyError: too much is being received or computed, or it was not answered in time.
+            DsdError: the first invalid row and its error, in one line.
+        """
+        seconds = self._service.settings.wait_seconds
+        with ExitStack() as received:
+            body = await self._receive(request, received)
+            with self._work.take():
+                answers: list[Future[Answer]] = []
+                try:
+                    async with asyncio.timeout(seconds):
+                        answers = await asyncio.get_running_loop().run_in_executor(self._parser, self._submit, body)
+                        received.close()
+                        return list(await asyncio.gather(*map(asyncio.wrap_future, answers)))
+                except TimeoutError:
+                    raise self._service.cancel(answers) from None
+
+    async def _receive(self, request: Request, received: ExitStack) -> bytearray:
+        """The body of a request, whose bytes count until `received` is closed."""
+        seconds, body = self._service.settings.wait_seconds, bytearray()
+        values = ValueCount(self._service.settings)
+        try:
+            async with asyncio.timeout(seconds):
+                async for chunk in request.stream():
+                    received.enter_context(self._bytes.take(len(chunk)))
+                    values.add(chunk)
+                    body += chunk
+        except TimeoutError:
+            raise HTTPException(408, f"the request did not arrive within {seconds:g} seconds") from None
+        return body
+
+    def _submit(self, body: bytearray) -> list[Future[Answer]]:
+        return self._service.submit(parse_json(body))
 
 
 def application(service: Service) -> Starlette:
     """POST /invocations and GET /ping, as MLflow's server has them."""
+    requests = Requests(service)
 
     async def invocations(request: Request) -> Response:
-        settings = service.settings
-        try:
-            async with asyncio.timeout(settings.wait_seconds):
-                body = await request.body()
-        except TimeoutError:
-            raise HTTPException(408, f"the request did not arrive within {settings.wait_seconds:g} seconds") from None
-        answers = await asyncio.to_thread(lambda: service.submit(parse_json(body)))
-        waiting = [asyncio.wrap_future(answer) for answer in answers]
-        _, late = await asyncio.wait(waiting, timeout=settings.wait_seconds)
-        if late:
-            raise service.cancel(answers)
-        return JSONResponse({"predictions": [answer.result() for answer in waiting]})
+        return JSONResponse({"predictions": await requests.answer(request)})
 
     async def ping(_: Request) -> Response:
         return Response("\n")
@@ -61,6 +126,53 @@ def application(service: Service) -> Starlette:
     )
 
 
+class Connection(H11Protocol):
+    """A connection of uvicorn, closed if no head of a request arrives in `HEAD_SECONDS`."""
+
+    _limit: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._restart_limit()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._restart_limit()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_limit()
+
+    def _restart_limit(self) -> None:
+        self._stop_limit()
+        self._limit = self.loop.call_later(HEAD_SECONDS, self._close_without_request)
+
+    def _stop_limit(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
+
+    def _close_without_request(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
+def http_server(service: Service, host: str, port: int) -> Server:
+    """The server of `dsd serve`, not yet running."""
+    return Server(
+        Config(
+            application(service),
+            host=host,
+            port=port,
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            timeout_keep_alive=IDLE_SECONDS,
+            log_level="warning",
+            access_log=False,
+        )
+    )
+
+
 def serve(model: str, host: str, port: int) -> None:
     """Serve a version, such as models:/dsd-backbone@champion, until the process is stopped.
 
@@ -68,18 +180,10 @@ def serve(model: str, host: str, port: int) -> None:
         DsdError: there is no such version.
         CheckpointError: its checkpoint is missing or has changed.
     """
-    import uvicorn
-
     mlflow.set_tracking_uri(uri())
     try:
         service = mlflow.pyfunc.load_model(model).unwrap_python_model()
     except MlflowException as error:
         raise DsdError(f"--model {model}: {str(error).splitlines()[0]}; `dsd promote` registers versions") from None
-    uvicorn.run(
-        application(service),
-        host=host,
-        port=port,
-        limit_concurrency=service.settings.max_waiting,
-        log_level="warning",
-        access_log=False,
-    )
+    with suppress(KeyboardInterrupt):
+        http_server(service, host, port).run()

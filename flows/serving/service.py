@@ -189,11 +189,11 @@ class Service(PythonModel):
         matcher, settings = self.rounds.matcher, self.settings
         if len(row.texts) > settings.max_texts:
             raise RequestError(f"{len(row.texts)} texts; send {settings.max_texts} at most")
-        check_texts(row.texts)
         tokens = matcher.backbone.max_tokens
         for text in row.texts:
             if len(text) > MAX_LETTERS * tokens:
                 raise too_long(text, tokens)
+        check_texts(row.texts)
         return Job(matcher.picture(decode_image(row.image), settings.max_pixels), row.texts, row.heatmap)
 
 

@@ -1,15 +1,13 @@
-"""Common parts of the stages: the params that each may read, its units of work, timings and error messages."""
+"""Common parts of the stages: the params that each may read, its units of work and timings."""
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import logging
 import os
 import platform
 import shutil
-import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,25 +15,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import httpx
 import yaml
 from prefect import Flow, flow, task
 from prefect.cache_policies import NO_CACHE
 
 from dsd.config import Params, load
-from dsd.errors import DsdError
+from dsd.data.proxies import check_proxies
 from dsd.store import libraries, write_atomic
 from dsd.versions import VERSIONS
 from flows import DATA
+from flows.failures import error_line, exit_with
 from flows.process import die_with_parent
+from flows.stores import PREFECT, check
 
-FULL = 2**20  # bytes: with less free space the disk counts as full
 Details = dict[str, Any]
 Stage: TypeAlias = Flow[[], None]
 
 # Prefect stores errors with the run; on the terminal `main` prints them once.
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
     logging.getLogger(_name).propagate = False
+logging.getLogger("prefect.events.clients").setLevel(logging.CRITICAL)  # `main` reports a dead server
 logging.raiseExceptions = False  # of log records that do not reach a server that is shutting down
 
 
@@ -105,39 +104,18 @@ def main(run: Stage) -> None:
     if "DVC_STAGE" in os.environ:  # a stage that outlives a killed DVC would run at the same time as the next one
         die_with_parent()
     try:
+        check_proxies()  # on which prefect fails with a traceback
+        if PREFECT in os.environ and "DVC_STAGE" not in os.environ:  # else `dsd reproduce` has checked it
+            check(PREFECT, os.environ[PREFECT])
         run()
     except KeyboardInterrupt:
         if "DVC_STAGE" not in os.environ:  # else the reproduction says so
             print(f"{run.name}: interrupted; run it again to resume", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        line = error_line(error)
-        if line is None:
+        if (line := error_line(error)) is None:
             raise
-        sys.exit(f"{run.name}: {line}")
-
-
-def error_line(error: BaseException | None) -> str | None:
-    """Return the message of a user error, from an exception or its causes; None for a defect."""
-    while error is not None:
-        if isinstance(error, DsdError):
-            return str(error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            # A write error has no file name, and the full disk may be another.
-            free = f"{Path.cwd()} has {shutil.disk_usage('.').free} bytes free"
-            return f"{error.filename}: disk full, {free}" if error.filename else f"disk full: {free}, check other disks"
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return f"{error.filename or Path.cwd()}: {os.strerror(error.errno)}; must be writable"
-        if isinstance(error, sqlite3.OperationalError):  # locked, read-only, on a full disk
-            return f"MLflow's database, mlflow.db unless MLFLOW_TRACKING_URI names another: {error}"
-        if isinstance(error, httpx.HTTPError):
-            server = os.environ.get("PREFECT_API_URL", "")
-            if server and str(error.request.url).startswith(server):
-                left = shutil.disk_usage(".").free
-                reason = f"disk full, {Path.cwd()} has {left} bytes free" if left < FULL else str(error)
-                return f"the Prefect server at {server} does not answer: {reason}"
-        error = error.__cause__
-    return None
+        exit_with(f"{run.name}: {line}", error)
 
 
 def prune(folder: Path, names: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsd.config import load
+from dsd.data.proxies import check_proxies
 from dsd.errors import CheckpointError, DsdError
 from flows.registry.attempts import Attempts
 from flows.registry.registry import CHAMPION, KEPT_OUT, NOT_COMPARED, PROMOTED, Registry, evaluation_key
@@ -38,8 +39,9 @@ def tick() -> TickReport:
     """Evaluate and register new checkpoints, and compare them with the champion; do nothing while another tick runs.
 
     Raises:
-        DsdError: params.yaml is invalid, or the workspace cannot be cloned.
+        DsdError: params.yaml or a proxy is invalid, or the workspace cannot be cloned.
     """
+    check_proxies()  # else it would count as a failed attempt of each checkpoint
     with tick_lock(artifacts() / ".watch") as lock:
         return TickReport(["another tick is running"]) if lock is None else _Tick(lock).run()
 
