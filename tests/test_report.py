@@ -32,10 +32,10 @@ from dsd.metrics import SLOTS, rank
 from dsd.report import build
 from dsd.report.comparisons import Comparison, compare
 from dsd.report.figures import smooth
-from dsd.report.findings import unbeaten
+from dsd.report.findings import reasons, unbeaten
 from dsd.report.gallery import choose, decimals, noisy_example
 from dsd.report.heatmaps import HeatMaps, overlay
-from dsd.report.inputs import DatasetResults, read_datasets
+from dsd.report.inputs import Claim, DatasetResults, read_datasets
 from dsd.report.papers import second_paper
 from dsd.report.races import front, plots
 from dsd.report.tables import duration, names, points
@@ -436,6 +436,23 @@ def test_claims_and_their_comparisons(page: str, data: Path) -> None:
     rows_ = tables["Claims"][1:]
     assert [(row[0], row[1], row[2]) for row in rows_] == [(n, c["claim"], c["verdict"]) for n, c in claims.items()]
     assert len(tables["Comparisons behind the claims"]) == 1 + sum(map(len, rows.values()))
+    for row, (number, claim) in zip(rows_, claims.items(), strict=True):
+        bound = rows[number][claim["binding"]]
+        assert bound["value"] == claim["effect"] and row[3].startswith(f"{bound['dataset']}, {bound['metric']}: ")
+        assert row[4].startswith(points(bound["value"])) and row[5] == points(bound["least"])
+
+
+def test_a_claim_that_fails_names_the_comparison_that_binds_with_its_margin_apart(params: Params, data: Path) -> None:
+    """The second comparison has the smallest difference and exceeds its margin; the first does not."""
+    sides = {"dataset": "scenes-ref", "metric": "top1", "a": "denoising, x", "b": "denoising, y", "p": 0.4}
+    rows = [{**sides, "value": -0.05, "least": -0.04}, {**sides, "value": -0.06, "least": -0.42}]
+    judgement = claims.Judgement("kept", 0, -0.05, -0.1, 0.0, -0.04, 0.8, "not shown")
+    datasets = read_datasets(params, data, {})
+    [sentence] = reasons([Claim("11", judgement, rows)], datasets, "dsd", ["denoising"])
+    start = (
+        "Claim 11 (not shown) fails at scenes-ref, top1: denoising, x vs. denoising, y (−5.0 points, must exceed −4.0)"
+    )
+    assert sentence.startswith(start)
 
 
 def test_races(page: str, data: Path, params: Params) -> None:
@@ -445,7 +462,8 @@ def test_races(page: str, data: Path, params: Params) -> None:
     cells, staged = rows["staged"], results["chosen"]["staged"]
     assert cells[-1].startswith("to keep ") and cells[0].startswith(f"{100 * staged['accuracy']['value']:.1f} %")
     assert cells[3].startswith(f"{8 * staged['share']['value']:.2f} [") and cells[5:7] == ["0.25 5 images", "97.0 %"]
-    assert rows["exhaustive, all draws"][4] == "1.0×"
+    assert rows["exhaustive, all draws"][1:3] == ["reference", "reference"]  # not a difference of 0.0 from itself
+    assert rows["exhaustive, all draws"][4] == "1.0×" and "reference" not in " ".join(cells)
     proposed = rows["racing, δ = 0.1, clip-zero-shot first"]
     assert "proposer clip-zero-shot" in proposed[-1] and proposed[5] == "–"
     assert "The stated error rate was met by" in parsed.text
@@ -508,7 +526,7 @@ def test_studies(page: str, data: Path) -> None:
         ["2", "dsd"],
         ["params.yaml", "clip-finetune"],
     ]
-    assert "+10.0, p 0.010" in rows[1][2] and "p " not in rows[0][2]
+    assert "+10.0, p 0.010" in rows[1][2] and rows[0][2].endswith("]; reference")
     assert rows[-2][0] == "mean ± standard deviation" and "± 0.0, 3 samples" in rows[-2][2]
     assert len([value for _, name, value in parsed.attributes if name == "aria-label" and "few_shot" in value]) == 3
 

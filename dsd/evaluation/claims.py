@@ -1,8 +1,9 @@
 """Tests of the claims of the two papers, and of two of our own, by paired differences.
 
-A claim is a set of comparisons on the test split that must all be true; its effect is their smallest difference. If p,
-corrected for the comparisons of the claim and the number of claims, is below 1 − confidence, the claim holds (effect
-above zero) or is contradicted (below zero). Otherwise it is not shown.
+A claim is a set of comparisons on the test split that must all be true: each difference must exceed a least value. The
+comparison that binds is the one with the least evidence for the claim. If p, corrected for the comparisons of the claim
+and the number of claims, is below 1 − confidence, the claim holds (the binding difference is above its least value) or
+is contradicted (below). Otherwise it is not shown.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dsd.schedules.exhaustive import ALL_DRAWS
 from dsd.schedules.hierarchical import DIRECTIONS, published_name
 from dsd.schedules.racing import racing_name
 from dsd.schedules.replay import AGREED, SPARED
-from dsd.statistics import Difference, cohens_h, difference_above, holm, paired_difference
+from dsd.statistics import Difference, cohens_h, difference_above, holm
 from dsd.store import write_json
 
 Side = str | ChangedMethod  # a method, or a method with one key changed
@@ -75,15 +76,31 @@ class Measured:
     difference: Difference
     h: float
 
+    @property
+    def excess(self) -> float:
+        """How far the difference is above the least value of the condition."""
+        return self.difference.value - self.comparison.least
+
+    @property
+    def doubt(self) -> float:
+        """The one-sided p-value of the condition: small if the difference is shown to exceed its least value."""
+        return self.difference.p / 2 if self.excess > 0 else 1 - self.difference.p / 2
+
 
 @dataclass(frozen=True)
 class Judgement:
-    """The result for a claim; effect, low and high are those of the smallest difference, p has Holm's correction."""
+    """The result for a claim; p has Holm's correction.
+
+    binding: the index of the comparison that binds; effect, low, high and least are its difference, its interval and
+    the value that the difference must exceed.
+    """
 
     claim: str
+    binding: int
     effect: float
     low: float
     high: float
+    least: float
     p: float
     verdict: ClaimVerdict
 
@@ -170,10 +187,7 @@ def measure(comparison: Condition, data: Data, params: Params) -> Measured:
     hits_n, groups = one[comparison.metric]
     if comparison.against is None:
         other_n, _ = other[comparison.metric]
-        if comparison.least:
-            difference = difference_above(hits_n, other_n, clusters, comparison.least, **settings)
-        else:
-            difference = paired_difference(hits_n, other_n, clusters, groups, **settings)
+        difference = difference_above(hits_n, other_n, clusters, groups, least=comparison.least, **settings)
         shares = [float(np.mean([values_n[mask].mean() for mask in groups])) for values_n in (hits_n, other_n)]
     else:
         # The two metrics count different examples of the same sentences: a pair is a sentence that has both.
@@ -181,7 +195,7 @@ def measure(comparison: Condition, data: Data, params: Params) -> Measured:
         sides = [_by_cluster(values_n, clusters, np.any(masks, 0)) for values_n, masks in metrics]
         shared = sorted(sides[0].keys() & sides[1].keys())
         a_n, b_n = ([side[cluster] for cluster in shared] for side in sides)
-        difference = paired_difference(a_n, b_n, shared, **settings)
+        difference = difference_above(a_n, b_n, shared, least=comparison.least, **settings)
         shares = [float(np.mean(a_n)), float(np.mean(b_n))]
     return Measured(comparison, difference, cohens_h(shares[0], shares[1]))
 
@@ -190,16 +204,23 @@ def _by_cluster(hits_n: np.ndarray, clusters: np.ndarray, mask_n: np.ndarray) ->
     return {str(c): float(hits_n[mask_n & (clusters == c)].mean()) for c in np.unique(clusters[mask_n])}
 
 
+def binding(comparisons: Sequence[Measured]) -> int:
+    """Return the index of the comparison with the least evidence for the claim.
+
+    If every difference exceeds its least value, it is the one with the largest p; otherwise the one that most clearly
+    does not.
+    """
+    return max(range(len(comparisons)), key=lambda n: (comparisons[n].doubt, -comparisons[n].excess))
+
+
 def uncorrected(comparisons: Sequence[Measured]) -> float:
     """Return p of one claim, before Holm's correction for the number of claims.
 
-    If every difference is a gain, this is the largest p; otherwise the smallest p of the losses, times the number of
-    comparisons (Bonferroni).
+    If every difference exceeds its least value, this is the largest p; otherwise the smallest p of those that do not,
+    times the number of comparisons (Bonferroni).
     """
-    if min(m.difference.value for m in comparisons) > 0:
-        return max(m.difference.p for m in comparisons)
-    losses = [m.difference.p for m in comparisons if m.difference.value < 0]
-    return min([1.0, *(len(comparisons) * p for p in losses)])
+    bound = comparisons[binding(comparisons)]
+    return bound.difference.p if bound.excess > 0 else min(1.0, len(comparisons) * bound.difference.p)
 
 
 def judge(params: Params, data: Data) -> tuple[dict[int, Judgement], dict[int, list[Measured]]]:
@@ -212,11 +233,13 @@ def judge(params: Params, data: Data) -> tuple[dict[int, Judgement], dict[int, l
     corrected = holm([uncorrected(rows) for rows in measured.values()])
     judgements = {}
     for (number, rows), p in zip(measured.items(), corrected, strict=True):
-        least = min((m.difference for m in rows), key=lambda difference: difference.value)
+        place = binding(rows)
+        bound, difference = rows[place], rows[place].difference
         verdict: ClaimVerdict = "not shown"
         if p < 1 - params.evaluate.confidence:
-            verdict = "holds" if least.value > 0 else "contradicted"
-        judgements[number] = Judgement(claims[number][0], least.value, least.low, least.high, p, verdict)
+            verdict = "holds" if bound.excess > 0 else "contradicted"
+        effect = difference.value, difference.low, difference.high
+        judgements[number] = Judgement(claims[number][0], place, *effect, bound.comparison.least, p, verdict)
     return judgements, measured
 
 
@@ -229,8 +252,7 @@ def write(judgements: Mapping[int, Judgement], measured: Mapping[int, Sequence[M
     def row(one: Measured) -> dict[str, Any]:
         c = one.comparison
         b = named(c.b) if c.against is None else f"{named(c.b)}, {c.against}"
-        b += f", {100 * c.least:+.0f} points" if c.least else ""
-        sides = dict(dataset=c.dataset, metric=c.metric, a=named(c.a), b=b)
+        sides = dict(dataset=c.dataset, metric=c.metric, a=named(c.a), b=b, least=c.least)
         return {**sides, **one.difference.as_dict(), "cohens_h": one.h}
 
     rows = {number: [row(comparison) for comparison in comparisons] for number, comparisons in measured.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from dsd.report.figures import Plot, costs, slug
 from dsd.report.html import Section
-from dsd.report.tables import NONE, Cell, Row, Table, bounds, count, percent, percent_cell, points_cell
+from dsd.report.tables import NONE, REFERENCE, Cell, Row, Table, bounds, count, percent, percent_cell, points_cell
 from dsd.schedules.exhaustive import ALL_DRAWS
 from dsd.schedules.hierarchical import DIRECTIONS
 from dsd.schedules.replay import LEARNED_FROM, MEASURED_ON
@@ -47,15 +47,22 @@ def note(results: Results) -> str:
 
 def table(title: str, results: Results) -> Table:
     rows = []
+    everything = results["chosen"][ALL_DRAWS]["setting"]
     for name, row in results["chosen"].items():
         difference, share, live = row["difference"], row["share"], row.get("live", {})
+        itself = [Cell(REFERENCE)] * 2 if row["setting"] == everything else []
         rows.append(
             Row(
                 name,
                 [
                     percent_cell(Interval(**row["accuracy"])),
-                    points_cell(difference["value"], difference["low"], difference["high"]),
-                    percent_cell(Interval(**row["disagreement"])),
+                    *(
+                        itself
+                        or [
+                            points_cell(difference["value"], difference["low"], difference["high"]),
+                            percent_cell(Interval(**row["disagreement"])),
+                        ]
+                    ),
                     _cost(results["draws"], share),
                     Cell(f"{1 / share['value']:.1f}×"),
                     Cell(f"{live['seconds']:.2f}", f"{live['images']} images") if live else Cell(NONE),
