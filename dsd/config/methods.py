@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from dsd.config.base import (
+    Budget,
     Direction,
     Distinct,
     Fraction,
@@ -22,6 +23,7 @@ from dsd.config.base import (
     Parts,
     Pooling,
     Positive,
+    Reading,
     ToKeep,
     check_known,
     is_unset,
@@ -242,6 +244,11 @@ class ContrastiveMethod(MethodParams):
     def own_backbone(self) -> str | None:
         return self.backbone
 
+    @property
+    def encodes_pairs(self) -> bool:
+        """Whether a text is encoded once for each image, because its context depends on the image."""
+        return self.tuned == "context"
+
 
 class ShortlistParams(ParamsModel):
     """Only the `keep` candidates with the highest scores of a contrastive method, the proposer, enter the schedule."""
@@ -253,7 +260,6 @@ class ShortlistParams(ParamsModel):
 class ScheduleParams(Kind):
     """A row of `schedules`; its `kind` selects the class. Its draws are those of `races`.
 
-    budget: maximum number of evaluations, as a multiple of the number of candidates.
     proposer_key: the key of `proposed_by`.
     """
 
@@ -261,7 +267,7 @@ class ScheduleParams(Kind):
     package: ClassVar[str] = "dsd.schedules"
     proposer_key: ClassVar[str] = "proposer"
 
-    budget: Annotated[float, Field(ge=1)] | None
+    budget: Budget | None
 
     if TYPE_CHECKING:  # fields: `kind` of each kind, `shortlist` of a `ShortlistSchedule`
 
@@ -321,6 +327,7 @@ class HierarchicalSchedule(ShortlistSchedule):
     samples: Positive
     beam_factor: Annotated[float, Field(ge=1)]
     patience: Positive
+    reading: Reading
     shrinking: bool
 
     def check_draws(self, key: str, races: RacesParams) -> None:
@@ -331,7 +338,7 @@ class HierarchicalSchedule(ShortlistSchedule):
 
 
 class RacingSchedule(ScheduleParams):
-    """Learned by `make races` for methods with the same score, and calibrated for this δ."""
+    """Learned by `make races` for methods with the same score, and calibrated for this δ, proposer and budget."""
 
     kind: Literal["racing"]
     delta: Fraction
