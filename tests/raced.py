@@ -18,7 +18,9 @@ def few(races: RacesParams) -> RacesParams:
             "draws_per_level": 2,
             "exhaustive": races.exhaustive.model_copy(update={"draws": (1, 4, 8)}),
             "staged": races.staged.model_copy(update={"to_keep": ((1,), (3, 1)), "first": (1, 2), "growth": (2,)}),
-            "hierarchical": races.hierarchical.model_copy(update={"samples": (1, 2), "patience": (4,)}),
+            "hierarchical": races.hierarchical.model_copy(
+                update={"samples": (1, 2), "beam_factor": (2.0, 8.0), "patience": (4,), "shrinking": (False,)}
+            ),
             "published": races.published.model_copy(update={"samples": 2}),
             "growth": races.growth.model_copy(update={"candidates": (10, 40), "races": 30, "delta": 0.2}),
             "racing": races.racing.model_copy(

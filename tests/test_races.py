@@ -195,9 +195,8 @@ def test_calibration_uses_validation_races_that_share_no_image(raced: Params, fo
     ids = {split: {e.id.split("/")[0] for e in session.examples(split)} for split in ("train", "validation", "test")}
     for split, races in (("train", few_shot), ("validation", validation), ("test", test)):
         assert {e.id.split("/")[0] for e in races} <= ids[split]
-    for races in (few_shot, validation):
-        images = [image for example in races for image in example.images]
-        assert len(images) == len(set(images))
+    images = [image for example in validation for image in example.images]
+    assert len(images) == len(set(images))
     few_races = raced.races.model_copy(update={"racing": raced.races.racing.model_copy(update={"learning": 2})})
     few_params = raced.model_copy(update={"races": few_races})
     assert len(race_examples(Session(DATASET, few_params, folders))["train"]) == 2

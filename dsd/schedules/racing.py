@@ -51,7 +51,7 @@ def racing(forecast: Forecast, threshold: float) -> Schedule:
         if state.lost:
             return mean(state)
         weights_J = np.array(forecast.weights[state.values_CJ.shape[1] - 1])
-        return np.where(state.kept_C, np.nan_to_num(state.values_CJ) @ weights_J, -np.inf)
+        return np.where(state.kept_C, state.values_CJ @ weights_J, -np.inf)
 
     def keep(state: RoundState) -> Mask:
         if state.lost:
