@@ -36,14 +36,14 @@ from dsd.schedules.base import Course
 from dsd.schedules.exhaustive import exhaustive_course
 from dsd.schedules.race import Floats
 from dsd.schedules.racing import racing_name
-from dsd.schedules.replay import read_comparisons
+from dsd.schedules.replay import matched_name, read_comparisons
 from dsd.scorers.evidence import Requests, requests
 from dsd.store import write_atomic
 
 RESULTS = Path("benchmarks/results.json")
 RACES, CLASSES = Path("data/races"), "scenes-cls"
 DRIFTED = 100  # examples on which arithmetic is compared: half precision is slow on a CPU
-CALIBRATED, PROPOSED = racing_name(0.02, None), racing_name(0.05, "clip-zero-shot")
+CALIBRATED, PROPOSED = racing_name(0.05, None, None), racing_name(0.05, "clip-zero-shot", None)
 Result = dict[str, float | str | bool]
 
 
@@ -181,8 +181,8 @@ def races() -> dict[str, Result]:
     proposed_engine, proposed_fill = race_engine(runner, course_of(PROPOSED), examples, proposed)
     return {
         "racing_vs_exhaustive_evaluations": at_least(1 / own, "times", 20),
-        "racing_vs_staged_evaluations": at_least(share["staged"] / own, "times", 1.5),
-        "racing_vs_hierarchical_evaluations": at_least(share["hierarchical"] / own, "times", 1.5),
+        "racing_vs_staged_evaluations": at_least(share[matched_name("staged", 0.05)] / own, "times", 1.5),
+        "racing_vs_hierarchical_evaluations": at_least(share[matched_name("hierarchical", 0.05)] / own, "times", 1.5),
         "proposer_evaluations_per_candidate": at_most(draws_ * share[PROPOSED], "", 0.3),
         "racing_disagreement": at_most(
             chosen[CALIBRATED]["disagreement"]["value"], "", chosen[CALIBRATED]["setting"]["delta"]

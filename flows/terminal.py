@@ -76,6 +76,8 @@ def print_leaderboard(board: Board) -> None:
     datasets = (f"{dataset}\n{metric}" for dataset, metric in board.metrics.items())
     headings = ["checkpoint", *datasets, "mean", "verdict"]
     print_table(headings, map(row, board.ranked), gap=1)
+    if board.selection:
+        print(board.selection)
     print_table(headings, map(row, board.others), title="measured with other params", gap=1)
     failed = failures(board)
     rows = ((row.head, *(cell.text for cell in row.cells)) for row in failed.rows)

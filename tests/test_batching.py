@@ -21,7 +21,7 @@ DRAWS = [Draw(0.5, number) for number in range(8)]
 SCHEDULES = [
     all_draws(8),
     staged((5, 2, 1), (1, 4, 8)),
-    hierarchical(4, 2, 2, 3, shrinking=False),
+    hierarchical(4, 2, 2, 3, reading="text", shrinking=False),
     racing(simple(8), 1.5),
 ]
 

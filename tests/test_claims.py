@@ -14,11 +14,12 @@ from dsd.data.examples import MatchingExample, Pair, read_examples
 from dsd.engine.score import score
 from dsd.engine.session import Folders, Session
 from dsd.evaluation.ablations import ChangedMethod, ablate, mean, subsets, values, with_intervals, write
-from dsd.evaluation.claims import Condition, DatasetHits, judge, measure, stated, uncorrected
+from dsd.evaluation.claims import Condition, DatasetHits, Measured, binding, judge, measure, stated, uncorrected
 from dsd.evaluation.claims import write as write_claims
 from dsd.evaluation.evaluate import ScoredSplit, evaluate
 from dsd.metrics import slots
 from dsd.scorers.evidence import Evidence
+from dsd.statistics import Difference
 from dsd.training.loop import train
 
 SENTENCES = 60
@@ -62,12 +63,51 @@ def test_verdicts_of_a_clear_gain_a_clear_loss_and_no_difference(settings: Param
         assert judged[4].low <= judged[4].effect <= judged[4].high and 0 <= judged[4].p <= 1
 
 
-def test_the_effect_of_a_claim_is_its_smallest_difference(settings: Params) -> None:
+def test_the_effect_of_a_claim_is_that_of_the_comparison_that_binds(settings: Params) -> None:
     shares = {"dsd": {"subject": 0.95, "object": 0.95, "predicate": 0.6}, "dsd-zero-shot": uniform(0.6)}
     judged, measured = judge(settings, {"scenes-com": answers(shares)})
     by_metric = {m.comparison.metric: m.difference for m in measured[4]}
     assert judged[4].effect == by_metric["predicate"].value and judged[4].verdict == "not shown"
     assert by_metric["subject"].p < 0.05
+    assert measured[4][judged[4].binding].comparison.metric == "predicate"
+
+
+def one_measured(value: float, p: float, least: float = 0.0) -> Measured:
+    return Measured(
+        Condition("d", f"{value}", "a", "b", least=least), Difference(value, value - 1, value + 1, p, 9), 0.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "binds"),
+    [
+        # The largest p, not the smallest difference: a small gain on many examples is better shown.
+        ([one_measured(0.02, 0.001), one_measured(0.1, 0.2)], 1),
+        # The clearest failure, not the smallest difference.
+        ([one_measured(-0.1, 0.4), one_measured(-0.02, 0.001), one_measured(0.3, 0.9)], 1),
+        # A gain of 3 points that must exceed 5 fails; a loss of 2 points within a margin of 4 does not.
+        ([one_measured(0.03, 0.01, least=0.05), one_measured(-0.02, 0.01, least=-0.04)], 0),
+        ([one_measured(0.0, 1.0), one_measured(0.5, 0.1)], 0),
+    ],
+)
+def test_the_comparison_that_binds(rows: list[Measured], binds: int) -> None:
+    assert binding(rows) == binds
+
+
+@pytest.mark.parametrize("ours", [0.95, 0.72, 0.66, 0.6, 0.5, 0.3])
+def test_no_verdict_depends_on_the_number_of_resamples(settings: Params, ours: float) -> None:
+    """All claims of image choices; their p can be as small as the data show."""
+    shares = {"dsd": uniform(ours) | {"object": 0.6}, "dsd-zero-shot": uniform(0.6), "clip-finetune": uniform(0.4)}
+    data = {"scenes-com": answers(shares | {"clip-prompt": uniform(0.55)})}
+    found = []
+    for resamples in (2000, 20000):
+        evaluate = settings.evaluate.model_copy(update={"resamples": resamples})
+        judged, measured = judge(settings.model_copy(update={"evaluate": evaluate}), data)
+        verdicts = {number: (row.verdict, row.p, row.binding) for number, row in judged.items()}
+        found.append((verdicts, [m.difference.p for rows in measured.values() for m in rows]))
+    assert found[0] == found[1]
+    if ours in (0.95, 0.3):
+        assert min(found[0][1]) < 1 / 2001
 
 
 def test_claims_without_results_are_left_out(settings: Params) -> None:
@@ -157,5 +197,6 @@ def test_from_evidence_to_files(params: Params, prepared: Path, cached: Path, tm
     assert layers == [ChangedMethod("dsd", "layers", value) for value in ("8", "2", "1")]
     write_claims(judged, measured, tmp_path)
     claims = json.loads((tmp_path / "claims.json").read_text())
-    assert all(set(row) == {"claim", "effect", "low", "high", "p", "verdict"} for row in claims.values())
+    keys = {"claim", "binding", "effect", "low", "high", "least", "p", "verdict"}
+    assert all(set(row) == keys for row in claims.values())
     assert len(json.loads((tmp_path / "comparisons.json").read_text())["9"]) == len(params.ablations.levels) - 1

@@ -66,7 +66,35 @@ def test_a_tie_keeps_the_champion(gate: Params) -> None:
 def test_a_gain_below_what_is_asked_for_is_none(gate: Params) -> None:
     challenger, champion = {REF: ranks(answers(0.515))}, {REF: ranks(answers(0.5))}
     found = judged(gate, challenger, champion).compared[REF]
-    assert found.p < 0.05 and not found.better  # shown, and too small
+    assert found.difference.low > 0 and not found.better  # shown, and too small
+
+
+def test_a_gain_must_be_shown_to_exceed_what_is_asked_for(gate: Params) -> None:
+    """Of 400 answers 12 are gained, three points: surely more than none, but not surely more than two points."""
+    challenger, champion = {REF: ranks(answers(0.53))}, {REF: ranks(answers(0.5))}
+    verdict = judged(gate, challenger, champion)
+    found = verdict.compared[REF]
+    assert found.difference.value > found.minimum_effect and found.difference.p > 0.05
+    assert not found.better and not verdict.promoted
+    assert "p 0.151 that it exceeds +2.0" in verdict.reason
+    rows = {REF: GateRow(minimum_effect=0.0, maximum_regression=0.03)}
+    asks_nothing = gate.model_copy(update={"gate": gate.gate.model_copy(update={"datasets": rows})})
+    assert judged(asks_nothing, challenger, champion).promoted
+
+
+@pytest.mark.parametrize("share", [0.53, 0.56, 0.6])
+def test_no_verdict_depends_on_the_number_of_resamples(gate: Params, share: float) -> None:
+    challenger, champion = {REF: ranks(answers(share))}, {REF: ranks(answers(0.5))}
+    verdicts = [
+        judged(
+            gate.model_copy(update={"evaluate": gate.evaluate.model_copy(update={"resamples": resamples})}),
+            challenger,
+            champion,
+        )
+        for resamples in (200, 2000)
+    ]
+    assert verdicts[0].promoted == verdicts[1].promoted == (share > 0.53)
+    assert verdicts[0].compared[REF].p == verdicts[1].compared[REF].p
 
 
 def test_what_may_be_luck_is_no_gain(gate: Params) -> None:

@@ -97,6 +97,16 @@ def test_trends_are_chronological_with_the_champion_marked(board: Board) -> None
     assert "from 50.0 % to 56.0 % over 5 checkpoints; champion 58.0 %" in plots[0].svg
 
 
+def test_the_board_warns_that_the_best_is_selected_on_the_test_set(board: Board, tmp_path: Path) -> None:
+    """Four checkpoints, each with a standard error of 3 / 1.96 points: the best of four leads by 1.03 of them."""
+    line = (
+        "of 4 equally good checkpoints the best is ahead of their mean by up to 1.6 points on scenes-com and 1.6 points"
+    )
+    assert line in board.selection and line in write(board, tmp_path / "index.html").read_text()
+    alone = Board("dsd", board.metrics, 0.95, board.entries[:2], [])
+    assert not alone.selection and "selected on the test" not in write(alone, tmp_path / "alone.html").read_text()
+
+
 def test_a_checkpoint_without_results_of_the_method_has_no_value(board: Board) -> None:
     bare = entry(6, "bare", 0.5, scores={})
     [row] = scores(board, [bare], "").rows

@@ -130,6 +130,7 @@ ROWS = st.one_of(
         samples=st.integers(1, 2),
         beam_factor=st.floats(1, 4),
         patience=st.integers(1, 9),
+        reading=st.sampled_from(["text", "listing"]),
         shrinking=st.booleans(),
     ),
 )

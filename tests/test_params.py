@@ -223,6 +223,7 @@ def staged(**changed: object) -> Settings:
                     **s["races"]["published"],
                     "samples": 9,
                     "direction": "clean",
+                    "reading": "text",
                     "shortlist": None,
                     "budget": None,
                 }

@@ -80,8 +80,8 @@ def test_all_files_are_written_or_none(clone: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(DsdError, match="disk full"):
         put(preset(clone, "seed: 5\nraces.datasets: {}\n"), commits=nothing)
     assert lines() == before and not list(clone.glob(".*.new"))
-    with pytest.raises(ParamsError, match=r"races\.within: Input should be less than or equal to 1"):
-        put(preset(clone, "seed: 5\nraces.within: 2\n"), commits=nothing)
+    with pytest.raises(ParamsError, match=r"races\.within\.0: Input should be less than or equal to 1"):
+        put(preset(clone, "seed: 5\nraces.within: [2]\n"), commits=nothing)
     assert lines() == before
 
 

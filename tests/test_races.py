@@ -12,12 +12,19 @@ import pytest
 from dsd.config import NoiseParams, Params
 from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
 from dsd.engine.engine import Engine
-from dsd.engine.races import RaceRunner, answer_index, split_answers
+from dsd.engine.races import RaceRunner, answer_index, independent, split_answers
 from dsd.engine.score import score, score_raced
 from dsd.engine.session import Folders, Session
 from dsd.errors import DataError
 from dsd.evaluation.evaluate import ScoredSplit, evaluate
-from dsd.experiments.schedule_comparison import compare_schedules, recorded, run_live
+from dsd.experiments.schedule_comparison import (
+    compare_schedules,
+    operations,
+    proposing_cost,
+    race_examples,
+    recorded,
+    run_live,
+)
 from dsd.report.races import note
 from dsd.schedules.base import Course, shortlisted
 from dsd.schedules.exhaustive import all_draws
@@ -30,13 +37,14 @@ from dsd.training.loop import train
 from tests.raced import few, synthetic_races
 
 DATASET, K = "scenes-com", 8
+EXAMPLES = [MatchingExample("0", ("i",), ("a", "b"), ((0, 0),), "all")]
 
 
 @pytest.fixture
 def raced(params: Params) -> Params:
     """Images are compared: denoising is relative to the unconditional pass of the image, attention is not."""
     races = few(params.races)
-    racing = races.racing.model_copy(update={"deltas": (0.9,), "confidence": 0.5, "threshold": (9.0, 1.0)})
+    racing = races.racing.model_copy(update={"deltas": (0.9,), "confidence": 0.5, "threshold": (1e9, 1.0)})
     update = {"datasets": {DATASET: ("denoising", "dsd-zero-shot")}, "racing": racing, "timed": 60}
     return params.model_copy(update={"races": races.model_copy(update=update)})
 
@@ -73,7 +81,7 @@ def test_a_duplicate_of_the_right_answer_is_one_candidate_and_reported_as_a_tie(
     assert len(pairs([twice])) == 2 and answer_index(twice) == -1
     races = synthetic_races(40)
     tied = races._replace(answers=[-1, *races.answers[1:]])
-    _, results = compare_settings(races, tied, raced.races, raced.evaluate, raced.seed)
+    _, results = compare_settings(races, races, tied, raced.races, raced.evaluate, raced.seed)
     assert results["ties"] == 1
     assert "In 1 no candidate is correct, or an incorrect one is identical" in note(results)
 
@@ -95,7 +103,7 @@ def test_nothing_is_computed_twice(
     [
         Course(list(range(K)), all_draws(K), None),
         Course([3, 1, 7, 0], staged((2, 1), (1, 4)), None),
-        Course(list(range(K)), hierarchical(4, 2, 2, 3, shrinking=False), None),
+        Course(list(range(K)), hierarchical(4, 2, 2, 3, reading="text", shrinking=False), None),
         Course([5, 2], shortlisted(all_draws(2), 1), "clip-zero-shot"),
     ],
 )
@@ -109,7 +117,8 @@ def test_live_races_end_as_replayed(
     live = runner(raced, folders, row)
     examples = examples_of(live)
     proposed = {"clip-zero-shot": live.session.proposals("clip-zero-shot", examples)}
-    races = recorded(examples, live.collect(examples, Store(tmp_path / "draws"), "x"), proposed)
+    values = live.collect(examples, Store(tmp_path / "draws"), "x")
+    races = recorded(examples, values, proposed, {"clip-zero-shot": 0.0})
     costs = run_live(live, course, examples, races, raced.races.timed)
     assert costs["differ"] == 0 and 1 <= costs["images"] <= len(examples)
     assert 0 < costs["fill"] <= 1 and costs["seconds"] > 0
@@ -118,11 +127,11 @@ def test_live_races_end_as_replayed(
 def test_a_comparison_has_results_of_every_method(
     raced: Params, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert compare(raced, folders, tmp_path) == {"races": 2 * 6 + 9}
+    assert compare(raced, folders, tmp_path) == {"races": 2 * 6 + 1 + 9}
     comparisons = json.loads((tmp_path / "races" / f"{DATASET}.json").read_text())
     assert list(comparisons) == ["denoising", "dsd-zero-shot"]
     for method in comparisons.values():
-        assert method["races"] == {"train": 12, "calibration": 9, "test": 9} and method["draws"] == K
+        assert method["races"] == {"train": 12, "validation": 1, "test": 9} and method["draws"] == K
         assert all(row["live"]["differ"] == 0 for row in method["chosen"].values())
 
     score_raced(Session(DATASET, raced, folders), tmp_path / "races", tmp_path / "score", split="test")
@@ -133,7 +142,7 @@ def test_a_comparison_has_results_of_every_method(
     monkeypatch.setattr("dsd.experiments.schedule_comparison.compare_settings", None)
     compare(raced, folders, tmp_path)
     assert json.loads((tmp_path / "races" / f"{DATASET}.json").read_text()) == comparisons
-    within = raced.races.model_copy(update={"within": 0.5})
+    within = raced.races.model_copy(update={"within": (0.5,)})
     with pytest.raises(TypeError, match="not callable"):
         compare(raced.model_copy(update={"races": within}), folders, tmp_path)
 
@@ -160,12 +169,76 @@ def test_without_preparation_there_is_one_line(raced: Params, tmp_path: Path) ->
         compare(raced, Folders(tmp_path, tmp_path, tmp_path), tmp_path)
 
 
-def test_too_few_races_for_an_error_rate_are_one_line(raced: Params, folders: Folders, tmp_path: Path) -> None:
-    racing = raced.races.racing.model_copy(update={"deltas": (0.01,), "confidence": 0.95})
+def test_an_error_rate_that_the_races_do_not_support_is_refused_with_the_smallest(
+    raced: Params, folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One race of three: they share images. The other results stand, and a method that needs the rate is one line."""
+    racing = raced.races.racing.model_copy(update={"deltas": (0.02, 0.96), "budget": (None,), "confidence": 0.95})
     races = raced.races.model_copy(update={"racing": racing, "datasets": {DATASET: ("denoising",)}})
-    with pytest.raises(DataError, match=r"races: .* it takes 299 races without an error") as error:
-        compare(raced.model_copy(update={"races": races}), folders, tmp_path)
-    assert "\n" not in str(error.value)
+    mine = raced.model_copy(update={"races": races})
+    compare(mine, folders, tmp_path)
+    line = "δ = 0.02 is refused, the smallest that can be guaranteed is 0.95: 0 of 1 races miss the winner of all draws"
+    assert any(line in message for message in caplog.messages)
+    results = json.loads((tmp_path / "races" / f"{DATASET}.json").read_text())["denoising"]
+    assert "racing, δ = 0.96" in results["chosen"] and "racing, δ = 0.02" not in results["chosen"]
+    assert [p["threshold"] is None for p in results["promised"][:2]] == [True, False]
+    assert "racing, δ = 0.02: refused, the smallest δ that the races support is 0.950." in note(results)
+
+    params = with_schedule(mine, racing={"kind": "racing", "delta": 0.02, "proposer": None, "budget": None})
+    with pytest.raises(DataError, match=r"δ = 0\.02: refused; the smallest δ that .* support is 0\.95$"):
+        score_raced(Session(DATASET, params, folders), tmp_path / "races", tmp_path / "score", split="test")
+
+
+def test_calibration_uses_validation_races_that_share_no_image(raced: Params, folders: Folders) -> None:
+    session = Session(DATASET, raced, folders)
+    few_shot, validation, test = race_examples(session).values()
+    ids = {split: {e.id.split("/")[0] for e in session.examples(split)} for split in ("train", "validation", "test")}
+    for split, races in (("train", few_shot), ("validation", validation), ("test", test)):
+        assert {e.id.split("/")[0] for e in races} <= ids[split]
+    images = [image for example in validation for image in example.images]
+    assert len(images) == len(set(images))
+    few_races = raced.races.model_copy(update={"racing": raced.races.racing.model_copy(update={"learning": 2})})
+    few_params = raced.model_copy(update={"races": few_races})
+    assert len(race_examples(Session(DATASET, few_params, folders))["train"]) == 2
+    with pytest.raises(ValueError, match="no two of one cluster"):
+        some = synthetic_races(4)
+        twice = some._replace(clusters=["a", "b", "a", "c"])
+        compare_settings(some, twice, some, raced.races, raced.evaluate, raced.seed)
+
+
+def test_independent_examples_are_random_and_share_neither_image_nor_sentence() -> None:
+    questions = [MatchingExample(f"{n}", (f"i{n % 7}",), ("a", "b"), ((0, 0),), "all") for n in range(70)]
+    chosen = independent(questions, 99, 0)
+    assert sorted(e.images[0] for e in chosen) == [f"i{n}" for n in range(7)]
+    assert chosen == independent(questions, 99, 0) != independent(questions, 99, 1)
+    assert independent(questions, 3, 0) == chosen[:3]
+    sentence = [MatchingExample(f"{n}", (f"p{n}", f"q{n}"), ("a red circle",), ((0, 0),), "all") for n in range(5)]
+    chain = [MatchingExample(f"{n}", (f"p{n}", f"p{n + 1}"), (f"text {n}",), ((0, 0),), "all") for n in range(5)]
+    assert len(independent(sentence, 9, 0)) == 1 and 2 <= len(independent(chain, 9, 0)) <= 3
+
+
+def test_a_split_without_examples_is_one_line(raced: Params, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "examples", lambda self, split: [] if split == "validation" else EXAMPLES)
+    with pytest.raises(DataError, match=r"^datasets\.scenes-com\.validation: no examples, and schedules are compared"):
+        race_examples(Session(DATASET, raced, folders))
+
+
+@pytest.mark.parametrize("tuned", ["none", "context"])
+def test_the_cost_of_a_proposer_is_that_of_its_encodings(raced: Params, folders: Folders, tuned: str) -> None:
+    """Each distinct image and text once; with a context that depends on the image, each text for each image."""
+    name = {"none": "clip-zero-shot", "context": "clip-prompt"}[tuned]
+    of, texts = runner(raced, folders, "dsd-zero-shot"), {"none": 2, "context": 4}[tuned]
+    example, *_ = examples_of(of)
+    words = of.session.texts[1:3]
+    pair = [replace(example, id=f"{n}", texts=(text,)) for n, text in enumerate(words)]
+    clip = of.session.clip("embedded-clip")
+    one = operations(lambda: clip.text_features(words[:1]))
+    both = operations(lambda: clip.text_features(words))
+    assert both == pytest.approx(2 * one) and one > 0
+    image = operations(lambda: clip.image_features(np.zeros((1, 32, 32, 3), np.uint8)))
+    evaluation = operations(lambda: of.session.engine("none").compute([(pairs([example])[0], of.draws[0])]))
+    expected = (2 * image + texts * one) / evaluation / 2
+    assert proposing_cost(of, name, pair) == pytest.approx(expected, rel=1e-6)
 
 
 def test_values_that_are_not_finite_are_dropped_and_counted(raced: Params, folders: Folders, tmp_path: Path) -> None:
@@ -173,7 +246,7 @@ def test_values_that_are_not_finite_are_dropped_and_counted(raced: Params, folde
     examples = examples_of(races)
     values = races.collect(examples, Store(tmp_path / "draws"), "x")
     values[0][0, 3] = np.nan
-    outcome = replay(Course(list(range(K)), all_draws(K), None), recorded(examples, values, {}))
+    outcome = replay(Course(list(range(K)), all_draws(K), None), recorded(examples, values, {}, {}))
     kept = np.delete(values[0], 3, 1).mean(1)
     assert outcome.winners[0] == kept.argmax()
 
@@ -200,6 +273,7 @@ def test_methods_with_a_schedule_are_ranked_by_their_races(
             "kind": "hierarchical",
             **raced.races.published.model_dump(),
             "direction": "clean",
+            "reading": "listing",
             "shortlist": {"proposer": "clip-zero-shot", "keep": 1},
             "budget": None,
         },
@@ -277,15 +351,21 @@ def test_all_methods_may_have_schedules_with_a_proposer(raced: Params, folders: 
 
 
 def test_racing_without_a_comparison_is_one_line(raced: Params, folders: Folders, tmp_path: Path) -> None:
-    def race(delta: float) -> None:
-        params = with_schedule(raced, racing={"kind": "racing", "delta": delta, "proposer": None, "budget": None})
-        score_raced(Session(DATASET, params, folders), tmp_path / "races", tmp_path / "score", split="test")
+    raced = raced.model_copy(update={"races": raced.races.model_copy(update={"datasets": {DATASET: ("denoising",)}})})
+
+    def race(delta: float, budget: float | None = None) -> float:
+        params = with_schedule(raced, racing={"kind": "racing", "delta": delta, "proposer": None, "budget": budget})
+        session = Session(DATASET, params, folders)
+        return score_raced(session, tmp_path / "races", tmp_path / "score", split="test")["denoising-racing"]
 
     with pytest.raises(DataError, match=r"no races that denoising-racing could learn from"):
         race(0.9)
     compare(raced, folders, tmp_path)
     race(0.9)
-    with pytest.raises(DataError, match=r"racing was not calibrated for δ = 0\.3"):
+    assert race(0.9, budget=5.0) <= 2 * 5
+    with pytest.raises(DataError, match=r"racing, δ = 0\.9, budget 2: not calibrated"):
+        race(0.9, budget=2.0)
+    with pytest.raises(DataError, match=r"racing, δ = 0\.3: not calibrated; add its δ, proposer and budget to"):
         race(0.3)
     other = raced.model_copy(update={"seed": 5})
     with pytest.raises(DataError, match=r"no races that denoising-racing could learn from"):

@@ -32,12 +32,12 @@ from dsd.metrics import SLOTS, rank
 from dsd.report import build
 from dsd.report.comparisons import Comparison, compare
 from dsd.report.figures import smooth
-from dsd.report.findings import unbeaten
+from dsd.report.findings import reasons, unbeaten
 from dsd.report.gallery import choose, decimals, noisy_example
 from dsd.report.heatmaps import HeatMaps, overlay
-from dsd.report.inputs import DatasetResults, read_datasets
+from dsd.report.inputs import Claim, DatasetResults, read_datasets
 from dsd.report.papers import second_paper
-from dsd.report.races import front, plots
+from dsd.report.races import accuracy_plots, front
 from dsd.report.tables import duration, names, points
 from dsd.schedules.replay import compare_settings
 from dsd.scorers.evidence import INDEX, RACES, write_index
@@ -164,7 +164,8 @@ def write_results(params: Params, data: Path) -> None:
 def write_races(params: Params, data: Path) -> None:
     """Write the races of denoising on questions, with live runs except those with a proposer."""
     learning, measured = synthetic_races(100), synthetic_races(60, seed=1)
-    _, results = compare_settings(learning, measured, params.races, params.evaluate, params.seed)
+    races = synthetic_races(40, seed=2), learning, measured
+    _, results = compare_settings(*races, params.races, params.evaluate, params.seed)
     live = {"images": 5, "seconds": 0.25, "evaluations": 30.0, "fill": 0.97, "differ": 0}
     for row in results["chosen"].values():
         if not row["setting"].get("proposer"):
@@ -438,28 +439,71 @@ def test_claims_and_their_comparisons(page: str, data: Path) -> None:
     rows_ = tables["Claims"][1:]
     assert [(row[0], row[1], row[2]) for row in rows_] == [(n, c["claim"], c["verdict"]) for n, c in claims.items()]
     assert len(tables["Comparisons behind the claims"]) == 1 + sum(map(len, rows.values()))
+    for row, (number, claim) in zip(rows_, claims.items(), strict=True):
+        bound = rows[number][claim["binding"]]
+        assert bound["value"] == claim["effect"] and row[3].startswith(f"{bound['dataset']}, {bound['metric']}: ")
+        assert row[4].startswith(points(bound["value"])) and row[5] == points(bound["least"])
+
+
+def test_a_claim_that_fails_names_the_comparison_that_binds_with_its_margin_apart(params: Params, data: Path) -> None:
+    """The second comparison has the smallest difference and exceeds its margin; the first does not."""
+    sides = {"dataset": "scenes-ref", "metric": "top1", "a": "denoising, x", "b": "denoising, y", "p": 0.4}
+    rows = [{**sides, "value": -0.05, "least": -0.04}, {**sides, "value": -0.06, "least": -0.42}]
+    judgement = claims.Judgement("kept", 0, -0.05, -0.1, 0.0, -0.04, 0.8, "not shown")
+    datasets = read_datasets(params, data, {})
+    [sentence] = reasons([Claim("11", judgement, rows)], datasets, "dsd", ["denoising"])
+    start = (
+        "Claim 11 (not shown) fails at scenes-ref, top1: denoising, x vs. denoising, y (−5.0 points, must exceed −4.0)"
+    )
+    assert sentence.startswith(start)
 
 
 def test_races(page: str, data: Path, params: Params) -> None:
     parsed, results = Parsed(page), json.loads((data / "races" / "scenes-vqa.json").read_text())["denoising"]
     rows = {row[0]: row[1:] for row in parsed.tables["scenes-vqa: denoising"][1:]}
-    assert list(rows) == list(results["chosen"])
-    cells, staged = rows["staged"], results["chosen"]["staged"]
-    assert cells[-1].startswith("to keep ") and cells[0].startswith(f"{100 * staged['accuracy']['value']:.1f} %")
-    assert cells[3].startswith(f"{8 * staged['share']['value']:.2f} [") and cells[5:7] == ["0.25 5 images", "97.0 %"]
+    assert list(rows) == [name for name in results["chosen"] if ", within " not in name]
+    assert rows["exhaustive, all draws"][1:3] == ["reference", "reference"]  # not a difference of 0.0 from itself
     assert rows["exhaustive, all draws"][4] == "1.0×"
-    proposed = rows["racing, δ = 0.1, clip-zero-shot first"]
-    assert "proposer clip-zero-shot" in proposed[-1] and proposed[5] == "–"
-    assert "The stated error rate was met by" in parsed.text
-    assert f"in its top 1 in {100 * results['recall']['clip-zero-shot']['1']:.1f} %, 2 in" in parsed.text
+    for reading in ("text", "listing"):
+        assert f"reading {reading}, samples 2" in rows[f"hierarchical as published ({reading}), from clean"][-1]
+    proposed = rows["racing, δ = 0.1, clip-zero-shot first, budget 5"]
+    assert "proposer clip-zero-shot" in proposed[-1] and "budget 5" in proposed[-1] and proposed[5] == "–"
+    assert "The stated error rate was met by" in parsed.text and "calibrated, on 100 validation races" in parsed.text
+    alone = results["recall"]["clip-zero-shot"]["1"]
+    assert "clip-zero-shot costs as much as 1.5 evaluations per race, which every cost here includes" in parsed.text
+    assert f"in its top 1 in {100 * alone:.1f} %, 2 in" in parsed.text
     grown = {row[0]: row[1:] for row in parsed.tables["Racing by number of candidates, on synthetic evidence"][1:]}
     rows_ = read_scaling(data / "races")["rows"]
     assert list(grown) == ["10", "40"]
     assert grown["40"][0].startswith(f"{8 * rows_[1]['share']['value']:.2f} [")
     assert grown["40"][3].startswith(f"{100 * rows_[3]['disagreement']['value']:.1f} %")
-    assert (
-        len([v for _, name, v in parsed.attributes if name == "aria-label" and "evaluations per candidate" in v]) == 2
-    )
+    figures = [v for _, name, v in parsed.attributes if name == "aria-label" and "evaluations per candidate" in v]
+    assert [figure.split(" over ")[0].split(": ")[-1] for figure in figures] == [
+        "accuracy",
+        "accuracy",
+        "disagreement with all draws",
+    ]
+
+
+def test_schedules_are_compared_at_equal_disagreement(page: str, data: Path) -> None:
+    parsed, results = Parsed(page), json.loads((data / "races" / "scenes-vqa.json").read_text())["denoising"]
+    rows = {row[0]: row[1:] for row in parsed.tables["scenes-vqa: denoising, at equal disagreement"][1:]}
+    labels = ("exhaustive", "staged", "hierarchical", "racing", "racing, clip-zero-shot first")
+    assert list(rows) == [f"{label}, within {rate} %" for rate in (2, 20) for label in labels]
+    cells, staged = rows["staged, within 20 %"], results["chosen"]["staged, within 20 %"]
+    assert cells[-1].startswith("to keep ") and cells[0].startswith(f"{100 * staged['accuracy']['value']:.1f} %")
+    assert cells[2].startswith(f"{100 * staged['disagreement']['value']:.1f} % [")
+    assert cells[3].startswith(f"{8 * staged['share']['value']:.2f} [") and cells[5:7] == ["0.25 5 images", "97.0 %"]
+    least = min(run["validation"]["disagreement"] for run in results["runs"] if run["schedule"] == "staged")
+    assert "staged, within 2 %" not in results["chosen"]
+    assert rows["staged, within 2 %"] == ["–", "–", f"not reached: {100 * least:.1f} % at least", *["–"] * 5]
+    assert rows["exhaustive, within 2 %"][1:3] == ["reference", "reference"]
+
+
+def test_readings_of_algorithm_1_are_drawn_apart(data: Path) -> None:
+    results = json.loads((data / "races" / "scenes-vqa.json").read_text())["denoising"]
+    _, figure_4 = accuracy_plots("scenes-vqa", "denoising", results)
+    assert figure_4.svg.count("from clean, text") == figure_4.svg.count("from clean, listing") > 0
 
 
 def test_the_first_example_is_shown_at_increasing_noise(params: Params, data: Path) -> None:
@@ -472,15 +516,16 @@ def test_the_first_example_is_shown_at_increasing_noise(params: Params, data: Pa
     ]
 
 
-def test_a_front_is_chosen_on_the_few_shot_races() -> None:
-    def run(cost: float, learned: float, measured: float) -> dict[str, dict[str, float]]:
+def test_fronts_of_costs_are_chosen_on_validation_and_drawn_on_test() -> None:
+    def run(cost: float, chosen: float, measured: float) -> dict[str, dict[str, float]]:
         return {
-            "train": {"evaluations": cost, "accuracy": learned},
-            "test": {"evaluations": cost, "accuracy": measured},
+            split: {"evaluations": cost, "accuracy": share, "disagreement": 1 - share}
+            for split, share in (("validation", chosen), ("test", measured))
         }
 
     runs = [run(4, 0.8, 0.9), run(1, 0.5, 0.4), run(2, 0.5, 0.95), run(3, 0.7, 0.6)]
-    assert front(runs) == [(1, 0.4), (3, 0.6), (4, 0.9)]
+    assert front(runs, "accuracy") == [(1, 0.4), (3, 0.6), (4, 0.9)]
+    assert np.array(front(runs, "disagreement")) == pytest.approx(np.array([(1, 0.6), (3, 0.4), (4, 0.1)]))
 
 
 def test_the_second_papers_tables_have_its_numbers_and_ours(params: Params, data: Path) -> None:
@@ -489,8 +534,11 @@ def test_the_second_papers_tables_have_its_numbers_and_ours(params: Params, data
     classes = replace(dataset, kind="scenes-cls")
     first, second = second_paper({"scenes-vqa": results}, [classes], "clip-zero-shot")
     assert [cell.text for cell in first.rows[0].cells] == ["published", "86.6", "110 h", "85.5", "57 h"]
-    ours = results["denoising"]["chosen"]["hierarchical as published, from clean"]["accuracy"]["value"]
-    assert first.rows[-1].cells[3].text == second.rows[-1].cells[2].text == f"{100 * ours:.1f}"
+    for place, reading in ((-2, "text"), (-1, "listing")):
+        row = results["denoising"]["chosen"][f"hierarchical as published ({reading}), from clean"]
+        ours, label = f"{100 * row['accuracy']['value']:.1f}", f"ours (denoising), {reading}"
+        assert first.rows[place].cells[3].text == second.rows[place].cells[2].text == ours
+        assert first.rows[place].cells[0].text == second.rows[place].cells[0].text == label
     assert list(second_paper({}, [classes], "clip-zero-shot")) == []
 
 
@@ -510,7 +558,7 @@ def test_studies(page: str, data: Path) -> None:
         ["2", "dsd"],
         ["params.yaml", "clip-finetune"],
     ]
-    assert "+10.0, p 0.010" in rows[1][2] and "p " not in rows[0][2]
+    assert "+10.0, p 0.010" in rows[1][2] and rows[0][2].endswith("]; reference")
     assert rows[-2][0] == "mean ± standard deviation" and "± 0.0, 3 samples" in rows[-2][2]
     assert len([value for _, name, value in parsed.attributes if name == "aria-label" and "few_shot" in value]) == 3
 
@@ -680,4 +728,4 @@ def test_points(difference: float, text: str) -> None:
 def test_a_schedule_without_runs_is_not_plotted(schedule: str, data: Path) -> None:
     results = json.loads((data / "races" / "scenes-vqa.json").read_text())["denoising"]
     results["runs"] = [run for run in results["runs"] if run["schedule"] != schedule]
-    assert len(plots("scenes-vqa", "denoising", results)) == (1 if schedule == "hierarchical" else 2)
+    assert len(accuracy_plots("scenes-vqa", "denoising", results)) == (1 if schedule == "hierarchical" else 2)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 
+from dsd.config.base import Reading
 from dsd.errors import DataError
 from dsd.schedules.base import shortlisted
 from dsd.schedules.exhaustive import all_draws
-from dsd.schedules.hierarchical import hierarchical
+from dsd.schedules.hierarchical import READINGS, hierarchical
 from dsd.schedules.race import Race, Schedule
-from dsd.schedules.racing import Forecast, calibrate, fit_forecast, racing
+from dsd.schedules.racing import Forecast, UnsupportedRate, calibrate, fit_forecast, racing, smallest_rate
 from dsd.schedules.staged import staged
 
 
@@ -42,8 +45,9 @@ def simple(draws: int) -> Forecast:
 SCHEDULES = [
     all_draws(8),
     staged((5, 2, 1), (1, 4, 8)),
-    hierarchical(4, 2, beam_factor=2, patience=3, shrinking=False),
-    hierarchical(4, 2, beam_factor=2, patience=3, shrinking=True),
+    hierarchical(4, 2, beam_factor=2, patience=3, reading="text", shrinking=False),
+    hierarchical(4, 2, beam_factor=2, patience=3, reading="text", shrinking=True),
+    hierarchical(4, 2, beam_factor=2, patience=3, reading="listing", shrinking=False),
     racing(simple(8), threshold=2.0),
 ]
 
@@ -78,16 +82,99 @@ def test_staged_by_hand() -> None:
 def test_hierarchical_by_hand() -> None:
     values = np.array([[4.0, 0.0, 0.0, 0.0], [3.0, 9.0, 9.0, 9.0], [2.0, 1.0, 9.0, 9.0], [1.0, 9.0, 9.0, 9.0]])
     # The best two of four after the first timestep, and the same two from then on.
-    race = run(values, hierarchical(4, 1, beam_factor=2, patience=9, shrinking=False))
+    race = run(values, hierarchical(4, 1, beam_factor=2, patience=9, reading="text", shrinking=False))
     assert race.evaluations == 4 + 3 * 2 and race.ranking()[:2].tolist() == [1, 0]
     # Half of those that are left: one after the second timestep.
-    race = run(values, hierarchical(4, 1, beam_factor=2, patience=9, shrinking=True))
+    race = run(values, hierarchical(4, 1, beam_factor=2, patience=9, reading="text", shrinking=True))
     assert race.evaluations == 4 + 2 and race.ranking()[:2].tolist() == [1, 0]
     # With a beam of all candidates patience ends the race: the second leads from draw 2 on.
-    patient = run(values, hierarchical(4, 1, beam_factor=1, patience=2, shrinking=False))
+    patient = run(values, hierarchical(4, 1, beam_factor=1, patience=2, reading="text", shrinking=False))
     assert patient.evaluations == 16 and patient.ranking()[0] == 1
-    hasty = run(values, hierarchical(4, 1, beam_factor=1, patience=1, shrinking=False))
+    hasty = run(values, hierarchical(4, 1, beam_factor=1, patience=1, reading="text", shrinking=False))
     assert hasty.evaluations == 12 and hasty.ranking()[0] == 1
+
+
+def algorithm_1(values_CK: np.ndarray, samples: int, beam_factor: float, reading: str) -> tuple[int, int]:
+    """The second paper's Algorithm 1, written from its lines: the winner, and the number of evaluations."""
+    count, draws = values_CK.shape
+    classes, scores, evaluations = list(range(count)), {c: list[float]() for c in range(count)}, 0
+    beam_size = int(np.ceil(count / beam_factor))  # line 3
+
+    def refined() -> list[int]:  # line 11
+        return sorted(classes, key=lambda c: -np.mean(scores[c]))[:beam_size]
+
+    for first in range(0, draws, samples):  # line 4: timesteps
+        for k in range(first, first + samples):  # line 5: samples of a timestep
+            for c in classes:
+                scores[c].append(values_CK[c, k])
+                evaluations += 1
+            if reading == "listing":
+                classes = refined()
+        if reading == "text":
+            classes = refined()
+    return max(classes, key=lambda c: np.mean(scores[c])), evaluations  # line 14: every timestep has as many samples
+
+
+@pytest.mark.parametrize(("reading", "cost"), [("text", 0.5625), ("listing", 0.508)])
+def test_both_readings_of_algorithm_1(reading: Reading, cost: float) -> None:
+    """At b = 2, with eight timesteps of eight samples, and without stopping early."""
+    rng = np.random.default_rng(0)
+    schedule = hierarchical(8, 8, beam_factor=2, patience=99, reading=reading, shrinking=False)
+    for _ in range(40):
+        values = evidence(rng, 16, 64)
+        race = run(values, schedule)
+        assert (race.ranking()[0], race.evaluations) == algorithm_1(values, 8, 2, reading)
+        assert race.evaluations / values.size == pytest.approx(cost, abs=5e-4)
+
+
+def test_the_two_readings_often_name_different_winners() -> None:
+    """They agree in about two thirds of random races: a result must say which of them it is of."""
+    rng = np.random.default_rng(1)
+    races = [rng.normal(size=(20, 1)) + 6 * rng.normal(size=(20, 64)) for _ in range(100)]
+    text, listing = (
+        [run(v, hierarchical(8, 8, 2, 99, reading=reading, shrinking=False)).ranking()[0] for v in races]
+        for reading in READINGS
+    )
+    assert 0.5 < np.mean(np.equal(text, listing)) < 0.8
+
+
+def grid(draws: int, samples: int) -> list[int]:
+    """The timesteps that the published code of Li et al. 2023 takes for a number of samples, of `draws` in all."""
+    step = draws // samples
+    return list(range(step // 2, draws, step))[:samples]
+
+
+def published_staged(values_CK: np.ndarray, to_keep: Sequence[int], n_samples: Sequence[int]) -> tuple[int, int]:
+    """The rule of that code: each stage takes the timesteps of its own grid that were not evaluated yet."""
+    kept, taken, evaluations = list(range(len(values_CK))), list[int](), 0
+    for keep, samples in zip(to_keep, n_samples, strict=True):
+        fresh = [k for k in grid(n_samples[-1], samples) if k not in taken]
+        taken += fresh
+        evaluations += len(kept) * len(fresh)
+        kept = sorted(kept, key=lambda c: -values_CK[c, taken].mean())[:keep]
+    return kept[0], evaluations
+
+
+@pytest.mark.parametrize(
+    ("to_keep", "n_samples"), [((8, 1), (4, 64)), ((10, 3, 1), (3, 9, 27)), ((12, 5, 2, 1), (1, 3, 9, 27))]
+)
+def test_staged_is_the_published_code_where_its_grids_nest(to_keep: Sequence[int], n_samples: Sequence[int]) -> None:
+    order = list(dict.fromkeys(k for samples in n_samples for k in grid(n_samples[-1], samples)))
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        values = evidence(rng, 20, n_samples[-1])
+        race = run(values[:, order], staged(to_keep, n_samples))
+        assert (race.ranking()[0], race.evaluations) == published_staged(values, to_keep, n_samples)
+
+
+@pytest.mark.parametrize(("to_keep", "n_samples"), [((10, 3, 1), (4, 16, 64)), ((48, 10, 3, 1), (1, 4, 16, 64))])
+def test_staged_is_cheaper_where_the_published_grids_do_not_nest(
+    to_keep: Sequence[int], n_samples: Sequence[int]
+) -> None:
+    """The published code then draws again, and takes more than `n_samples` says."""
+    values = evidence(np.random.default_rng(0), 96, 64)
+    _, published = published_staged(values, to_keep, n_samples)
+    assert 1.04 < published / run(values, staged(to_keep, n_samples)).evaluations < 1.3
 
 
 def test_a_race_that_spends_its_budget_ranks_by_what_it_has() -> None:
@@ -126,9 +213,11 @@ def races(rng: np.random.Generator, count: int, tail: float) -> list[np.ndarray]
     return [evidence(rng, 10, 16, tail) for _ in range(count)]
 
 
-def errors(some: Sequence[np.ndarray], schedule: Schedule, order: Sequence[int]) -> tuple[list[bool], int]:
+def errors(
+    some: Sequence[np.ndarray], schedule: Schedule, order: Sequence[int], budget: int | None = None
+) -> tuple[list[bool], int]:
     """Whether each race misses the winner of all draws, and the evaluations of all races."""
-    ended = [run(values[:, list(order)], schedule) for values in some]
+    ended = [run(values[:, list(order)], schedule, budget) for values in some]
     missed = [race.ranking()[0] != values.mean(1).argmax() for race, values in zip(ended, some, strict=True)]
     return missed, sum(race.evaluations for race in ended)
 
@@ -152,6 +241,51 @@ def test_racing_keeps_its_error_rate(delta: float, tail: float) -> None:
     missed, evaluations = errors(races(rng, 10_000, tail), racing(forecast, threshold), forecast.order)
     assert np.mean(missed) <= delta
     assert evaluations < (0.95 if tail < 3 else 0.7) * 10_000 * 10 * 16
+
+
+def test_racing_keeps_its_error_rate_with_its_budget_in_force() -> None:
+    """Calibrated without the budget that it then runs with, it would not: a third of the races ends too early."""
+    rng, delta, budget = np.random.default_rng(1), 0.05, 4 * 10
+    forecast = fit_forecast(races(rng, 60, 30.0), [k // 4 for k in range(16)], 9, None)
+    calibration, future = races(rng, 300, 30.0), races(rng, 1500, 30.0)
+
+    def rate(some: Sequence[np.ndarray], threshold: float, budget: int | None) -> float:
+        return float(np.mean(errors(some, racing(forecast, threshold), forecast.order, budget)[0]))
+
+    def errors_at(budget: int | None) -> Callable[[float], list[bool]]:
+        return lambda threshold: errors(calibration, racing(forecast, threshold), forecast.order, budget)[0]
+
+    thresholds = [8.0, 4.0, 3.0, 2.5, 2.0, 1.5, 1.0, 0.5]
+    alone = calibrate(errors_at(None), thresholds, delta, 0.95, "")
+    assert rate(future, alone, None) <= delta < 3 * delta < rate(future, alone, budget)
+    with pytest.raises(UnsupportedRate, match=r"δ = 0\.05 is refused, .* is 0\.\d+: .*; more races") as refused:
+        calibrate(errors_at(budget), thresholds, delta, 0.95, "more races")
+    smallest = refused.value.smallest
+    supported = calibrate(errors_at(budget), thresholds, smallest, 0.95, "")
+    assert rate(future, supported, budget) <= smallest
+
+
+def test_the_rate_is_kept_with_the_stated_confidence_if_races_are_independent() -> None:
+    """500 races, five of each image, which miss the winner together: only one of each image may be counted."""
+    rng, rates = np.random.default_rng(2), {3.0: 0.02, 2.0: 0.06, 1.0: 0.11, 0.5: 0.3}
+    broken = {1: 0, 5: 0}
+    for _ in range(400):
+        uniform = rng.random(100)
+        for copies in broken:
+            errors_of = {t: np.repeat(uniform < rate, copies).tolist() for t, rate in rates.items()}
+            with suppress(UnsupportedRate):
+                broken[copies] += rates[calibrate(errors_of.__getitem__, [*rates], 0.1, 0.95, "")] > 0.1
+    assert broken[1] / 400 <= 0.05 < 0.1 < broken[5] / 400
+
+
+def test_the_smallest_rate_that_races_support() -> None:
+    for races_, smallest in ((50, 0.0582), (120, 0.0247), (299, 0.01)):
+        assert smallest_rate(0, races_, 0.95) == pytest.approx(1 - 0.05 ** (1 / races_))
+        assert smallest_rate(0, races_, 0.95) == pytest.approx(smallest, abs=1e-4)
+    for missed in (0, 3, 20):
+        rate = smallest_rate(missed, 120, 0.95)
+        assert binom.cdf(missed, 120, rate) == pytest.approx(0.05)
+    assert smallest_rate(9, 9, 0.95) == 1
 
 
 def test_calibration_by_hand() -> None:
@@ -231,10 +365,13 @@ def test_many_candidates_cost_little_more_than_a_draw_each() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: calibrate(lambda _: [False] * 50, [1.0], 0.01, 0.95, ""), "it takes 299 races without an error"),
+        (
+            lambda: calibrate(lambda _: [False] * 50, [1.0], 0.01, 0.95, "more"),
+            r"δ = 0\.01 is refused, the smallest that can be guaranteed is 0\.0582: 0 of 50 races miss .*; more",
+        ),
         (
             lambda: calibrate(lambda _: [True] * 50, [1.0], 0.1, 0.95, "more"),
-            "races: 50 of 50 miss the winner .*; more",
+            "is refused, the smallest that can be guaranteed is 1: 50 of 50 races miss .*; more",
         ),
         (lambda: staged((5, 4), (2, 2)), "must rise"),
         (lambda: Race(4, all_draws(2), budget=3), "a budget of 3 is less than one draw for each of 4 candidates"),

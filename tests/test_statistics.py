@@ -199,7 +199,7 @@ def test_sign_flip_p_agrees_with_mcnemar_and_a_plain_loop() -> None:
     a, b = (rng.random(300) < 0.62).astype(float), (rng.random(300) < 0.5).astype(float)
     difference = paired_difference(a, b, singletons(300), resamples=4999, **OPTIONS)
     won, lost = int((a > b).sum()), int((a < b).sum())
-    assert difference.p == pytest.approx(stats.binomtest(won, won + lost).pvalue, rel=0.3, abs=2e-3)
+    assert difference.p == pytest.approx(stats.binomtest(won, won + lost).pvalue)
     assert difference.value == pytest.approx((won - lost) / 300)
 
     names = np.array([f"c{i // 5}" for i in range(300)])
@@ -208,6 +208,67 @@ def test_sign_flip_p_agrees_with_mcnemar_and_a_plain_loop() -> None:
     flips = rng.choice([-1, 1], (4999, len(sums)))
     extreme = np.abs(flips @ sums) >= abs(sums.sum()) - 1e-9
     assert clustered.p == pytest.approx(extreme.mean(), rel=0.3, abs=2e-3)
+
+
+def enumerated(shares_C: np.ndarray) -> float:
+    """Two-sided p-value over all 2^C sign flips."""
+    flips = 1 - 2 * (np.arange(2 ** len(shares_C))[:, None] >> np.arange(len(shares_C)) & 1)
+    return float((np.abs(flips @ shares_C) >= abs(shares_C.sum()) - 1e-9).mean())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.integers(2, 14), st.sampled_from(["whole", "eighths", "two groups", "any"]))
+def test_sign_flip_p_is_that_of_all_flips(seed: int, clusters: int, hits: str) -> None:
+    """Also where the hits are means, where clusters are of unequal size, and where shares have no common step."""
+    rng = np.random.default_rng(seed)
+    names = rng.integers(0, clusters, 5 * clusters)
+    fine = {"whole": 1, "eighths": 8, "two groups": 1, "any": 10**6}[hits]
+    a, b = rng.integers(0, fine + 1, (2, len(names))) / fine
+    groups = [np.arange(len(names)) < 7, np.arange(len(names)) >= 7] if hits == "two groups" else everyone(len(names))
+    p = paired_difference(a, b, names.astype(str), groups, resamples=10, **OPTIONS).p
+    shares = [
+        np.mean([(a - b)[mask & (names == cluster)].sum() / mask.sum() for mask in groups]) for cluster in set(names)
+    ]
+    assert p == pytest.approx(enumerated(np.array(shares)), abs=1e-4 if hits == "any" else 1e-9)
+
+
+def test_sign_flip_p_of_many_clusters_without_a_common_step() -> None:
+    """Three groups whose sizes have no common divisor: against 100,000 sampled flips."""
+    rng = np.random.default_rng(1)
+    group_n, cluster_n = rng.integers(0, 3, 2400), rng.integers(0, 800, 2400)
+    a = rng.random(2400) < 0.5
+    b = np.where(rng.random(2400) < 0.4, rng.random(2400) < 0.465, a)
+    groups = [group_n == g for g in range(3)]
+    p = paired_difference(a, b, cluster_n.astype(str), groups, resamples=10, **OPTIONS).p
+    shares_C = np.zeros(800)
+    for mask in groups:
+        np.add.at(shares_C, cluster_n[mask], (a.astype(float) - b)[mask] / mask.sum() / 3)
+    sums = [(1 - 2 * rng.integers(0, 2, (4000, 800))) @ shares_C for _ in range(25)]
+    extreme = np.mean(np.abs(sums) >= abs(shares_C.sum()) - 1e-12)
+    assert p == pytest.approx(extreme, rel=0.1) and 0.005 < extreme < 0.05  # its standard error is at most 4 %
+
+
+def test_a_p_value_has_no_floor_and_does_not_depend_on_resamples_or_seed() -> None:
+    rng = np.random.default_rng(2)
+    a, b = (rng.random(600) < share for share in (0.8, 0.5))
+    names = [f"c{i // 3}" for i in range(600)]
+    p = {
+        paired_difference(a, b, names, resamples=resamples, confidence=0.95, seed=seed).p
+        for resamples, seed in ((100, 0), (2000, 0), (20000, 1))
+    }
+    assert len(p) == 1 and p.pop() < 1e-12
+    everything = paired_difference([1] * 3000, [0] * 3000, singletons(3000), resamples=10, **OPTIONS)
+    assert 0 < everything.p < 1e-300
+
+
+def test_hundreds_of_p_values_are_fast() -> None:
+    rng = np.random.default_rng(3)
+    names = [str(c) for c in rng.integers(0, 800, 2400)]
+    a, b = rng.random((2, 2400)) < 0.6
+    start = time.process_time()
+    for _ in range(20):
+        paired_difference(a, b, names, resamples=2, **OPTIONS)
+    assert time.process_time() - start < 4  # 0.4 s on an idle machine
 
 
 def test_macro_difference_is_the_difference_of_macro_means() -> None:
@@ -284,31 +345,50 @@ def test_cohens_h_by_hand() -> None:
     assert cohens_h(0.99, 0.94) > cohens_h(0.55, 0.5)
 
 
+def above(a: Any, b: Any, clusters: Any, least: float, groups: Any = None) -> Difference:
+    return difference_above(a, b, clusters, groups, least=least, resamples=500, **OPTIONS)
+
+
 def test_a_difference_above_a_margin_is_the_t_test_of_the_clusters() -> None:
     rng = np.random.default_rng(0)
     a, b = (rng.random(80) < share for share in (0.8, 0.75))
     clusters = [str(n // 2) for n in range(80)]
-    plain = paired_difference(a, b, clusters, resamples=500, confidence=0.95, seed=0)
-    shifted = difference_above(a, b, clusters, -0.04, resamples=500, confidence=0.95, seed=0)
+    plain = paired_difference(a, b, clusters, resamples=500, **OPTIONS)
+    tested = above(a, b, clusters, -0.04)
     means = (a.astype(float) - b).reshape(-1, 2).mean(1)
-    assert shifted.p == pytest.approx(stats.ttest_1samp(means, -0.04).pvalue)
-    assert (shifted.value, shifted.low, shifted.high) == pytest.approx(
-        (plain.value + 0.04, plain.low + 0.04, plain.high + 0.04)
-    )
-    assert difference_above(a, a, clusters, -0.04, resamples=500, confidence=0.95, seed=0).p == 1.0
+    assert tested.p == pytest.approx(stats.ttest_1samp(means, -0.04).pvalue)
+    assert (tested.value, tested.low, tested.high) == (plain.value, plain.low, plain.high)  # the margin is apart
+    assert above(a, b, clusters, 0.0) == plain
+
+
+def test_a_margin_is_tested_around_the_value_that_is_reported() -> None:
+    """Also where clusters differ in size, and for a macro mean: there p is 1 at the value itself."""
+    rng = np.random.default_rng(1)
+    a, b = (rng.random(200) < share for share in (0.8, 0.6))
+    clusters = [f"c{c}" for c in rng.integers(0, 40, 200) // rng.integers(1, 4, 200)]
+    groups = [np.arange(200) < 150, np.arange(200) >= 150]
+    for masks in (None, groups):
+        value = above(a, b, clusters, 0.05, masks).value
+        assert above(a, b, clusters, value, masks).p == pytest.approx(1)
+        ps = [above(a, b, clusters, least, masks).p for least in (value - 0.2, value - 0.1, value - 0.01)]
+        assert ps == sorted(ps) and ps[0] < 0.01
+
+
+def test_equal_clusters_prove_a_margin_by_their_number() -> None:
+    """If a share above 0.02 of clusters had lost everything, 300 clusters without a loss had a chance of 0.98^300."""
+    ones = np.ones(600)
+    clusters = [str(n // 2) for n in range(600)]
+    assert above(ones, ones, clusters, -0.02).p == pytest.approx(2 * 0.98**300)
+    assert above(ones[:20], ones[:20], clusters[:20], -0.02).p == 1
+    assert above(ones, 0 * ones, clusters, 0.02).p == pytest.approx(2 * 0.51**300)
+    assert above(ones, ones, clusters, 0.02).p == pytest.approx(2 * 0.98**300)
 
 
 def test_losses_of_single_examples_use_the_binomial_test() -> None:
     whole = np.ones(200)
     for losses in (0, 3, 12):
-        shifted = difference_above(
-            whole - (np.arange(200) < losses),
-            whole,
-            [str(n) for n in range(200)],
-            -0.05,
-            resamples=50,
-            confidence=0.95,
-            seed=0,
-        )
-        assert shifted.value == pytest.approx(0.05 - losses / 200)
-        assert shifted.p == pytest.approx(stats.binomtest(losses, 200, 0.05).pvalue)
+        tested = above(whole - (np.arange(200) < losses), whole, singletons(200), -0.05)
+        assert tested.value == pytest.approx(-losses / 200)
+        assert tested.p == pytest.approx(stats.binomtest(losses, 200, 0.05).pvalue)
+        gained = above(whole, whole - (np.arange(200) < losses), singletons(200), 0.05)
+        assert gained.p == pytest.approx(tested.p)

@@ -31,6 +31,10 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Level = Fraction  # of the noise schedule: 0 is the image, 1 is noise
 Direction = Literal["clean", "noisy", "middle"]  # in which a hierarchical schedule orders the noise levels
+# When a hierarchical schedule drops candidates. Section 3 of the second paper: after each timestep; its Algorithm 1:
+# after each sample.
+Reading = Literal["text", "listing"]
+Budget = Annotated[float, Field(ge=1)]  # maximum number of evaluations, as a multiple of the number of candidates
 Heads = Literal["weighted", "mean"]
 Part = Literal["attention", "prompted-attention", "denoising", "prompted-denoising"]
 Pooling = Literal["logsumexp", "maximum", "cosine", "logits"]

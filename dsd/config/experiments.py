@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dsd.config.base import (
+    Budget,
     Direction,
     Distinct,
     Fraction,
@@ -17,6 +18,7 @@ from dsd.config.base import (
     Parts,
     Pooling,
     Positive,
+    Reading,
     Share,
     ToKeep,
 )
@@ -71,6 +73,7 @@ class HierarchicalSettings(ParamsModel):
     samples: tuple[Positive, ...]
     beam_factor: tuple[Annotated[float, Field(ge=1)], ...]
     patience: tuple[Positive, ...]
+    reading: tuple[Reading, ...]
     shrinking: tuple[bool, ...]
 
 
@@ -85,8 +88,9 @@ class RacingSettings(ParamsModel):
     threshold: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Distinct]
     proposer: tuple[str | None, ...]
     rivals: Positive
-    learning: Fraction
+    learning: Positive
     deltas: tuple[Fraction, ...]
+    budget: Annotated[tuple[Budget | None, ...], Distinct]
     confidence: Fraction
 
 
@@ -103,7 +107,7 @@ class RacesParams(ParamsModel):
     examples: Positive
     levels: Levels
     draws_per_level: Positive
-    within: Share
+    within: Annotated[tuple[Share, ...], Distinct]
     timed: Positive
     exhaustive: ExhaustiveSettings
     staged: StagedSettings

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from dsd.config.base import (
+    Budget,
     Direction,
     Distinct,
     Fraction,
@@ -23,6 +24,7 @@ from dsd.config.base import (
     Parts,
     Pooling,
     Positive,
+    Reading,
     ToKeep,
     check_known,
     is_unset,
@@ -244,6 +246,11 @@ class ContrastiveMethod(MethodParams):
     def own_backbone(self) -> str | None:
         return self.backbone
 
+    @property
+    def encodes_pairs(self) -> bool:
+        """Whether a text is encoded once for each image, because its context depends on the image."""
+        return self.tuned == "context"
+
 
 class ShortlistParams(ParamsModel):
     """Only the `keep` candidates with the highest scores of a contrastive method, the proposer, enter the schedule."""
@@ -255,7 +262,6 @@ class ShortlistParams(ParamsModel):
 class ScheduleParams(Kind):
     """A row of `schedules`; its `kind` selects the class. Its draws are those of `races`.
 
-    budget: maximum number of evaluations, as a multiple of the number of candidates.
     proposer_key: the key of `proposed_by`.
     """
 
@@ -263,7 +269,7 @@ class ScheduleParams(Kind):
     package: ClassVar[str] = "dsd.schedules"
     proposer_key: ClassVar[str] = "proposer"
 
-    budget: Annotated[float, Field(ge=1)] | None
+    budget: Budget | None
 
     if TYPE_CHECKING:  # fields: `kind` of each kind, `shortlist` of a `ShortlistSchedule`
 
@@ -323,6 +329,7 @@ class HierarchicalSchedule(ShortlistSchedule):
     samples: Positive
     beam_factor: Annotated[float, Field(ge=1)]
     patience: Positive
+    reading: Reading
     shrinking: bool
 
     def check_draws(self, key: str, races: RacesParams) -> None:
@@ -333,7 +340,7 @@ class HierarchicalSchedule(ShortlistSchedule):
 
 
 class RacingSchedule(ScheduleParams):
-    """Learned by `make races` for methods with the same score, and calibrated for this δ."""
+    """Learned by `make races` for methods with the same score, and calibrated for this δ, proposer and budget."""
 
     kind: Literal["racing"]
     delta: Fraction

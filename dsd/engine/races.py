@@ -19,7 +19,7 @@ from dsd.engine.forward import Values, row_values
 from dsd.engine.session import Session
 from dsd.errors import DataError
 from dsd.schedules.base import Course
-from dsd.schedules.race import Floats, Race
+from dsd.schedules.race import Floats
 from dsd.scorers.evidence import Request, plan, requests, unconditional, with_unconditional
 from dsd.store import Store, digest
 from dsd.versions import versioned
@@ -38,6 +38,18 @@ def split_answers(examples: Iterable[MatchingExample]) -> list[MatchingExample]:
 def _check_one_answer(example: MatchingExample) -> None:
     if len(example.answer) > 1 and 1 in (len(example.images), len(example.texts)):
         raise DataError(f"example {example.id}: has {len(example.answer)} right pairs; a schedule needs exactly one")
+
+
+def independent(examples: Sequence[MatchingExample], most: int, seed: int) -> list[MatchingExample]:
+    """Return at most so many random examples, no two of which share an image or, if each has one text, the text."""
+    chosen, used = list[MatchingExample](), set[str]()
+    for place in np.random.default_rng(seed).permutation(len(examples)):
+        example = examples[place]
+        keys = {*example.images, example.cluster}
+        if used.isdisjoint(keys) and len(chosen) < most:
+            chosen.append(example)
+            used |= keys
+    return chosen
 
 
 def answer_index(example: MatchingExample) -> int:
@@ -110,17 +122,15 @@ class RaceRunner:
         proposals: Sequence[Floats] | None,
         filled: Filled,
         *,
-        budget: float | None = None,
         stored: Mapping[Request, float] | None = None,
     ) -> Iterator[Entry]:
         """Run the examples as races; yield each when its race is over.
 
         Args:
             proposals: the scores of the course's proposer, if it has one.
-            budget: maximum number of evaluations, as a multiple of the candidates.
             stored: values that are already known.
         """
-        entries = self.entries(course, examples, proposals, budget)
+        entries = self.entries(course, examples, proposals)
         engine = self.session.engine(self.method.prompt)
 
         def compute(rows: list[Request]) -> Values:
@@ -129,17 +139,12 @@ class RaceRunner:
         return side_by_side(entries, compute, engine.rows_at_once, filled, dict(stored or {}))
 
     def entries(
-        self,
-        course: Course,
-        examples: Sequence[MatchingExample],
-        proposals: Sequence[Floats] | None,
-        budget: float | None = None,
+        self, course: Course, examples: Sequence[MatchingExample], proposals: Sequence[Floats] | None
     ) -> Iterator[Entry]:
         """The examples as races, see `run`."""
         ordered = [self.draws[k] for k in course.order]
         for number, example in enumerate(examples):
             candidates = pairs([example])
-            most = None if budget is None else int(budget * len(candidates))
-            race = Race(len(candidates), course.schedule, proposals[number] if proposals else None, most)
+            race = course.race(len(candidates), proposals[number] if proposals else None)
             compares = self.method.compares_unconditional and len(example.images) > 1
             yield Entry(example.id, race, candidates, ordered, compares)

@@ -151,7 +151,7 @@ def score_raced(session: Session, comparisons: Path, target: Path, *, split: str
             ended: dict[str, Race] = {}
             bar = progress(total=len(remaining), desc=f"races of {method} on {name}", unit="example")
             stored = stored_values(runner, examples, target)
-            for entry in runner.run(course, remaining, proposals, Filled(), budget=schedule.budget, stored=stored):
+            for entry in runner.run(course, remaining, proposals, Filled(), stored=stored):
                 ended[entry.id] = entry.race
                 bar.update()
                 for key, group in list(missing.items()):

@@ -13,7 +13,7 @@ from dsd.data.examples import MatchingExample
 from dsd.datasets import benchmark
 from dsd.errors import DataError, ParamsError
 from dsd.metrics import HEADLINES, METRICS
-from dsd.statistics import Difference, holm, paired_difference
+from dsd.statistics import Difference, difference_above, holm
 from dsd.store import digest
 
 
@@ -36,7 +36,8 @@ class Ranks(NamedTuple):
 class Compared:
     """Challenger minus champion on the headline metric of a dataset, and the limits of params.yaml.
 
-    `p` is Holm's over the datasets; low and high are of `evaluate.confidence`.
+    `p` is of the null hypothesis that the difference is `minimum_effect`, corrected by Holm for the number of datasets;
+    low and high are of `evaluate.confidence`.
     """
 
     metric: str
@@ -49,7 +50,8 @@ class Compared:
 
     def __str__(self) -> str:
         d = self.difference
-        return f"{_points(d.value)} points [{_points(d.low)}, {_points(d.high)}], p {self.p:.3f}, n = {d.n}"
+        span = f"{_points(d.value)} points [{_points(d.low)}, {_points(d.high)}]"
+        return f"{span}, p {self.p:.3f} that it exceeds {_points(self.minimum_effect)}, n = {d.n}"
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,9 @@ def judge(
 ) -> Verdict:
     """Return the verdict on a challenger.
 
-    It is promoted if on some dataset it is significantly better, and by at least `minimum_effect` (by
-    `paired_difference`, corrected by Holm for the number of datasets), and on every dataset it is not worse by more
-    than `maximum_regression` (by the interval of the difference). A tie keeps the champion.
+    It is promoted if on some dataset its gain is significantly above `minimum_effect` (by `difference_above`, corrected
+    by Holm for the number of datasets), and on every dataset it is not worse by more than `maximum_regression` (by the
+    interval of the difference). A tie keeps the champion.
 
     Raises:
         DataError: the champion was measured on other examples.
@@ -116,12 +118,14 @@ def _compare(
         counted = benchmark(one.kind).metrics
         metric = HEADLINES[counted]
         (hits, groups), (others, _) = (METRICS[counted](np.array(s.ranks), s.categories)[metric] for s in (one, other))
-        differences[name] = metric, paired_difference(hits, others, one.clusters, groups, **settings)
+        least = gate.datasets[name].minimum_effect
+        difference = difference_above(hits, others, one.clusters, groups, least=least, **settings)
+        differences[name] = metric, difference
     corrected = holm([difference.p for _, difference in differences.values()])
     compared = {}
     for (name, (metric, d)), p in zip(differences.items(), corrected, strict=True):
         row = gate.datasets[name]
-        better = d.value > 0 and d.value >= row.minimum_effect and p < 1 - evaluate.confidence
+        better = d.value > row.minimum_effect and p < 1 - evaluate.confidence
         kept = d.low > -row.maximum_regression
         compared[name] = Compared(metric, d, p, row.minimum_effect, row.maximum_regression, better, kept)
     return compared

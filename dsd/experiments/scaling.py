@@ -56,7 +56,7 @@ def measure(noise: str, candidates: int, races: RacesParams, evaluate: EvaluateP
         rngs = (np.random.default_rng([seed, role, candidates, n]) for n in range(growth.races))
         values = [synthetic(rng, (min(candidates, most), draws), NOISES[noise]) for rng in rngs]
         winners, clusters = [int(v.mean(1).argmax()) for v in values], [str(n) for n in range(growth.races)]
-        return RecordedRaces(values, {}, winners, clusters)
+        return RecordedRaces(values, {}, {}, winners, clusters)
 
     forecast = fit_forecast(recorded(0, MOST).values, [0.0] * draws, races.racing.rivals, None)
     calibration = recorded(1, candidates)

@@ -214,11 +214,24 @@ def paper_figure(name: str, title: str, lines: Mapping[str, Mapping[str, Interva
     return Plot(to_svg(figure, slug(name), alt), f"{name}: {title}")
 
 
-def costs(name: str, caption: str, fronts: Mapping[str, Sequence[tuple[float, float]]], exhaustive: Interval) -> Plot:
-    """Accuracy over U-Net evaluations per candidate; the dashed line and band are all draws and their interval."""
+def costs(
+    name: str,
+    caption: str,
+    fronts: Mapping[str, Sequence[tuple[float, float]]],
+    quantity: str,
+    exhaustive: Interval | None,
+) -> Plot:
+    """Shares over U-Net evaluations per candidate.
+
+    Args:
+        fronts: by schedule, its (evaluations, share) pairs.
+        quantity: what the shares are of.
+        exhaustive: the share at all draws, drawn as dashed line and band.
+    """
     figure, (ax,) = _axes(3.4)
-    ax.axhspan(100 * exhaustive.low, 100 * exhaustive.high, color=INK, alpha=0.08, lw=0)
-    ax.axhline(100 * exhaustive.value, **DASHED)
+    if exhaustive:
+        ax.axhspan(100 * exhaustive.low, 100 * exhaustive.high, color=INK, alpha=0.08, lw=0)
+        ax.axhline(100 * exhaustive.value, **DASHED)
     for number, (label, places) in enumerate(fronts.items()):
         colour, marker = look(number)
         xs, ys = [cost for cost, _ in places], [100 * share for _, share in places]
@@ -228,12 +241,13 @@ def costs(name: str, caption: str, fronts: Mapping[str, Sequence[tuple[float, fl
     drawn = [cost for places in fronts.values() for cost, _ in places]
     ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if min(drawn) / 1.5 <= t <= 1.5 * max(drawn)]
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.set(xlabel="U-Net evaluations per candidate", ylabel="accuracy, %")
+    ax.set(xlabel="U-Net evaluations per candidate, with those of a proposer", ylabel=f"{quantity}, %")
     ax.grid(axis="y")
     ax.legend(**LEGEND)
     least = names([f"{label} from {min(c for c, _ in places):.2g}" for label, places in fronts.items() if places])
-    alt = f"{caption}: accuracy over evaluations per candidate; {least}; all draws {100 * exhaustive.value:.1f} %."
-    return Plot(to_svg(figure, name, alt), caption)
+    end = f"; all draws {100 * exhaustive.value:.1f} %" if exhaustive else ""
+    alt = f"{caption}: {quantity} over evaluations per candidate; {least}{end}."
+    return Plot(to_svg(figure, name, alt), f"{caption}: {quantity}")
 
 
 def trend(dataset: str, metric: str, places: Sequence[tuple[str, Interval, bool]], champion: int | None) -> Plot:

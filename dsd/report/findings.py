@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dsd.report.comparisons import ByOpponent, Comparison, compare
 from dsd.report.inputs import Claim, DatasetResults
-from dsd.report.tables import bounds, interval, names, percent, points
+from dsd.report.tables import bounds, compared, interval, names, percent, points
 from dsd.statistics import Interval, Resampling
 
 CLAIM_KEYS = {"5": "layers", "6": "pooling", "7": "heads", "8": "heads", "9": "levels"}  # claim → ablated key
@@ -151,21 +151,21 @@ def unbeaten(method: str, parts: Sequence[str], compared: ByOpponent, datasets: 
 def reasons(
     claims: Sequence[Claim], datasets: Sequence[DatasetResults], tested: str, denoisers: Sequence[str]
 ) -> list[str]:
-    """For each claim that does not hold: where its difference is smallest, and related values there."""
+    """For each claim that does not hold: the comparison that binds, and related values on its dataset."""
     sentences = []
     for number, claim, comparisons in claims:
         if claim.verdict == "holds":
             continue
-        weakest = min(comparisons, key=lambda row: float(row["value"]))
-        dataset = next(d for d in datasets if d.name == weakest["dataset"])
-        place = f"Claim {number} ({claim.verdict}): the difference is smallest on {dataset.name}, {weakest['metric']}"
+        row = comparisons[claim.binding]
+        dataset = next(d for d in datasets if d.name == row["dataset"])
+        must = f", must exceed {points(claim.least)}" if claim.least else ""
+        binds = f"Claim {number} ({claim.verdict}) fails at {compared(row)} ({points(claim.effect)} points{must})"
         key = CLAIM_KEYS.get(number)
         if key is not None and tested in dataset.ablations:
-            values = {text: row[dataset.headline] for text, row in dataset.ablations[tested][key].items()}
+            values = {text: result[dataset.headline] for text, result in dataset.ablations[tested][key].items()}
             best = max(values, key=lambda text: values[text].value)
-            sentences.append(f"{place}; the best variant by {key} is {value_text(f'“{best}”', values[best])}.")
+            sentences.append(f"{binds}; the best variant by {key} is {value_text(f'“{best}”', values[best])}.")
         else:
             methods = names([headline_text(dataset, name) for name in (tested, *denoisers) if name in dataset.results])
-            pair = f"{weakest['a']} vs. {weakest['b']}"
-            sentences.append(f"{place} ({pair}); {dataset.headline} there: {methods}.")
+            sentences.append(f"{binds}; {dataset.headline} there: {methods}.")
     return sentences

@@ -8,9 +8,24 @@ from datetime import datetime
 from pathlib import Path
 from statistics import mean
 
+from scipy.stats import norm
+
 from dsd.report.figures import Plot, trend
 from dsd.report.html import render
-from dsd.report.tables import NONE, Cell, Row, Table, best_of, bounds, count, p_value, percent, percent_cell, points
+from dsd.report.tables import (
+    NONE,
+    Cell,
+    Row,
+    Table,
+    best_of,
+    bounds,
+    count,
+    names,
+    p_value,
+    percent,
+    percent_cell,
+    points,
+)
 from dsd.statistics import Difference, Interval
 
 STAR = "★"
@@ -75,6 +90,26 @@ class Board:
     def ranked(self) -> list[Entry]:
         """Entries with the current params, by descending mean over the datasets."""
         return sorted((entry for entry in self.entries if entry.now), key=lambda e: (-e.mean, -e.number))
+
+    @property
+    def selection(self) -> str:
+        """A warning that the best of several checkpoints is selected on the test examples; "" for fewer than two.
+
+        It has the expected lead of the best of n equally good checkpoints over their mean on each dataset, with
+        independent normal errors (Blom 1958, eq. 6.9.2). Checkpoints that err on the same examples lead by less.
+        """
+        n, leads = len(self.ranked), []
+        if n < 2:
+            return ""
+        for name in self.metrics:
+            if spans := [e.scores[name].high - e.scores[name].low for e in self.ranked if name in e.scores]:
+                error = mean(spans) / (2 * norm.isf((1 - self.confidence) / 2))
+                leads.append(f"{100 * error * norm.ppf((n - 0.375) / (n + 0.25)):.1f} points on {name}")
+        return (
+            f"All {n} checkpoints were measured on the same test examples, so the best of them is selected on the test "
+            f"set and its value is too high: of {n} equally good checkpoints the best is ahead of their mean by up to "
+            f"{names(leads)} by chance alone. Measure it on new examples (another `seed`) before quoting it."
+        )
 
     @property
     def others(self) -> list[Entry]:

@@ -1,36 +1,63 @@
-"""Schedules compared: accuracy and cost of the selected settings, and accuracy over cost of all settings."""
+"""Schedules compared: the published and the calibrated settings, all schedules at equal disagreement, and curves of
+accuracy and disagreement over cost. Every cost includes that of a proposer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from dsd.report.figures import Plot, costs, slug
 from dsd.report.html import Section
-from dsd.report.tables import NONE, Cell, Row, Table, bounds, count, percent, percent_cell, points_cell
+from dsd.report.tables import NONE, REFERENCE, Cell, Row, Table, bounds, count, percent, percent_cell, points_cell
 from dsd.schedules.exhaustive import ALL_DRAWS
-from dsd.schedules.hierarchical import DIRECTIONS
-from dsd.schedules.replay import LEARNED_FROM, MEASURED_ON
+from dsd.schedules.hierarchical import DIRECTIONS, READINGS
+from dsd.schedules.racing import racing_name
+from dsd.schedules.replay import CHOSEN_ON, LEARNED_FROM, MEASURED_ON, label_of, matched_name
 from dsd.statistics import Interval
 
-Results = Mapping[str, Any]  # of a method on a dataset, see dsd.schedules.replay.compare
+Results = Mapping[str, Any]  # of a method on a dataset, see dsd.schedules.replay.compare_settings
+HEAD = [
+    "schedule",
+    "accuracy",
+    "minus all draws\npercentage points",
+    "disagreement\nwith all draws",
+    "evaluations\nper candidate",
+    "reduction",
+    "seconds\nper image",
+    "batch\nfill",
+    "setting",
+]
 
 
 def sections(races: Mapping[str, Mapping[str, Results]]) -> Iterator[Section]:
-    """One section per dataset and method."""
+    """Two sections per dataset and method: named settings, and all schedules at equal disagreement."""
     for dataset, by_method in races.items():
         for method, results in by_method.items():
             title = f"{dataset}: {method}"
-            yield Section(title, note(results), table(title, results), plots(dataset, method, results))
+            matched = [matched_name(label, rate) for rate in results["within"] for label in by_label(results)]
+            named = [name for name in results["chosen"] if name not in matched]
+            yield Section(title, note(results), table(title, named, results), accuracy_plots(dataset, method, results))
+            equal = f"{title}, at equal disagreement"
+            plots = disagreement_plots(dataset, method, results)
+            yield Section(equal, matched_note(results), table(equal, matched, results), plots)
 
 
 def note(results: Results) -> str:
-    """The number of races, how they were used, and whether the stated error rate was met."""
-    counts = results["races"]
-    promised = [row for row in results["chosen"].values() if "delta" in row["setting"]]
+    """The number of races, how they were used, whether the promised error rates were met, and a proposer's cost."""
+    counts, chosen = results["races"], results["chosen"]
+    promised = [row for row in chosen.values() if "delta" in row["setting"]]
     kept = sum(row["disagreement"]["value"] <= row["setting"]["delta"] for row in promised)
+    refused = "".join(
+        f" {racing_name(p['delta'], p['proposer'], p['budget'])}: refused, the smallest δ that the races support is "
+        f"{p['smallest']:.3f}."
+        for p in results["promised"]
+        if p["threshold"] is None
+    )
     alone = "".join(
-        f" {proposer} alone ranks the all-draws winner in its top "
+        f" {proposer} costs as much as {results['costs'][proposer]:.2g} evaluations per race, which every cost here "
+        "includes; alone it ranks the all-draws winner in its top "
         + ", ".join(f"{top} in {percent(share)} %" for top, share in shares.items())
         + " of races."
         for proposer, shares in results["recall"].items()
@@ -38,44 +65,50 @@ def note(results: Results) -> str:
     ties = f" In {count(results['ties'])} no candidate is correct, or an incorrect one is identical: counted as wrong."
     return (
         f"{count(counts[MEASURED_ON])} test races of {results['candidates']:g} candidates, {results['draws']} draws. "
-        f"Settings were selected on {count(counts[LEARNED_FROM])} few-shot races; racing was trained on "
-        f"{count(counts[LEARNED_FROM] - counts['calibration'])} of them and calibrated on the other "
-        f"{count(counts['calibration'])}. The stated error rate was met by {kept} of {len(promised)} racing settings."
-        f"{alone}{ties if results['ties'] else ''}"
+        f"Racing was fitted on {count(counts[LEARNED_FROM])} few-shot races; settings were selected, and racing was "
+        f"calibrated, on {count(counts[CHOSEN_ON])} validation races that share no image. "
+        f"The stated error rate was met by {kept} of {len(promised)} calibrated settings."
+        f"{refused}{alone}{ties if results['ties'] else ''}"
     )
 
 
-def table(title: str, results: Results) -> Table:
-    rows = []
-    for name, row in results["chosen"].items():
-        difference, share, live = row["difference"], row["share"], row.get("live", {})
-        rows.append(
-            Row(
-                name,
-                [
-                    percent_cell(Interval(**row["accuracy"])),
-                    points_cell(difference["value"], difference["low"], difference["high"]),
-                    percent_cell(Interval(**row["disagreement"])),
-                    _cost(results["draws"], share),
-                    Cell(f"{1 / share['value']:.1f}×"),
-                    Cell(f"{live['seconds']:.2f}", f"{live['images']} images") if live else Cell(NONE),
-                    Cell(f"{percent(live['fill'])} %") if live else Cell(NONE),
-                    Cell(setting(row["setting"])),
-                ],
-            )
-        )
-    head = [
-        "schedule",
-        "accuracy",
-        "minus all draws\npercentage points",
-        "disagreement\nwith all draws",
-        "evaluations\nper candidate",
-        "reduction",
-        "seconds\nper image",
-        "batch\nfill",
-        "setting",
+def matched_note(results: Results) -> str:
+    rates = ", ".join(f"{100 * rate:g}" for rate in results["within"])
+    return (
+        f"The cheapest setting of each schedule that disagrees with all draws in at most {rates} % of the validation "
+        "races. Costs are comparable at the same rate only."
+    )
+
+
+def table(title: str, names: Iterable[str], results: Results) -> Table:
+    """A row for each name of a chosen setting; one that is not among the results was not reached."""
+    return Table(title, HEAD, [_row(name, results) for name in names])
+
+
+def _row(name: str, results: Results) -> Row:
+    if (row := results["chosen"].get(name)) is None:
+        runs = by_label(results)[name.rsplit(", within ", 1)[0]]
+        least = min(run[CHOSEN_ON]["disagreement"] for run in runs)
+        reached = Cell(f"not reached: {percent(least)} % at least")
+        return Row(name, [Cell(NONE), Cell(NONE), reached, *[Cell(NONE)] * (len(HEAD) - 4)])
+    difference, share, live = row["difference"], row["share"], row.get("live", {})
+    compared = [
+        points_cell(difference["value"], difference["low"], difference["high"]),
+        percent_cell(Interval(**row["disagreement"])),
     ]
-    return Table(title, head, rows)
+    itself = row["setting"] == results["chosen"][ALL_DRAWS]["setting"]
+    return Row(
+        name,
+        [
+            percent_cell(Interval(**row["accuracy"])),
+            *([Cell(REFERENCE)] * len(compared) if itself else compared),
+            _cost(results["draws"], share),
+            Cell(f"{1 / share['value']:.1f}×"),
+            Cell(f"{live['seconds']:.2f}", f"{live['images']} images") if live else Cell(NONE),
+            Cell(f"{percent(live['fill'])} %") if live else Cell(NONE),
+            Cell(setting(row["setting"])),
+        ],
+    )
 
 
 def setting(values: Mapping[str, Any]) -> str:
@@ -105,32 +138,51 @@ def growth(rows: Sequence[Results]) -> Table | None:
     return Table("Racing by number of candidates, on synthetic evidence", ["candidates", *head], lines)
 
 
-def plots(dataset: str, method: str, results: Results) -> list[Plot]:
-    """Accuracy over cost of each schedule, and, as in Figure 4 of the second paper, of each direction."""
+def accuracy_plots(dataset: str, method: str, results: Results) -> list[Plot]:
+    """Accuracy over cost of each schedule and, as in Figure 4 of the second paper, of each direction and reading."""
     exhaustive, name = Interval(**results["chosen"][ALL_DRAWS]["accuracy"]), slug(f"{dataset}-{method}")
-    kinds = dict.fromkeys(run["schedule"] for run in results["runs"])
-    runs = {kind: [run for run in results["runs"] if run["schedule"] == kind] for kind in kinds}
-
-    def by_setting(schedule: str, key: str, value: str | None) -> list[tuple[float, float]]:
-        return front(run for run in runs.get(schedule, ()) if run["setting"][key] == value)
-
-    lines = {kind: front(runs[kind]) for kind in kinds if kind != "racing"}
-    for proposer in dict.fromkeys(run["setting"]["proposer"] for run in runs.get("racing", ())):
-        label = f"racing, {proposer} first" if proposer else "racing"
-        lines[label] = by_setting("racing", "proposer", proposer)
-    sides = {f"from {side}": by_setting("hierarchical", "direction", side) for side in DIRECTIONS}
-    figure_4 = f"{dataset}: hierarchical by direction (Figure 4 of the second paper)"
-    plotted = {f"costs-{name}": (f"{dataset}: {method}", lines), f"directions-{name}": (figure_4, sides)}
-    return [costs(key, title, fronts, exhaustive) for key, (title, fronts) in plotted.items() if any(fronts.values())]
+    sides: dict[str, list[Results]] = {f"from {side}, {r}": [] for r in READINGS for side in DIRECTIONS}
+    for run in results["runs"]:
+        if run["schedule"] == "hierarchical":
+            sides[f"from {run['setting']['direction']}, {run['setting']['reading']}"].append(run)
+    figure_4 = f"{dataset}: hierarchical by direction and reading (Figure 4 of the second paper)"
+    plots = [
+        costs(f"costs-{name}", f"{dataset}: {method}", _fronts(by_label(results), "accuracy"), "accuracy", exhaustive)
+    ]
+    if any(sides.values()):
+        plots.append(costs(f"directions-{name}", figure_4, _fronts(sides, "accuracy"), "accuracy", exhaustive))
+    return plots
 
 
-def front(runs: Iterable[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """(cost, accuracy) on the test races of the settings that are Pareto-optimal on the few-shot races."""
-    optimal, best = [], -1.0
-    for run in sorted(runs, key=lambda run: (run[LEARNED_FROM]["evaluations"], -run[LEARNED_FROM]["accuracy"])):
-        if run[LEARNED_FROM]["accuracy"] > best:
-            best = run[LEARNED_FROM]["accuracy"]
-            optimal.append((run[MEASURED_ON]["evaluations"], run[MEASURED_ON]["accuracy"]))
+def disagreement_plots(dataset: str, method: str, results: Results) -> list[Plot]:
+    """Disagreement with all draws over cost of each schedule."""
+    name, fronts = slug(f"{dataset}-{method}"), _fronts(by_label(results), "disagreement")
+    return [costs(f"disagreement-{name}", f"{dataset}: {method}", fronts, "disagreement with all draws", None)]
+
+
+def by_label(results: Results) -> dict[str, list[Results]]:
+    """The runs of each schedule."""
+    runs: dict[str, list[Results]] = {}
+    for run in results["runs"]:
+        runs.setdefault(label_of(run["schedule"], run["setting"]), []).append(run)
+    return runs
+
+
+def _fronts(runs: Mapping[str, Sequence[Results]], key: str) -> dict[str, list[tuple[float, float]]]:
+    return {label: front(some, key) for label, some in runs.items() if some}
+
+
+def front(runs: Iterable[Results], key: str) -> list[tuple[float, float]]:
+    """(cost, value of `key`) on the test races of the settings that are Pareto-optimal on the validation races.
+
+    key: "accuracy", the more the better, or "disagreement", the less the better.
+    """
+    sign = 1 if key == "accuracy" else -1
+    optimal, best = list[tuple[float, float]](), -np.inf
+    for run in sorted(runs, key=lambda run: (run[CHOSEN_ON]["evaluations"], -sign * run[CHOSEN_ON][key])):
+        if sign * run[CHOSEN_ON][key] > best:
+            best = sign * run[CHOSEN_ON][key]
+            optimal.append((run[MEASURED_ON]["evaluations"], run[MEASURED_ON][key]))
     return optimal
 
 

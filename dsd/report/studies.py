@@ -12,7 +12,7 @@ from dsd.experiments.variants import Study
 from dsd.report.figures import Plot, Series, sweep
 from dsd.report.html import Section
 from dsd.report.inputs import DatasetResults
-from dsd.report.tables import NONE, Cell, Row, Table, interval, p_value, percent, points
+from dsd.report.tables import NONE, REFERENCE, Cell, Row, Table, interval, p_value, percent, points
 from dsd.statistics import Interval
 
 SAMPLE = "dataset.sample"  # its values are names of samples, not amounts
@@ -96,6 +96,8 @@ class _Study:
             return Cell(NONE)
         difference = (self._metric(variant, dataset, method) or {}).get("difference")
         text = f"; {points(difference['value'])}, p {p_value(difference['p'])}" if difference else ""
+        if self.baseline and variant in (BASELINE, self.current):
+            text = f"; {REFERENCE}"
         return Cell(percent(value.value), interval(value) + text)
 
     def _spread(self) -> list[Row]:

@@ -13,6 +13,7 @@ from dsd.statistics import Interval
 
 NONE = "–"
 UNKNOWN = "not recorded"
+REFERENCE = "reference"  # instead of the difference of a row from itself
 
 
 @dataclass(frozen=True)
@@ -104,26 +105,34 @@ def results(dataset: DatasetResults) -> Table:
     return Table(f"{dataset.name}: accuracy", head, rows)
 
 
+POINTS = "a − b\npercentage points"
 VERDICT_MARKS = {"holds": "higher", "contradicted": "lower", "not shown": "no"}
 
 
 def claims(judged: Sequence[Claim]) -> Table:
-    """The verdict on each claim of the papers."""
+    """The verdict on each claim of the papers, and the comparison that binds."""
     rows = [
         Row(
             number,
             [
                 Cell(claim.claim),
                 Cell(claim.verdict, mark=VERDICT_MARKS[claim.verdict]),
+                Cell(compared(comparisons[claim.binding])),
                 points_cell(claim.effect, claim.low, claim.high),
+                Cell(points(claim.least)),
                 Cell(p_value(claim.p)),
                 Cell(count(len(comparisons))),
             ],
         )
         for number, claim, comparisons in judged
     ]
-    head = ["claim", "", "verdict", "smallest difference\npercentage points", "p\ncorrected", "comparisons"]
+    head = ["claim", "", "verdict", "binding comparison", POINTS, "must\nexceed", "p\ncorrected", "comparisons"]
     return Table("Claims", head, rows)
+
+
+def compared(row: Mapping[str, Any]) -> str:
+    """A row of comparisons.json in words."""
+    return f"{row['dataset']}, {row['metric']}: {row['a']} vs. {row['b']}"
 
 
 def claim_comparisons(judged: Sequence[Claim]) -> Table:
@@ -134,6 +143,7 @@ def claim_comparisons(judged: Sequence[Claim]) -> Table:
             [
                 *(Cell(row[key]) for key in ("dataset", "metric", "a", "b")),
                 points_cell(row["value"], row["low"], row["high"]),
+                Cell(points(row["least"])),
                 Cell(p_value(row["p"])),
                 Cell(f"{row['cohens_h']:+.2f}".replace("-", "−")),
                 Cell(count(row["n"])),
@@ -142,7 +152,7 @@ def claim_comparisons(judged: Sequence[Claim]) -> Table:
         for number, _, comparisons in judged
         for row in comparisons
     ]
-    head = ["claim", "dataset", "metric", "a", "b", "a − b\npercentage points", "p", "Cohen’s h", "n"]
+    head = ["claim", "dataset", "metric", "a", "b", POINTS, "must\nexceed", "p", "Cohen’s h", "n"]
     return Table("Comparisons behind the claims", head, rows)
 
 

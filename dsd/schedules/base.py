@@ -6,22 +6,33 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
+from numpy.typing import ArrayLike
 from scipy.stats import qmc
 
 from dsd.config import RacesParams, ScheduleParams
-from dsd.schedules.race import Mask, RoundState, Schedule, best, mean
+from dsd.schedules.race import Mask, Race, RoundState, Schedule, best, mean
 
-Setting = Mapping[str, Any]  # a row of `schedules` without `kind`, `budget` and `shortlist`, or one to compare
+# A row of `schedules` without `kind`, `budget` and `shortlist`, or one to compare, which may have a `budget`.
+Setting = Mapping[str, Any]
 Comparison = Mapping[str, Any]  # results of the schedule comparison for one method, as in data/races/*.json
 Proposer = str | None
 
 
 class Course(NamedTuple):
-    """A schedule, the order in which it takes the draws, and the proposer that it starts from."""
+    """A schedule, the order in which it takes the draws, the proposer that it starts from, and its budget.
+
+    budget: maximum number of evaluations, as a multiple of the number of candidates; the leader wins when it is spent.
+    """
 
     order: list[int]
     schedule: Schedule
     proposer: Proposer
+    budget: float | None = None
+
+    def race(self, candidates: int, proposal: ArrayLike | None) -> Race:
+        """A race of an example with so many candidates; `proposal`: see `Race`."""
+        most = None if self.budget is None else int(self.budget * candidates)
+        return Race(candidates, self.schedule, proposal, most)
 
 
 class ScheduleKind(ABC):
@@ -52,8 +63,8 @@ class ScheduleKind(ABC):
 
     def course_of(self, row: ScheduleParams, races: RacesParams, comparison: Comparison) -> Course:
         """The course of a row of `schedules`; `comparison` may be empty unless `needs_comparison`."""
-        course, shortlist = self.course(_setting(row), races, comparison), getattr(row, "shortlist", None)
-        if not shortlist:
+        course = self.course(_setting(row), races, comparison)._replace(budget=row.budget)
+        if not (shortlist := getattr(row, "shortlist", None)):
             return course
         return course._replace(schedule=shortlisted(course.schedule, shortlist.keep), proposer=shortlist.proposer)
 

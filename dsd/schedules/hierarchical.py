@@ -1,6 +1,7 @@
 """Hierarchical: a beam of candidates over noise levels.
 
-He et al., “Accelerating Diffusion Models for Discriminative Vision and Language Learners”, Algorithm 1.
+He et al., “Accelerating Diffusion Models for Discriminative Vision and Language Learners”, section 3 and Algorithm 1,
+which contradict each other: the text drops candidates after each timestep, the listing after each sample.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ from typing import get_args
 import numpy as np
 
 from dsd.config import RacesParams
-from dsd.config.base import Direction
+from dsd.config.base import Direction, Reading
 from dsd.schedules.base import Comparison, Course, ScheduleKind, Setting
 from dsd.schedules.race import Mask, RoundState, Schedule, best, mean
 
-DIRECTIONS = get_args(Direction)
+CLEAN = "clean"  # the paper's own direction
+DIRECTIONS, READINGS = get_args(Direction), get_args(Reading)
 
 
-def hierarchical(timesteps: int, samples: int, beam_factor: float, patience: int, *, shrinking: bool) -> Schedule:
-    """Take `samples` draws at each timestep, and keep the best C / beam_factor of all C candidates after it; stop when
-    one candidate has led for `patience` further draws.
+def hierarchical(
+    timesteps: int, samples: int, beam_factor: float, patience: int, *, reading: Reading, shrinking: bool
+) -> Schedule:
+    """Take `samples` draws at each timestep, keep the best C / beam_factor of all C candidates, and stop when one of
+    them has led for `patience` further draws.
 
-    `shrinking`: as in the paper's Figure 2, keep the best 1 / beam_factor of the candidates that are left.
+    reading: "text" drops candidates after each timestep, "listing" after each draw.
+    shrinking: as in the paper's Figure 2, keep the best 1 / beam_factor of the candidates that are left.
     """
 
     def keep(state: RoundState) -> Mask:
@@ -35,7 +40,8 @@ def hierarchical(timesteps: int, samples: int, beam_factor: float, patience: int
         led = len(leaders_k) - 1 - (int(changes[-1]) + 1 if len(changes) else 0)
         return np.arange(len(kept_C)) == leaders_k[-1] if led >= patience else kept_C
 
-    return Schedule(tuple(samples * (number + 1) for number in range(timesteps)), keep)
+    step = samples if reading == "text" else 1
+    return Schedule(tuple(range(step, timesteps * samples + 1, step)), keep)
 
 
 def directed_order(direction: str, levels: Sequence[float], samples: int, per_level: int) -> list[int]:
@@ -50,9 +56,9 @@ def directed_order(direction: str, levels: Sequence[float], samples: int, per_le
     return [n * per_level + number for n in ordered for number in range(samples)]
 
 
-def published_name(direction: str) -> str:
+def published_name(direction: str, reading: str) -> str:
     """The name in results of the paper's own setting."""
-    return f"hierarchical as published, from {direction}"
+    return f"hierarchical as published ({reading}), from {direction}"
 
 
 class Hierarchical(ScheduleKind):
@@ -72,7 +78,10 @@ class Hierarchical(ScheduleKind):
         return [setting for setting in settings if setting["samples"] <= races.draws_per_level]
 
     def named_settings(self, races: RacesParams) -> dict[str, Setting]:
-        return {published_name(side): {"direction": side, **races.published.model_dump()} for side in DIRECTIONS}
+        return {
+            published_name(side, reading): {"direction": side, "reading": reading, **races.published.model_dump()}
+            for side, reading in product(DIRECTIONS, READINGS)
+        }
 
 
 SCHEDULE = Hierarchical()

@@ -21,7 +21,7 @@ Mask = NDArray[np.bool_]
 
 def all_rows(candidates: int, draws: int) -> NDArray[np.int64]:
     """Every candidate at every draw: rows (candidate, draw) [candidates × draws, 2], by candidate."""
-    return np.stack(np.meshgrid(np.arange(candidates), np.arange(draws), indexing="ij"), -1).reshape(-1, 2)
+    return np.indices((candidates, draws)).reshape(2, -1).T
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Race:
     budget: int | None = None  # in (candidate, draw) rows; None is no limit
     evaluations: int = 0
     lost_draws: int = 0
-    _columns: list[Floats] = field(default_factory=list)  # [C] each: the columns of RoundState.values_CJ
+    _values: Floats = field(init=False)  # [C, J], see RoundState.values_CJ
     _round: int = 0
     _requested: int = 0  # draws
     _kept: Mask = field(init=False)
@@ -111,8 +111,9 @@ class Race:
         self._kept = np.ones(self.candidates, dtype=bool)
         self._last_round = np.full(self.candidates, len(self.schedule.ends))
         self._scores = np.zeros(self.candidates)
+        self._values = np.empty((self.candidates, 0))
         if self.proposal is not None:
-            self._columns.append(np.asarray(self.proposal, dtype=np.float64))
+            self._values = np.array(self.proposal, dtype=np.float64)[:, None]
         if self.schedule.ends[0] == 0:
             if self.proposal is None:
                 raise ValueError("the schedule starts with a proposal, and there is none")
@@ -132,21 +133,19 @@ class Race:
         """Record the evidence [R] of `next_rows`, and end the round where its draws are complete."""
         kept = np.flatnonzero(self._kept)
         columns = np.asarray(values, dtype=np.float64).reshape(len(kept), -1)
-        for column in columns.T:
-            if np.isfinite(column).all():
-                draw_C = np.full(self.candidates, np.nan)
-                draw_C[kept] = column
-                self._columns.append(draw_C)
-            else:
-                self.lost_draws += 1
+        finite = np.isfinite(columns).all(0)
+        self.lost_draws += int((~finite).sum())
+        draws_Ck = np.full((self.candidates, int(finite.sum())), np.nan)
+        draws_Ck[kept] = columns[:, finite]
+        self._values = np.concatenate([self._values, draws_Ck], 1)
         self.evaluations += columns.size
         self._requested += columns.shape[1]
         self._update_ranking()
 
     def _update_ranking(self) -> None:
         over = self._requested == self.schedule.ends[self._round]
-        if self._columns:
-            state = RoundState(np.stack(self._columns, 1), self._kept, self._requested, self.proposal is not None)
+        if self._values.size:
+            state = RoundState(self._values, self._kept, self._requested, self.proposal is not None)
             self._scores = np.where(self._kept, self.schedule.estimate(state), self._scores)
             if over:
                 kept = self.schedule.keep(state)

@@ -1,6 +1,6 @@
 """Racing: drop a candidate once it is predicted to finish too far behind the leader.
 
-The forecast is fitted on one part of the few-shot races, its threshold is calibrated on the others.
+The forecast is fitted on few-shot races, its threshold is calibrated on validation races.
 
 Shapes: C candidates, K draws; J columns: the proposer's scores, if there are any, and draws; D differences between a
 winner and a rival; F features of a forecast.
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-from scipy.stats import binom
+from scipy.stats import beta
 
-from dsd.config import RacesParams
+from dsd.config import RacesParams, RacingSchedule, ScheduleParams
 from dsd.errors import DataError
 from dsd.schedules.base import Comparison, Course, Proposer, ScheduleKind, Setting
 from dsd.schedules.race import Floats, Mask, RoundState, Schedule, mean
@@ -51,7 +51,7 @@ def racing(forecast: Forecast, threshold: float) -> Schedule:
         if state.lost:
             return mean(state)
         weights_J = np.array(forecast.weights[state.values_CJ.shape[1] - 1])
-        return np.where(state.kept_C, np.nan_to_num(state.values_CJ) @ weights_J, -np.inf)
+        return np.where(state.kept_C, state.values_CJ @ weights_J, -np.inf)
 
     def keep(state: RoundState) -> Mask:
         if state.lost:
@@ -62,9 +62,10 @@ def racing(forecast: Forecast, threshold: float) -> Schedule:
     return Schedule(tuple(range(0 if forecast.proposed else 1, len(forecast.order) + 1)), keep, estimate)
 
 
-def racing_name(delta: float, proposer: Proposer) -> str:
+def racing_name(delta: float, proposer: Proposer, budget: float | None) -> str:
     """The name in results of racing that is calibrated for an error rate."""
-    return f"racing, δ = {delta:g}" + (f", {proposer} first" if proposer else "")
+    first = f", {proposer} first" if proposer else ""
+    return f"racing, δ = {delta:g}{first}" + (f", budget {budget:g}" if budget else "")
 
 
 def fit_forecast(
@@ -124,6 +125,22 @@ def _differences(
     return final_D, np.concatenate(at_draws), proposed_D1
 
 
+class UnsupportedRate(DataError):
+    """An error rate that the calibration races do not support; `smallest` is the least that they do."""
+
+    def __init__(self, message: str, smallest: float) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
+def smallest_rate(errors: int, races: int, confidence: float) -> float:
+    """The least error rate that races with so many errors support (Clopper and Pearson 1934, one-sided).
+
+    Without an error it is 1 − (1 − confidence)^(1/races).
+    """
+    return float(beta.ppf(confidence, errors + 1, races - errors)) if errors < races else 1.0
+
+
 def calibrate(
     errors_at: Callable[[float], Sequence[bool]],
     thresholds: Sequence[float],
@@ -134,29 +151,31 @@ def calibrate(
     """The lowest threshold at which the rate of races that miss the winner of all draws is at most delta.
 
     Args:
-        errors_at: whether each calibration race misses that winner at a threshold. The forecast must not have been
-            fitted on these races.
+        errors_at: whether each calibration race misses that winner at a threshold, with the budget that will be in
+            force. The races must be independent, and the forecast must not have been fitted on them.
         thresholds: to try, the highest first.
         delta, confidence: in (0, 1). The rate of future races is at most delta with this confidence, if calibration
             and future races are exchangeable and independent.
-        remedy: what to change where the races are too few.
+        remedy: what to change where the races do not support delta.
 
     Learn then test (Angelopoulos et al. 2021), in a fixed sequence: try the next threshold as long as a binomial test
     rejects that the rate is above delta.
 
     Raises:
         ValueError: no thresholds.
-        DataError: too few races for this rate.
+        UnsupportedRate: even the highest threshold does not keep this rate for sure.
     """
     valid = None
     for threshold in thresholds:
         errors = errors_at(threshold)
-        if binom.cdf(sum(errors), len(errors), delta) > 1 - confidence:
+        smallest = smallest_rate(sum(errors), len(errors), confidence)
+        if smallest > delta:
             if valid is None:
-                least = math.ceil(math.log(1 - confidence) / math.log(1 - delta))
-                raise DataError(
-                    f"races: {sum(errors)} of {len(errors)} miss the winner even at threshold {threshold:g}: a rate of "
-                    f"{delta} cannot be guaranteed; it takes {least} races without an error; {remedy}"
+                raise UnsupportedRate(
+                    f"δ = {delta:g} is refused, the smallest that can be guaranteed is {_rounded_up(smallest)}: "
+                    f"{sum(errors)} of {len(errors)} races miss the winner of all draws at threshold {threshold:g}; "
+                    f"{remedy}",
+                    smallest,
                 )
             return valid
         valid = threshold
@@ -165,28 +184,40 @@ def calibrate(
     return valid
 
 
+def _rounded_up(rate: float) -> str:
+    """A rate with four decimals that is not below it."""
+    return f"{math.ceil(1e4 * rate) / 1e4:g}"
+
+
 class Racing(ScheduleKind):
     kind = "racing"
     needs_comparison = True
 
     def course(self, setting: Setting, races: RacesParams, comparison: Comparison) -> Course:
-        proposer, threshold = setting["proposer"], setting.get("threshold")
-        if threshold is None:  # a row of `schedules` names an error rate instead
-            threshold = _stored_threshold(setting["delta"], proposer, comparison)
+        proposer = setting["proposer"]
         forecast = Forecast(**comparison["learned"][str(proposer)])
-        return Course(list(forecast.order), racing(forecast, threshold), proposer)
+        return Course(list(forecast.order), racing(forecast, setting["threshold"]), proposer, setting["budget"])
+
+    def course_of(self, row: ScheduleParams, races: RacesParams, comparison: Comparison) -> Course:
+        """The course that is calibrated for the error rate, proposer and budget of a row of `schedules`."""
+        assert isinstance(row, RacingSchedule)
+        return self.course(_promise(row, comparison), races, comparison)
 
     def settings(self, races: RacesParams) -> Iterable[Setting]:
-        for proposer, threshold in product(races.racing.proposer, races.racing.threshold):
-            yield {"proposer": proposer, "threshold": threshold}
+        for proposer, budget, threshold in product(races.racing.proposer, races.racing.budget, races.racing.threshold):
+            yield {"proposer": proposer, "threshold": threshold, "budget": budget}
 
 
-def _stored_threshold(delta: float, proposer: Proposer, comparison: Comparison) -> float:
-    for setting in comparison.get("promised", []):
-        if (setting["proposer"], setting["delta"]) == (proposer, delta):
-            return float(setting["threshold"])
-    after = f" after {proposer}" if proposer else ""
-    raise DataError(f"racing{after} was not calibrated for δ = {delta:g}; add it to races.racing and run `make races`")
+def _promise(row: RacingSchedule, comparison: Comparison) -> Setting:
+    wanted = {"proposer": row.proposer, "delta": row.delta, "budget": row.budget}
+    name = racing_name(row.delta, row.proposer, row.budget)
+    for promise in comparison.get("promised", []):
+        if wanted.items() <= promise.items():
+            if promise["threshold"] is None:
+                least = _rounded_up(promise["smallest"])
+                raise DataError(f"{name}: refused; the smallest δ that the calibration races support is {least}")
+            return promise
+    raise DataError(f"{name}: not calibrated; add its δ, proposer and budget to races.racing and run `make races`")
 
 
 SCHEDULE = Racing()
