@@ -9,8 +9,9 @@ from flows.stages.common import Details, each, main, stage
 
 @stage
 def evaluate(params: Params) -> dict[str, Details]:
+    from dsd.data.examples import read_examples
     from dsd.datasets import benchmark
-    from dsd.evaluation import ablations, claims
+    from dsd.evaluation import ablations, blind, claims
     from dsd.evaluation import evaluate as evaluation
     from dsd.experiments.study_results import compare_variants, write_studies
     from dsd.metrics import HEADLINES
@@ -23,10 +24,14 @@ def evaluate(params: Params) -> dict[str, Details]:
     results: dict[str, evaluation.Results] = {}
     ablated: dict[str, ablations.Ablations] = {}
     data: dict[str, claims.DatasetHits] = {}
+    baselines: dict[str, blind.Blind] = {}
 
     def dataset(name: str) -> Details:
         scored = evaluation.ScoredSplit.of(name, params, DATA / "prepare" / name, DATA / "score" / name)
-        results[name], hits = evaluation.evaluate(name, scored, params.evaluate, params.seed, target)
+        results[name], hits, forced = evaluation.evaluate(name, scored, params.evaluate, params.seed, target)
+        few_shot = read_examples(DATA / "prepare" / name / "examples.parquet", "train")
+        every = {method: hits[method] | forced[method] for method in hits}
+        baselines[name] = blind.measure(scored.kind, few_shot, scored.examples, every, params.evaluate, params.seed)
         variants = ablations.ablate(scored, params.ablations, params.seed)
         ablated[name] = ablations.with_intervals(scored.examples, variants, params.evaluate, params.seed)
         metric = HEADLINES[benchmark(scored.kind).metrics]
@@ -38,6 +43,7 @@ def evaluate(params: Params) -> dict[str, Details]:
     details = each(dataset, params.datasets)
     evaluation.write_metrics(results, target)
     write_json(target / "code.json", {"versions": VERSIONS, "libraries": libraries()}, indent=2)
+    blind.write(baselines, target)
     ablations.write(ablated, target)
     claims.write(*claims.judge(params, data), target)
     studies = {
