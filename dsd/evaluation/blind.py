@@ -29,8 +29,6 @@ CANDIDATES = 64  # texts per few-shot example that are learned from: all right o
 DIGITS = 9  # scores are rounded, so that texts with the same features in another order tie
 FILE = "blind.json"
 
-Feature = str | tuple[str, str]
-
 
 @dataclass(frozen=True)
 class Blind:
@@ -46,30 +44,37 @@ class Blind:
     differences: dict[str, dict[str, Difference]]
 
 
-def features(text: str) -> list[Feature]:
+def features(text: str) -> tuple[list[str], list[str]]:
     """Return the words of a text, in lower case, and their pairs with the last word."""
     words = text.lower().split()
-    return [*words, *((word, words[-1]) for word in words[:-1])]
+    return words, [f"{word} {words[-1]}" for word in words[:-1]]
 
 
 def learn(few_shot: Iterable[MatchingExample], seed: int) -> Callable[[str], float]:
     """Return the log-likelihood ratio of a text being right, learned on the texts of the few-shot examples."""
-    counts: tuple[Counter[Feature], Counter[Feature]] = Counter(), Counter()  # of wrong and right texts
+    right, wrong = (Counter[str](), Counter[str]()), (Counter[str](), Counter[str]())  # of words and of pairs
     for example in few_shot:
         chosen = narrowed(example, CANDIDATES, seed)
-        right = {t for _, t in chosen.answer}
+        answers = {t for _, t in chosen.answer}
         for t, text in enumerate(chosen.texts):
-            counts[t in right].update(features(text))
-    known = counts[False].keys() | counts[True].keys()
-    # Words and pairs are two distributions; each is smoothed over its own values.
-    sizes = {kind: sum(isinstance(feature, kind) for feature in known) for kind in (str, tuple)}
-    totals = [{kind: sum(n for f, n in side.items() if isinstance(f, kind)) for kind in sizes} for side in counts]
+            for counts, values in zip(right if t in answers else wrong, features(text), strict=True):
+                counts.update(values)
+    ratios = [_log_ratios(*counts) for counts in zip(right, wrong, strict=True)]
 
-    def frequency(side: bool, feature: Feature) -> float:
-        return (counts[side][feature] + 1) / (totals[side][type(feature)] + sizes[type(feature)])
+    def score(text: str) -> float:
+        terms = (
+            known.get(value, 0.0) for known, values in zip(ratios, features(text), strict=True) for value in values
+        )
+        return round(fsum(terms), DIGITS)
 
-    ratios = {feature: log(frequency(True, feature) / frequency(False, feature)) for feature in known}
-    return lambda text: round(fsum(ratios.get(feature, 0.0) for feature in features(text)), DIGITS)
+    return score
+
+
+def _log_ratios(right: Counter[str], wrong: Counter[str]) -> dict[str, float]:
+    """Return log P(value | right) − log P(value | wrong) of each value, with Laplace smoothing over all of them."""
+    values = right.keys() | wrong.keys()
+    totals = [sum(counts.values()) + len(values) for counts in (right, wrong)]
+    return {v: log((right[v] + 1) / totals[0]) - log((wrong[v] + 1) / totals[1]) for v in values}
 
 
 def blind_hits(

@@ -139,6 +139,7 @@ class ScoredSplit:
 
     kind: str
     examples: list[MatchingExample]
+    few_shot: list[MatchingExample]
     methods: Mapping[str, MethodParams]
     stored: StoredEvidence
     scored: Path
@@ -160,7 +161,7 @@ class ScoredSplit:
             fusion=params.fusion,
             seed=params.seed,
         )
-        return cls(params.datasets[name].kind, examples, params.methods, stored, scored)
+        return cls(params.datasets[name].kind, examples, few_shot, params.methods, stored, scored)
 
     def scores(self, method: MethodParams, name: str, **options: Any) -> Scores:
         """Return the score of every pair under a method, a row of params or any other; `options` are the scorer's."""

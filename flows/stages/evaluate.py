@@ -9,7 +9,6 @@ from flows.stages.common import Details, each, main, stage
 
 @stage
 def evaluate(params: Params) -> dict[str, Details]:
-    from dsd.data.examples import read_examples
     from dsd.datasets import benchmark
     from dsd.evaluation import ablations, blind, claims
     from dsd.evaluation import evaluate as evaluation
@@ -29,8 +28,8 @@ def evaluate(params: Params) -> dict[str, Details]:
     def dataset(name: str) -> Details:
         scored = evaluation.ScoredSplit.of(name, params, DATA / "prepare" / name, DATA / "score" / name)
         results[name], hits, forced = evaluation.evaluate(name, scored, params.evaluate, params.seed, target)
-        few_shot = read_examples(DATA / "prepare" / name / "examples.parquet", "train")
         every = {method: hits[method] | forced[method] for method in hits}
+        few_shot = scored.few_shot
         baselines[name] = blind.measure(scored.kind, few_shot, scored.examples, every, params.evaluate, params.seed)
         variants = ablations.ablate(scored, params.ablations, params.seed)
         ablated[name] = ablations.with_intervals(scored.examples, variants, params.evaluate, params.seed)
