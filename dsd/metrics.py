@@ -5,7 +5,7 @@ Shapes: I images, T texts of one example, n examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -153,6 +153,11 @@ def all_hits(metrics: str, ranks: Ranks, categories: Sequence[str], candidates: 
     elif "top5" in hits:
         del hits["top5"]
     return hits
+
+
+def unforced(hits: Mapping[str, Hits]) -> dict[str, Hits]:
+    """Return the metrics among all candidates, which the papers have: those that are not forced."""
+    return {metric: row for metric, row in hits.items() if not metric.startswith(f"{FORCED} ")}
 
 
 def expected_hits(

@@ -14,7 +14,7 @@ from dsd.data.examples import MatchingExample
 from dsd.datasets import benchmark
 from dsd.evaluation import blind
 from dsd.evaluation.evaluate import forced_hits, random_hits, ranked_hits
-from dsd.metrics import Hits
+from dsd.metrics import Hits, unforced
 
 EVALUATE = EvaluateParams(resamples=50, confidence=0.95)
 VQA = "scenes-vqa"
@@ -178,3 +178,9 @@ def test_the_image_contributes_the_paired_difference(tmp_path: Path) -> None:
     assert set(differences["wrong"]) == {"all", "forced all"}
     assert differences["wrong"]["all"]["value"] == -1 and differences["right"]["forced all"]["value"] == 0
     assert differences["right"]["all"]["n"] == 20 and differences["right"]["all"]["p"] == 1
+
+
+def test_claims_are_tested_among_all_candidates() -> None:
+    scores = [np.eye(7)[[e.answer[0][1]]] for e in (test := biased(8, 0))]
+    hits = ranked_hits(VQA, test, scores)
+    assert unforced(hits | forced_hits(VQA, test, scores, ranked_hits)).keys() == hits.keys()

@@ -62,10 +62,8 @@ def learn(few_shot: Iterable[MatchingExample], seed: int) -> Callable[[str], flo
     ratios = [_log_ratios(*counts) for counts in zip(right, wrong, strict=True)]
 
     def score(text: str) -> float:
-        terms = (
-            known.get(value, 0.0) for known, values in zip(ratios, features(text), strict=True) for value in values
-        )
-        return round(fsum(terms), DIGITS)
+        parts = zip(ratios, features(text), strict=True)
+        return round(fsum(known.get(value, 0.0) for known, values in parts for value in values), DIGITS)
 
     return score
 

@@ -32,14 +32,10 @@ Results = dict[str, dict[str, Interval]]  # method → metric → interval
 
 
 class Evaluated(NamedTuple):
-    """The metrics of a dataset by method, in the order of params.yaml, and the hits that they average.
-
-    hits: of the metrics among all candidates; forced: of those among the candidates of the question's kind, if any.
-    """
+    """The metrics of a dataset by method, in the order of params.yaml, and the hits that they average."""
 
     results: Results
     hits: dict[str, dict[str, Hits]]
-    forced: dict[str, dict[str, Hits]]
 
 
 def table(example: MatchingExample, scores: Scores) -> np.ndarray:
@@ -198,13 +194,12 @@ def evaluate(name: str, scored: ScoredSplit, params: EvaluateParams, seed: int, 
     """Compute the metrics of every method on a split of dataset `name`; write `scores/<name>.parquet` to target."""
     examples = scored.examples
     hits: dict[str, dict[str, Hits]] = {}
-    forced: dict[str, dict[str, Hits]] = {}
     rows = []
     for method in scored.methods:
         scores = scored.tables(method)
         ranks = ranked(examples, scores)
         hits[method] = hits_of(scored.kind, examples, ranks)
-        forced[method] = forced_hits(scored.kind, examples, scores, ranked_hits)
+        hits[method] |= forced_hits(scored.kind, examples, scores, ranked_hits)
         rows += [
             dict(id=e.id, category=e.category, method=method, scores=t.ravel().tolist(), rank=int(r))
             for e, t, r in zip(examples, scores, ranks, strict=True)
@@ -212,8 +207,8 @@ def evaluate(name: str, scored: ScoredSplit, params: EvaluateParams, seed: int, 
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink)
     write_atomic(target / "scores" / f"{name}.parquet", sink.getvalue().to_pybytes())
-    results = {m: intervals(examples, hits[m] | forced[m], params, seed) for m in scored.methods}
-    return Evaluated(results, hits, forced)
+    results = {method: intervals(examples, hits[method], params, seed) for method in scored.methods}
+    return Evaluated(results, hits)
 
 
 def write_metrics(results: dict[str, Results], target: Path) -> None:

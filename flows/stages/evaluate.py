@@ -13,7 +13,7 @@ def evaluate(params: Params) -> dict[str, Details]:
     from dsd.evaluation import ablations, blind, claims
     from dsd.evaluation import evaluate as evaluation
     from dsd.experiments.study_results import compare_variants, write_studies
-    from dsd.metrics import HEADLINES
+    from dsd.metrics import HEADLINES, unforced
     from dsd.schedules.replay import read_hits
     from dsd.scorers.evidence import read_identities
     from dsd.store import libraries, write_json
@@ -27,16 +27,16 @@ def evaluate(params: Params) -> dict[str, Details]:
 
     def dataset(name: str) -> Details:
         scored = evaluation.ScoredSplit.of(name, params, DATA / "prepare" / name, DATA / "score" / name)
-        results[name], hits, forced = evaluation.evaluate(name, scored, params.evaluate, params.seed, target)
-        every = {method: hits[method] | forced[method] for method in hits}
+        results[name], hits = evaluation.evaluate(name, scored, params.evaluate, params.seed, target)
         few_shot = scored.few_shot
-        baselines[name] = blind.measure(scored.kind, few_shot, scored.examples, every, params.evaluate, params.seed)
+        baselines[name] = blind.measure(scored.kind, few_shot, scored.examples, hits, params.evaluate, params.seed)
         variants = ablations.ablate(scored, params.ablations, params.seed)
         ablated[name] = ablations.with_intervals(scored.examples, variants, params.evaluate, params.seed)
         metric = HEADLINES[benchmark(scored.kind).metrics]
         identities = read_identities(DATA / "score" / name)
         raced = read_hits(DATA / "races" / f"{name}.json", identities, metric, scored.examples)
-        data[name] = claims.DatasetHits(scored.kind, scored.examples, {**hits, **raced}, variants)
+        published = {method: unforced(by_metric) for method, by_metric in hits.items()}
+        data[name] = claims.DatasetHits(scored.kind, scored.examples, {**published, **raced}, variants)
         return {}
 
     details = each(dataset, params.datasets)
