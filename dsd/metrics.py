@@ -5,7 +5,7 @@ Shapes: I images, T texts of one example, n examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -136,6 +136,9 @@ METRICS: dict[str, Callable[[Ranks, Sequence[str]], dict[str, Hits]]] = {
 # The headline metric of each.
 HEADLINES = {"slots": "macro", "recall": "top1", "categories": "top1", "answers": "all", "winoground": "group"}
 
+# Before the name of a metric: among the candidates of the question's kind only.
+FORCED = "forced"
+
 
 def all_hits(metrics: str, ranks: Ranks, categories: Sequence[str], candidates: ArrayLike) -> dict[str, Hits]:
     """Hits and groups of each metric of a dataset; `top5` is of the examples with more than five candidates, if any.
@@ -150,6 +153,36 @@ def all_hits(metrics: str, ranks: Ranks, categories: Sequence[str], candidates: 
     elif "top5" in hits:
         del hits["top5"]
     return hits
+
+
+def unforced(hits: Mapping[str, Hits]) -> dict[str, Hits]:
+    """Return the metrics among all candidates, which the papers have: those that are not forced."""
+    return {metric: row for metric, row in hits.items() if not metric.startswith(f"{FORCED} ")}
+
+
+def expected_hits(
+    hits: Callable[[Ranks], dict[str, Hits]], ahead: Ranks, tied: Ranks, right: Ranks, *, two_by_two: bool
+) -> dict[str, Hits]:
+    """Return the expected hits of each metric where ties are broken at random.
+
+    Args:
+        hits: hits and groups of each metric at ranks [n].
+        ahead: [n] number of false candidates that score higher than the best right one.
+        tied: [n] number of candidates with the score of the best right one, itself included.
+        right: [n] number of right ones among these; 0 without a right pair, and then no hit is expected.
+        two_by_two: all four scores of each example are equal; see `WINOGROUND_CHANCE`.
+    """
+    unplaced_n = np.ones(len(tied))  # the probability that no right candidate has an earlier rank
+    expected: dict[str, NDArray[np.float64]] = {}
+    for number in range(1, int((ahead + tied).max()) + 1):
+        left_n = np.maximum(tied - (number - ahead) + 1, 1)
+        first_n = np.where(number > ahead, np.minimum(right / left_n, 1), 0)  # if none was earlier
+        share_n = WINOGROUND_CHANCE[number - 1] if two_by_two else unplaced_n * first_n
+        unplaced_n = unplaced_n * (1 - first_n)
+        for metric, (hits_n, _) in hits(np.full(len(tied), number)).items():
+            expected[metric] = expected.get(metric, 0) + share_n * hits_n
+    groups = {metric: masks for metric, (_, masks) in hits(np.ones(len(tied), dtype=np.int64)).items()}
+    return {metric: (np.minimum(values_n, 1), groups[metric]) for metric, values_n in expected.items()}
 
 
 def _checked(scores: ArrayLike, answer: Answer) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsd.metrics import HEADLINES, METRICS, WINOGROUND_CHANCE, Answer, all_hits, rank, winoground
+from dsd.metrics import HEADLINES, METRICS, WINOGROUND_CHANCE, Answer, Hits, all_hits, expected_hits, rank, winoground
 
 scores_1T = st.lists(st.integers(-50, 50), min_size=2, max_size=12)
 
@@ -178,3 +178,20 @@ def test_the_user_s_categories_have_their_accuracy() -> None:
         "top1 dogs": [True, True, False],
     }
     assert set(METRICS["categories"](np.array([1, 2]), ["all", "all"])) == {"top1", "top5"}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2), st.integers(1, 4), st.data())
+def test_expected_hits_are_the_mean_over_all_orders_of_tied_candidates(
+    ahead: int, tied: int, data: st.DataObject
+) -> None:
+    right = data.draw(st.integers(1, tied))
+    places = [min(order[:right]) for order in permutations(range(1, tied + 1))]  # of the first right one
+    one = [np.array([number]) for number in (ahead, tied, right)]
+    for k in (1, 2, 3):
+
+        def hits(ranks: np.ndarray, k: int = k) -> dict[str, Hits]:
+            return {"top": ((ranks <= k).astype(float), [np.array([True])])}
+
+        [expected] = expected_hits(hits, *one, two_by_two=False)["top"][0]
+        assert expected == pytest.approx(np.mean([ahead + place <= k for place in places]))

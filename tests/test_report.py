@@ -21,9 +21,10 @@ from PIL import Image
 
 from dsd.config import Params, StagedSchedule, StudyParams, load
 from dsd.data.examples import MatchingExample, write_examples
+from dsd.datasets.scenes_vqa import COUNTS
 from dsd.errors import DataError
-from dsd.evaluation import ablations, claims
-from dsd.evaluation.evaluate import SCHEMA, Results, hits_of, intervals, write_metrics
+from dsd.evaluation import ablations, blind, claims
+from dsd.evaluation.evaluate import SCHEMA, Results, forced_hits, hits_of, intervals, ranked_hits, write_metrics
 from dsd.experiments.scaling import measure_scaling, read_scaling
 from dsd.experiments.study_results import write_studies
 from dsd.experiments.variants import Study
@@ -32,13 +33,14 @@ from dsd.metrics import SLOTS, rank
 from dsd.report import build
 from dsd.report.comparisons import Comparison, compare
 from dsd.report.figures import smooth
-from dsd.report.findings import reasons, unbeaten
+from dsd.report.findings import images, reasons, unbeaten
 from dsd.report.gallery import choose, decimals, noisy_example
 from dsd.report.heatmaps import HeatMaps, overlay
 from dsd.report.inputs import Claim, DatasetResults, read_datasets
 from dsd.report.papers import second_paper
 from dsd.report.races import accuracy_plots, front
 from dsd.report.tables import duration, names, points
+from dsd.scenes.world import COLOURS, SHAPES
 from dsd.schedules.replay import compare_settings
 from dsd.scorers.evidence import INDEX, RACES, write_index
 from dsd.statistics import Difference, Resampling
@@ -88,13 +90,16 @@ def examples_of(name: str) -> list[MatchingExample]:
             for n in range(12)
             for slot in SLOTS
         ]
-    width = 10 if name == "scenes-ref" else 13
-    category = {"scenes-ref": ("above", "below"), "scenes-vqa": ("binary", "colour")}[name]
+    if name == "scenes-ref":
+        texts, category = tuple(f"text {t}" for t in range(10)), ("above", "below")
+        rights = [n % len(texts) for n in range(24)]
+    else:
+        answers = ("yes", "no", *COLOURS[:4], *SHAPES[:4], *COUNTS)
+        texts, category = tuple(f"what is it ? {answer}" for answer in answers), ("binary", "colour")
+        rights = [n // 2 % 2 if n % 2 == 0 else 2 + n // 2 % 4 for n in range(24)]
     return [
-        MatchingExample(
-            f"{name}/{n}", (f"{name}{n}",), tuple(f"text {t}" for t in range(width)), ((0, n % width),), category[n % 2]
-        )
-        for n in range(24)
+        MatchingExample(f"{name}/{n}", (f"{name}{n}",), texts, ((0, right),), category[n % 2])
+        for n, right in enumerate(rights)
     ]
 
 
@@ -109,8 +114,11 @@ def write(path: Path, content: object) -> None:
     path.write_text(json.dumps(content))
 
 
-def write_dataset(name: str, params: Params, data: Path) -> claims.DatasetHits:
-    """Write the outputs of earlier stages for a dataset and return its answers; variants have their methods' hits."""
+def write_dataset(name: str, params: Params, data: Path) -> tuple[claims.DatasetHits, Results, blind.Blind]:
+    """Write the outputs of earlier stages for a dataset; return its answers, metrics and blind baseline.
+
+    Variants have their methods' hits.
+    """
     examples, rng = examples_of(name), np.random.default_rng(len(name))
     prepared = data / "prepare" / name
     write_examples(prepared / "examples.parquet", [("test", e) for e in examples] + [("train", examples[0])])
@@ -121,17 +129,19 @@ def write_dataset(name: str, params: Params, data: Path) -> claims.DatasetHits:
     left_out = {f"{name}/7": "embedded-clip"} if name == "scenes-ref" else {}
     write_index(data / "score" / name, {}, [], 1, left_out)
     write(prepared / "quarantine.json", [{"name": f"{HOSTILE}.png", "reason": "truncated"}])
-    rows, hits = [], {}
+    kind, rows, hits, every = params.datasets[name].kind, [], {}, {}
     for method in params.methods:
-        skill, ranks = SKILL[method], []
+        skill, ranks, tables = SKILL[method], [], []
         for e in examples:
             scores = rng.normal(size=(len(e.images), len(e.texts)))
             scores[e.answer[0]] += 2 * skill
             ranks.append(rank(scores, e.answer))
+            tables.append(scores)
             rows.append(
                 dict(id=e.id, category=e.category, method=method, scores=scores.ravel().tolist(), rank=ranks[-1])
             )
-        hits[method] = hits_of(params.datasets[name].kind, examples, np.array(ranks))
+        hits[method] = hits_of(kind, examples, np.array(ranks))
+        every[method] = hits[method] | forced_hits(kind, examples, tables, ranked_hits)
     path = data / "evaluate" / "scores" / f"{name}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
@@ -143,18 +153,21 @@ def write_dataset(name: str, params: Params, data: Path) -> claims.DatasetHits:
     for method in params.ablations.methods:
         changes = ablations.values(params.ablations, params.methods[method].ablation_keys)
         variants |= {ablations.ChangedMethod(method, key, text): hits[method] for key, text, _ in changes}
-    return claims.DatasetHits(params.datasets[name].kind, examples, hits, variants)
+    options = params.evaluate, params.seed
+    metrics = {method: intervals(examples, by_metric, *options) for method, by_metric in every.items()}
+    baseline = blind.measure(kind, examples[:1], examples, every, *options)
+    return claims.DatasetHits(kind, examples, hits, variants), metrics, baseline
 
 
 def write_results(params: Params, data: Path) -> None:
     """Write the outputs of the stages before the report."""
-    answers = {name: write_dataset(name, params, data) for name in params.datasets}
-    metrics, ablated = {}, {}
+    answers, metrics, baselines, ablated = {}, {}, {}, {}
+    for name in params.datasets:
+        answers[name], metrics[name], baselines[name] = write_dataset(name, params, data)
     for name, answer in answers.items():
-        options = params.evaluate, params.seed
-        metrics[name] = {m: intervals(answer.examples, hits, *options) for m, hits in answer.methods.items()}
         ablated[name] = ablations.with_intervals(answer.examples, answer.variants, params.evaluate, params.seed)
     write_metrics(metrics, data / "evaluate")
+    blind.write(baselines, data / "evaluate")
     ablations.write(ablated, data / "evaluate")
     claims.write(*claims.judge(params, answers), data / "evaluate")
     write_studies(study_results(params, metrics), data / "evaluate")
@@ -365,12 +378,43 @@ def test_chance_follows_the_number_of_candidates(params: Params, data: Path) -> 
     chance = {d.name: d.chance for d in read_datasets(params, data, {})}
     assert chance["scenes-com"] == pytest.approx(dict.fromkeys((*SLOTS, "micro", "macro"), 1 / 2))
     assert chance["scenes-ref"] == pytest.approx({"top1": 1 / 10, "top5": 5 / 10})
-    assert chance["scenes-vqa"] == pytest.approx(dict.fromkeys(("binary", "other", "all"), 1 / 13))
+    forced = {"forced binary": 1 / 2, "forced other": 1 / 4, "forced all": 3 / 8}
+    assert chance["scenes-vqa"] == pytest.approx(dict.fromkeys(("binary", "other", "all"), 1 / 13) | forced)
+
+
+def test_the_blind_baseline_is_a_row_of_the_results(page: str, data: Path) -> None:
+    tables = Parsed(page).tables
+    for name, row in json.loads((data / "evaluate" / "blind.json").read_text()).items():
+        head, *rows = tables[f"{name}: accuracy"]
+        blind_row, chance = rows[-2:]
+        assert chance[0] == "chance" and blind_row[0] == ("blind, at chance" if name == "scenes-com" else "blind")
+        for column, (metric, v) in enumerate(row["metrics"].items(), start=1):
+            assert head[column] == f"{metric}n = {v['n']}"
+            assert blind_row[column] == f"{100 * v['value']:.1f} % [{100 * v['low']:.1f}, {100 * v['high']:.1f}]"
+    assert "scenes-com: the blind baseline is at chance, since all candidates of an example have the same text" in page
+
+
+def test_the_report_leads_with_what_the_image_contributes(page: str, params: Params, data: Path) -> None:
+    first = re.search(r'<p class="lead">(.*?)</p>', page)
+    assert first is not None and first[1].startswith("Compared with the texts alone, the image contributes ")
+    cards = images(read_datasets(params, data, {}))
+    assert [(card.dataset, card.metric) for card in cards] == [
+        ("scenes-com", "macro"),
+        ("scenes-ref", "top1"),
+        ("scenes-vqa", "all"),
+        ("scenes-vqa", "forced all"),
+    ]
+    head, *rows = Parsed(page).tables["What the image contributes"]
+    for column, card in enumerate(cards, start=1):
+        assert f"{card.change} points {card.interval} on {card.dataset} ({card.metric}, {card.method})" in first[1]
+        row = next(row for row in rows if row[0] == card.method)
+        assert head[column] == f"{card.dataset}{card.metric}" and row[column] == f"{card.change} {card.interval}"
+        assert float(card.after) - float(card.before) == pytest.approx(float(card.change.replace("−", "-")), abs=0.11)
 
 
 def test_chance_of_two_by_two_examples() -> None:
     examples = [MatchingExample(str(n), ("i", "j"), ("a", "b"), ((0, 0), (1, 1)), "Object") for n in range(3)]
-    dataset = DatasetResults("w", "winoground", {}, examples, {}, {}, {}, {}, {}, [], {}, {})
+    dataset = DatasetResults("w", "winoground", {}, examples, {}, {}, {}, {}, {}, [], {}, {}, blind.Blind(None, {}, {}))
     assert dataset.chance == pytest.approx({"text": 1 / 4, "image": 1 / 4, "group": 1 / 6})
 
 
@@ -624,6 +668,7 @@ def broken(data: Path) -> Iterator[tuple[Path, str]]:
     yield data / "evaluate" / "metrics.json", json.dumps({name: {"dds": {}} for name in NAMES})
     yield data / "evaluate" / "metrics.json", json.dumps({name: {"dsd": {"top1": 0.5}} for name in NAMES})
     yield data / "evaluate" / "ablations.json", json.dumps({NAMES[0]: {"dsd": {"heads": {"mean": 0.5}}}})
+    yield data / "evaluate" / "blind.json", json.dumps({name: {"reason": None} for name in NAMES})
     yield data / "evaluate" / "claims.json", json.dumps({"4": {"claim": "ahead"}})
     yield data / "train" / "scenes-com" / "clip-finetune" / "curve.csv", "step,loss\n1,2\n"
     yield data / "prepare" / "scenes-ref" / "summary.json", ""

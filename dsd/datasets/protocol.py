@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
+from dsd.data.examples import MatchingExample
 from dsd.datasets.annotations import RawExample, read_annotations
 
 Row = TypeVar("Row", contravariant=True)  # the type of a row of `datasets` of this kind
@@ -42,6 +43,8 @@ class Benchmark(Generic[Row]):
         expected: estimates the size of a row's dataset.
         remote: bytes of the files to fetch for a dataset's name and row, without images that have their own URLs;
             raises DataError if they are not accessible.
+        own_kind: for questions of several kinds that share their candidates, the indices of the texts with an answer of
+            the example's kind, such as yes and no; accuracy among these alone is "forced <metric>". Else None.
         seeded: whether example ids contain `seed`, so that a download of another seed is refused.
     """
 
@@ -52,6 +55,7 @@ class Benchmark(Generic[Row]):
     licence: str
     expected: Callable[[Row], Expected]
     remote: Callable[[str, Row], int]
+    own_kind: Callable[[MatchingExample], Sequence[int]] | None = None
     seeded: bool = True
 
     def examples(self, folder: Path, *, seed: int) -> Iterator[RawExample]:

@@ -11,6 +11,7 @@ from itertools import permutations
 from random import Random
 
 from dsd.config import DrawnDataset
+from dsd.data.examples import MatchingExample
 from dsd.data.splits import Split
 from dsd.datasets.annotations import RawExample
 from dsd.datasets.synthetic import Composed, arguable, image_name, synthetic
@@ -20,6 +21,7 @@ from dsd.scenes.world import COLOURS, SHAPES, Scene, Triplet, holds, random_trip
 
 COUNTS = NUMBERS[1:]  # things in a scene: two to four
 OPEN = {"colour": COLOURS, "shape": SHAPES, "number": COUNTS}
+ANSWERS = {"binary": ("yes", "no"), **OPEN}  # by kind of question
 RELATION = "is the {s} {p} the {o} ?"
 CHOICES = 4  # colours, and shapes, among the candidates
 
@@ -75,7 +77,7 @@ def _answers(rng: Random, scene: Scene, category: str) -> list[str]:
     The colours (or shapes) of the scene are candidates only if the question asks for a colour (or shape): they are the
     hardest to tell from the right one. In a yes-or-no question they would reveal what is there.
     """
-    answers = ["yes", "no", *COUNTS]
+    answers = [*ANSWERS["binary"], *COUNTS]
     for kind in ("colour", "shape"):
         things = scene.things if kind == category else ()
         shown = list(dict.fromkeys(getattr(thing.noun, kind) for thing in things))
@@ -84,10 +86,16 @@ def _answers(rng: Random, scene: Scene, category: str) -> list[str]:
     return answers
 
 
+def own_kind(example: MatchingExample) -> list[int]:
+    """Return the indices of the texts whose answer is of the kind that the question asks for."""
+    return [n for n, text in enumerate(example.texts) if text.split()[-1] in ANSWERS[example.category]]
+
+
 BENCHMARK = synthetic(
     "scenes-vqa",
     compose,
     metrics="answers",
     candidates=lambda row: (1, 2 + len(COUNTS) + 2 * CHOICES),
+    own_kind=own_kind,
     citation="synthetic, after VQAv2: Goyal et al., Making the V in VQA Matter, CVPR 2017",
 )

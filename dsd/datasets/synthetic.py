@@ -8,7 +8,7 @@ scene of the pretraining data.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsd.config import DrawnDataset
+from dsd.data.examples import MatchingExample
 from dsd.data.splits import Split, split_groups
 from dsd.datasets.annotations import ANNOTATIONS, IMAGES, RawExample, write_annotations
 from dsd.datasets.protocol import Benchmark, Expected
@@ -47,12 +48,14 @@ def synthetic(
     citation: str,
     candidates: Callable[[DrawnDataset], tuple[int, int]],
     examples: int = 1,
+    own_kind: Callable[[MatchingExample], Sequence[int]] | None = None,
 ) -> Benchmark[DrawnDataset]:
     """Return a benchmark of rendered scenes.
 
     Args:
         candidates: numbers of images and texts per example.
         examples: number of examples per item.
+        own_kind: see `Benchmark`.
     """
     return Benchmark(
         kind,
@@ -62,6 +65,7 @@ def synthetic(
         licence="not needed: rendered by dsd",
         expected=lambda row: Expected(row.size, row.test, *candidates(row)),
         remote=lambda name, row: 0,
+        own_kind=own_kind,
     )
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from dsd.config import Vqav2Dataset
+from dsd.data.examples import MatchingExample
 from dsd.data.hub import Location, Repository, fetch_repository, repository_size
 from dsd.datasets import parquet
 from dsd.datasets.annotations import RawExample
@@ -130,6 +131,27 @@ def _answers(name: str, row: Vqav2Dataset, questions: Sequence[Question]) -> dic
     return {answer: n for n, answer in enumerate(ordered[: row.answers])}
 
 
+def own_kind(example: MatchingExample) -> list[int]:
+    """Return the indices of the texts whose answer has the form of the right one: yes or no, a number, or another.
+
+    Without a right answer the category decides, which tells only the first form from the others.
+    """
+    # All texts start with the question. What the first and the last in alphabetical order share, all share.
+    first, last = min(example.texts), max(example.texts)
+    shared = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    start = first.rfind(" ", 0, shared) + 1
+    forms = [_form(text[start:]) for text in example.texts]
+    own = {forms[t] for _, t in example.answer}
+    own = own or ({"binary"} if example.category == "binary" else {"number", "other"})
+    return [n for n, form in enumerate(forms) if form in own]
+
+
+def _form(answer: str) -> str:
+    if answer in ("yes", "no"):
+        return "binary"
+    return "number" if answer.isdecimal() else "other"
+
+
 BENCHMARK = Benchmark(
     "vqav2",
     _download,
@@ -138,5 +160,6 @@ BENCHMARK = Benchmark(
     licence="annotations: CC BY 4.0; images: COCO's, from Flickr, under the terms of each",
     expected=lambda row: Expected(214_354, row.test or 214_354, 1, row.answers),
     remote=repository_size,
+    own_kind=own_kind,
     seeded=False,
 )

@@ -5,8 +5,9 @@ Shapes: I images, T texts, C candidates of an example; n examples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from dsd.config import EvaluateParams, MethodParams, Params
 from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
 from dsd.datasets import benchmark
 from dsd.errors import DataError
-from dsd.metrics import Hits, all_hits, rank
+from dsd.metrics import FORCED, Hits, all_hits, expected_hits, rank
 from dsd.scorers import SCORERS
 from dsd.scorers.base import Scores, StoredEvidence
 from dsd.scorers.evidence import read_ranks, scored_examples
@@ -64,6 +65,61 @@ def hits_of(kind: str, examples: Sequence[MatchingExample], ranks_n: NDArray[np.
         raise DataError(f"{kind}, {len(examples)} examples: {error}") from None
 
 
+def forced_hits(
+    kind: str,
+    examples: Sequence[MatchingExample],
+    scores: Sequence[np.ndarray],
+    hits: Callable[[str, Sequence[MatchingExample], Sequence[np.ndarray]], dict[str, Hits]],
+) -> dict[str, Hits]:
+    """Return the hits of each "forced <metric>": `hits` of the examples narrowed to the candidates of their own kind.
+
+    Empty unless the kind of dataset has `own_kind`. An example with only one candidate of its kind keeps all.
+
+    Args:
+        scores: [I, T] of each example.
+        hits: `ranked_hits` or `random_hits`.
+    """
+    own_kind = benchmark(kind).own_kind
+    if own_kind is None:
+        return {}
+    kept = [own if len(own := list(own_kind(e))) > 1 else list(range(len(e.texts))) for e in examples]
+    narrowed = [
+        replace(
+            example,
+            texts=tuple(example.texts[t] for t in own),
+            answer=tuple((i, own.index(t)) for i, t in example.answer if t in own),
+        )
+        for example, own in zip(examples, kept, strict=True)
+    ]
+    own_scores = [scores_IT[:, own] for scores_IT, own in zip(scores, kept, strict=True)]
+    return {f"{FORCED} {metric}": row for metric, row in hits(kind, narrowed, own_scores).items()}
+
+
+def ranked_hits(kind: str, examples: Sequence[MatchingExample], scores: Sequence[np.ndarray]) -> dict[str, Hits]:
+    """Return hits and groups of every metric, from the scores [I, T] of every example; ties count as wrong."""
+    return hits_of(kind, examples, ranked(examples, scores))
+
+
+def random_hits(kind: str, examples: Sequence[MatchingExample], scores: Sequence[np.ndarray]) -> dict[str, Hits]:
+    """Return expected hits and groups of every metric with ties in random order; equal scores give chance level.
+
+    Raises:
+        ValueError: the scores of a 2 x 2 example differ.
+    """
+    two_by_two = any(scores_IT.shape == (2, 2) for scores_IT in scores)
+    if two_by_two and any(np.ptp(scores_IT) for scores_IT in scores):
+        raise ValueError("ties in random order: 2 x 2 examples need equal scores")
+    places = []
+    for example, scores_IT in zip(examples, scores, strict=True):
+        right = np.zeros(scores_IT.shape, dtype=bool)
+        right[tuple(np.array(example.answer, dtype=int).reshape(-1, 2).T)] = True
+        best = scores_IT[right].max(initial=-np.inf)
+        places.append(((scores_IT > best).sum(), (scores_IT == best).sum(), (right & (scores_IT == best)).sum()))
+    ahead_n, tied_n, right_n = np.array(places).T
+    hits = partial(hits_of, kind, examples)
+    return expected_hits(hits, ahead_n, tied_n, right_n, two_by_two=two_by_two)
+
+
 def intervals(
     examples: Sequence[MatchingExample], hits: Mapping[str, Hits], evaluate: EvaluateParams, seed: int
 ) -> dict[str, Interval]:
@@ -79,6 +135,7 @@ class ScoredSplit:
 
     kind: str
     examples: list[MatchingExample]
+    few_shot: list[MatchingExample]
     methods: Mapping[str, MethodParams]
     stored: StoredEvidence
     scored: Path
@@ -100,7 +157,7 @@ class ScoredSplit:
             fusion=params.fusion,
             seed=params.seed,
         )
-        return cls(params.datasets[name].kind, examples, params.methods, stored, scored)
+        return cls(params.datasets[name].kind, examples, few_shot, params.methods, stored, scored)
 
     def scores(self, method: MethodParams, name: str, **options: Any) -> Scores:
         """Return the score of every pair under a method, a row of params or any other; `options` are the scorer's."""
@@ -119,7 +176,7 @@ class ScoredSplit:
 
     def hits(self, scores: Sequence[np.ndarray]) -> dict[str, Hits]:
         """Return hits and groups of every metric, from the scores [I, T] of every example."""
-        return hits_of(self.kind, self.examples, ranked(self.examples, scores))
+        return ranked_hits(self.kind, self.examples, scores)
 
 
 SCHEMA = pa.schema(
@@ -142,6 +199,7 @@ def evaluate(name: str, scored: ScoredSplit, params: EvaluateParams, seed: int, 
         scores = scored.tables(method)
         ranks = ranked(examples, scores)
         hits[method] = hits_of(scored.kind, examples, ranks)
+        hits[method] |= forced_hits(scored.kind, examples, scores, ranked_hits)
         rows += [
             dict(id=e.id, category=e.category, method=method, scores=t.ravel().tolist(), rank=int(r))
             for e, t, r in zip(examples, scores, ranks, strict=True)

@@ -10,6 +10,13 @@ from dsd.report.tables import Cell, Row, Table, count, p_value, points_cell
 from dsd.statistics import Difference, Resampling, paired_difference
 
 
+def compared(difference: Difference) -> str:
+    """How a compares with b, by the interval of a − b."""
+    if difference.low > 0:
+        return "higher"
+    return "lower" if difference.high < 0 else "no difference shown"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One metric on one dataset: method a minus method b on the same examples."""
@@ -21,10 +28,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """How a compares with b, by the interval of the difference."""
-        if self.difference.low > 0:
-            return "higher"
-        return "lower" if self.difference.high < 0 else "no difference shown"
+        return compared(self.difference)
 
 
 ByOpponent = Mapping[str, Sequence[Comparison]]  # comparisons of one method with each opponent, over all datasets
@@ -35,7 +39,7 @@ def compare(
 ) -> list[Comparison]:
     """a − b on metrics of the dataset, with the clusters and resamples of the metrics' own intervals."""
     clusters = [example.cluster for example in dataset.examples]
-    hits_a, hits_b = dataset.hits(dataset.ranks[a]), dataset.hits(dataset.ranks[b])
+    hits_a, hits_b = dataset.hits[a], dataset.hits[b]
     rows = []
     for metric in metrics:
         hits_n, groups = hits_a[metric]

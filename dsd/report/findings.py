@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsd.report.comparisons import ByOpponent, Comparison, compare
+from dsd.report.comparisons import ByOpponent, Comparison, compare, compared
 from dsd.report.inputs import Claim, DatasetResults
 from dsd.report.tables import bounds, compared, interval, names, percent, points
 from dsd.statistics import Interval, Resampling
@@ -16,10 +16,11 @@ CLAIM_KEYS = {"5": "layers", "6": "pooling", "7": "heads", "8": "heads", "9": "l
 
 @dataclass(frozen=True)
 class Headline:
-    """The headline metric of one dataset without and with the attention prompt."""
+    """A metric of one dataset without and with something: the attention prompt, or the image."""
 
     dataset: str
     metric: str
+    method: str
     before: str
     after: str
     change: str
@@ -41,9 +42,37 @@ def headlines(
             span = bounds(difference.low, difference.high)
             level = percent(d.chance[d.headline])
             headlines.append(
-                Headline(d.name, d.headline, old, new, points(difference.value), span, comparison.verdict, level)
+                Headline(d.name, d.headline, after, old, new, points(difference.value), span, comparison.verdict, level)
             )
     return headlines
+
+
+def images(datasets: Sequence[DatasetResults]) -> list[Headline]:
+    """What the image contributes: the best method minus the blind baseline, by leading metric of each dataset."""
+    headlines = []
+    for d in datasets:
+        for metric in d.leading:
+            best = max(d.results, key=lambda method: d.results[method][metric].value)
+            difference = d.blind.differences[best][metric]
+            old, new, chance = (
+                percent(share)
+                for share in (d.blind.metrics[metric].value, d.results[best][metric].value, d.chance[metric])
+            )
+            span = bounds(difference.low, difference.high)
+            verdict = compared(difference)
+            headlines.append(Headline(d.name, metric, best, old, new, points(difference.value), span, verdict, chance))
+    return headlines
+
+
+def image_lead(headlines: Sequence[Headline]) -> str:
+    """The sentence on what the image contributes to the best method."""
+    places = [f"{h.change} points {h.interval} on {h.dataset} ({h.metric}, {h.method})" for h in headlines]
+    return f"Compared with the texts alone, the image contributes {names(places)}."
+
+
+def blind_reasons(datasets: Sequence[DatasetResults]) -> list[str]:
+    """For each dataset whose blind baseline is at chance by construction: why."""
+    return [f"{d.name}: the blind baseline is at chance, since {d.blind.reason}." for d in datasets if d.blind.reason]
 
 
 def leaders(dataset: DatasetResults, resampling: Resampling) -> list[str]:
@@ -99,7 +128,8 @@ def above_chance(methods: Sequence[str], datasets: Sequence[DatasetResults]) -> 
     for method in methods:
         above = below = total = 0
         for d in (d for d in datasets if method in d.results):
-            for metric, level in d.chance.items():
+            for metric in d.metrics:
+                level = d.chance[metric]
                 total += 1
                 below += d.results[method][metric].high < level
                 above += d.results[method][metric].low > level

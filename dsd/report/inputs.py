@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,11 +23,14 @@ from dsd.data.examples import MatchingExample, read_examples
 from dsd.datasets import benchmark
 from dsd.errors import DataError, unknown
 from dsd.evaluation.ablations import Ablations
+from dsd.evaluation.blind import FILE as BLIND
+from dsd.evaluation.blind import Blind
 from dsd.evaluation.claims import Judgement
-from dsd.metrics import HEADLINES, WINOGROUND_CHANCE, Hits, all_hits
+from dsd.evaluation.evaluate import forced_hits, hits_of, random_hits, ranked_hits
+from dsd.metrics import FORCED, HEADLINES, Hits
 from dsd.schedules.replay import current_comparisons
 from dsd.scorers.evidence import read_identities, read_index
-from dsd.statistics import Interval
+from dsd.statistics import Difference, Interval
 
 # In order of execution. The time of the report stage is unknown while the report is written.
 STAGES = ("pretrain", "download", "prepare", "cache", "train", "score", "evaluate")
@@ -57,6 +60,7 @@ class DatasetResults:
     quarantine: list[dict[str, str]]
     indistinct: dict[str, str]  # examples left out: two texts are one to this backbone
     summaries: dict[str, dict[str, Any]]  # stage → its counts; prepare, cache and score where recorded
+    blind: Blind
 
     @property
     def methods(self) -> list[str]:
@@ -71,6 +75,11 @@ class DatasetResults:
         return HEADLINES[benchmark(self.kind).metrics]
 
     @property
+    def leading(self) -> list[str]:
+        """The headline metric, and the forced one if there is one."""
+        return [metric for metric in (self.headline, f"{FORCED} {self.headline}") if metric in self.metrics]
+
+    @property
     def candidates(self) -> NDArray[np.int64]:
         """[n] number of (image, text) candidates per example."""
         return np.array([len(e.images) * len(e.texts) for e in self.examples])
@@ -83,21 +92,19 @@ class DatasetResults:
     @cached_property
     def chance(self) -> dict[str, float]:
         """The expected value of each metric under random scores, that is with the candidates in random order."""
-        candidates_n, right_n = self.candidates, np.array([len(e.answer) for e in self.examples])
-        before_n = np.ones(len(candidates_n))  # the probability that all earlier places have false candidates
-        expected: dict[str, Any] = {}
-        for rank in range(1, int(candidates_n.max()) + 1):
-            left_n = np.maximum(candidates_n - rank + 1, 1)
-            share_n = WINOGROUND_CHANCE[rank - 1] if self.two_by_two else before_n * np.minimum(right_n / left_n, 1)
-            before_n = before_n * np.maximum(1 - right_n / left_n, 0)
-            for metric, (hits_n, _) in self.hits(np.full(len(candidates_n), rank)).items():
-                expected[metric] = expected.get(metric, 0) + share_n * hits_n
-        groups = {metric: masks for metric, (_, masks) in self.hits(candidates_n).items()}
-        return {m: float(np.mean([values_n[mask].mean() for mask in groups[m]])) for m, values_n in expected.items()}
+        equal = [np.zeros((len(e.images), len(e.texts))) for e in self.examples]
+        expected = random_hits(self.kind, self.examples, equal)
+        expected |= forced_hits(self.kind, self.examples, equal, random_hits)
+        return {m: float(np.mean([hits_n[mask].mean() for mask in masks])) for m, (hits_n, masks) in expected.items()}
 
-    def hits(self, ranks: NDArray[np.int64]) -> dict[str, Hits]:
-        """Hits and groups of every metric at the given ranks [n]."""
-        return all_hits(benchmark(self.kind).metrics, ranks, [e.category for e in self.examples], self.candidates)
+    @cached_property
+    def hits(self) -> dict[str, dict[str, Hits]]:
+        """Hits and groups of every metric by method."""
+        kind, examples = self.kind, self.examples
+        return {
+            method: hits_of(kind, examples, self.ranks[method]) | forced_hits(kind, examples, scores, ranked_hits)
+            for method, scores in self.scores.items()
+        }
 
 
 @contextmanager
@@ -131,6 +138,7 @@ def read_datasets(params: Params, data: Path, timings: Timings) -> list[DatasetR
         )
     results = {name: _results(path, name, metrics[name], list(params.methods)) for name in params.datasets}
     ablations = _ablations(data / "evaluate" / "ablations.json")
+    baselines = _baselines(data / "evaluate" / BLIND, results)
     datasets = []
     for name, row in params.datasets.items():
         prepared = data / "prepare" / name
@@ -159,6 +167,7 @@ def read_datasets(params: Params, data: Path, timings: Timings) -> list[DatasetR
                 read_json(prepared / "quarantine.json", "prepare"),
                 indistinct,
                 summaries,
+                baselines[name],
             )
         )
     return datasets
@@ -201,6 +210,23 @@ def _ablations(path: Path) -> dict[str, Ablations]:
                 for method, by_key in by_method.items()
             }
             for dataset, by_method in content.items()
+        }
+
+
+def _baselines(path: Path, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Blind]:
+    """The blind baseline of each dataset, with a difference from every method of `results`."""
+    content = read_json(path, "evaluate")
+    with reading(path, "evaluate", "the blind baseline of every dataset and method"):
+        return {
+            dataset: Blind(
+                content[dataset]["reason"],
+                {metric: Interval(**value) for metric, value in content[dataset]["metrics"].items()},
+                {
+                    method: {m: Difference(**value) for m, value in content[dataset]["differences"][method].items()}
+                    for method in by_method
+                },
+            )
+            for dataset, by_method in results.items()
         }
 
 

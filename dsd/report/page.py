@@ -43,6 +43,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
     stored_studies = inputs.read_json(data / "evaluate" / "studies.json", "evaluate")
     tested = [d for d in datasets if method in d.results]
     series = {name: number for number, name in enumerate(params.methods)}
+    contributions = findings.images(datasets)
     evaluated = {name for dataset in datasets for name in dataset.methods}
     return render(
         "report.html.j2",
@@ -54,7 +55,11 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         facts=_facts(params, heat.digest, timings),
         confidence=f"{100 * evaluate.confidence:g} %",
         **_comparisons(datasets, method, before, fusions, untrained, resampling),
+        image_lead=findings.image_lead(contributions),
+        contributions=contributions,
         results=[tables.results(d) for d in datasets],
+        images=tables.images(datasets),
+        blind_reasons=findings.blind_reasons(datasets),
         legend=[(name, figures.SYMBOLS[n % 8], n % 8) for name, n in series.items() if name in evaluated],
         claims=[tables.claims(claims), tables.claim_comparisons(claims)] if claims else [],
         reasons=findings.reasons(claims, datasets, method, denoisers),

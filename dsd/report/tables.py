@@ -94,15 +94,36 @@ def best_of(values: Sequence[Interval]) -> float:
 
 
 def results(dataset: DatasetResults) -> Table:
-    """Methods × metrics with intervals, the best of each column marked, and chance level."""
+    """Methods × metrics with intervals, the best of each column marked; below them the blind baseline and chance."""
     best = {metric: best_of([row[metric] for row in dataset.results.values()]) for metric in dataset.metrics}
     rows = [
         Row(method, [percent_cell(v, mark="best" if v.value == best[metric] else "") for metric, v in row.items()])
         for method, row in dataset.results.items()
     ]
+    rows.append(
+        Row(
+            "blind" if dataset.blind.reason is None else "blind, at chance",
+            [percent_cell(dataset.blind.metrics.get(metric)) for metric in dataset.metrics],
+            "chance",
+        )
+    )
     rows.append(Row("chance", [Cell(f"{percent(dataset.chance[metric])} %") for metric in dataset.metrics], "chance"))
     head = ["method", *(f"{metric}\nn = {count(v.n)}" for metric, v in next(iter(dataset.results.values())).items())]
     return Table(f"{dataset.name}: accuracy", head, rows)
+
+
+def images(datasets: Sequence[DatasetResults]) -> Table:
+    """Each method minus the blind baseline, on the headline metric of each dataset and the forced one, if any."""
+    columns = [(d, metric) for d in datasets for metric in d.leading]
+    methods = dict.fromkeys(method for d in datasets for method in d.methods)
+
+    def cell(dataset: DatasetResults, metric: str, method: str) -> Cell:
+        difference = dataset.blind.differences.get(method, {}).get(metric)
+        return Cell(NONE) if difference is None else points_cell(difference.value, difference.low, difference.high)
+
+    rows = [Row(method, [cell(d, metric, method) for d, metric in columns]) for method in methods]
+    head = ["method − blind\npercentage points", *(f"{d.name}\n{metric}" for d, metric in columns)]
+    return Table("What the image contributes", head, rows)
 
 
 POINTS = "a − b\npercentage points"

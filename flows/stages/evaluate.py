@@ -10,10 +10,10 @@ from flows.stages.common import Details, each, main, stage
 @stage
 def evaluate(params: Params) -> dict[str, Details]:
     from dsd.datasets import benchmark
-    from dsd.evaluation import ablations, claims
+    from dsd.evaluation import ablations, blind, claims
     from dsd.evaluation import evaluate as evaluation
     from dsd.experiments.study_results import compare_variants, write_studies
-    from dsd.metrics import HEADLINES
+    from dsd.metrics import HEADLINES, unforced
     from dsd.schedules.replay import read_hits
     from dsd.scorers.evidence import read_identities
     from dsd.store import libraries, write_json
@@ -23,21 +23,26 @@ def evaluate(params: Params) -> dict[str, Details]:
     results: dict[str, evaluation.Results] = {}
     ablated: dict[str, ablations.Ablations] = {}
     data: dict[str, claims.DatasetHits] = {}
+    baselines: dict[str, blind.Blind] = {}
 
     def dataset(name: str) -> Details:
         scored = evaluation.ScoredSplit.of(name, params, DATA / "prepare" / name, DATA / "score" / name)
         results[name], hits = evaluation.evaluate(name, scored, params.evaluate, params.seed, target)
+        few_shot = scored.few_shot
+        baselines[name] = blind.measure(scored.kind, few_shot, scored.examples, hits, params.evaluate, params.seed)
         variants = ablations.ablate(scored, params.ablations, params.seed)
         ablated[name] = ablations.with_intervals(scored.examples, variants, params.evaluate, params.seed)
         metric = HEADLINES[benchmark(scored.kind).metrics]
         identities = read_identities(DATA / "score" / name)
         raced = read_hits(DATA / "races" / f"{name}.json", identities, metric, scored.examples)
-        data[name] = claims.DatasetHits(scored.kind, scored.examples, {**hits, **raced}, variants)
+        published = {method: unforced(by_metric) for method, by_metric in hits.items()}
+        data[name] = claims.DatasetHits(scored.kind, scored.examples, {**published, **raced}, variants)
         return {}
 
     details = each(dataset, params.datasets)
     evaluation.write_metrics(results, target)
     write_json(target / "code.json", {"versions": VERSIONS, "libraries": libraries()}, indent=2)
+    blind.write(baselines, target)
     ablations.write(ablated, target)
     claims.write(*claims.judge(params, data), target)
     studies = {
