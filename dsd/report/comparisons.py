@@ -10,7 +10,7 @@ from dsd.report.tables import Cell, Row, Table, count, p_value, points_cell
 from dsd.statistics import Difference, Resampling, paired_difference
 
 
-def compared(difference: Difference) -> str:
+def verdict_on(difference: Difference) -> str:
     """How a compares with b, by the interval of a − b."""
     if difference.low > 0:
         return "higher"
@@ -28,7 +28,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        return compared(self.difference)
+        return verdict_on(self.difference)
 
 
 ByOpponent = Mapping[str, Sequence[Comparison]]  # comparisons of one method with each opponent, over all datasets

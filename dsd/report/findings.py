@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsd.report.comparisons import ByOpponent, Comparison, compare, compared
+from dsd.report.comparisons import ByOpponent, Comparison, compare, verdict_on
 from dsd.report.inputs import Claim, DatasetResults
 from dsd.report.tables import bounds, compared, interval, names, percent, points
 from dsd.statistics import Interval, Resampling
@@ -59,7 +59,7 @@ def images(datasets: Sequence[DatasetResults]) -> list[Headline]:
                 for share in (d.blind.metrics[metric].value, d.results[best][metric].value, d.chance[metric])
             )
             span = bounds(difference.low, difference.high)
-            verdict = compared(difference)
+            verdict = verdict_on(difference)
             headlines.append(Headline(d.name, metric, best, old, new, points(difference.value), span, verdict, chance))
     return headlines
 
