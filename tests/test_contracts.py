@@ -18,7 +18,7 @@ from dsd.config import Params, load
 ROOT = Path(__file__).parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 ORDER = ["pretrain", "download", "prepare", "cache", "train", "score", "evaluate", "report"]
-LAZY = {"dsd", "flows", "flows.stages"}  # packages that import nothing of the project
+LAZY = {"dsd", "flows", "flows.stages"}  # packages that change no result
 # Packages that import all their modules, found by `pkgutil`.
 TABLES = {"dsd.datasets", "dsd.models", "dsd.schedules", "dsd.scorers", "dsd.training"}
 SECTIONS = set(Params.model_fields)

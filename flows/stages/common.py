@@ -26,7 +26,6 @@ from dsd.versions import VERSIONS
 from flows import DATA
 from flows.failures import error_line, exit_with
 from flows.process import die_with_parent
-from flows.stores import PREFECT, check
 
 Details = dict[str, Any]
 Stage: TypeAlias = Flow[[], None]
@@ -105,8 +104,6 @@ def main(run: Stage) -> None:
         die_with_parent()
     try:
         check_proxies()  # on which prefect fails with a traceback
-        if PREFECT in os.environ and "DVC_STAGE" not in os.environ:  # else `dsd reproduce` has checked it
-            check(PREFECT, os.environ[PREFECT])
         run()
     except KeyboardInterrupt:
         if "DVC_STAGE" not in os.environ:  # else the reproduction says so
