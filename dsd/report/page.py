@@ -41,6 +41,8 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
     clips = {row.tuned: name for name, row in reversed(params.contrastive.items())}
     claims, replays = inputs.read_claims(data), inputs.read_races(params.races.datasets, data)
     stored_studies = inputs.read_json(data / "evaluate" / "studies.json", "evaluate")
+    drawn = all(row.generated for row in params.datasets.values())
+    scope = "on drawn scenes" if drawn else f"on {tables.names(list(params.datasets))}"
     tested = [d for d in datasets if method in d.results]
     series = {name: number for number, name in enumerate(params.methods)}
     contributions = findings.images(datasets)
@@ -61,7 +63,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         images=tables.images(datasets),
         blind_reasons=findings.blind_reasons(datasets),
         legend=[(name, figures.SYMBOLS[n % 8], n % 8) for name, n in series.items() if name in evaluated],
-        claims=[tables.claims(claims), tables.claim_comparisons(claims)] if claims else [],
+        claims=[tables.claims(claims, scope), tables.claim_comparisons(claims)] if claims else [],
         reasons=findings.reasons(claims, datasets, method, denoisers),
         first_paper=list(
             papers.first_paper((clips.get("projections"), clips.get("context"), params.prompted), datasets)

@@ -108,7 +108,8 @@ def results(dataset: DatasetResults) -> Table:
         )
     )
     rows.append(Row("chance", [Cell(f"{percent(dataset.chance[metric])} %") for metric in dataset.metrics], "chance"))
-    head = ["method", *(f"{metric}\nn = {count(v.n)}" for metric, v in next(iter(dataset.results.values())).items())]
+    trained = f"method\nfew-shot: {count(dataset.counts['train'])} examples" if dataset.curves else "method"
+    head = [trained, *(f"{metric}\nn = {count(v.n)}" for metric, v in next(iter(dataset.results.values())).items())]
     return Table(f"{dataset.name}: accuracy", head, rows)
 
 
@@ -130,8 +131,11 @@ POINTS = "a − b\npercentage points"
 VERDICT_MARKS = {"holds": "higher", "contradicted": "lower", "not shown": "no"}
 
 
-def claims(judged: Sequence[Claim]) -> Table:
-    """The verdict on each claim of the papers, and the comparison that binds."""
+def claims(judged: Sequence[Claim], scope: str) -> Table:
+    """The verdict on each claim of the papers, and the comparison that binds.
+
+    scope: what the verdicts are about, such as "on drawn scenes".
+    """
     rows = [
         Row(
             number,
@@ -147,7 +151,16 @@ def claims(judged: Sequence[Claim]) -> Table:
         )
         for number, claim, comparisons in judged
     ]
-    head = ["claim", "", "verdict", "binding comparison", POINTS, "must\nexceed", "p\ncorrected", "comparisons"]
+    head = [
+        "claim",
+        "",
+        f"verdict {scope},\nwith this model",
+        "binding comparison",
+        POINTS,
+        "must\nexceed",
+        "p\ncorrected",
+        "comparisons",
+    ]
     return Table("Claims", head, rows)
 
 
