@@ -181,6 +181,7 @@ def test_the_image_contributes_the_paired_difference(tmp_path: Path) -> None:
 
 
 def test_claims_are_tested_among_all_candidates() -> None:
-    scores = [np.eye(7)[[e.answer[0][1]]] for e in (test := biased(8, 0))]
+    test = biased(8, 0)
+    scores = [np.eye(7)[[e.answer[0][1]]] for e in test]
     hits = ranked_hits(VQA, test, scores)
     assert unforced(hits | forced_hits(VQA, test, scores, ranked_hits)).keys() == hits.keys()
