@@ -30,7 +30,7 @@ from dsd.datasets.protocol import Expected
 from dsd.engine.cache import encode
 from dsd.engine.score import score, score_raced
 from dsd.engine.session import Folders, Session
-from dsd.evaluation import ablations, claims
+from dsd.evaluation import ablations, blind, claims
 from dsd.evaluation.evaluate import ScoredSplit, evaluate, write_metrics
 from dsd.experiments.study_results import write_studies
 from dsd.models import families
@@ -207,6 +207,8 @@ def test_additions_run_to_the_report(extended: None, params: Params, tmp_path: P
     assert {"contrast", "contrast-fast"} <= set(results)
     variants = ablations.ablate(scored, mine.ablations, mine.seed)
     write_metrics({NAME: results}, target)
+    baseline = blind.measure(scored.kind, scored.few_shot, scored.examples, hits, mine.evaluate, mine.seed)
+    blind.write({NAME: baseline}, target)
     taken = ablations.with_intervals(scored.examples, variants, mine.evaluate, mine.seed)
     ablations.write({NAME: taken}, target)
     answers = {NAME: claims.DatasetHits(scored.kind, scored.examples, hits, variants)}

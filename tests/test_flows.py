@@ -286,7 +286,7 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
     monkeypatch.setattr(training, "train", note([{"step": 1, "loss": 0.5, "accuracy": 1.0}]))
     monkeypatch.setattr(scoring, "score", note({"computed": 1}))
     monkeypatch.setattr(scoring, "score_raced", note({}))
-    split = SimpleNamespace(kind="scenes-com", examples=[])
+    split = SimpleNamespace(kind="scenes-com", examples=[], few_shot=[])
     monkeypatch.setattr(evaluation.ScoredSplit, "of", note(split))
     monkeypatch.setattr(evaluation, "evaluate", note(evaluation.Evaluated({"dsd": {}}, {})))
     # What is made of the same evidence has tests of its own.
@@ -294,6 +294,8 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
         "dsd.evaluation.ablations.ablate": {},
         "dsd.evaluation.ablations.with_intervals": {},
         "dsd.evaluation.ablations.write": None,
+        "dsd.evaluation.blind.measure": None,
+        "dsd.evaluation.blind.write": None,
         "dsd.evaluation.claims.judge": ({}, {}),
         "dsd.evaluation.claims.write": None,
         "dsd.scorers.evidence.read_identities": {},
