@@ -194,7 +194,7 @@ def test_from_evidence_to_files(params: Params, prepared: Path, cached: Path, tm
     judged, measured = judge(params, {"scenes-com": DatasetHits("scenes-com", rows, hits, variants)})
     assert set(judged) == {1, 4, 5, 6, 7, 8, 9, 10}
     layers = [m.comparison.b for m in measured[5]]
-    assert layers == [ChangedMethod("dsd", "layers", value) for value in ("8", "2", "1")]
+    assert layers == [ChangedMethod("dsd", "layers", value) for value in ("2", "1")]
     write_claims(judged, measured, tmp_path)
     claims = json.loads((tmp_path / "claims.json").read_text())
     keys = {"claim", "binding", "effect", "low", "high", "least", "p", "verdict"}

@@ -425,7 +425,10 @@ def test_a_killed_stage_is_reported(
         reproduce.main()
 
 
-@pytest.mark.parametrize("stopped", ["kill -INT $$; sleep 9", "exit 130"])
+KILLED = "import os, signal; signal.signal(2, signal.SIG_DFL); os.kill(os.getpid(), 2)"
+
+
+@pytest.mark.parametrize("stopped", [f"exec {sys.executable} -c '{KILLED}'", "exit 130"], ids=["killed", "ended"])
 def test_an_interrupted_stage_leaves_the_report(
     stopped: str, small_dag: list[Any], prefect_server: None, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,7 +31,7 @@ from dsd.schedules.exhaustive import all_draws
 from dsd.schedules.hierarchical import hierarchical
 from dsd.schedules.replay import compare_settings, replay
 from dsd.schedules.staged import staged
-from dsd.scorers.evidence import UNCONDITIONAL, evidence_prompts, read_identities, read_ranks
+from dsd.scorers.evidence import UNCONDITIONAL, evidence_prompts, read_identities, read_ranks, write_index
 from dsd.store import Store
 from dsd.training.loop import train
 from tests.raced import few, synthetic_races
@@ -294,6 +294,7 @@ def test_methods_with_a_schedule_are_ranked_by_their_races(
     places = read_ranks(target, "denoising-staged", examples)
     assert [place.argmin() for place in places] == [v.mean(1).argmax() for v in values]
     assert all(sorted(place.tolist()) == [1, 2] for place in read_ranks(target, "denoising-racing", examples))
+    write_index(target, {}, [], 1, {})
     (example_table, *_) = ScoredSplit.of(DATASET, params, folders.prepared, target).tables("denoising-staged")
     assert example_table.ravel().tolist() == (-places[0]).tolist()
 

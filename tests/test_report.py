@@ -481,7 +481,7 @@ def test_claims_and_their_comparisons(page: str, data: Path) -> None:
     assert list(claims) == [str(number) for number in range(1, 11)]
     tables = Parsed(page).tables
     head, *rows_ = tables["Claims"]
-    assert "on drawn scenes, with this model" in " ".join(head[2].split())
+    assert head[2] == "verdict on drawn scenes,with this model"
     assert [(row[0], row[1], row[2]) for row in rows_] == [(n, c["claim"], c["verdict"]) for n, c in claims.items()]
     assert len(tables["Comparisons behind the claims"]) == 1 + sum(map(len, rows.values()))
     for row, (number, claim) in zip(rows_, claims.items(), strict=True):

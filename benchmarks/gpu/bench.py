@@ -132,10 +132,9 @@ class Bench:
         """Return a session of the embedded checkpoint; all share data and, computed by the first, encodings."""
         row = self.params.backbones[EMBEDDED].model_copy(update={"dtype": dtype})
         runtime = self.params.runtime.model_copy(update={"device": device, "attention": attention})
-        test = self.sizes.examples
-        return self._session(
-            self.params.model_copy(update={"backbones": {EMBEDDED: row}, "runtime": runtime}), EMBEDDED, test
-        )
+        methods = {name: method for name, method in self.params.methods.items() if not method.contrastive}
+        changed = {"backbones": {EMBEDDED: row}, "runtime": runtime, "methods": methods}
+        return self._session(self.params.model_copy(update=changed), EMBEDDED, self.sizes.examples)
 
     def comvg(self, name: str, *methods: str) -> Session:
         """Return a session of a published checkpoint on the synthetic ComVG, with these rows of `methods`."""
