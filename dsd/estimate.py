@@ -15,9 +15,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsd.config import BackboneParams, Params
+from dsd.config import BackboneParams, DatasetParams, Params
 from dsd.datasets import benchmark
-from dsd.errors import DsdError, ParamsError
+from dsd.datasets.protocol import Expected
+from dsd.errors import DataError, DsdError, ParamsError
 from dsd.models import device_of
 from dsd.models.attention import cross_attention_layers
 from dsd.models.checkpoint import DTYPES, component_config, remote
@@ -128,13 +129,14 @@ def contradictions(params: Params) -> Iterator[str]:
             yield f"backbones.{name}.lora: {lora}: no such file"
     for name, dataset in params.datasets.items():
         try:
-            few_shot = benchmark(dataset.kind).expected(dataset).few_shot(dataset.few_shot)
+            few_shot = expected_size(name, dataset).few_shot(dataset.few_shot)
             dataset.check_learning(name, params, few_shot)
         except (DsdError, ValueError) as error:
             yield str(error)
     tested = params.backbones[params.backbone]
     try:
-        layers, blocks = PassCost.of(tested).layers, component_config(tested, "vae").get("block_out_channels", ())
+        layers = len(cross_attention_layers(unet_skeleton(component_config(tested, "unet"), tested.source)))
+        blocks = component_config(tested, "vae").get("block_out_channels", ())
     except DsdError as error:
         yield str(error)
         return
@@ -150,6 +152,14 @@ def check(params: Params) -> None:
     """Raise ParamsError with the first of the `contradictions`."""
     for line in contradictions(params):
         raise ParamsError(line)
+
+
+def expected_size(name: str, row: DatasetParams) -> Expected:
+    """Return the estimated size of dataset `name`; raise DataError, which names it, if its files do not tell."""
+    try:
+        return benchmark(row.kind).expected(row)
+    except DsdError as error:
+        raise DataError(f"datasets.{name}: {error}") from None
 
 
 def _access(what: str, where: str, size: Callable[[], int]) -> Need:
@@ -172,7 +182,7 @@ class Workload:
 
     def __init__(self, name: str, params: Params) -> None:
         self._params, self._row, self._noise = params, params.datasets[name], params.noise_of(name)
-        self._expected = benchmark(self._row.kind).expected(self._row)
+        self._expected = expected_size(name, self._row)
 
     @property
     def examples(self) -> int:

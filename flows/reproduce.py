@@ -28,7 +28,7 @@ from dvc.repo import Repo
 from dvc.stage.exceptions import StageCmdFailedError
 from dvc_data.hashfile.db import HashFileDB
 
-from dsd.config import load
+from dsd.config import load, read
 from dsd.data.proxies import check_proxies
 from dsd.errors import DsdError
 from dsd.store import write_atomic
@@ -57,6 +57,7 @@ def main(first: Callable[[], None] = lambda: None, *, recompute: bool = False) -
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
+        read()  # else the lock would be left in a folder that is no project
         with alone():
             first()
             print(reproduce(recompute=recompute))

@@ -449,6 +449,14 @@ def test_an_interrupted_stage_leaves_the_report(
     assert {"data/report": {"persist": True}} in listed
 
 
+def test_a_folder_that_is_no_project_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit) as exit:
+        reproduce.main()
+    assert str(exit.value.code).startswith("reproduce: params.yaml: no such file") and not list(tmp_path.iterdir())
+
+
 def test_two_reproductions_at_once_are_one_line(small_dag: list[Any]) -> None:
     code = "import sys; from flows.reproduce import alone\nwith alone(): print('in', flush=True); sys.stdin.read()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import dsd.estimate
 from dsd.config import (
     BackboneParams,
+    FolderDataset,
     HierarchicalSchedule,
     Params,
     ScheduleParams,
@@ -26,7 +27,7 @@ from dsd.config import (
     load,
 )
 from dsd.data.examples import read_examples
-from dsd.errors import ParamsError
+from dsd.errors import DataError, ParamsError
 from dsd.estimate import RATE, PassCost, Workload, check, needs
 from dsd.schedules import SCHEDULES
 from dsd.schedules.race import Race
@@ -229,3 +230,14 @@ def test_settings_that_cannot_run_are_refused_before_anything_is_touched(
     with pytest.raises(ParamsError, match=re.escape(line)):
         presets.put(preset, commits=lambda _: [])
     assert (ROOT / "params.yaml").read_bytes() == before
+
+
+def test_a_folder_that_is_not_there_is_named_with_its_dataset(params: Params) -> None:
+    row = FolderDataset(
+        kind="folder", source="nowhere", table="t.csv", few_shot=0, sample=0, validation=0, test=None, missing=0
+    )
+    mine = params.model_copy(update={"datasets": {"own": row}})
+    with pytest.raises(ParamsError, match=r"^datasets\.own: source: nowhere is not a folder$"):
+        check(mine)
+    with pytest.raises(DataError, match=r"^datasets\.own: source: nowhere is not a folder$"):
+        list(needs(mine, free=10**12))

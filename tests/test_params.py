@@ -232,6 +232,14 @@ def staged(**changed: object) -> Settings:
         ),
         (lambda s: s["races"]["published"].update(samples=9), "races.published.samples: more than the 8 of"),
         (lambda s: s["races"]["racing"].update(deltas=[1.0]), "races.racing.deltas.0: Input should be less than 1"),
+        (
+            lambda s: s["schedules"]["racing"].update(delta=0.03),
+            "schedules.racing.delta: 0.03 is not calibrated; add it to races.racing.deltas",
+        ),
+        (
+            lambda s: s["schedules"]["racing"].update(budget=3.0),
+            "schedules.racing.budget: 3.0 is not calibrated; add it to races.racing.budget",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(

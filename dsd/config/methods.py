@@ -350,6 +350,13 @@ class RacingSchedule(ScheduleParams):
     def proposed_by(self) -> str | None:
         return self.proposer
 
+    def check_draws(self, key: str, races: RacesParams) -> None:
+        calibrated = {"delta": races.racing.deltas, "proposer": races.racing.proposer, "budget": races.racing.budget}
+        for own, values in calibrated.items():
+            if (value := getattr(self, own)) not in values:
+                listed = "deltas" if own == "delta" else own
+                raise ValueError(f"{key}.{own}: {value} is not calibrated; add it to races.racing.{listed}")
+
 
 class TrainingParams(ParamsModel):
     """How a method is trained on the few-shot split, for `epochs` passes but at least `least_steps` steps."""

@@ -68,7 +68,7 @@ def _download(row: FolderDataset, *, seed: int, folder: Path, workers: int) -> N
             given besides a column `split`, or a line is invalid.
     """
     name = folder.name
-    root, table, lines, examples = _read(row, f"datasets.{name}")
+    root, table, lines, examples = _read(row, f"datasets.{name}.")
     groups = _groups(examples)
     given = {f"{row.kind}/{line.id}": line.split for line in lines if line.split}
     if given and (row.few_shot or row.validation):
@@ -83,11 +83,14 @@ def _download(row: FolderDataset, *, seed: int, folder: Path, workers: int) -> N
 
 
 def _read(row: FolderDataset, key: str) -> tuple[Path, Path, list[Line], list[RawExample]]:
-    """Read the table: the folder, the table's path, its rows, and its examples, whose split is only a placeholder."""
+    """Read the table: the folder, the table's path, its rows, and its examples, whose split is only a placeholder.
+
+    key: start of the keys in messages, "datasets.<name>.", or "" if the caller names the dataset.
+    """
     root = Path(row.source)
     if not root.is_dir():
-        raise DataError(f"{key}.source: {row.source} is not a folder")
-    table = root / _inside(root, row.table, f"{key}.table")
+        raise DataError(f"{key}source: {row.source} is not a folder")
+    table = root / _inside(root, row.table, f"{key}table")
     lines = list(_lines(root, table))
     if not lines:
         raise DataError(f"{table}: has no row below the header")
@@ -226,13 +229,13 @@ def _images(root: Path, table: Path, lines: Sequence[Line], stems: Collection[st
 
 def _remote(name: str, row: FolderDataset) -> int:
     """Return 0; raise DataError if the table is not readable."""
-    _expected(row)
+    _read(row, f"datasets.{name}.")
     return 0
 
 
 def _expected(row: FolderDataset) -> Expected:
     """Count the examples of the table, by split if it has that column."""
-    *_, lines, examples = _read(row, "datasets")
+    *_, lines, examples = _read(row, "")
     images, texts = (max(len(getattr(e, key)) for e in examples) for key in ("images", "texts"))
     splits = Counter({line.id: line.split for line in lines}.values())
     if given := {split: count for split, count in splits.items() if split}:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -69,6 +69,7 @@ class Session:
         self._engines: dict[str, Engine] = {}
         self._clips: dict[str, Clip] = {}
         self._features: dict[str, tuple[Encodings, Encodings]] = {}
+        self._indistinct: dict[str, dict[str, str]] = {}
 
     @cached_property
     def device(self) -> torch.device:
@@ -96,31 +97,26 @@ class Session:
         indistinct = () if split == "train" else self.indistinct(split)
         return [example for example in self._all_examples(split) if example.id not in indistinct]
 
-    @cached_property
-    def _all_examples(self) -> Callable[[str], list[MatchingExample]]:
+    def _all_examples(self, split: str) -> list[MatchingExample]:
         file = self.folders.prepared / "examples.parquet"
         if not file.exists():
             raise DataError(f"{file}: no such file; run `make reproduce` first")
-        return lru_cache(maxsize=None)(partial(read_examples, file))
+        return read_examples(file, split)
 
-    @cached_property
-    def indistinct(self) -> Callable[[str], dict[str, str]]:
-        """Return the row of `backbones` by example of a split, where two texts of the example are one text to it.
+    def indistinct(self, split: str) -> dict[str, str]:
+        """Return the examples of a split two of whose texts are one text to a backbone, with its row of `backbones`.
 
-        Their scores are equal whatever the image: a tie, which is nobody's win.
+        The scores of these texts are equal whatever the image: a tie, which is nobody's win.
         """
-        return lru_cache(maxsize=None)(self._indistinct)
-
-    def _indistinct(self, split: str) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for name in (self.params.backbone, *self.clip_names):
-            model = self.backbone if name == self.params.backbone else self.clip(name)
-            for example in self._all_examples(split):
-                if alike := similar_starts(example.texts, model.max_tokens - 2):  # all but the begin and end token
-                    ids = model.text_ids(alike)
-                    if len(set(ids)) < len(ids):
+        if split not in self._indistinct:
+            found = self._indistinct[split] = dict[str, str]()
+            for name in (self.params.backbone, *self.clip_names):
+                model = self.backbone if name == self.params.backbone else self.clip(name)
+                for example in self._all_examples(split):
+                    alike = similar_starts(example.texts, model.max_tokens - 2)  # without the begin and end token
+                    if alike and len(set(model.text_ids(alike))) < len(alike):
                         found.setdefault(example.id, name)
-        return found
+        return self._indistinct[split]
 
     @cached_property
     def backbone(self) -> StableDiffusion:
