@@ -129,7 +129,7 @@ def reproduce(*, recompute: bool = False) -> str:
                 shutil.rmtree(DATA / name, ignore_errors=True)
             verify_objects(repo)
             with cache_in_use(Path(repo.cache.local.path).parent.parent):
-                run(repo, names if recompute else ())
+                run(repo, params.backbone, names if recompute else ())
     from flows.tracking import publish
 
     publish(params, DATA)
@@ -183,16 +183,16 @@ def open_repo() -> Iterator[Repo]:
         raise DsdError(" ".join(str(error).split())) from None
 
 
-def run(repo: Repo, recomputed: Sequence[str] = ()) -> None:
-    """Run `dvc repro` as one Prefect flow, whose server the stages share; first these stages, changed or not."""
+def run(repo: Repo, name: str, recomputed: Sequence[str] = ()) -> None:
+    """Run `dvc repro` as a Prefect flow run of this name, with a server for all stages; first recompute some stages."""
     LOG.setLevel(logging.INFO)  # it logs the running stage
     with server():
         from prefect import flow
 
-        @flow(name="reproduce", persist_result=False)
+        @flow(name="reproduce", flow_run_name=name, persist_result=False)
         def dag() -> None:
-            for name in recomputed:
-                repo.reproduce(name, single_item=True, force=True)
+            for stage in recomputed:
+                repo.reproduce(stage, single_item=True, force=True)
             repo.reproduce()
 
         dag()
