@@ -281,14 +281,19 @@ def server() -> Iterator[None]:
     # In a session of its own it does not receive a Ctrl-C for the stage, and can record how the stage ends.
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, start_new_session=True, preexec_fn=die_with_parent
+            command,
+            env={**os.environ, "PREFECT_UI_API_URL": f"{address}/api"},  # the page would look for it at port 4200
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
         )
     try:
         os.environ[PREFECT] = f"{address}/api"
         import flows.stages.common  # noqa: F401  (it imports prefect, which takes seconds, while the server starts)
 
         wait_until_ready(process, f"{address}/api/health", log)
-        print(f"Prefect UI: {address}", flush=True)
+        print(f"Prefect UI: {address}/runs", flush=True)
         yield
     except Exception as error:
         if process.poll() is not None and not isinstance(error, DsdError):

@@ -207,9 +207,7 @@ def test_without_it_there_is_no_champion(trouble: str, watched: Path, fresh: Dag
 
 
 def test_each_evaluation_is_a_flow_run_of_the_tick(watched: Path, dag: Dag, prefect_server: None) -> None:
-    from prefect import flow
     from prefect.client.orchestration import get_client
-    from prefect.states import State
 
     from flows.watch.deployment import watch
 
