@@ -181,12 +181,15 @@ def serve(
       dsd serve
       dsd serve --model models:/dsd-backbone/3 --port 8080
     """
-    from flows.serving.server import serve as run_server
     from flows.stores import require_version
 
     check_port(host, port)
     require_version(model)
-    run_server(model, host, port)
+    from flows.registry.registry import Registry
+    from flows.serving.server import serve as run_server
+
+    with TemporaryDirectory() as folder:
+        run_server(Registry().model(model, Path(folder)), host, port)
 
 
 def check_port(host: str, port: int) -> None:
@@ -233,9 +236,6 @@ def watch(
     if pool is not None:
         if "PREFECT_API_URL" not in os.environ:
             raise DsdError("PREFECT_API_URL: not set; --pool needs a server, e.g. http://127.0.0.1:4200/api")
-        from flows.stores import PREFECT, check
-
-        check(PREFECT, os.environ[PREFECT])
         from flows.watch.deployment import deploy
 
         print(f"{deploy(cron, pool)}: in the work pool {pool}, at {cron}")

@@ -29,3 +29,13 @@ def command(folder: Path, *words: str) -> str:
 
 def last_line(text: str) -> str:
     return next((line.strip()[:500] for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def commit(root: Path) -> str:
+    """The Git commit of a workspace, with a plus if its code has uncommitted changes; "" outside of Git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "dsd", "flows", "dvc.yaml")
+    return git("rev-parse", "HEAD") + ("+" if changed else "")

@@ -130,7 +130,7 @@ def reproduce(*, recompute: bool = False) -> str:
                 shutil.rmtree(DATA / name, ignore_errors=True)
             verify_objects(repo)
             with cache_in_use(Path(repo.cache.local.path).parent.parent):
-                run(repo, names if recompute else ())
+                run(repo, params.backbone, names if recompute else ())
     from flows.tracking import publish
 
     publish(params, DATA)
@@ -184,16 +184,16 @@ def open_repo() -> Iterator[Repo]:
         raise DsdError(" ".join(str(error).split())) from None
 
 
-def run(repo: Repo, recomputed: Sequence[str] = ()) -> None:
-    """Run `dvc repro` as one Prefect flow, whose server the stages share; first these stages, changed or not."""
+def run(repo: Repo, name: str, recomputed: Sequence[str] = ()) -> None:
+    """Run `dvc repro` as a Prefect flow run of this name, with a server for all stages; first recompute some stages."""
     LOG.setLevel(logging.INFO)  # it logs the running stage
     with server():
         from prefect import flow
 
-        @flow(name="reproduce", persist_result=False)
+        @flow(name="reproduce", flow_run_name=name, persist_result=False)
         def dag() -> None:
-            for name in recomputed:
-                repo.reproduce(name, single_item=True, force=True)
+            for stage in recomputed:
+                repo.reproduce(stage, single_item=True, force=True)
             repo.reproduce()
 
         dag()
@@ -282,14 +282,19 @@ def server() -> Iterator[None]:
     # In a session of its own it does not receive a Ctrl-C for the stage, and can record how the stage ends.
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, start_new_session=True, preexec_fn=die_with_parent
+            command,
+            env={**os.environ, "PREFECT_UI_API_URL": f"{address}/api"},  # the page would look for it at port 4200
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
         )
     try:
         os.environ[PREFECT] = f"{address}/api"
         import flows.stages.common  # noqa: F401  (it imports prefect, which takes seconds, while the server starts)
 
         wait_until_ready(process, f"{address}/api/health", log)
-        print(f"Prefect UI: {address}", flush=True)
+        print(f"Prefect UI: {address}/runs", flush=True)
         yield
     except Exception as error:
         if process.poll() is not None and not isinstance(error, DsdError):

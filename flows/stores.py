@@ -20,6 +20,7 @@ from dsd.data.proxies import check_proxies
 from dsd.errors import DsdError
 
 MLFLOW, PREFECT, DATABASE = "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_API_DATABASE_CONNECTION_URL"
+PARENT = "DSD_PARENT_RUN"  # the MLflow run of the attempt that a reproduction belongs to, set by the watch
 SECONDS = 20  # to connect, MLflow's limit for SQLite
 LOCK = 6_580_297  # the number of our advisory lock, which no other program takes in MLflow's database
 

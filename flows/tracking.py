@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
 from dsd.config import BackboneParams, MethodParams, Params
 from dsd.store import digest, file_digest
-from flows.stores import MLFLOW, artifacts, exclusive, is_server, store_error, store_errors, uri
+from flows.command import commit
+from flows.stores import MLFLOW, PARENT, artifacts, exclusive, is_server, store_error, store_errors, uri
 
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # `store_error` reports its errors in one line
 
@@ -112,9 +115,11 @@ def publish(params: Params, data: Path) -> int:
             for method, intervals in methods.items():
                 backbone = params.backbones[params.backbone_of(method)]
                 new += _publish_result(runs, data, dataset, method, intervals, params.methods[method], backbone)
-        for dataset in metrics:
-            for method in params.trained:
-                new += _publish_curve(runs, data, dataset, method, training_settings(params, dataset, method))
+        for method in params.trained:
+            tags = training_tags(params, method)
+            for dataset in metrics:
+                settings = training_settings(params, dataset, method)
+                new += _publish_curve(runs, data, dataset, method, settings, tags)
         return new + _publish_report(runs, data)
 
 
@@ -126,8 +131,7 @@ def _publish_result(
     key = digest(dataset, method, intervals, row, backbone, scores)
     if runs.finished("result", key):
         return False
-    tags = {"dsd.dataset": dataset, "dsd.method": method, "dsd.backbone": backbone.source}
-    tags["dsd.backbone.digest"] = _identity(backbone)
+    tags = {"dsd.dataset": dataset, "dsd.method": method, **backbone_tags(backbone)}
     run = runs.start(f"{method} on {dataset}", "result", key, tags)
     values = {
         name if part == "value" else f"{name}_{part}": value
@@ -152,13 +156,15 @@ def _send(client: MlflowClient, run: str, metrics: Sequence[Metric]) -> None:
         client.log_batch(run, metrics=metrics[start : start + BATCH])
 
 
-def _identity(backbone: BackboneParams) -> str:
-    """The digest of a local checkpoint, the revision of one on the hub."""
+def backbone_tags(backbone: BackboneParams) -> dict[str, str]:
+    """The source of a backbone, and its digest; the revision if it is on the hub."""
     if not Path(backbone.source).exists():
-        return str(backbone.revision)
-    from dsd.models.checkpoint import locate  # it imports torch
+        identity = str(backbone.revision)
+    else:
+        from dsd.models.checkpoint import locate  # it imports torch
 
-    return locate(backbone)[1]
+        identity = locate(backbone)[1]
+    return {"dsd.backbone": backbone.source, "dsd.backbone.digest": identity}
 
 
 def bars(title: str, intervals: Intervals) -> Any:
@@ -175,14 +181,17 @@ def bars(title: str, intervals: Intervals) -> Any:
     return figure
 
 
-def _publish_curve(runs: Runs, data: Path, dataset: str, method: str, settings: Mapping[str, Any]) -> bool:
+def _publish_curve(
+    runs: Runs, data: Path, dataset: str, method: str, settings: Mapping[str, Any], tags: Mapping[str, str]
+) -> bool:
     """Log the curve of a training; this adds nothing unless the training was restored from DVC's cache."""
     folder = data / "train" / dataset / method
     summary = folder / "summary.json"
     if not summary.exists():
         return False
     key = json.loads(summary.read_text())["key"]
-    with (folder / "curve.csv").open(newline="") as file, TrainingRun(dataset, method, key, settings, runs) as run:
+    training = TrainingRun(dataset, method, key, settings, tags, runs)
+    with (folder / "curve.csv").open(newline="") as file, training as run:
         for row in csv.DictReader(file):
             run.log({name: float(value) for name, value in row.items()})
     return run.new
@@ -213,7 +222,14 @@ def training_settings(params: Params, dataset: str, method: str) -> dict[str, An
     elif row.learns == "context":
         sections["context"] = params.context
     values = {f"{name}.{key}": value for name, part in sections.items() for key, value in part.model_dump().items()}
-    return {"dataset": dataset, "method": method, "seed": params.seed, **values}
+    backbone = params.backbone_of(method)
+    return {"dataset": dataset, "method": method, "backbone": backbone, "seed": params.seed, **values}
+
+
+def training_tags(params: Params, method: str) -> dict[str, str]:
+    """The backbone that a method is trained for, the commit of the code, and the parent run if there is one."""
+    tags = {**backbone_tags(params.backbones[params.backbone_of(method)]), "dsd.commit": commit(Path())}
+    return {**tags, MLFLOW_PARENT_RUN_ID: os.environ[PARENT]} if PARENT in os.environ else tags
 
 
 class TrainingRun:
@@ -224,10 +240,16 @@ class TrainingRun:
     """
 
     def __init__(
-        self, dataset: str, method: str, key: str, settings: Mapping[str, Any], runs: Runs | None = None
+        self,
+        dataset: str,
+        method: str,
+        key: str,
+        settings: Mapping[str, Any],
+        tags: Mapping[str, str],
+        runs: Runs | None = None,
     ) -> None:
         self._runs = runs or Runs()
-        self._dataset, self._method, self._key = dataset, method, key
+        self._dataset, self._method, self._key, self._tags = dataset, method, key, tags
         self._params = [Param(name, str(value)) for name, value in settings.items()]
         self._losses: dict[int, float] = {}  # of the steps that the run has already
         self.new = False
@@ -247,7 +269,7 @@ class TrainingRun:
         return self
 
     def _start(self) -> None:
-        tags = {"dsd.dataset": self._dataset, "dsd.method": self._method}
+        tags = {"dsd.dataset": self._dataset, "dsd.method": self._method, **self._tags}
         self._run = self._runs.start(f"train {self._method} on {self._dataset}", "training", self._key, tags)
         self._runs.client.log_batch(self._run, params=self._params)
         self._losses, self._status, self.new = {}, "RUNNING", True

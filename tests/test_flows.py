@@ -40,6 +40,7 @@ from dsd.training import loop as training
 from flows import failures, reproduce
 from flows.stages.common import declared, each, main, prune, stage, stage_params
 from flows.stages.download import is_transient
+from tests.browser import page_of
 from tests.conftest import ROOT, read_settings, write_settings
 
 
@@ -559,6 +560,20 @@ def test_only_stages_that_finished_since_then_count(workspace: Path) -> None:
         record = {"stage": name, "seconds": 5.0, "finished": finished}
         Path(f"data/timings/{name}.json").write_text(json.dumps(record))
     assert [record["stage"] for record in reproduce.finished(datetime(2029, 1, 1, tzinfo=UTC))] == ["train"]
+
+
+@pytest.mark.browser
+def test_the_page_of_the_server_shows_the_run(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The page finds the API at the port of its own server."""
+    script = "from prefect import flow; flow(lambda: None, name='reproduce', flow_run_name='this-run')()"
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with reproduce.server():
+        subprocess.run([sys.executable, "-c", script], check=True)
+        [address] = re.findall("Prefect UI: (.*)", capfd.readouterr().out)
+        page = page_of(address, workspace / "browser", "window-size=1280,900", "virtual-time-budget=60000")
+    assert "this-run" in page
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from dsd.statistics import Difference, Interval
 from flows.cli import app
 from flows.registry.registry import Registry
 from flows.watch.tick import tick
-from tests.test_watch import Dag, change, checkpoint, dag, watched  # noqa: F401 (fixtures)
+from tests.test_watch import Dag, change, checkpoint, fresh, watched  # noqa: F401 (fixtures)
 
 COM, REF = "scenes-com", "scenes-ref"
 START = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
@@ -118,18 +118,18 @@ def test_an_empty_board_is_a_page(tmp_path: Path) -> None:
     assert "There is no champion yet." in text and "No checkpoint has been evaluated yet." in text
 
 
-def test_the_command_shows_the_registry(watched: Path, dag: Dag) -> None:  # noqa: F811
+def test_the_command_shows_the_registry(watched: Path, fresh: Dag) -> None:  # noqa: F811
     run = CliRunner().invoke(app, ["leaderboard"])
     assert run.exit_code == 0 and run.output.startswith("no checkpoint is registered; run `dsd promote`")
-    for name in ("a", "b", "c"):
+    for name in ("b", "c"):
         checkpoint(watched, name)
-    dag.right = {"a": 100, "b": 180}
-    dag.failing = {"c": "score: out of memory"}
+    fresh.right = {"embedded": 100, "b": 180}
+    fresh.failing = {"c": "score: out of memory"}
     tick()
     board = json.loads(CliRunner().invoke(app, ["leaderboard", "--json"]).stdout)
     assert [(e["name"], e["champion"], e["verdict"]) for e in board["entries"]] == [
         ("b", True, "promoted"),
-        ("a", False, "promoted"),
+        ("embedded", False, "promoted"),
     ]
     difference = board["entries"][0]["differences"][REF]
     assert difference["value"] == pytest.approx(0.4) and difference["low"] > 0.3 and board["entries"][0]["against"] == 1

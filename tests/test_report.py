@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
@@ -44,6 +43,7 @@ from dsd.scenes.world import COLOURS, SHAPES
 from dsd.schedules.replay import compare_settings
 from dsd.scorers.evidence import INDEX, RACES, write_index
 from dsd.statistics import Difference, Resampling
+from tests.browser import page_of
 from tests.raced import few, synthetic_races
 
 ROOT = Path(__file__).parent.parent
@@ -726,17 +726,10 @@ def test_heat_maps_are_those_of_the_trained_prompt(models: Path, tmp_path: Path)
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_is_wider_than_the_window(page: str, tmp_path: Path, width: int) -> None:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium here")
     script = "<script>document.title = [innerWidth, document.documentElement.scrollWidth].join()</script>"
     (tmp_path / "page.html").write_text(page.replace("</body>", f"{script}</body>"), encoding="utf-8")
-    quiet = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
-    flags = [f"--{flag}" for flag in f"headless hide-scrollbars disable-sync {quiet}".split()]
-    flags += [f"--user-data-dir={tmp_path / 'browser'}", f"--window-size={width},900", "--dump-dom"]
-    command = [chromium, *flags, (tmp_path / "page.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert re.findall(r"<title>(.*?)</title>", done.stdout)[0] == f"{width},{width}"
+    built = page_of((tmp_path / "page.html").as_uri(), tmp_path / "browser", f"window-size={width},900")
+    assert re.findall(r"<title>(.*?)</title>", built)[0] == f"{width},{width}"
 
 
 @pytest.mark.parametrize(

@@ -34,13 +34,15 @@ from mlflow import MlflowClient
 from mlflow.pyfunc import PyFuncModel, scoring_server
 from PIL import Image
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
 from dsd.config import Params, load
-from dsd.errors import CheckpointError, DataError, DsdError, ParamsError, RequestError
+from dsd.errors import CheckpointError, DataError, ParamsError, RequestError
 from dsd.matcher import Matcher
 from dsd.models.prompts import PROMPT, AttentionPrompt
 from flows import tracking
-from flows.registry.registry import BACKBONE, CHAMPION, Registry
+from flows.cli import app
+from flows.registry.registry import BACKBONE, CHAMPION, FILES, Registry
 from flows.serving import Service, server
 from flows.serving.schema import ValueCount, parse_json
 from flows.serving.server import application, serve
@@ -551,16 +553,46 @@ def test_a_checkpoint_that_has_changed_is_refused(command: str | None, models: P
     config.write_text(config.read_text() + " ")
     with pytest.raises(CheckpointError, match=f"embedded: is not the checkpoint of digest {identity}, but"):
         if command:
-            serve(str(tmp_path / "model"), "127.0.0.1", 1)
+            serve(tmp_path / "model", "127.0.0.1", 1)
         mlflow.pyfunc.load_model(str(tmp_path / "model"))
 
 
-def test_a_missing_version_is_one_line(registered: Path) -> None:
-    with pytest.raises(
-        DsdError, match=r"--model models:/dsd-backbone@loser: .*; `dsd promote` registers versions"
-    ) as error:
-        serve(f"models:/{BACKBONE}@loser", "127.0.0.1", 1)
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("name", [f"models:/{BACKBONE}@loser", f"models:/{BACKBONE}/99", "models:/x/y/z", "model", ""])
+def test_a_missing_version_is_one_line(name: str, registered: Path) -> None:
+    run = CliRunner().invoke(app, ["serve", "--model", name])
+    assert run.exit_code == 1
+    assert run.output == f"dsd: --model {name}: no such registered version; `dsd promote` registers versions\n"
+
+
+def test_code_that_has_changed_since_the_registration_never_runs(registered: Path, tmp_path: Path) -> None:
+    version = Registry().alias(CHAMPION)
+    assert version is not None
+    [code] = Path("mlartifacts", version.run).rglob("model.py")
+    whole = code.read_text()
+    try:
+        for place, content in ((code, f"open({str(tmp_path / 'ran')!r}, 'w')\n"), (code.with_name("new.py"), "")):
+            place.write_text(content)
+            run = CliRunner().invoke(app, ["serve"])
+            assert run.exit_code == 1 and len(run.output.splitlines()) == 1
+            assert "they were changed after the registration" in run.output and not (tmp_path / "ran").exists()
+            code.write_text(whole)
+    finally:
+        code.write_text(whole)
+        code.with_name("new.py").unlink(missing_ok=True)
+    (code.parent / "__pycache__").mkdir(exist_ok=True)
+    (code.parent / "__pycache__" / "model.cpython-311.pyc").touch()
+    assert not (Registry().model(MODEL, tmp_path) / "__pycache__").exists()
+
+
+def test_a_version_without_a_digest_gets_one(registered: Path, tmp_path: Path) -> None:
+    registry, version = Registry(), Registry().alias(CHAMPION)
+    assert version is not None
+    registry.client.delete_model_version_tag(BACKBONE, str(version.number), FILES)
+    registry.client.delete_tag(version.run, FILES)
+    with pytest.raises(DataError, match="registered without a digest of its files; run `dsd promote` again"):
+        registry.model(MODEL, tmp_path)
+    assert registry.register(small(registered / "models"), registered).number == version.number
+    assert registry.model(MODEL, tmp_path).is_dir()
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from dsd.config import Params, load
+from dsd.models.checkpoint import locate
 from flows import tracking
-from flows.tracking import TrainingRun, publish, training_settings
+from flows.tracking import TrainingRun, publish, training_settings, training_tags
 
 CURVE = [{"step": step, "loss": 1 / step, "accuracy": 0.5} for step in range(1, 8)]
 METHODS = ("dsd", "clip-finetune")
@@ -138,7 +139,8 @@ def test_processes_that_publish_at_once(data: Path) -> None:
 
 
 def training(method: str, key: str, params: Params) -> TrainingRun:
-    return TrainingRun("scenes-com", method, key, training_settings(params, "scenes-com", method))
+    settings = training_settings(params, "scenes-com", method)
+    return TrainingRun("scenes-com", method, key, settings, training_tags(params, method))
 
 
 def train(params: Params, rows: list[dict[str, float]], fail_at: int | None = None) -> None:
@@ -163,6 +165,33 @@ def test_a_resumed_training_is_one_run(data: Path) -> None:
     assert run.data.params["training.epochs"] == str(params.training["dsd"].epochs)
     assert {"prompt.rank", "training.levels"} <= set(run.data.params)
     assert (run.info.run_name, run.data.tags["dsd.method"]) == ("train dsd on scenes-com", "dsd")
+
+
+def test_trainings_of_different_checkpoints_can_be_told_apart(
+    data: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(models / "embedded", "models/embedded", dirs_exist_ok=True)
+    shutil.copytree(models / "embedded", "models/other")
+    Path("models/other/unet/config.json").write_text("{}\n")
+    params = load()
+    own = params.backbones["embedded"]
+    rows = {**params.backbones, "other": own.model_copy(update={"source": "models/other"})}
+    other = params.model_copy(update={"backbones": rows, "backbone": "other"})
+    monkeypatch.setattr(tracking, "commit", lambda folder: f"commit of {folder.resolve()}")
+    runs = {}
+    for parent, each in (("", params), ("attempt", other)):
+        if parent:
+            monkeypatch.setenv("DSD_PARENT_RUN", parent)
+        with training("dsd", f"key {parent}", each):
+            pass
+        runs[parent] = next(run for run in entries("training") if run.data.tags["dsd.key"] == f"key {parent}")
+    assert [run.data.tags["dsd.backbone"] for run in runs.values()] == ["models/embedded", "models/other"]
+    assert [run.data.params["backbone"] for run in runs.values()] == ["embedded", "other"]
+    digests = {run.data.tags["dsd.backbone.digest"] for run in runs.values()}
+    assert len(digests) == 2 and locate(own)[1] in digests
+    assert {run.data.tags["dsd.commit"] for run in runs.values()} == {f"commit of {Path().resolve()}"}
+    assert runs["attempt"].data.tags["mlflow.parentRunId"] == "attempt"
+    assert "mlflow.parentRunId" not in runs[""].data.tags
 
 
 def test_rows_appear_during_training(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

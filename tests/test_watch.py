@@ -61,7 +61,7 @@ class Dag:
         (target / "dvc.lock").write_text("schema: '2.0'\n")
         return target
 
-    def reproduce(self, target: Path, lock: int) -> None:
+    def reproduce(self, target: Path, lock: int, attempt: str) -> None:
         params = load(target / "params.yaml")
         name = Path(params.backbones[params.backbone].source).name
         self.ran.append(name)
@@ -92,8 +92,9 @@ def questions(folder: Path, seed: int) -> None:
 
 @pytest.fixture
 def watched(workspace: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A workspace with one dataset and nothing in its sources; its folder of checkpoints."""
+    """A workspace with a backbone of its own, one dataset and nothing in its sources; its folder of checkpoints."""
     shutil.copy(database, workspace)
+    checkpoint(workspace / "models", "embedded", "100")
     settings = read_settings()
     settings["datasets"] = {REF: settings["datasets"][REF]}
     settings["gate"]["datasets"] = {REF: settings["gate"]["datasets"][REF]}
@@ -105,11 +106,21 @@ def watched(workspace: Path, database: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def dag(monkeypatch: pytest.MonkeyPatch) -> Dag:
+def fresh(watched: Path, monkeypatch: pytest.MonkeyPatch) -> Dag:
+    """The fake, where nothing was evaluated yet."""
     found = Dag()
     monkeypatch.setattr(watching, "clone", found.clone)
     monkeypatch.setattr(watching, "reproduce", found.reproduce)
     return found
+
+
+@pytest.fixture
+def dag(fresh: Dag) -> Dag:
+    """The fake, where the backbone of the workspace is the champion, as version 1."""
+    fresh.right["embedded"] = 60
+    assert tick().lines == ["embedded: evaluated, version 1", "embedded: version 1 promoted: there was no champion"]
+    fresh.ran.clear()
+    return fresh
 
 
 def change(**changes: Any) -> None:
@@ -139,20 +150,84 @@ def test_every_new_checkpoint_is_evaluated_once_and_challenges_the_champion(watc
     (watched / "notes").mkdir()
     (watched / ".b.tmp" / "unet").mkdir(parents=True)
     (watched / "notes.txt").touch()
-    dag.right = {"a": 100, "b": 180}
+    dag.right |= {"a": 100, "b": 180}
     report = tick()
     assert (report.failed, dag.ran) == (0, ["a", "b"])
     assert [line.partition(":")[0] for line in report.lines] == ["a", "a", "b", "b"]
-    assert report.lines[1] == "a: version 1 promoted: there was no champion"
-    assert report.lines[3].startswith("b: version 2 promoted: better on scenes-ref +40.0 points")
+    assert report.lines[1].startswith("a: version 2 promoted: better on scenes-ref +20.0 points")
+    assert report.lines[3].startswith("b: version 3 promoted: better on scenes-ref +40.0 points")
     champion = Registry().alias(CHAMPION)
-    assert champion is not None and (champion.number, champion.name) == (2, "b")
+    assert champion is not None and (champion.number, champion.name) == (3, "b")
     assert champion.row.digest == champion.digest and champion.source == str(watched.resolve() / "b")
     assert {run.info.status for run in attempts()} == {"FINISHED"}
     assert not list(Path(".watch").glob("*/"))
     page = Path("data/leaderboard/index.html")
     before = page.stat().st_mtime_ns
     assert (tick().lines, dag.ran, page.stat().st_mtime_ns) == (["nothing new"], ["a", "b"], before)
+
+
+def test_the_first_champion_is_the_backbone_of_the_workspace(watched: Path, fresh: Dag) -> None:
+    """Not the first checkpoint of a source: nothing would have tested that one."""
+    checkpoint(watched, "a")
+    fresh.right = {"a": 60, "embedded": 100}
+    rows: list[BackboneParams] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watching, "clone", lambda *args: rows.append(args[2]) or fresh.clone(*args))
+        report = tick()
+    assert fresh.ran == ["embedded", "a"]
+    assert rows[0] == load().backbones["embedded"]  # as it is, so that what was reproduced is restored
+    assert report.lines[:2] == [
+        "embedded: evaluated, version 1",
+        "embedded: version 1 promoted: there was no champion",
+    ]
+    assert report.lines[3].startswith("a: version 2 kept out: ")
+
+
+@pytest.mark.parametrize("trouble", ["fails", "is not there"])
+def test_without_it_there_is_no_champion(trouble: str, watched: Path, fresh: Dag) -> None:
+    checkpoint(watched, "a")
+    if trouble == "fails":
+        fresh.failing = {"embedded": "score: out of memory"}
+    else:
+        Path("models").rename("elsewhere")
+    waits = "a: version 1 not compared: there is no champion: the backbone of the workspace has to be evaluated first"
+    report = tick()
+    assert report.failed == 1 and waits in report.lines and Registry().alias(CHAMPION) is None
+    for _ in range(3):
+        tick()
+    assert Registry().alias(CHAMPION) is None
+    fresh.failing, fresh.right = {}, {"embedded": 60}
+    if trouble == "fails":
+        checkpoint(Path("models"), "embedded", "mended")
+    else:
+        Path("elsewhere").rename("models")
+    report = tick()
+    assert report.failed == 0 and report.lines[1] == "embedded: version 2 promoted: there was no champion"
+    assert report.lines[2].startswith("a: version 1 promoted: better on scenes-ref")
+
+
+def test_each_evaluation_is_a_flow_run_of_the_tick(watched: Path, dag: Dag, prefect_server: None) -> None:
+    from prefect.client.orchestration import get_client
+
+    from flows.watch.deployment import watch
+
+    for name in ("a", "b"):
+        checkpoint(watched, name)
+    dag.failing = {"b": "score: out of memory"}
+    state = watch(return_state=True)
+    assert state.is_failed() and "b: failed: score: out of memory" in str(state.message)
+    with get_client(sync_client=True) as client:
+        runs = {run.id: run for run in client.read_flow_runs()}
+        tasks = {task.id: task for task in client.read_task_runs()}
+    own = {run.name: run for run in runs.values() if run.parent_task_run_id in tasks}
+    parents = {runs[tasks[run.parent_task_run_id].flow_run_id].name for run in own.values()}
+    assert parents == {runs[state.state_details.flow_run_id].name}
+    assert own["a"].state.is_completed() and own["b"].state.is_failed()
+    assert own["b"].state.message == "score: out of memory"
+    checkpoint(watched, "c")
+    dag.failing = {"c": ZeroDivisionError()}
+    with pytest.raises(ZeroDivisionError):
+        watch()
 
 
 def test_a_tick_that_finds_nothing_new_loads_no_torch(watched: Path, dag: Dag) -> None:
@@ -179,7 +254,7 @@ def test_other_files_and_other_params_are_another_evaluation(watched: Path, dag:
     assert tick().lines == ["nothing new"]
     change(seed=1)
     tick()
-    assert (dag.ran, len(Registry().versions())) == (["a", "a", "a"], 3)
+    assert (dag.ran, len(Registry().versions())) == (["a", "a", "a"], 4)
 
 
 def watch_sources() -> dict[str, Any]:
@@ -189,15 +264,15 @@ def watch_sources() -> dict[str, Any]:
 def test_after_a_change_of_params_the_champion_is_first_and_then_all_others(watched: Path, dag: Dag) -> None:
     for name in ("a", "b", "c"):
         checkpoint(watched, name)
-    dag.right = {"a": 80, "b": 180, "c": 90}
+    dag.right |= {"a": 80, "b": 180, "c": 90}
     tick()
     watch_settings(sources={"registered": {"kind": "registered"}})
     change(seed=1)
     dag.ran.clear()
     report = tick()
-    assert dag.ran == ["b", "a", "c"] and report.failed == 0
+    assert dag.ran == ["b", "embedded", "a", "c"] and report.failed == 0
     champion = Registry().alias(CHAMPION)
-    assert champion is not None and (champion.number, champion.name, champion.against) == (4, "b", 2)
+    assert champion is not None and (champion.number, champion.name, champion.against) == (5, "b", 3)
     assert champion.reason == "the champion itself, measured on other examples than before"
     assert [version.verdict for version in Registry().versions()][:2] == ["kept out", "kept out"]
 
@@ -215,7 +290,7 @@ def test_a_version_that_cannot_be_compared_yet_is_compared_later(watched: Path, 
     assert tick().lines == ["nothing new"]
     (watched.parent / "elsewhere").rename(watched / "a")
     report = tick()
-    assert [line.partition(" promoted")[0] for line in report.lines[1:]] == ["a: version 3", "b: version 2"]
+    assert [line.partition(" promoted")[0] for line in report.lines[1:]] == ["a: version 4", "b: version 3"]
     champion = Registry().alias(CHAMPION)
     assert champion is not None and champion.name == "b"
 
@@ -238,7 +313,7 @@ def test_a_failure_is_recorded_retried_and_given_up_and_does_not_affect_others(w
     assert "lacks the component vae/" in page and "given up" in page
     dag.failing = {}
     checkpoint(watched, "a", "mended")
-    assert tick().lines[0] == "a: evaluated, version 2"
+    assert tick().lines[0] == "a: evaluated, version 3"
     assert "Failed checkpoints" in Path("data/leaderboard/index.html").read_text()  # the other digest did
 
 
@@ -261,7 +336,7 @@ def test_one_file_is_evaluated_with_the_config_of_its_source(watched: Path, dag:
     watched.mkdir()
     (watched / "one.safetensors").write_bytes(b"weights")
     watch_settings(sources={"own": {"kind": "folder", "path": "checkpoints", "config": "settings", "revision": None}})
-    assert tick().lines[0] == "one.safetensors: evaluated, version 1"
+    assert tick().lines[0] == "one.safetensors: evaluated, version 2"
     row = Registry().versions()[0].row
     assert (row.config, row.family) == (str((watched.parent / "settings").resolve()), "stable-diffusion")
 
@@ -282,7 +357,7 @@ def test_a_repository_is_evaluated_at_the_commit_of_its_branch(
         "model", "model", "watch.sources.empty", "watch.sources.vanished",
     ]  # fmt: skip
     assert "own/empty@main: no diffusion model in the diffusers layout" in report.lines[1] + report.lines[0]
-    [version] = Registry().versions()
+    version, _ = Registry().versions()
     assert (version.digest, version.row.revision, version.row.family) == (
         f"own/model@{COMMIT}",
         COMMIT,
@@ -293,7 +368,7 @@ def test_a_repository_is_evaluated_at_the_commit_of_its_branch(
 
 def test_a_folder_of_xl_is_registered_under_the_digest_that_opens_it(watched: Path, dag: Dag) -> None:
     (checkpoint(watched, "xl") / "text_encoder_2").mkdir()
-    assert tick().lines[0] == "xl: evaluated, version 1"
+    assert tick().lines[0] == "xl: evaluated, version 2"
     row = Registry().versions()[0].row
     assert row.family == "stable-diffusion-xl" and locate(row)[1] == row.digest
 
@@ -314,9 +389,9 @@ def test_a_stopped_attempt_does_not_count_and_a_defect_keeps_its_traceback(watch
         dag.failing = {"a": error}
         with pytest.raises(type(error)):
             tick()
-    assert [run.info.status for run in attempts()] == ["KILLED", "KILLED"]
+    assert [run.info.status for run in attempts()] == ["KILLED", "KILLED", "FINISHED"]
     dag.failing = {}
-    assert tick().lines[0] == "a: evaluated, version 1"
+    assert tick().lines[0] == "a: evaluated, version 2"
 
 
 def test_a_killed_tick_counts_as_a_failed_attempt_and_is_resumed(watched: Path, dag: Dag) -> None:
@@ -325,17 +400,17 @@ def test_a_killed_tick_counts_as_a_failed_attempt_and_is_resumed(watched: Path, 
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    [run] = attempts()
+    run, _ = attempts()
     assert run.info.status == "RUNNING"
     [kept] = Path(".watch").glob("*/")
     assert (kept / "partial").exists()
-    assert tick().lines[0] == "a: evaluated, version 1"
+    assert tick().lines[0] == "a: evaluated, version 2"
     [failed] = attempts("FAILED")
     assert failed.data.tags["dsd.reason"] == KILLED
 
 
 def killed_within(dag: Dag) -> None:
-    def reproduce(target: Path, lock: int) -> None:
+    def reproduce(target: Path, lock: int, attempt: str) -> None:
         (target / "partial").touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -343,15 +418,14 @@ def killed_within(dag: Dag) -> None:
     tick()
 
 
-def test_a_tick_that_was_killed_between_registry_and_gate_is_finished(watched: Path, dag: Dag) -> None:
-    checkpoint(watched, "a")
+def test_a_tick_that_was_killed_between_registry_and_gate_is_finished(watched: Path, fresh: Dag) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Registry, "challenge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             tick()
     assert Registry().alias(CHAMPION) is None
-    assert tick().lines == ["a: version 1 promoted: there was no champion"]
-    assert dag.ran == ["a"] and "★ a" in Path("data/leaderboard/index.html").read_text()
+    assert tick().lines == ["embedded: version 1 promoted: there was no champion"]
+    assert fresh.ran == ["embedded"] and "★ embedded" in Path("data/leaderboard/index.html").read_text()
 
 
 SLOWLY = """
@@ -360,10 +434,10 @@ from pathlib import Path
 from flows.watch import tick as watch
 from tests.test_watch import Dag
 dag = Dag()
-def reproduce(target, lock):
+def reproduce(*arguments):
     Path("evaluations").open("a").write("one\\n")
     time.sleep(2)
-    dag.reproduce(target, lock)
+    dag.reproduce(*arguments)
 watch.clone, watch.reproduce = dag.clone, reproduce
 Path(sys.argv[1]).touch()
 while not all(Path(name).exists() for name in ("ready0", "ready1")):
@@ -373,7 +447,6 @@ print(*watch.tick().lines, sep="\\n")
 
 
 def test_two_ticks_at_once_evaluate_once(watched: Path) -> None:
-    checkpoint(watched, "a")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(
@@ -383,7 +456,7 @@ def test_two_ticks_at_once_evaluate_once(watched: Path) -> None:
     ]
     outputs = sorted((process.communicate()[0] for process in processes), key=len)
     assert outputs[0] in ("another tick is running\n", "nothing new\n")
-    assert outputs[1].startswith("a: evaluated, version 1\n")
+    assert outputs[1].startswith("embedded: evaluated, version 1\n")
     assert Path("evaluations").read_text() == "one\n" and len(Registry().versions()) == 1
 
 
@@ -481,9 +554,11 @@ def test_the_dag_runs_in_a_clone_and_does_not_change_the_workspace(watched: Path
     for name, right in (("better", "180"), ("broken", "fail")):
         checkpoint(watched, name, right)
     report = tick()
-    assert report.lines[0] == "better: evaluated, version 1" and report.failed == 1
+    assert report.lines[0] == "embedded: evaluated, version 1" and report.failed == 1
+    assert report.lines[2] == "better: evaluated, version 2"
     assert report.lines[-1] == "broken: failed: evaluate: no such component"
-    assert small_project.read_text() == "evaluate evaluate "  # the examples were restored from DVC's cache
+    # The examples were restored from DVC's cache; metrics.json, which is in Git in this project, was not.
+    assert small_project.read_text() == "evaluate evaluate evaluate "
     assert (git("status", "--porcelain"), dvc("status")) == (status, data)
     assert {name: what for name, what in everything().items() if not name.startswith("checkpoints")} == before
     version = Registry().versions()[0]
@@ -542,9 +617,9 @@ def test_a_killed_tick_ends_its_run_and_the_next_resumes_it(watched: Path, small
     process.wait()
     Path(f"{small_project}.go").touch()
     until(lambda: tick().lines != ["another tick is running"])
-    assert [version.name for version in Registry().versions()] == ["a"]
-    assert sorted(run.info.status for run in attempts()) == ["FAILED", "FINISHED"]
-    assert small_project.read_text() == "evaluate evaluate "
+    assert [version.name for version in Registry().versions()] == ["a", "embedded"]
+    assert sorted(run.info.status for run in attempts()) == ["FAILED", "FINISHED", "FINISHED"]
+    assert small_project.read_text() == "evaluate evaluate evaluate "
 
 
 def until(holds: Callable[[], bool], seconds: float = 600) -> None:
@@ -593,10 +668,11 @@ def test_a_server_a_worker_and_a_deployment(
         assert "watch/watch: in the work pool dsd, at * * * * *\n" in output("flows.cli", "watch", "--pool", "dsd")
         shown = output("prefect", "deployment", "inspect", "watch/watch")
         assert "'cron': '* * * * *'" in shown and "CANCEL_NEW" in shown
-        until(lambda: [version.verdict for version in Registry().versions()] == ["kept out", "promoted", "promoted"])
-        assert [version.name for version in Registry().versions()] == ["c", "b", "a"]
+        verdicts = ["kept out", "promoted", "promoted", "promoted"]
+        until(lambda: [version.verdict for version in Registry().versions()] == verdicts)
+        assert [version.name for version in Registry().versions()] == ["c", "b", "a", "embedded"]
         champion = Registry().alias(CHAMPION)
-        assert champion is not None and (champion.name, champion.against) == ("b", 1)
+        assert champion is not None and (champion.name, champion.against) == ("b", 2)
         assert Path("mlflow.db").exists() == (store == "files")
     finally:
         for process in reversed(started):

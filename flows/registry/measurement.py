@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from dsd.errors import DataError
 from dsd.store import file_digest
 from dsd.versions import VERSIONS, moved_versions
 from flows import absolute
+from flows.command import commit
 
 if TYPE_CHECKING:  # it imports mlflow.pyfunc and starlette
     from flows.serving.settings import Settings
@@ -98,13 +98,3 @@ class Measurement:
             common = Ranks.of(self.params.datasets[dataset].kind, examples, [])
             ranks[dataset] = {**common._asdict(), "ranks": by_method}
         return ranks
-
-
-def commit(root: Path) -> str:
-    """The Git commit of a workspace, with a plus if its code has uncommitted changes; "" outside of Git."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "dsd", "flows", "dvc.yaml")
-    return git("rev-parse", "HEAD") + ("+" if changed else "")

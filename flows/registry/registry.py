@@ -8,6 +8,7 @@ was trained for it, with the digest of its backbone. Registering the same result
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -31,6 +32,9 @@ if TYPE_CHECKING:  # it imports scipy
     from dsd.evaluation.gate import Ranks, Verdict
 
 BACKBONE = "dsd-backbone"
+MODEL = "backbone"  # the folder of a version's artifacts that MLflow loads
+META = "registered_model_meta"  # a file that MLflow adds when it loads a model
+FILES = "dsd.files"  # the tag with the digest of that folder
 CHAMPION, CHALLENGER = "champion", "challenger"
 PROMOTED, KEPT_OUT, NOT_COMPARED = "promoted", "kept out", "not compared"  # the gate's verdicts
 # Sections left out of the key: those that change no result, and those that `evaluation_key` adds itself.
@@ -93,6 +97,12 @@ class Version:
         )
 
 
+def files_digest(folder: Path) -> str:
+    """Return the digest of the names and contents of all files in a folder."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return digest({file.relative_to(folder).as_posix(): file_digest(file) for file in files})
+
+
 def evaluation_key(params: Params, identity: str) -> str:
     """Return the digest of a checkpoint's own digest and of every setting and version that its results depend on."""
     used = {name: params.backbones[name] for m in params.methods if (name := params.backbone_of(m)) != params.backbone}
@@ -135,19 +145,24 @@ class Registry:
                 # A version per measurement, even of the same file: a prompt is promoted together with its backbone.
                 of_prompt = digest(run.info.run_id, file_digest(file))
                 self._enter(f"dsd-prompt-{dataset}", run, f"prompts/{dataset}", of_prompt, {**tags, **own})
-            own = {"dsd.key": key, "dsd.metrics": json.dumps(measured.metrics)}
-            number = self._enter(BACKBONE, run, "backbone", content, {**tags, **own})
+            files = run.data.tags.get(FILES) or self._files(run)  # older runs have no such tag
+            own = {"dsd.key": key, "dsd.metrics": json.dumps(measured.metrics), FILES: files}
+            number = self._enter(BACKBONE, run, MODEL, content, {**tags, **own})
+            if FILES not in self.client.get_model_version(BACKBONE, number).tags:
+                self.client.set_model_version_tag(BACKBONE, number, FILES, files)
         return Version.of(self.client.get_model_version(BACKBONE, number))
 
-    def challenge(self, params: Params, challenger: Version) -> Verdict:
+    def challenge(self, params: Params, challenger: Version, first: str | None = None) -> Verdict:
         """Compare a version with the champion, write the verdict to its tags, and move the aliases.
+
+        Without a champion the version becomes it, unless `first` is the digest of another checkpoint.
 
         If the champion itself was measured again on other examples or by other code, its old results are no longer
         comparable, and the new version replaces the old one.
 
         Raises:
-            DsdError: see `dsd.evaluation.gate.judge`, or measured by other code than the champion. The tags hold the
-                message as the reason of the verdict "not compared".
+            DsdError: see `dsd.evaluation.gate.judge`, measured by other code than the champion, or not the first. The
+                tags hold the message as the reason of the verdict "not compared".
         """
         from dsd.evaluation.gate import Verdict, check_gate, judge, other_examples
 
@@ -164,6 +179,8 @@ class Registry:
                 before = None if champion is None else self.ranks(champion, params.gate.method)
                 own = champion is not None and champion.digest == challenger.digest
                 check_gate(params, list(now))
+                if champion is None and first not in (None, challenger.digest):
+                    raise DataError("there is no champion: the backbone of the workspace has to be evaluated first")
                 moved = [] if champion is None else moved_versions(champion.versions, challenger.versions)
                 if own and before is not None and (moved or other_examples(params.gate, now, before)):
                     what = "by other code" if moved else "on other examples"
@@ -208,17 +225,51 @@ class Registry:
         from dsd.models.prompts import PROMPT  # it imports torch
 
         try:
-            name, _, alias = reference.removeprefix("models:/").partition("@")
-            if alias:
-                version = self.client.get_model_version_by_alias(name, alias)
-            else:
-                version = self.client.get_model_version(*name.split("/"))
+            version = self._version(reference)
             artifact = f"prompts/{version.tags['dsd.dataset']}"
             return Path(self.client.download_artifacts(version.run_id, artifact, str(target))) / PROMPT
         except (MlflowException, TypeError, KeyError, OSError):
             names = sorted(model.name for model in self.client.search_registered_models("name LIKE 'dsd-prompt-%'"))
             known = ", ".join(f"models:/{name}@{CHAMPION}" for name in names) or "none; `dsd promote` registers them"
             raise DsdError(f"--prompt {reference}: no such registered prompt (choices: {known})") from None
+
+    def model(self, reference: str, target: Path) -> Path:
+        """Download the model of a version, `models:/dsd-backbone@<alias>` or `…/<number>`, into a folder.
+
+        Raises:
+            DsdError: there is no such version.
+            DataError: its files, whose code runs when it is loaded, are not those that were registered.
+        """
+        try:
+            version = self._version(reference)
+        except (MlflowException, TypeError):
+            line = "no such registered version; `dsd promote` registers versions"
+            raise DsdError(f"--model {reference}: {line}") from None
+        folder = self._download(version.run_id, str(target))
+        if (registered := version.tags.get(FILES)) is None:
+            raise DataError(f"--model {reference}: registered without a digest of its files; run `dsd promote` again")
+        if (found := files_digest(folder)) != registered:
+            line = f"its files have the digest {found}, not {registered}: they were changed after the registration"
+            raise DataError(f"--model {reference}: {line}; register it again")
+        return folder
+
+    def _version(self, reference: str) -> ModelVersion:
+        name, _, alias = reference.removeprefix("models:/").partition("@")
+        if alias:
+            return self.client.get_model_version_by_alias(name, alias)
+        return self.client.get_model_version(*name.split("/"))
+
+    def _files(self, run: Run) -> str:
+        """The digest of the files of a registered model, as they are stored now."""
+        with TemporaryDirectory() as folder:
+            return files_digest(self._download(run.info.run_id, folder))
+
+    def _download(self, run: str, target: str) -> Path:
+        """Download the model of a run into a folder, without what MLflow has left in it."""
+        folder = Path(self.client.download_artifacts(run, MODEL, target))
+        for left in [*folder.rglob("__pycache__"), *folder.glob(META)]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        return folder
 
     def _evaluation(self, measured: Measurement, key: str, tags: Mapping[str, str]) -> Run:
         """Return the run that holds a measurement, created once."""
@@ -232,7 +283,8 @@ class Registry:
         new = self.runs.start(name, "evaluation", key, own)
         log_metrics(self.client, new, measured.values())
         with TemporaryDirectory() as folder:
-            save(settings, prompt, Path(folder) / "backbone")
+            save(settings, prompt, Path(folder) / MODEL)
+            self.client.set_tag(new, FILES, files_digest(Path(folder) / MODEL))
             self.client.log_artifacts(new, folder)
         self.client.log_dict(new, measured.params.model_dump(mode="json"), "params.json")
         self.client.log_dict(new, measured.ranks(), "ranks.json")

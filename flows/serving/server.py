@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.exceptions import MlflowException
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -26,7 +26,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from dsd.errors import BusyError, DsdError
 from flows.serving.schema import Answer, ValueCount, parse_json
 from flows.serving.service import FAILED, Service
-from flows.stores import uri
 
 HEAD_SECONDS = 10.0  # for the head of a request, after the connection or after the last answer
 IDLE_SECONDS = 5  # without a byte, after the last answer
@@ -173,17 +172,12 @@ def http_server(service: Service, host: str, port: int) -> Server:
     )
 
 
-def serve(model: str, host: str, port: int) -> None:
-    """Serve a version, such as models:/dsd-backbone@champion, until the process is stopped.
+def serve(model: Path, host: str, port: int) -> None:
+    """Serve the model of a registered version, a folder, until the process is stopped.
 
     Raises:
-        DsdError: there is no such version.
         CheckpointError: its checkpoint is missing or has changed.
     """
-    mlflow.set_tracking_uri(uri())
-    try:
-        service = mlflow.pyfunc.load_model(model).unwrap_python_model()
-    except MlflowException as error:
-        raise DsdError(f"--model {model}: {str(error).splitlines()[0]}; `dsd promote` registers versions") from None
+    service = mlflow.pyfunc.load_model(str(model)).unwrap_python_model()
     with suppress(KeyboardInterrupt):
         http_server(service, host, port).run()

@@ -15,15 +15,16 @@ from flows.stages.common import Details, each, main, prune, stage, stage_params
 def train(params: Params) -> dict[str, Details]:
     from dsd.engine.session import Folders, Session
     from dsd.training import loop
-    from flows.tracking import Runs, TrainingRun, training_settings
+    from flows.tracking import Runs, TrainingRun, training_settings, training_tags
 
     runs = Runs()  # opening the database does not count as training time
+    tags = {method: training_tags(params, method) for method in params.trained}
 
     def fit(name: str, method: str) -> Details:
         session = Session(name, params, Folders.of(DATA, name))
         key, settings = loop.training_key(session, method), training_settings(params, name, method)
         row: dict[str, float] = {}
-        with TrainingRun(name, method, key, settings, runs) as run:
+        with TrainingRun(name, method, key, settings, tags[method], runs) as run:
             for row in loop.train(session, method, DATA / "train" / name / method):
                 run.log(row)
         return dict(row)

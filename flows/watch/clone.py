@@ -18,7 +18,7 @@ from dsd.errors import DsdError
 from dsd.store import write_atomic
 from flows.command import command, last_line
 from flows.process import die_with_parent
-from flows.stores import uri
+from flows.stores import PARENT, uri
 
 READY = ".git/ready"  # written last: a clone with this file is complete
 LOG, ERRORS = "run.log", "run.err"
@@ -72,13 +72,15 @@ def _texts(settings: Any) -> Iterator[str]:
             yield from _texts(value)
 
 
-def reproduce(target: Path, lock: int) -> None:
+def reproduce(target: Path, lock: int, attempt: str) -> None:
     """Run the whole DAG in a clone, in a process that ends with this one and holds `lock` while it lives.
+
+    `attempt` is the MLflow run that its trainings belong to.
 
     Raises:
         DsdError: it failed; with its last line of output. run.log and run.err in the clone have the rest.
     """
-    own = {"MLFLOW_TRACKING_URI": uri(), "PREFECT_HOME": str(target.resolve() / ".prefect")}
+    own = {"MLFLOW_TRACKING_URI": uri(), PARENT: attempt, "PREFECT_HOME": str(target.resolve() / ".prefect")}
     own |= {"TQDM_DISABLE": "1", "PREFECT_LOGGING_TO_API_ENABLED": "false"}  # else the last line may be theirs
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")}
     with (target / LOG).open("wb") as out, (target / ERRORS).open("wb") as errors:

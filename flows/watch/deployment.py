@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from prefect import flow
@@ -11,7 +12,8 @@ from prefect.states import Completed, Failed, State
 
 from dsd.config import load
 from dsd.errors import DsdError
-from flows.watch.tick import tick
+from flows.stores import PREFECT, check
+from flows.watch.tick import Work, tick
 
 NAME = "watch"
 # A run that is due while another one runs is cancelled: nothing new is left for it.
@@ -20,10 +22,27 @@ ALONE = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrat
 
 @flow(name=NAME, persist_result=False)
 def watch() -> State:
-    """Run one tick; the state has the report, and is failed if a checkpoint or a source failed."""
-    report = tick()
+    """Run one tick, with a subflow for each checkpoint that it evaluates.
+
+    The state has the report, and is failed if a checkpoint or a source failed.
+    """
+    report = tick(subflow)
     print("\n".join(report.lines), flush=True)
     return (Failed if report.failed else Completed)(message="; ".join(report.lines))
+
+
+def subflow(name: str, work: Work) -> None:
+    """Run the evaluation of a checkpoint as a flow run of its name; the state has the reason if it has failed."""
+    reasons: list[str] = []
+
+    @flow(name="evaluate", flow_run_name=name, persist_result=False)
+    def evaluate() -> State:
+        reasons.append(work())
+        return Failed(message=reasons[0]) if reasons[0] else Completed()
+
+    state = evaluate(return_state=True)
+    if not reasons:
+        state.result()  # raises what the work has raised
 
 
 @flow(name="promote", persist_result=False)
@@ -42,7 +61,12 @@ def serve(cron: str) -> None:
 
 
 def deploy(cron: str, pool: str) -> str:
-    """Deploy the watch of this workspace to a work pool; return the name of the deployment."""
+    """Deploy the watch of this workspace to a work pool; return the name of the deployment.
+
+    Raises:
+        DsdError: the server at PREFECT_API_URL does not answer, or has no such pool.
+    """
+    check(PREFECT, os.environ[PREFECT])
     here = watch.from_source(source=str(Path().resolve()), entrypoint="flows/watch/deployment.py:watch")
     try:
         here.deploy(

@@ -26,12 +26,24 @@ class Checkpoint:
     """A checkpoint of a source; `problem` is why it cannot be opened, or "".
 
     key: of its evaluation; of a checkpoint that cannot be opened, its `signature`.
+    own: whether it is the backbone of the workspace.
     """
 
     name: str
     row: BackboneParams
     key: str
     problem: str = ""
+    own: bool = False
+
+
+def own_backbone(params: Params) -> Checkpoint:
+    """The backbone of the workspace. Raises CheckpointError if it is not available."""
+    from dsd.models.checkpoint import locate  # it imports torch
+
+    row = params.backbones[params.backbone]
+    identity = locate(row)[1]
+    row = row.model_copy(update={"digest": identity})
+    return Checkpoint(params.backbone, row, evaluation_key(params, identity), own=True)
 
 
 def checkpoints(params: Params, versions: Sequence[Version], errors: dict[str, str]) -> list[Checkpoint]:

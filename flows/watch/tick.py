@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 
 from dsd.config import load
@@ -20,7 +21,7 @@ from flows.registry.attempts import Attempts
 from flows.registry.registry import CHAMPION, KEPT_OUT, NOT_COMPARED, PROMOTED, Registry, evaluation_key
 from flows.stores import artifacts
 from flows.watch.clone import ERRORS, clone, reproduce
-from flows.watch.sources import HOME, Checkpoint, checkpoints
+from flows.watch.sources import HOME, Checkpoint, checkpoints, own_backbone
 
 
 @dataclass
@@ -35,15 +36,25 @@ class TickReport:
         self.failed += 1
 
 
-def tick() -> TickReport:
+Work = Callable[[], str]  # the evaluation of a checkpoint; returns why it has failed, or ""
+
+
+def here(name: str, work: Work) -> None:
+    """Run the evaluation of the checkpoint of this name in this process."""
+    work()
+
+
+def tick(run: Callable[[str, Work], None] = here) -> TickReport:
     """Evaluate and register new checkpoints, and compare them with the champion; do nothing while another tick runs.
+
+    `run` gets the name and the evaluation of each checkpoint.
 
     Raises:
         DsdError: params.yaml or a proxy is invalid, or the workspace cannot be cloned.
     """
     check_proxies()  # else it would count as a failed attempt of each checkpoint
     with tick_lock(artifacts() / ".watch") as lock:
-        return TickReport(["another tick is running"]) if lock is None else _Tick(lock).run()
+        return TickReport(["another tick is running"]) if lock is None else _Tick(lock).run(run)
 
 
 @contextmanager
@@ -69,7 +80,7 @@ class _Tick:
         self._params, self._registry, self._report = load(), Registry(), TickReport()
         self._attempts = Attempts(self._registry.runs)
 
-    def run(self) -> TickReport:
+    def run(self, run: Callable[[str, Work], None]) -> TickReport:
         self._attempts.settle()
         new = self._new()
         if not self._report.failed:  # a source that cannot be read may have a clone to resume
@@ -77,7 +88,7 @@ class _Tick:
         if self._judge():
             self._write_page()
         for checkpoint in new:
-            self._evaluate(checkpoint)
+            run(checkpoint.name, partial(self._evaluate, checkpoint))
             self._judge()
             self._write_page()
         self._report.lines = self._report.lines or ["nothing new"]
@@ -90,15 +101,31 @@ class _Tick:
         known |= {key for key, runs in failed.items() if len(runs) >= self._params.watch.attempts}
         unreadable: dict[str, str] = {}
         listed = checkpoints(self._params, versions, unreadable)
+        if self._registry.alias(CHAMPION) is None and (own := self._own) is not None:
+            listed = [own, *(checkpoint for checkpoint in listed if checkpoint.key != own.key)]
         for name, reason in unreadable.items():
             self._report.fail(f"watch.sources.{name}: not read: {reason}")
-        first = self._champion()
+        first = self._first()
         return sorted((c for c in listed if c.key not in known), key=lambda c: c.row.digest != first)
 
-    def _champion(self) -> str | None:
-        """The champion's digest: it is evaluated first, since the others are compared with it."""
+    @cached_property
+    def _own(self) -> Checkpoint | None:
+        """The backbone of the workspace; None, with a line in the report, if it is not available."""
+        try:
+            return own_backbone(self._params)
+        except CheckpointError as error:
+            self._report.fail(f"{self._params.backbone}: not evaluated: {error}")
+            return None
+
+    def _first(self) -> str:
+        """The digest of the checkpoint that is evaluated first, since the others are compared with it.
+
+        That is the champion, and before there is one the workspace's own backbone.
+        """
         champion = self._registry.alias(CHAMPION)
-        return None if champion is None else champion.digest
+        if champion is not None:
+            return champion.digest
+        return (self._own.row.digest or "") if self._own else ""
 
     def _remove_other_clones(self, new: list[Checkpoint]) -> None:
         """Remove the clones that no attempt will resume."""
@@ -107,24 +134,27 @@ class _Tick:
             if path.name not in keep:
                 shutil.rmtree(path)
 
-    def _evaluate(self, checkpoint: Checkpoint) -> None:
+    def _evaluate(self, checkpoint: Checkpoint) -> str:
         """Run one attempt; a failure is recorded with its reason, and its clone is kept for the next attempt.
+
+        Returns the reason, or "".
 
         Raises:
             DsdError: the workspace cannot be cloned.
         """
         target = HOME / checkpoint.key
         if not checkpoint.problem:
-            clone(target, f"{checkpoint.name}-{checkpoint.key[:8]}", checkpoint.row)
+            self._clone(target, checkpoint)
         attempt = self._attempts.start(checkpoint.name, checkpoint.key, checkpoint.row)
         try:
             if checkpoint.problem:
                 raise CheckpointError(checkpoint.problem)
-            reproduce(target, self._lock)
+            reproduce(target, self._lock, attempt)
             version = self._registry.register(load(target / "params.yaml"), target)
         except DsdError as error:
             self._report.fail(f"{checkpoint.name}: failed: {error}")
             self._attempts.fail(attempt, str(error), target / ERRORS)
+            return str(error)
         except BaseException:
             self._attempts.end(attempt, "KILLED")
             raise
@@ -132,15 +162,22 @@ class _Tick:
             self._attempts.end(attempt, "FINISHED")
             shutil.rmtree(target)
             self._report.lines.append(f"{checkpoint.name}: evaluated, version {version.number}")
+            return ""
+
+    def _clone(self, target: Path, checkpoint: Checkpoint) -> None:
+        if checkpoint.own:  # with the row of the workspace, all that is up to date there is restored
+            clone(target, self._params.backbone, self._params.backbones[self._params.backbone])
+        else:
+            clone(target, f"{checkpoint.name}-{checkpoint.key[:8]}", checkpoint.row)
 
     def _judge(self) -> bool:
         """Run the gate for each version without a verdict; return whether the registry has changed."""
-        changed, first = False, self._champion()
+        changed, first = False, self._first()
         for version in sorted(self._registry.versions(), key=lambda v: (v.digest != first, v.number)):
             if version.verdict not in ("", NOT_COMPARED) or version.key != evaluation_key(self._params, version.digest):
                 continue
             try:
-                verdict = self._registry.challenge(self._params, version)
+                verdict = self._registry.challenge(self._params, version, first)
                 word, reason = PROMOTED if verdict.promoted else KEPT_OUT, verdict.reason
             except DsdError as error:
                 word, reason = NOT_COMPARED, str(error)
