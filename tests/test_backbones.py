@@ -25,7 +25,7 @@ from dsd.models.checkpoint import commit, locate, remote
 from dsd.models.clip_heads import cosine
 from dsd.models.prompts import AttentionPrompt
 from dsd.models.stable_diffusion import StableDiffusion
-from dsd.training.loop import training_key
+from dsd.training.loop import Training, training_key
 from tests.hubserver import COMMIT, TOKEN, Hub, connected, files_of
 from tests.tiny import row, save_tokenizer
 
@@ -429,7 +429,7 @@ def test_other_arithmetic_is_another_training(params: Params, prepared: Path) ->
     def key(dtype: str, method: str) -> str:
         rows = {name: kept.model_copy(update={"dtype": dtype}) for name, kept in params.backbones.items()}
         changed, folders = params.model_copy(update={"backbones": rows}), Folders(prepared, prepared, prepared)
-        return training_key(Session("scenes-com", changed, folders), method)
+        return training_key(Session("scenes-com", changed, folders), Training(method))
 
     for method in ("dsd", "clip-finetune"):
         assert key("float32", method) != key("bfloat16", method)

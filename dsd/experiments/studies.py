@@ -20,7 +20,7 @@ from dsd.experiments.study_results import piece_results, read_study
 from dsd.experiments.variants import Study
 from dsd.models.checkpoint import locate
 from dsd.store import check_libraries, digest, libraries, write_json
-from dsd.training.loop import train
+from dsd.training.loop import train, trainings
 
 
 def evaluate_variant(name: str, split: str, params: Params, data: Path, folder: Path) -> dict[str, Any]:
@@ -39,8 +39,8 @@ def evaluate_variant(name: str, split: str, params: Params, data: Path, folder: 
         shutil.rmtree(raw)
     session = Session(name, params, Folders(prepared, cached, trained))
     encode(session)
-    for method in params.training:
-        list(train(session, method, trained / method))
+    for training in trainings(params):
+        list(train(session, training))
     score(session, scored, split=split)
     evaluated = ScoredSplit.of(name, params, prepared, scored, split)
     ranks = {method: ranked(evaluated.examples, evaluated.tables(method)) for method in params.methods}
