@@ -73,7 +73,7 @@ def test_the_same_model_scores_the_same_whether_it_predicts_noise_or_velocity(fo
     images = list(np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8))
     texts = ["a red circle", "a blue star", "a green ring left of a pink bolt"]
     noise, v = (matcher.score(images, texts) for matcher in matchers)
-    assert torch.allclose(noise, v, atol=1e-5) and noise.std() > 1e-4
+    assert torch.allclose(noise, v, atol=1e-6) and noise.std() > 1e-5
 
 
 def test_a_row_says_what_is_predicted_where_the_scheduler_does_not(folder: Path) -> None:
@@ -368,7 +368,7 @@ def test_a_published_clip_has_its_tokenizer_beside_its_weights_and_says_how_pixe
         load_clip(row(folder, "clip"), CPU)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    settings.unlink()
+    settings.write_text(json.dumps({"image_mean": mean, "image_std": deviation}))
     with pytest.raises(CheckpointError, match="no tokenizer"):
         load_clip(row(folder, "clip"), CPU)
 
