@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
@@ -28,6 +30,10 @@ def check_texts(texts: Sequence[str]) -> None:
 
 def text_list(texts: Sequence[str] | str) -> list[str]:
     """Return one or several texts as a list; raise TextError if they are anything else."""
+    if isinstance(texts, AbstractSet | Mapping):
+        raise TextError(f"texts: {type(texts).__name__} has no order; give a list")
+    if isinstance(texts, np.ndarray):
+        texts = texts.reshape(-1).tolist() if texts.ndim < 2 else [texts]
     several = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, Iterable) else [texts]
     for number, text in enumerate(several):
         if not isinstance(text, str):
@@ -42,7 +48,7 @@ def image_list(images: Sequence[ImageSource] | ImageSource | Tensor) -> list[Ima
         return [images]
     if isinstance(images, np.ndarray | Tensor):
         return [_array(image) for image in (images if images.ndim == 4 else [images])]
-    if not isinstance(images, Iterable):
+    if not isinstance(images, Iterable) or isinstance(images, AbstractSet | Mapping):
         raise ImageError(f"images: must be images or a list of images, found {type(images).__name__}")
     several = list(images)
     for number, image in enumerate(several):
@@ -53,12 +59,21 @@ def image_list(images: Sequence[ImageSource] | ImageSource | Tensor) -> list[Ima
 
 
 def _array(image: np.ndarray | Tensor) -> np.ndarray:
-    """Return a tensor as an array [H, W, C]; its channels are first if the first dimension can be one."""
+    """Return a tensor as an array [H, W, C]; its channels are first if the first dimension can be one.
+
+    Raises:
+        ImageError: it has no plain values, or both the first and the last dimension can be channels.
+    """
     if isinstance(image, np.ndarray):
         return image
-    plain = image.detach().cpu()
+    name = f"tensor {str(image.dtype).removeprefix('torch.')} {list(image.shape)}"
+    if image.layout != torch.strided or image.is_quantized or image.is_meta or image.is_complex():
+        raise ImageError(f"{name}: must be dense, with real values")
+    plain = image.detach().cpu().resolve_neg()
     plain = plain.float() if plain.is_floating_point() else plain  # numpy has no bfloat16
     channels_first = plain.ndim == 3 and plain.shape[0] in (1, 3, 4)
+    if channels_first and plain.shape[2] in (3, 4):
+        raise ImageError(f"{name}: the first or the last dimension could be the channels; give an array [H, W, C]")
     array = np.asarray((plain.permute(1, 2, 0) if channels_first else plain).numpy())
     return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
 
@@ -76,4 +91,6 @@ def option_errors() -> Iterator[None]:
     except ValidationError as error:
         first = error.errors()[0]
         option, reason = first["loc"][0] if first["loc"] else "options", first["msg"].removeprefix("Value error, ")
+        if key := first.get("ctx", {}).get("key"):  # of a word where a number belongs
+            raise ParamsError(f"{key}: {reason}") from None
         raise ParamsError(f"{option}: {reason}, found {first['input']!r}") from None

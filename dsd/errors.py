@@ -45,6 +45,6 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
     "unknown dataset 'scenes-con': did you mean 'scenes-com'? (choices: comvg, scenes-com)".
     """
     ordered = sorted(choices)
-    close = get_close_matches(name, ordered, n=1)
+    close = get_close_matches(str(name), ordered, n=1)
     hint = f": did you mean {close[0]!r}?" if close else ""
     return f"unknown {kind} {name!r}{hint} (choices: {', '.join(ordered) or 'none'})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -33,13 +34,13 @@ from dsd.config import (
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import Pair
 from dsd.data.images import MAX_PIXELS, ImageSource, image_id, load_image, resize, to_array
-from dsd.engine.encodings import Arrays
+from dsd.engine.encodings import Arrays, check_tokens
 from dsd.engine.engine import Engine, cores
 from dsd.engine.forward import row_values
-from dsd.errors import ParamsError, TextError
+from dsd.errors import ImageError, ParamsError
 from dsd.models import device_of, load_diffusion
 from dsd.models.attention import Capture
-from dsd.models.checkpoint import family_of, folder_of, token_ids
+from dsd.models.checkpoint import family_of, folder_of
 from dsd.models.prompts import AttentionPrompt
 from dsd.progress import progress
 from dsd.scorers.evidence import UNCONDITIONAL
@@ -66,11 +67,13 @@ class Heatmap:
 
 
 def on_own_device(function: Callable[P, Result]) -> Callable[P, Result]:
-    """Run a function without the default device of the caller's session; tensors name theirs."""
+    """Run a function without the default device and the autocast of the caller's session; tensors name theirs."""
 
     @wraps(function)
     def run(*arguments: P.args, **options: P.kwargs) -> Result:
-        with torch.device("cpu"):
+        with torch.device("cpu"), ExitStack() as off:
+            for device in ("cpu", "cuda"):
+                off.enter_context(torch.autocast(device, enabled=False))
             return function(*arguments, **options)
 
     return run
@@ -117,7 +120,7 @@ class Matcher:
         family: str | None = None,
         config: str | Path | None = None,
         prediction: Literal["epsilon", "v_prediction"] | None = None,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         attention: str = "sdpa",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         levels: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
@@ -153,8 +156,10 @@ class Matcher:
         for name, number in {"parity": parity, "batch_size": batch_size}.items():
             if (type(number) is not int or number < 1) and (number is not None or name == "batch_size"):
                 raise ParamsError(f"{name}: must be a whole number above 0, found {number!r}")
-        if type(seed) is not int:
-            raise ParamsError(f"seed: must be a whole number, found {seed!r}")
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            raise ParamsError(f"seed: must be a whole number from 0 to {2**32 - 1}, found {seed!r}")
+        if not isinstance(device, str | torch.device):
+            raise ParamsError(f"device: must be a name such as auto, cpu or cuda, found {device!r}")
         with option_errors():
             row = BackboneParams(
                 family=family or "stable-diffusion",
@@ -170,7 +175,7 @@ class Matcher:
             evidence = EvidenceParams(poolings=("logsumexp",), scale=scale, normalise=False, tokens=tokens, shard=1)
         if family is None and (detected := family_of(folder_of(row))):
             row = row.model_copy(update={"family": detected})
-        backbone = load_diffusion(row, device_of(device), attention)
+        backbone = load_diffusion(row, device_of(str(device)), attention)
         learned = None if prompt is None else AttentionPrompt.load(Path(prompt), backbone.digest)
         chosen = cast(MethodName, method)
         return cls(backbone, learned, chosen, noise, evidence, parity=parity, batch_size=batch_size, seed=seed)
@@ -192,16 +197,21 @@ class Matcher:
         if not pictures or not texts:
             return torch.zeros(len(pictures), len(texts), dtype=torch.float32, device="cpu")
         [scores_IT] = self.score_many([(pictures, texts)])
-        if words := self.unknown_words(texts):
-            warnings.warn(f"the text encoder has not learned: {', '.join(words[:10])}", stacklevel=2)
-        for same in self.indistinct(texts):
-            warnings.warn(f"to the model these are one text, a tie: {' = '.join(map(repr, same))}", stacklevel=2)
-        for text in self.cut(texts):
-            warnings.warn(
-                f"text is longer than the model's {self.backbone.max_tokens} tokens and was cut: {text[:60]!r}…",
-                stacklevel=2,
-            )
+        for remark in self.remarks(texts):
+            warnings.warn(remark, stacklevel=2)
         return scores_IT
+
+    def remarks(self, texts: Sequence[str]) -> list[str]:
+        """Return what a reader of the scores of these texts should know, a line each."""
+        lines = []
+        if words := self.unknown_words(texts):
+            lines.append(f"the text encoder has not learned: {', '.join(words[:10])}")
+        for same in self.indistinct(texts):
+            lines.append(f"to the model these are one text, a tie: {' = '.join(map(repr, same))}")
+        return [*lines, *map(self._was_cut, self.cut(texts))]
+
+    def _was_cut(self, text: str) -> str:
+        return f"text is longer than the model's {self.backbone.max_tokens} tokens and was cut: {text[:60]!r}…"
 
     def shares(self, scores_IT: Tensor) -> Tensor:
         """Return the softmax of scores over the texts of each image, [I, T].
@@ -210,6 +220,8 @@ class Matcher:
         there a sum over the values of the latent, here a mean. Of cross-attention, with λ of eq. 3 as the inverse
         temperature.
         """
+        if not isinstance(scores_IT, Tensor) or scores_IT.ndim != 2 or not scores_IT.isfinite().all():
+            raise ParamsError("scores: must be those of `score`, a finite tensor [I, T]")
         side = self._resolution // self.backbone.scale
         values = self.backbone.latent_channels * side**2 if self.method == "denoising" else self._evidence.scale
         return (scores_IT * values).softmax(-1)
@@ -263,7 +275,13 @@ class Matcher:
         return means_IT[:, :-1] - means_IT[:, -1:] if self._row.compares_unconditional else means_IT
 
     def heatmap(self, image: ImageSource, text: str) -> Heatmap:
-        """Return the cross-attention of each word over the image, averaged over layers, heads and draws."""
+        """Return the cross-attention of each word over the image, averaged over layers, heads and draws.
+
+        A text over the model's token limit is cut with a warning. For errors see `score`.
+        """
+        [text] = text_list([text])
+        for cut in self.cut([text]):
+            warnings.warn(self._was_cut(cut), stacklevel=2)
         return self.heatmap_of(self.picture(image), text)
 
     @on_own_device
@@ -312,8 +330,10 @@ class Matcher:
         return [piece.removesuffix("</w>") for piece in self.backbone.tokenizer.convert_ids_to_tokens(ids)]
 
     def picture(self, image: ImageSource, max_pixels: int = MAX_PIXELS) -> Picture:
-        """Load an image at the model's resolution; raise ImageError if it cannot be read."""
-        loaded = load_image(image, max_pixels=max_pixels)
+        """Load an image at the model's resolution; raise ImageError if it cannot be read or is not one image."""
+        if len(several := image_list(image)) != 1:
+            raise ImageError(f"one image is needed, found {len(several)}")
+        loaded = load_image(several[0], max_pixels=max_pixels)
         return to_array(resize(loaded, parity=self._parity, resolution=self._resolution))
 
     def cut(self, texts: Sequence[str]) -> list[str]:
@@ -342,11 +362,9 @@ class Matcher:
         with self._reading:
             encoded = {text: self._known.get(text) for text in texts}
             if new := [text for text, arrays in encoded.items() if arrays is None]:
+                check_tokens(self.backbone, new)
                 out = self.backbone.encode_texts(new)
-                special = set(self.backbone.tokenizer.all_special_ids)
                 for n, text in enumerate(new):
-                    if text != UNCONDITIONAL and special.issuperset(*token_ids(self.backbone.tokenizer, [text])):
-                        raise TextError(f"text {text[:60]!r}: has no token but special ones; give it a word")
                     tensors = {"hidden": out.hidden[n], "content": out.content[n], "truncated": out.truncated[n]}
                     self._known[text] = encoded[text] = {k: v.cpu().numpy().copy() for k, v in tensors.items()}
         return {text: arrays for text, arrays in encoded.items() if arrays is not None}

@@ -143,6 +143,8 @@ def difference_above(
     Raises:
         ValueError: as `clustered_mean`.
     """
+    if not -1 < least < 1:
+        raise ValueError(f"least must be in -1..1 exclusive, not {least}")
     a_n, b_n = _unit(a, "a"), _unit(b, "b")
     if a_n.shape != b_n.shape:
         raise ValueError(f"a and b must be of the same examples, not of {len(a_n)} and {len(b_n)}")
@@ -305,6 +307,9 @@ def _margin_p(sums_CG: Floats, counts_CG: Floats, least: float) -> float:
 
     - If every cluster is one example, and the differences are 0 and 1 (`least` above 0) or 0 and −1 (below 0): the
       binomial test of their number.
+    - If every cluster is one example with a difference of −1, 0 or 1: the score test of Tango 1998 ("Equivalence test
+      and confidence interval for the difference in proportions for the paired-sample design"). With few differences
+      the t-test is too liberal.
     - If all clusters have the same difference: twice the chance that no cluster shows another one, for the distribution
       within −1..1 with mean `least` that makes it largest.
     - Otherwise the t-test of the clusters, linearised where they differ in size (Cochran 1977, "Sampling Techniques",
@@ -313,6 +318,8 @@ def _margin_p(sums_CG: Floats, counts_CG: Floats, least: float) -> float:
     sign, C = np.sign(least), len(sums_CG)
     if sums_CG.shape[1] == 1 and (counts_CG == 1).all() and np.isin(sign * sums_CG, (0, 1)).all():
         return float(stats.binomtest(round(abs(sums_CG.sum())), C, abs(least)).pvalue)
+    if sums_CG.shape[1] == 1 and (counts_CG == 1).all() and np.isin(sums_CG, (-1, 0, 1)).all():
+        return _score_p(int((sign * sums_CG == 1).sum()), int((sign * sums_CG == -1).sum()), C, abs(least))
     totals_G = counts_CG.sum(axis=0)
     means_G = sums_CG.sum(axis=0) / totals_G
     value = float(means_G.mean())
@@ -324,3 +331,14 @@ def _margin_p(sums_CG: Floats, counts_CG: Floats, least: float) -> float:
         return 1.0
     side = 1.0 if value > least else -1.0
     return min(1.0, 2 * float((1 + side * least) / (1 + side * value)) ** C)
+
+
+def _score_p(gains: int, losses: int, n: int, least: float) -> float:
+    """Two-sided p-value of Tango's score test of the null hypothesis that gains minus losses is the share `least` of n.
+
+    least: above 0. The chance of a loss is estimated under the null hypothesis.
+    """
+    linear = (2 * n - gains + losses) * least - gains - losses
+    loss = (np.sqrt(linear**2 + 8 * n * losses * least * (1 - least)) - linear) / (4 * n)
+    deviation = np.sqrt(n * (2 * loss + least * (1 - least)))
+    return float(2 * stats.norm.sf(abs(gains - losses - n * least) / deviation))

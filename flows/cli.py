@@ -37,6 +37,11 @@ class Commands(TyperGroup):
                 raise
             sys.exit(f"dsd: {line}")
 
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        if sys.stdout is None:  # closed by the caller (>&-): print would do nothing, with exit status 0
+            sys.exit("dsd: standard output is closed")
+        return super().main(*arguments, **options)
+
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -273,6 +278,8 @@ def leaderboard(
     from flows.registry.registry import Registry
     from flows.stores import exists
 
+    if html is not None:
+        terminal.check_output("--html", html)
     current = board(load(), Registry() if exists() else None)
     page = None if html is None else write(current, html)
     if as_json:

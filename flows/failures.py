@@ -29,6 +29,9 @@ def error_line(error: BaseException | None) -> str | None:
             return str(cause)
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) and cause.filename:
             return f"{cause.filename}: {disk_full()}"
+        if isinstance(cause, UnicodeEncodeError) and cause.encoding != "utf-8":
+            letter = cause.object[cause.start]
+            return f"the output's encoding {cause.encoding} lacks {letter!a}; set PYTHONIOENCODING=utf-8"
         if NO_SPACE.search(str(cause)):  # a write error has no file name
             return disk_full()
         if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

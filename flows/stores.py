@@ -41,7 +41,11 @@ def artifacts() -> Path:
 def exists() -> bool:
     """Whether there is a tracking store; opening one creates a SQLite file, so what only reads asks first."""
     address = uri()
-    return is_server(address) or make_url(address).get_backend_name() != "sqlite" or _sqlite_exists(make_url(address))
+    if is_server(address):
+        return True
+    with store_errors(MLFLOW, address):
+        url = make_url(address)
+        return url.get_backend_name() != "sqlite" or _sqlite_exists(url)
 
 
 def require_version(name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,8 +94,13 @@ def check_heatmap(path: Path) -> None:
     kinds = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix.removeprefix(".").lower() not in kinds:
         raise DsdError(f"--heatmap {path}: not the name of an image file; it must end in one of .{', .'.join(kinds)}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise DsdError(f"--heatmap {path}: {'a folder' if path.is_dir() else f'no folder {path.parent}'}")
+    check_output("--heatmap", path)
+
+
+def check_output(option: str, path: Path) -> None:
+    """Raise DsdError unless a file can be written at this path."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise DsdError(f"{option} {path}: {'a folder' if path.is_dir() else f'no writable folder {path.parent}'}")
 
 
 def save_heatmap(heatmap: Heatmap, path: Path) -> None:

@@ -90,7 +90,7 @@ def test_heatmap_is_written(tmp_path: Path) -> None:
         (["--heatmap", "where.nonsense"], "dsd: --heatmap where.nonsense: "),
         (
             ["--heatmap", "no/such/folder/where.png"],
-            "dsd: --heatmap no/such/folder/where.png: no folder no/such/folder",
+            "dsd: --heatmap no/such/folder/where.png: no writable folder no/such/folder",
         ),
         (["--heatmap", "folder.png"], "dsd: --heatmap folder.png: a folder"),
         (["--prompt", "models:/dsd-prompt-x/1"], "dsd: models:/dsd-prompt-x/1: no such version: sqlite:///"),

@@ -200,6 +200,8 @@ HEAD = "image,text,label\n"
         (HEAD + "dogs/1.png,a,1\ndogs/1.png,b,1\n", ":2: example 'dogs/1.png' has no row with label 0; it needs a"),
         (HEAD, ": has no row below the header"),
         ("image,text,label,category\ndogs/1.png,a,1,x$\n", ":2: category 'x$': may have letters, digits, spaces and"),
+        ("image,text,label,category\ndogs/1.png,a,1,a//b\n", ":2: category 'a//b': may have letters, digits"),
+        ("image,text,label,category\ndogs/1.png,a,1,a/../b\n", ":2: category 'a/../b': may have letters, digits"),
         (HEAD + "dogs/1.png,a,1\ndogs/1.png,b,0\n./dogs/1.png,a,1\n", ":4: repeats line 2"),
         (
             "id,image,text,label\n1,dogs/1.png,a,1\n1,dogs/2.png,b,0\n",

@@ -67,6 +67,7 @@ def test_arrays_of_one_channel_are_grey() -> None:
         (np.full((4, 4), np.nan), "must lie in 0..1"),
         (np.zeros((0, 4, 3), np.uint8), "empty image"),
         (np.zeros((2000, 2000), np.uint8), "max_pixels"),
+        (np.ma.masked_array(np.zeros((4, 4), np.uint8), mask=True), "a masked array"),
     ],
 )
 def test_arrays_of_another_kind_are_refused(array: np.ndarray, reason: str) -> None:
@@ -127,6 +128,15 @@ def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
     assert np.array_equal(pixels(Image.fromarray(grey_HW.astype(np.int32)))[..., 0], expected)
     with pytest.raises(ImageError, match="16 bits"):
         load_image(Image.fromarray(np.array([[70_000]], dtype=np.int32)), max_pixels=LIMIT)
+    with pytest.raises(ImageError, match="may be of 8 or of 16 bits"):
+        load_image(Image.fromarray(np.array([[0, 255]], dtype=np.int32)), max_pixels=LIMIT)
+
+
+def test_a_tiff_whose_zero_is_white_is_inverted() -> None:
+    grey_HW = np.array([[0, 257], [128 * 257, 65535]], dtype=np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(grey_HW).save(file, "TIFF", tiffinfo={262: 0})
+    assert pixels(file.getvalue())[..., 0].tolist() == [[255, 254], [127, 0]]
 
 
 def test_float_images() -> None:

@@ -15,12 +15,13 @@ from dsd.data.examples import MatchingExample, write_examples
 from dsd.engine.cache import encode
 from dsd.engine.score import score
 from dsd.engine.session import Folders, Session, similar_starts
-from dsd.errors import DataError
+from dsd.errors import DataError, TextError
 from dsd.evaluation.evaluate import ScoredSplit, evaluate
 from dsd.scorers.evidence import INDEX, scored_examples
 from dsd.store import write_json
 
 NAME = "scenes-com"
+TIE = "two texts are one to embedded"
 LONG = "a red circle left of a blue square " * 4
 
 
@@ -48,11 +49,11 @@ def own(params: Params, prepared: Path, tmp_path: Path) -> tuple[Session, Path]:
 
 def test_they_are_left_out_for_every_method(own: tuple[Session, Path], tmp_path: Path, opened: list[str]) -> None:
     session, scored = own
-    assert session.indistinct("test") == {"long": "embedded", "case": "embedded"}
+    assert session.indistinct("test") == {"long": TIE, "case": TIE}
     assert not opened, "tokenizers and configurations are enough"
     encode(session)
     score(session, scored, split="test")
-    assert json.loads((scored / INDEX).read_text())["indistinct"] == {"long": "embedded", "case": "embedded"}
+    assert json.loads((scored / INDEX).read_text())["indistinct"] == {"long": TIE, "case": TIE}
     assert [e.id for e in scored_examples(session.folders.prepared, scored, "test")] == ["close", "plain"]
     split = ScoredSplit.of(NAME, session.params, session.folders.prepared, scored)
     results, _ = evaluate(NAME, split, session.params.evaluate, 0, tmp_path / "evaluate")
@@ -64,6 +65,30 @@ def test_an_index_without_them_is_of_another_version(own: tuple[Session, Path]) 
     write_json(scored / INDEX, {"layers": [], "latent": 1, "shards": {}})
     with pytest.raises(DataError, match="not the index of this version; run the stage `score` again"):
         scored_examples(session.folders.prepared, scored, "test")
+
+
+def test_the_same_image_twice_is_a_tie_too(own: tuple[Session, Path]) -> None:
+    session, _ = own
+    one, two, *_ = session.images.ids
+    rows = [
+        ("test", MatchingExample("twice", (one, one), ("a red circle",), ((0, 0),), "all")),
+        ("test", MatchingExample("once", (one, two), ("a red circle",), ((0, 0),), "all")),
+    ]
+    write_examples(session.folders.prepared / "examples.parquet", rows)
+    assert session.indistinct("test") == {"twice": "two images have the same pixels"}
+    write_examples(session.folders.prepared / "examples.parquet", rows[:1])
+    again = Session(NAME, session.params, session.folders)
+    with pytest.raises(DataError, match="no example of the split test is left, 1 left out as ties"):
+        again.examples("test")
+
+
+def test_a_text_without_a_token_of_its_own_is_refused(own: tuple[Session, Path]) -> None:
+    session, _ = own
+    texts = ("<|endoftext|>", "a red circle")
+    row = MatchingExample("special", (session.images.ids[0],), texts, ((0, 0),), "all")
+    write_examples(session.folders.prepared / "examples.parquet", [("test", row)])
+    with pytest.raises(TextError, match="has no token but special ones"):
+        encode(session)
 
 
 @given(st.text(min_size=1, max_size=12), st.text(min_size=1, max_size=12), st.integers(2, 8))

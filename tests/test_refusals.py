@@ -325,6 +325,11 @@ def test_a_clip_of_transformers_5_is_normalised_by_its_processor(models: Path, t
         ({"batch_size": 0}, "batch_size: must"),
         ({"batch_size": None}, "batch_size: must"),
         ({"seed": "x"}, "seed: must be a whole number"),
+        ({"seed": 2**40}, "seed: must be a whole number from 0 to 4294967295"),
+        ({"device": None}, "device: must be a name"),
+        ({"device": 0}, "device: must be a name"),
+        ({"levels": (0.5, 0.5000001)}, "levels: levels must differ by at least 1e-06"),
+        ({"scale": True}, "scale: must not be yes, no, true or false"),
         ({"method": 5}, "method: unknown method '5'"),
         ({"prompt": ""}, "prompt: must be a path"),
         ({"prompt": 5}, "prompt: must be a path"),
@@ -359,14 +364,44 @@ def test_nothing_to_score_has_a_shape(matcher: Matcher, images: list[np.ndarray]
     assert matcher.score([], TEXTS).shape == (0, 2) and matcher.score(images, []).shape == (2, 0)
 
 
-@pytest.mark.parametrize("images", [None, 5, [None], [5], [[1, 2]], {"a": 1}, object()])
+ODD_TENSORS = [
+    torch.zeros(3, 8, 8).to_sparse(),
+    torch.zeros(3, 8, 8, device="meta"),
+    torch.zeros(3, 8, 8, dtype=torch.complex64),
+    torch.zeros(3, 8, 3),  # channels first or last?
+]
+
+
+@pytest.mark.parametrize("images", [None, 5, [None], [5], [[1, 2]], {"a": 1}, {"a.png"}, object(), *ODD_TENSORS])
 def test_what_is_no_image(images: Any, matcher: Matcher) -> None:
     with pytest.raises(ImageError) as error:
         matcher.score(images, TEXTS)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("texts", [None, 5, [None], ["a", 5], [["a"]], "", [" "], "\ud800", ["<|endoftext|>"], "\0"])
+@pytest.mark.parametrize("image", [None, 3, ["a.png", "b.png"], []])
+def test_a_heat_map_is_of_one_image(image: Any, matcher: Matcher) -> None:
+    with pytest.raises(ImageError) as error:
+        matcher.heatmap(image, "a red circle")
+    assert "\n" not in str(error.value)
+
+
+def test_the_autocast_of_the_session_changes_no_score(matcher: Matcher, images: list[np.ndarray]) -> None:
+    expected = matcher.score(images, TEXTS)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(matcher.score(images, TEXTS), expected)
+
+
+@pytest.mark.parametrize("scores", [[[1.0]], 3, torch.tensor([[float("nan")]]), torch.zeros(2)])
+def test_shares_are_of_scores(scores: Any, matcher: Matcher) -> None:
+    with pytest.raises(ParamsError, match="scores: must be those of `score`"):
+        matcher.shares(scores)
+
+
+@pytest.mark.parametrize(
+    "texts", [{"a", "b"}, None, 5, [None], ["a", 5], [["a"]], "", [" "], "\ud800", ["<|endoftext|>"], "\0"]
+)
 def test_what_is_no_text(texts: Any, matcher: Matcher, images: list[np.ndarray]) -> None:
     with pytest.raises(TextError) as error:
         matcher.score(images, texts)

@@ -137,7 +137,7 @@ def test_a_version_is_a_typed_reference_without_a_pickle_or_a_checkpoint(registe
     )
     assert described["flavors"]["python_function"]["config"]["backbone"]["digest"]
     assert model.metadata.signature.inputs.input_names() == ["image", "texts", "heatmap"]
-    assert model.metadata.signature.outputs.required_input_names() == ["scores", "best"]
+    assert model.metadata.signature.outputs.required_input_names() == ["scores"]
 
 
 def test_a_table_is_answered_as_the_matcher_scores(model: PyFuncModel, matcher: Matcher) -> None:
@@ -164,6 +164,13 @@ def test_heat_maps_are_of_the_best_text_and_optional(model: PyFuncModel, matcher
     np.testing.assert_allclose([np.asarray(drawn) / 255 for drawn in maps], heatmap.maps, atol=0.01)
     answers = web.post("/invocations", json={"inputs": [row(0, heatmap=True), row(1)]}).json()["predictions"]
     assert answers[0]["heatmap"] == found["heatmap"][0] and "heatmap" not in answers[1]
+
+
+def test_a_tie_has_no_best_text_and_no_heat_map(web: TestClient) -> None:
+    texts = ["a red circle", "A RED CIRCLE", "a red circle"]
+    [answer] = web.post("/invocations", json={"inputs": [row(0, texts, heatmap=True)]}).json()["predictions"]
+    assert answer["best"] is None and "heatmap" not in answer
+    assert answer["remarks"] == ["to the model these are one text, a tie: 'a red circle' = 'A RED CIRCLE'"]
 
 
 @pytest.mark.parametrize("form", ["inputs", "dataframe_records"])
@@ -248,6 +255,7 @@ def test_refusals_in_the_server_of_mlflow_are_one_line_too(its_own: TestClient) 
         (b"", "Invalid JSON: EOF while parsing"),
         (b"[]", "Input should be an object"),
         (b"{}", "0 images"),
+        (b'{"inputs": [{"image": "a", "texts": ["x"], "texts": ["y"]}]}', "the key 'texts' is there twice"),
         (b'{"instances": []}', "instances: Extra inputs are not permitted"),
         (json.dumps({"inputs": [row()], "dataframe_records": [row()]}).encode(), "both inputs and dataframe_records"),
         (json.dumps({"inputs": [row(size=3)]}).encode(), "inputs.0.size: Extra inputs are not permitted"),

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Margin = Annotated[float, Field(ge=0, lt=1)]  # of a difference between two shares
 Positive = Annotated[int, Field(gt=0)]
+LEVEL_NUMBERS = 1_000_000  # different noise levels
 Level = Fraction  # of the noise schedule: 0 is the image, 1 is noise
 Direction = Literal["clean", "noisy", "middle"]  # in which a hierarchical schedule orders the noise levels
 # When a hierarchical schedule drops candidates. Section 3 of the second paper: after each timestep; its Algorithm 1:
@@ -48,6 +50,18 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not values or len(set(values)) < len(values):
         raise ValueError("needs at least one value, and none twice")
     return values
+
+
+def _apart(values: tuple[float, ...]) -> tuple[float, ...]:
+    """Refuse levels that are one to a draw, whose noise is seeded by the rounded level."""
+    if len({level_number(value) for value in values}) < len(values):
+        raise ValueError(f"levels must differ by at least {1 / LEVEL_NUMBERS:.0e}")
+    return values
+
+
+def level_number(level: float) -> int:
+    """Return the number of a noise level that its noise is seeded by."""
+    return round(level * LEVEL_NUMBERS)
 
 
 def _falling(values: tuple[int, ...]) -> tuple[int, ...]:
@@ -78,7 +92,8 @@ Layers = Annotated[Literal["all"] | Positive, _word_or_number("all")]  # all, or
 HeadChoice = Annotated[Heads | Positive, _word_or_number(*get_args(Heads))]  # a number: so many random heads
 Distinct = AfterValidator(_distinct)
 ToKeep = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_falling)]
-Levels = Annotated[tuple[Level, ...], Distinct]
+Levels = Annotated[tuple[Level, ...], Distinct, AfterValidator(_apart)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # larger ones overflow the seeds of draws
 Parts = Annotated[tuple[Part, ...], Distinct]
 Poolings = Annotated[tuple[Pooling, ...], Distinct]
 
@@ -106,9 +121,13 @@ class ParamsModel(BaseModel):
         """Refuse a YAML word such as `no` or `on` where a number belongs; pydantic would read it as 0 or 1."""
         for key, value in data.items() if isinstance(data, dict) else ():
             field = cls.model_fields.get(key)
-            if isinstance(value, bool) and field is not None and not _mentions(field.annotation, bool):
+            if _has_bool(value) and field is not None and not _mentions(field.annotation, bool):
                 raise PydanticCustomError(WORD_FOR_NUMBER, "must not be yes, no, true or false", {"key": key})
         return data
+
+
+def _has_bool(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_has_bool, value)))
 
 
 def _mentions(annotation: Any, kind: type) -> bool:

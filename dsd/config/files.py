@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,23 @@ def read(path: Path | str = "params.yaml") -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice; others keep the last value."""
+    """A safe loader that refuses a key given twice, of which others keep the last value, and numbers that are others in
+    YAML 1.2, which DVC reads: 010 (8 in YAML 1.1) and 1:30 (90)."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if re.fullmatch(r"[-+]?(0[0-9_]+|[0-9_]*:[0-9_:]*)", node.value):
+            problem = f"{node.value} is another number in YAML 1.2; write it in decimals, without a leading zero"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_yaml_int(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for key in (key for number, key in enumerate(keys) if key in keys[:number]):
             raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _parsed(file: Path, path: Path | str) -> Any:
@@ -64,6 +75,11 @@ def parsed(file: Path) -> Any:
         raise ParamsError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     except UnicodeDecodeError:
         raise ParamsError(f"{file}: not text in UTF-8") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits, thousands of levels, a NUL in the path
+        raise ParamsError(f"{str(file)!r}: cannot be read: {str(error)[:200]}") from None
     except FileNotFoundError:
         raise
     except OSError as error:

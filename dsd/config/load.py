@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Union, cast, get_args, get_origin
 from pydantic import ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from dsd.config.base import WORD_FOR_NUMBER, Kind, Name, ParamsModel, check_known, registered
+from dsd.config.base import WORD_FOR_NUMBER, Kind, Name, ParamsModel, Seed, check_known, registered
 from dsd.config.datasets import DatasetParams
 from dsd.config.experiments import AblationParams, EvaluateParams, RacesParams, ReportParams, StudyParams
 from dsd.config.files import file_of, node_at, read
@@ -40,7 +40,7 @@ EXTENSIBLE: dict[str, type[Kind]] = {"datasets": DatasetParams, "schedules": Sch
 
 
 class Params(ParamsModel):
-    seed: int
+    seed: Seed
     runtime: RuntimeParams
     backbones: dict[Name, BackboneParams]
     backbone: str

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from cronsim import CronSim, CronSimError
 from pydantic import AfterValidator, Field
 
-from dsd.config.base import Kind, Name, ParamsModel, Positive, Share
+from dsd.config.base import Kind, Margin, Name, ParamsModel, Positive, Share
 
 
 class GateRow(ParamsModel):
     """For one dataset, as fractions of 1: the gain that a challenger needs and the largest loss that it may have."""
 
-    minimum_effect: Share
-    maximum_regression: Share
+    minimum_effect: Margin
+    maximum_regression: Margin
 
 
 class GateParams(ParamsModel):

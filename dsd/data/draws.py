@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from dsd.config import NoiseParams
+from dsd.config.base import level_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,7 @@ class Draw(NamedTuple):
 def draws(noise: NoiseParams, seed: int) -> list[Draw]:
     """Return `draws_per_level` draws for each level, each seeded by its level and number, not by its position."""
     return [
-        Draw(level, (seed * 1_000_003 + round(level * 1e6)) * 1_009 + number)
+        Draw(level, (seed * 1_000_003 + level_number(level)) * 1_009 + number)
         for level in noise.levels
         for number in range(noise.draws_per_level)
     ]

@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 
+PHOTOMETRIC = 262  # the TIFF tag whose value 0 is WhiteIsZero
+SIXTEEN_BITS = ("PNG", "PPM")  # formats that Pillow opens in the mode of 32 bits, with values of 16
+
 # Only these Pillow readers are enabled: others run external programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
@@ -102,6 +105,8 @@ def _name(source: ImageSource) -> str:
         return f"image of {len(source)} bytes"
     if isinstance(source, np.ndarray):
         return f"array {source.dtype} {list(source.shape)}"
+    if not isinstance(source, Image.Image):
+        raise ImageError(f"must be a path, bytes, a PIL image or an array, found {type(source).__name__}")
     return str(getattr(source, "filename", "")) or f"image of mode {source.mode}"
 
 
@@ -116,11 +121,25 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 def _decode(image: Image.Image, max_pixels: int) -> Image.Image:
     _check_size(image.size, max_pixels)  # only the header is read so far
     image.load()  # verify() accepts truncated files
+    if image.mode == "I" and image.format not in SIXTEEN_BITS and np.asarray(image).max() <= 255:
+        raise ValueError("grey values of 32 bits up to 255 may be of 8 or of 16 bits; convert it to one of them")
+    inverted = image.mode[0] in "IF" and _white_is_zero(image)  # Pillow inverts those of 8 bits only
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        return Image.fromarray(_array_to_uint8(np.asarray(image), max_pixels)).convert("RGB")
-    if image.mode.startswith("I"):
-        return Image.fromarray(_sixteen_bits_to_uint8(image)).convert("RGB")
+        grey = _array_to_uint8(np.asarray(image), max_pixels)
+    elif image.mode.startswith("I"):
+        grey = _sixteen_bits_to_uint8(image)
+    else:
+        return _to_rgb(image)
+    return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
+
+
+def _white_is_zero(image: Image.Image) -> bool:
+    """Whether a TIFF file declares that 0 is white."""
+    return bool(getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -139,6 +158,8 @@ def _sixteen_bits_to_uint8(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _array_to_uint8(array: NDArray[Any], max_pixels: int) -> NDArray[np.uint8]:
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueError("a masked array; fill the masked pixels first")
     if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
         raise ValueError("an image array must be [H, W, 3], [H, W, 4] or [H, W]")
     _check_size((array.shape[1], array.shape[0]), max_pixels)

@@ -25,6 +25,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from posixpath import normpath
 from typing import NamedTuple
 
 from dsd.config import FolderDataset
@@ -152,9 +153,10 @@ def _line(root: Path, where: str, number: int, header: Sequence[str], values: Se
         raise DataError(f"{where}: label must be 1 or 0, found {row['label']!r}")
     if row.get("split", SPLITS[0]) not in SPLITS:
         raise DataError(f"{where}: {unknown('split', row['split'], SPLITS)}")
-    if not CATEGORY.fullmatch(row.get("category", "all")):
-        problem = "may have letters, digits, spaces and _ . : / - only, as it names a metric"
-        raise DataError(f"{where}: category {row['category']!r}: {problem}")
+    category = row.get("category", "all")
+    if not CATEGORY.fullmatch(category) or category != normpath(category):
+        problem = "may have letters, digits, spaces and _ . : / - only and no empty part, as it names a metric"
+        raise DataError(f"{where}: category {category!r}: {problem}")
     image = _inside(root, row["image"], where)
     split = next((split for split in SPLITS if split == row.get("split")), None)
     return Line(
@@ -167,7 +169,11 @@ def _inside(root: Path, path: str, where: str) -> str:
     plain = PurePosixPath(path)
     if plain.is_absolute() or not plain.parts or ".." in plain.parts or "\0" in path:
         raise DataError(f"{where}: {path!r} must be a path in the folder {root}")
-    if not (root / plain).resolve().is_relative_to(root.resolve()):
+    try:
+        inside = (root / plain).resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # links that lead to themselves
+        raise DataError(f"{where}: {path!r} is a link without an end") from None
+    if not inside:
         raise DataError(f"{where}: {path!r} is a link out of the folder {root}")
     return plain.as_posix()
 

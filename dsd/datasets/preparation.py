@@ -104,6 +104,8 @@ def _check(name: str, example: RawExample) -> None:
         raise DataError(f"{name}: example {example.id}: one image and one text are only one candidate")
     if not all(text.strip() for text in example.texts):
         raise DataError(f"{name}: example {example.id}: a text is empty")
+    if any("\0" in text for text in example.texts):
+        raise DataError(f"{name}: example {example.id}: a text has a NUL character")
     if not example.answer and example.split == "train":
         raise DataError(f"{name}: example {example.id}: no right pair, so it cannot be trained on")
     if not all(0 <= i < images and 0 <= t < texts for i, t in example.answer):

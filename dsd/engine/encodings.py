@@ -17,6 +17,8 @@ from dsd.data.examples import MatchingExample, read_examples
 from dsd.data.image_table import ImageTable
 from dsd.data.images import resize, to_array
 from dsd.data.splits import SPLITS
+from dsd.errors import TextError
+from dsd.models.checkpoint import token_ids
 from dsd.progress import progress
 from dsd.scorers.evidence import UNCONDITIONAL
 from dsd.store import Store, digest
@@ -104,6 +106,14 @@ def read_all(prepared: Path) -> Iterator[MatchingExample]:
     return (example for split in SPLITS for example in read_examples(prepared / "examples.parquet", split))
 
 
+def check_tokens(backbone: StableDiffusion, texts: Sequence[str]) -> None:
+    """Raise TextError if a text, other than that of the unconditional pass, has no token but special ones."""
+    special = set(backbone.tokenizer.all_special_ids)
+    for text, ids in zip(texts, token_ids(backbone.tokenizer, texts), strict=True):
+        if text != UNCONDITIONAL and special.issuperset(ids):
+            raise TextError(f"text {text[:60]!r}: has no token but special ones; give it a word")
+
+
 def diffusion_encodings(
     backbone: StableDiffusion, images: ImageTable, texts: Sequence[str], resolution: int, store: Store, kept: int
 ) -> tuple[Encodings, Encodings]:
@@ -117,7 +127,9 @@ def diffusion_encodings(
         return {"latents": backbone.encode_images(batch).cpu().numpy()}
 
     def embeddings(batch: list[str]) -> Arrays:
-        return {name: tensor.cpu().numpy() for name, tensor in backbone.encode_texts(batch)._asdict().items()}
+        check_tokens(backbone, batch)
+        encoded = backbone.encode_texts(batch)
+        return {name: tensor.cpu().numpy() for name, tensor in encoded._asdict().items()}
 
     image_key = versioned("latents", digest(backbone.digest, resolution))
     by_text = Encodings(store, "texts", versioned("texts", backbone.digest), texts, embeddings, kept=len(texts) <= kept)

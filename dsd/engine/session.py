@@ -95,7 +95,10 @@ class Session:
             DataError: the dataset is not prepared.
         """
         indistinct = () if split == "train" else self.indistinct(split)
-        return [example for example in self._all_examples(split) if example.id not in indistinct]
+        examples = [example for example in self._all_examples(split) if example.id not in indistinct]
+        if not examples and split != "train":
+            raise DataError(f"{self.name}: no example of the split {split} is left, {len(indistinct)} left out as ties")
+        return examples
 
     def _all_examples(self, split: str) -> list[MatchingExample]:
         file = self.folders.prepared / "examples.parquet"
@@ -104,18 +107,19 @@ class Session:
         return read_examples(file, split)
 
     def indistinct(self, split: str) -> dict[str, str]:
-        """Return the examples of a split two of whose texts are one text to a backbone, with its row of `backbones`.
+        """Return the examples of a split that have two equal candidates, at least to a backbone, with the reason.
 
-        The scores of these texts are equal whatever the image: a tie, which is nobody's win.
+        The scores of these candidates are equal: a tie, which is nobody's win.
         """
         if split not in self._indistinct:
-            found = self._indistinct[split] = dict[str, str]()
+            twice = (e.id for e in self._all_examples(split) if len(set(e.images)) < len(e.images))
+            found = self._indistinct[split] = dict.fromkeys(twice, "two images have the same pixels")
             for name in (self.params.backbone, *self.clip_names):
                 model = self.backbone if name == self.params.backbone else self.clip(name)
                 for example in self._all_examples(split):
                     alike = similar_starts(example.texts, model.max_tokens - 2)  # without the begin and end token
                     if alike and len(set(model.text_ids(alike))) < len(alike):
-                        found.setdefault(example.id, name)
+                        found.setdefault(example.id, f"two texts are one to {name}")
         return self._indistinct[split]
 
     @cached_property

@@ -58,7 +58,7 @@ class DatasetResults:
     ablations: Ablations  # method → key → value → metric → interval
     curves: dict[str, dict[str, list[float]]]  # trained method → column of its training curve
     quarantine: list[dict[str, str]]
-    indistinct: dict[str, str]  # examples left out: two texts are one to this backbone
+    indistinct: dict[str, str]  # examples left out, since two candidates are one: the reason
     summaries: dict[str, dict[str, Any]]  # stage → its counts; prepare, cache and score where recorded
     blind: Blind
 

@@ -84,7 +84,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         ],
         mapped=MAPPED,
         losses=tables.losses(datasets),
-        indistinct=[(d.name, id, backbone) for d in datasets for id, backbone in d.indistinct.items()],
+        indistinct=[(d.name, id, reason) for d in datasets for id, reason in d.indistinct.items()],
         quarantine=[(d.name, row["name"], row["reason"]) for d in datasets for row in d.quarantine],
         timings=tables.timings(timings, list(params.datasets)) if timings else None,
         throughput=tables.throughput(datasets),

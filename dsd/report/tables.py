@@ -233,7 +233,7 @@ def losses(results: Sequence[DatasetResults]) -> Table:
         Row(d.name, [*(cell(d, stage, key) for stage, key in LOSSES.values()), Cell(count(len(d.indistinct)))])
         for d in results
     ]
-    return Table("Data loss", ["dataset", *LOSSES, "test examples left out\nfor indistinct texts"], rows)
+    return Table("Data loss", ["dataset", *LOSSES, "test examples left out\nas ties"], rows)
 
 
 def timings(stages: Mapping[str, Mapping[str, Any]], datasets: Sequence[str]) -> Table:

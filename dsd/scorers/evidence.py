@@ -138,7 +138,7 @@ def write_index(
 ) -> None:
     """Write the shards of each prompt and contrastive method in the order of their rows, the layers and latent size.
 
-    indistinct: examples that are not scored, with the backbone to which two of their texts are one; see `Session`.
+    indistinct: examples that are not scored, since two of their candidates are one, with the reason; see `Session`.
     """
     content = {"layers": list(layers), "latent": latent, "indistinct": dict(indistinct), "shards": keys}
     write_atomic(scored / INDEX, json.dumps(content, indent=1).encode())

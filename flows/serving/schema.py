@@ -1,13 +1,14 @@
 """Requests and answers: their schema, parsing and formatting.
 
-A row of a request is an image and its texts. A row of an answer has a score for each text and the best text, and a heat
-map if the request sets `heatmap`.
+A row of a request is an image and its texts. A row of an answer has a score for each text, the best text or null on a
+tie, remarks if there are any (see `Matcher.remarks`), and a heat map of the best text if the request sets `heatmap`.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +36,8 @@ SIGNATURE = ModelSignature(
     outputs=Schema(
         [
             ColSpec(Array(DataType.double), "scores"),
-            ColSpec(DataType.string, "best"),
+            ColSpec(DataType.string, "best", required=False),
+            ColSpec(Array(DataType.string), "remarks", required=False),
             ColSpec(
                 Array(Object([Property("word", DataType.string), Property("map", DataType.string)])),
                 "heatmap",
@@ -98,9 +100,18 @@ def parse_json(body: bytes | bytearray) -> list[Row]:
         parsed = Body.model_validate_json(body)
     except ValidationError as error:
         raise _request_error(error) from None
+    json.loads(body, object_pairs_hook=_no_key_twice)
     if parsed.inputs and parsed.dataframe_records:
         raise RequestError("both inputs and dataframe_records; give one")
     return parsed.inputs or parsed.dataframe_records
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key given twice, of which the parser keeps the last value."""
+    if len(found := dict(pairs)) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise RequestError(f"the key {twice[:40]!r} is there twice")
+    return found
 
 
 def parse_table(table: pd.DataFrame) -> list[Row]:

@@ -17,7 +17,7 @@ from typing import Any
 import mlflow
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from uvicorn import Config, Server
@@ -117,7 +117,15 @@ def application(service: Service) -> Starlette:
 
         return handler
 
-    handlers: dict[Any, Any] = {HTTPException: http_error, BusyError: error_as(503), DsdError: error_as(400)}
+    async def gone(_: Request, error: Exception) -> Response:
+        return Response(status_code=400)  # nobody reads it
+
+    handlers: dict[Any, Any] = {
+        HTTPException: http_error,
+        ClientDisconnect: gone,
+        BusyError: error_as(503),
+        DsdError: error_as(400),
+    }
     return Starlette(
         routes=[Route("/invocations", invocations, methods=["POST"]), Route("/ping", ping)],
         exception_handlers={**handlers, Exception: error_as(500, FAILED)},

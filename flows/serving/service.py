@@ -14,7 +14,6 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import mlflow
-import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST, INTERNAL_ERROR, TEMPORARILY_UNAVAILABLE
@@ -110,8 +109,11 @@ class Rounds:
     def _answer_of(self, job: Job, scores: list[float]) -> Answer:
         if cut := self.matcher.cut(job.texts):
             raise too_long(cut[0], self.matcher.backbone.max_tokens)
-        answer: Answer = {"scores": scores, "best": job.texts[int(np.argmax(scores))]}
-        if job.heatmap:
+        best = [text for text, score in zip(job.texts, scores, strict=True) if score == max(scores)]
+        answer: Answer = {"scores": scores, "best": best[0] if len(best) == 1 else None}
+        if remarks := self.matcher.remarks(job.texts):
+            answer["remarks"] = remarks
+        if job.heatmap and answer["best"] is not None:
             answer["heatmap"] = encode_heatmap(self.matcher.heatmap_of(job.image, answer["best"]))
         return answer
 
