@@ -119,6 +119,7 @@ def small(models: Path, **changes: object) -> Params:
             "studies": {},
             "gate": params.gate.model_copy(update={"datasets": {"scenes-com": params.gate.datasets["scenes-com"]}}),
             "races": few(params.races).model_copy(update={"datasets": {"scenes-com": ("denoising",)}}),
+            "schedules": {"racing": params.schedules["racing"].model_copy(update={"delta": 0.1, "budget": 5.0})},
             "evidence": params.evidence.model_copy(update={"shard": 16}),
             "evaluate": params.evaluate.model_copy(update={"resamples": 50}),
             "runtime": params.runtime.model_copy(update={"batch_size": 8, "workers": 1, "device": "cpu"}),

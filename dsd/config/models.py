@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -90,6 +90,10 @@ class EvidenceParams(ParamsModel):
     normalise: bool
     tokens: Literal["content", "all"]
     shard: Positive
+
+    def settings(self, prompt: str) -> dict[str, Any]:
+        """Return what evidence under a prompt depends on."""
+        return self.model_dump(exclude={"shard"})
 
 
 class PromptParams(ParamsModel):

@@ -9,11 +9,15 @@ from flows.stages.common import Details, each, main, stage
 
 @stage
 def evaluate(params: Params) -> dict[str, Details]:
+    from functools import cache
+
     from dsd.datasets import benchmark
     from dsd.evaluation import ablations, blind, claims
     from dsd.evaluation import evaluate as evaluation
     from dsd.experiments.study_results import compare_variants, write_studies
+    from dsd.experiments.variants import Study
     from dsd.metrics import HEADLINES, unforced
+    from dsd.models.checkpoint import identify
     from dsd.schedules.replay import read_hits
     from dsd.scorers.evidence import read_identities
     from dsd.store import libraries, write_json
@@ -24,6 +28,7 @@ def evaluate(params: Params) -> dict[str, Details]:
     ablated: dict[str, ablations.Ablations] = {}
     data: dict[str, claims.DatasetHits] = {}
     baselines: dict[str, blind.Blind] = {}
+    known = cache(identify)
 
     def dataset(name: str) -> Details:
         scored = evaluation.ScoredSplit.of(name, params, DATA / "prepare" / name, DATA / "score" / name)
@@ -45,11 +50,11 @@ def evaluate(params: Params) -> dict[str, Details]:
     blind.write(baselines, target)
     ablations.write(ablated, target)
     claims.write(*claims.judge(params, data), target)
-    studies = {
-        name: compare_variants(DATA / "studies" / f"{name}.json", row, data, params.evaluate, params.seed)
-        for name, row in params.studies.items()
+    compared = {
+        name: compare_variants(Study(name, params), DATA / "studies" / f"{name}.json", data, known)
+        for name in params.studies
     }
-    write_studies(studies, target)
+    write_studies(compared, target)
     return details
 
 
