@@ -248,4 +248,7 @@ class Workload:
         pairs = min(training.candidates, images) * min(training.candidates, max(images, texts))
         steps = training.epochs * self._expected.few_shot(self._row.few_shot) / training.examples_per_step
         again = training.examples_per_step * pairs > self._params.runtime.batch_size  # each pass is then made twice
-        return (BACKWARD + again) * round(max(training.least_steps, steps) * training.examples_per_step * pairs)
+        passes = (BACKWARD + again) * round(max(training.least_steps, steps) * training.examples_per_step * pairs)
+        # Of n folds, each is left out once: n prompts, trained on the share 1 − 1/n of the examples.
+        fits = any(method.fits_weights for method in self._params.methods.values())
+        return passes * (self._params.fusion.prompt_folds if fits else 1)

@@ -166,7 +166,8 @@ class Matcher:
                 dtype=dtype,
             )
             noise = NoiseParams(levels=levels, draws_per_level=draws_per_level)
-            evidence = EvidenceParams(poolings=("logsumexp",), scale=scale, normalise=False, tokens="content", shard=1)
+            tokens = {"none": "all", "few-shot": "content"}  # as in params.yaml, by a search
+            evidence = EvidenceParams(poolings=("logsumexp",), scale=scale, normalise=False, tokens=tokens, shard=1)
         if family is None and (detected := family_of(folder_of(row))):
             row = row.model_copy(update={"family": detected})
         backbone = load_diffusion(row, device_of(device), attention)

@@ -30,7 +30,7 @@ from dsd.experiments.variants import Study
 from dsd.schedules.racing import fit_forecast
 from dsd.scorers.evidence import read_index
 from dsd.store import Store
-from dsd.training.loop import train
+from dsd.training.loop import Training, train, trainings
 from dsd.versions import VERSIONS
 from tests.raced import LEVELS, few, synthetic_races
 from tests.tiny import save_checkpoints, small
@@ -61,7 +61,7 @@ class Run:
 
     def _losses(self, method: str) -> list[float]:
         """Train a method; the loss of each step."""
-        return [step["loss"] for step in train(self.session, method, self.folders.trained / method)]
+        return [step["loss"] for step in train(self.session, Training(method))]
 
     @cached_property
     def untrained(self) -> dict[str, list[str]]:
@@ -74,8 +74,8 @@ class Run:
     @cached_property
     def complete(self) -> dict[str, list[str]]:
         """Score all methods; the shards of each entry of the index."""
-        for method in self.params.training:
-            self.losses(method)
+        for training in trainings(self.params):
+            list(train(self.session, training))
         return self._score(self.session)
 
     def _score(self, session: Session) -> dict[str, list[str]]:

@@ -25,7 +25,7 @@ from dsd.models.checkpoint import commit, locate, remote
 from dsd.models.clip_heads import cosine
 from dsd.models.prompts import AttentionPrompt
 from dsd.models.stable_diffusion import StableDiffusion
-from dsd.training.loop import training_key
+from dsd.training.loop import Training, training_key
 from tests.hubserver import COMMIT, TOKEN, Hub, connected, files_of
 from tests.tiny import row, save_tokenizer
 
@@ -73,7 +73,7 @@ def test_the_same_model_scores_the_same_whether_it_predicts_noise_or_velocity(fo
     images = list(np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8))
     texts = ["a red circle", "a blue star", "a green ring left of a pink bolt"]
     noise, v = (matcher.score(images, texts) for matcher in matchers)
-    assert torch.allclose(noise, v, atol=1e-5) and noise.std() > 1e-4
+    assert torch.allclose(noise, v, atol=1e-6) and noise.std() > 1e-5
 
 
 def test_a_row_says_what_is_predicted_where_the_scheduler_does_not(folder: Path) -> None:
@@ -368,7 +368,7 @@ def test_a_published_clip_has_its_tokenizer_beside_its_weights_and_says_how_pixe
         load_clip(row(folder, "clip"), CPU)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    settings.unlink()
+    settings.write_text(json.dumps({"image_mean": mean, "image_std": deviation}))
     with pytest.raises(CheckpointError, match="no tokenizer"):
         load_clip(row(folder, "clip"), CPU)
 
@@ -429,7 +429,7 @@ def test_other_arithmetic_is_another_training(params: Params, prepared: Path) ->
     def key(dtype: str, method: str) -> str:
         rows = {name: kept.model_copy(update={"dtype": dtype}) for name, kept in params.backbones.items()}
         changed, folders = params.model_copy(update={"backbones": rows}), Folders(prepared, prepared, prepared)
-        return training_key(Session("scenes-com", changed, folders), method)
+        return training_key(Session("scenes-com", changed, folders), Training(method))
 
     for method in ("dsd", "clip-finetune"):
         assert key("float32", method) != key("bfloat16", method)

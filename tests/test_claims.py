@@ -20,7 +20,7 @@ from dsd.evaluation.evaluate import ScoredSplit, evaluate
 from dsd.metrics import slots
 from dsd.scorers.evidence import Evidence
 from dsd.statistics import Difference
-from dsd.training.loop import train
+from dsd.training.loop import train, trainings
 
 SENTENCES = 60
 
@@ -171,8 +171,8 @@ def test_hits_are_averaged_example_by_example() -> None:
 
 def test_from_evidence_to_files(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
     session, scored = Session("scenes-com", params, Folders(prepared, cached, tmp_path / "train")), tmp_path / "score"
-    for method in params.training:
-        list(train(session, method, tmp_path / "train" / method))
+    for training in trainings(params):
+        list(train(session, training))
     score(session, scored, split="test")
     split = ScoredSplit.of("scenes-com", params, prepared, scored)
     results, hits = evaluate("scenes-com", split, params.evaluate, params.seed, tmp_path)

@@ -28,15 +28,15 @@ from dsd.models.checkpoint import over_limit
 from dsd.models.stable_diffusion import StableDiffusion
 from dsd.scorers.evidence import INDEX, Requests, plan
 from dsd.store import Store
-from dsd.training.loop import train
+from dsd.training.loop import Training, train
 from tests.tiny import row, save_tokenizer
 
 NAME, ITEMS = "scenes-com", [f"text {n}" for n in range(40)]
 
 
-def session_of(params: Params, prepared: Path, cached: Path) -> Session:
-    """A session that needs nothing trained."""
-    return Session(NAME, params, Folders(prepared, cached, cached))
+def session_of(params: Params, prepared: Path, cached: Path, trained: Path | None = None) -> Session:
+    """A session, of methods that need nothing trained unless `trained` is given."""
+    return Session(NAME, params, Folders(prepared, cached, trained or cached))
 
 
 def without_texts(params: Params) -> Params:
@@ -116,7 +116,7 @@ def test_the_limit_changes_no_training(
     method: str, params: Params, prepared: Path, cached: Path, tmp_path: Path
 ) -> None:
     curves = [
-        list(train(session_of(of, prepared, cache), method, tmp_path / f"of {cache.name}"))
+        list(train(session_of(of, prepared, cache, tmp_path / f"of {cache.name}"), Training(method)))
         for of, cache in ((params, cached), (without_texts(params), tmp_path / "not"))
     ]
     losses = [[step["loss"] for step in curve] for curve in curves]

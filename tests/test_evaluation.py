@@ -21,7 +21,7 @@ from dsd.scorers import SCORERS
 from dsd.scorers.base import Scores, StoredEvidence
 from dsd.scorers.evidence import UNCONDITIONAL, Evidence
 from dsd.statistics import Interval
-from dsd.training.loop import train
+from dsd.training.loop import train, trainings
 
 
 def by_hand() -> Evidence:
@@ -76,8 +76,8 @@ def test_table_is_images_by_texts() -> None:
 
 def test_all_stages(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
     session, scored = Session("scenes-com", params, Folders(prepared, cached, tmp_path / "train")), tmp_path / "score"
-    for method in params.training:
-        list(train(session, method, tmp_path / "train" / method))
+    for training in trainings(params):
+        list(train(session, training))
     counts = score(session, scored, split="test")
     assert counts["computed"] == counts["rows"] > 0
 

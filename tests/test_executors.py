@@ -24,7 +24,7 @@ from dsd.evaluation.evaluate import Results, ScoredSplit, evaluate
 from dsd.models import load
 from dsd.scorers.evidence import INDEX
 from dsd.store import Store
-from dsd.training.loop import train
+from dsd.training.loop import Training, train
 from flows.executors import Actor, Node, compute, probe, share
 from flows.failures import error_line
 from tests.conftest import ROOT, shard_keys
@@ -45,7 +45,7 @@ def lean(params: Params) -> Params:
 def folders(lean: Params, prepared: Path, cached: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """A small scenes-com, prepared, encoded and trained on."""
     stages = Folders(prepared, cached, tmp_path_factory.mktemp("trained"))
-    list(train(Session(NAME, lean, stages), "dsd", stages.trained / "dsd"))
+    list(train(Session(NAME, lean, stages), Training("dsd")))
     return stages
 
 

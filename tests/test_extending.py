@@ -44,7 +44,7 @@ from dsd.scorers import SCORERS
 from dsd.scorers.base import Scorer, Scores, StoredEvidence
 from dsd.training import LEARNERS
 from dsd.training.base import Table
-from dsd.training.loop import train
+from dsd.training.loop import train, trainings
 
 NAME = "stripes"
 
@@ -193,8 +193,8 @@ def test_additions_run_to_the_report(extended: None, params: Params, tmp_path: P
     session = Session(NAME, mine, folders)
     assert isinstance(session.backbone, NegatedFamily)
     encode(session)
-    for method in mine.training:
-        curve = list(train(session, method, folders.trained / method))
+    for training in trainings(mine):
+        curve = list(train(session, training))
         assert curve
     assert (folders.trained / "contrast" / "temperature.safetensors").exists()
     score(session, data / "score" / NAME, split="test")

@@ -16,12 +16,12 @@ from sklearn.linear_model import LogisticRegression
 from dsd.config import FusionMethod, FusionParams, Params
 from dsd.data.draws import Draw
 from dsd.data.examples import MatchingExample, Pair, read_examples
-from dsd.engine.score import score
+from dsd.engine.score import planned, score
 from dsd.engine.session import Folders, Session
 from dsd.errors import DataError
 from dsd.evaluation.evaluate import ScoredSplit, evaluate
 from dsd.scorers.base import StoredEvidence
-from dsd.scorers.evidence import UNCONDITIONAL, Evidence
+from dsd.scorers.evidence import UNCONDITIONAL, Evidence, fitting_entry, without
 from dsd.scorers.fusion import (
     SCORER,
     _loss,
@@ -30,14 +30,17 @@ from dsd.scorers.fusion import (
     features,
     fit,
     fit_stored,
-    fitting_entry,
     fitting_examples,
+    folds,
     narrowed,
     related,
 )
-from dsd.training.loop import train
+from dsd.store import file_digest
+from dsd.training.loop import Training, examples_of, train, trainings
 
-PARAMS = FusionParams(examples=100, candidates=4, folds=5, penalties=(0.001, 0.01, 0.1, 1.0, 10.0), denoising=1.0)
+PARAMS = FusionParams(
+    examples=100, candidates=4, folds=5, penalties=(0.001, 0.01, 0.1, 1.0, 10.0), denoising=1.0, prompt_folds=2
+)
 
 
 def problem(n: int, width: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -146,8 +149,8 @@ def test_contests_that_share_an_image_are_held_out_together() -> None:
         return MatchingExample("x", images, ("t", "u"), ((0, 0), (1, 1)), "c")
 
     chain = [showing("a", "b"), showing("c", "d"), showing("b", "e"), showing("e", "f"), showing("g", "h")]
-    assert related(chain).tolist() == [0, 0, 1, 1, 0, 0, 0, 0, 2, 2]
-    assert list(np.repeat([0, 1], 2)) == related([showing("a", "b"), showing("c", "d")]).tolist()
+    assert related(chain).tolist() == [0, 1, 0, 0, 2]
+    assert folds(chain, 2) == [0, 1, 0, 0, 0] and folds(chain, 3) == [0, 1, 0, 0, 2]
     values = np.random.default_rng(0).normal(size=(40, 30)).repeat(5, 0).reshape(40, 5, 30).transpose(1, 0, 2)
     rows = [([2 * n, 2 * n + 1], n % 20 % 2) for n in range(100)]
     names, flat = list(map(str, range(30))), values.reshape(-1, 30)
@@ -166,13 +169,12 @@ class Given:
         few_shot: list[MatchingExample],
         few_shot_evidence: tuple[Evidence, Evidence],
     ) -> None:
-        self.few_shot, self._evidence, self._few_shot_evidence = few_shot, evidence, few_shot_evidence
+        self.few_shot, self._evidence, self._few_shot_evidence = [few_shot], evidence, few_shot_evidence
 
     def evidence(self, prompt: str) -> Evidence:
         return self._evidence[prompt == "few-shot"]
 
-    def few_shot_evidence(self, prompt: str, entry: str) -> Evidence:
-        assert entry == fitting_entry(prompt)
+    def few_shot_evidence(self, prompt: str) -> Evidence:
         return self._few_shot_evidence[prompt == "few-shot"]
 
 
@@ -186,8 +188,8 @@ def choice(*images: str) -> MatchingExample:
 
 
 def test_examples_that_all_share_an_image_are_an_error() -> None:
-    with pytest.raises(DataError, match="raise few_shot"):
-        fit_stored(method("denoising"), stored([choice("i", "j")] * 3, by_hand()))
+    with pytest.raises(DataError, match=r"fusion\.prompt_folds: 2, but there are 1 groups.*raise few_shot"):
+        folds([choice("i", "j")] * 3, 2)
 
 
 def by_hand() -> tuple[Evidence, Evidence]:
@@ -239,8 +241,8 @@ def test_features_by_hand() -> None:
 
 def test_fusion_runs_through_all_stages(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
     session, scored = Session("scenes-com", params, Folders(prepared, cached, tmp_path / "train")), tmp_path / "score"
-    for name in params.training:
-        list(train(session, name, tmp_path / "train" / name))
+    for training in trainings(params):
+        list(train(session, training))
     score(session, scored, split="test")
     split = ScoredSplit.of("scenes-com", params, prepared, scored)
     evaluated = evaluate("scenes-com", split, params.evaluate, params.seed, tmp_path)
@@ -255,9 +257,28 @@ def test_fusion_runs_through_all_stages(params: Params, prepared: Path, cached: 
     assert (fit_stored(row, again).weights_F == fitted.weights_F).all()
 
 
+def test_weights_are_fitted_on_evidence_of_prompts_that_have_not_seen_the_examples(
+    params: Params, prepared: Path, cached: Path, tmp_path: Path
+) -> None:
+    session = Session("scenes-com", params, Folders(prepared, cached, tmp_path))
+    for training in (learned := trainings(params)):
+        list(train(session, training))
+    assert {t.folder for t in learned} > {"dsd", "dsd/without-0", "dsd/without-1"}
+    assert len({file_digest(tmp_path / t.folder / "prompt.safetensors") for t in learned if t.method == "dsd"}) == 3
+    parts = {part.entry: part for part in planned(session, "test")}
+    for fold in range(2):
+        part = parts[fitting_entry("few-shot", fold)]
+        assert part.prompt == without(fold) != "few-shot"
+        seen = {image for e in examples_of(session, Training("dsd", fold)) for image in e.images}
+        fitted = {pair.image for shard in part.shards for pair, _ in shard.rows}
+        assert fitted and seen and not fitted & seen
+    assert parts["few-shot"].prompt == "few-shot" and parts[fitting_entry("none", 0)].prompt == "none"
+
+
 def test_no_few_shot_example_is_scored_without_a_fusion(params: Params, prepared: Path) -> None:
     few_shot = read_examples(prepared / "examples.parquet", "train")
-    assert fitting_examples(few_shot, params.methods, params.fusion, params.seed)
+    fitting = fitting_examples(few_shot, params.methods, params.fusion, params.seed)
+    assert len(fitting) == 2 and all(fitting)
     without = {name: row for name, row in params.methods.items() if not isinstance(row, FusionMethod)}
     assert fitting_examples(few_shot, without, params.fusion, params.seed) == []
 

@@ -23,7 +23,7 @@ from dsd.models import load, load_clip
 from dsd.models.checkpoint import family_of, remote
 from dsd.models.clip_heads import Projections
 from dsd.models.open_clip import Model, OpenClip, Origin, Towers
-from dsd.training.loop import train
+from dsd.training.loop import Training, train
 from tests.hubserver import COMMIT, Hub, connected, files_of
 from tests.test_single_file import in_open_clip
 from tests.tiny import row, save_tokenizer
@@ -344,7 +344,7 @@ def test_few_shot_training_runs_on_it(
     rows = {**params.backbones, "embedded-clip": row(saved[0], "open-clip")}
     changed = params.model_copy(update={"backbones": rows})
     session = Session("scenes-com", changed, Folders(prepared, tmp_path / "cache", tmp_path))
-    curve = list(train(session, method, tmp_path / method))
+    curve = list(train(session, Training(method)))
     assert len(curve) == 4 and all(np.isfinite(point["loss"]) for point in curve)
     [learned] = (load_file(file) for file in (tmp_path / method).glob("*.safetensors"))
     if method == "clip-finetune":

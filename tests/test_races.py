@@ -33,7 +33,7 @@ from dsd.schedules.replay import compare_settings, replay
 from dsd.schedules.staged import staged
 from dsd.scorers.evidence import UNCONDITIONAL, evidence_prompts, read_identities, read_ranks, write_index
 from dsd.store import Store
-from dsd.training.loop import train
+from dsd.training.loop import Training, train
 from tests.raced import few, synthetic_races
 
 DATASET, K = "scenes-com", 8
@@ -342,7 +342,7 @@ def test_all_methods_may_have_schedules_with_a_proposer(raced: Params, folders: 
     params = whole.model_copy(update={"methods": methods})
     assert params.prompted == "dsd" and not evidence_prompts(params.methods)
     session, target = Session(DATASET, params, folders), tmp_path / "score"
-    list(train(session, "dsd", folders.trained / "dsd"))
+    list(train(session, Training("dsd")))
     assert score(session, target, split="test")["rows"] == 0
     costs = score_raced(session, tmp_path / "races", target, split="test")
     assert costs == {"dsd": 2 * 8, "denoising": 2 * 8}

@@ -30,7 +30,7 @@ from dsd.models.prompts import PROMPT
 from dsd.models.stable_diffusion import StableDiffusion
 from dsd.scorers.evidence import UNCONDITIONAL
 from dsd.store import Store
-from dsd.training.loop import train
+from dsd.training.loop import Training, train
 from tests.real import stable_diffusion_2
 from tests.tiny import row, small
 
@@ -74,7 +74,7 @@ def test_all_stages_run_on_a_model_of_the_published_size(folder: Path, models: P
     prepare("scenes-com", com, raw, folders.prepared, images=params.images, seed=params.seed, workers=1)
     session = Session("scenes-com", params, folders)
     assert encode(session)["truncated"] == 0
-    (step,) = train(session, "dsd", folders.trained / "dsd")
+    (step,) = train(session, Training("dsd"))
     assert np.isfinite(step["loss"])
     counts = score(session, scored, split="test")
     assert counts["rows"] == counts["computed"] == counts["pairs"] == 4

@@ -305,6 +305,9 @@ def test_a_clip_of_transformers_5_is_normalised_by_its_processor(models: Path, t
     new = load_clip(row(clip, "clip"), CPU)
     assert torch.equal(new.image_features(image), old.image_features(image))
     assert len({old.digest, new.digest, load_clip(row(models / "embedded-clip", "clip"), CPU).digest}) == 3
+    (clip / "processor_config.json").unlink()
+    with pytest.raises(CheckpointError, match="has neither preprocessor_config"):
+        load_clip(row(clip, "clip"), CPU)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from dsd.models.attention import Capture
 from dsd.models.prompts import AttentionPrompt
 from dsd.models.sdxl import StableDiffusionXL
 from dsd.scorers.evidence import read_evidence
-from dsd.training.loop import train
+from dsd.training.loop import Training, train
 from tests.test_backbones import description
 from tests.tiny import row
 
@@ -138,7 +138,7 @@ def test_the_stages_run_on_it(params: Params, xl: Path, prepared: Path, tmp_path
     folders, scored = Folders(prepared, tmp_path / "cached", tmp_path / "trained"), tmp_path / "scored"
     session = Session("scenes-com", chosen, folders)
     assert encode(session)["truncated"] == 0
-    curve = list(train(session, "dsd", folders.trained / "dsd"))
+    curve = list(train(session, Training("dsd")))
     assert curve and all(np.isfinite(step["loss"]) for step in curve)
     counts = score(session, scored, split="test")
     assert counts["computed"] == counts["rows"] > 0

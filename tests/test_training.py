@@ -25,7 +25,7 @@ from dsd.engine.session import Folders, Session
 from dsd.errors import DataError
 from dsd.training import LEARNERS
 from dsd.training.clip_heads import HeadLearner
-from dsd.training.loop import Processes, Trainer, accuracy, matching_loss, shape, table, train
+from dsd.training.loop import Processes, Trainer, Training, accuracy, matching_loss, shape, table, train
 from tests.conftest import ROOT
 from tests.gradients import check_gradient
 
@@ -36,18 +36,18 @@ SQUARE = MatchingExample("y", ("i", "j"), ("a", "b"), ((1, 0), (0, 1)), "all")
 METHODS = {"dsd": "prompt.safetensors", "clip-finetune": "weights.safetensors", "clip-prompt": "prompt.safetensors"}
 
 
-def opened(params: Params, prepared: Path, cached: Path) -> Session:
-    return Session("scenes-com", params, Folders(prepared, cached, cached))
+def opened(params: Params, prepared: Path, cached: Path, trained: Path | None = None) -> Session:
+    return Session("scenes-com", params, Folders(prepared, cached, trained or cached))
 
 
 def steps_of(
-    params: Params, prepared: Path, cached: Path, target: Path, method: str = "dsd"
+    params: Params, prepared: Path, cached: Path, trained: Path, method: str = "dsd"
 ) -> Iterator[dict[str, float]]:
-    return train(opened(params, prepared, cached), method, target)
+    return train(opened(params, prepared, cached, trained), Training(method))
 
 
-def run(params: Params, prepared: Path, cached: Path, target: Path, method: str = "dsd") -> list[dict[str, float]]:
-    return list(steps_of(params, prepared, cached, target, method))
+def run(params: Params, prepared: Path, cached: Path, trained: Path, method: str = "dsd") -> list[dict[str, float]]:
+    return list(steps_of(params, prepared, cached, trained, method))
 
 
 def test_a_right_pair_comes_first_and_no_text_twice() -> None:
@@ -181,7 +181,7 @@ def test_training_writes_what_it_learned_once(
 ) -> None:
     curve = run(params, prepared, cached, tmp_path, method)
     assert [row["step"] for row in curve] == [1, 2, 3, 4]
-    assert {path.name for path in tmp_path.iterdir()} == {METHODS[method], "curve.csv", "summary.json"}
+    assert {path.name for path in (tmp_path / method).iterdir()} == {METHODS[method], "curve.csv", "summary.json"}
     assert run(params, prepared, cached, tmp_path, method) == curve  # done: read back, not trained again
 
 
@@ -196,7 +196,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(
     cut.close()  # as a kill after step 3 and its checkpoint of step 2
     assert run(params, prepared, cached, tmp_path / "cut", method) == whole
     for name in (METHODS[method], "curve.csv", "summary.json"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "cut" / method / name).read_bytes() == (tmp_path / "whole" / method / name).read_bytes()
 
 
 @pytest.mark.parametrize("middle", [b"", b"?"])
@@ -204,14 +204,14 @@ def test_a_damaged_state_is_replaced(
     middle: bytes, params: Params, prepared: Path, cached: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = run(params, prepared, cached, tmp_path, "clip-finetune")
-    (tmp_path / "summary.json").unlink()
+    (tmp_path / "clip-finetune" / "summary.json").unlink()
     cut = steps_of(params, prepared, cached, tmp_path, "clip-finetune")
     for _ in range(3):
         next(cut)
     cut.close()
-    state = (tmp_path / "state.pt").read_bytes()
+    state = (tmp_path / "clip-finetune" / "state.pt").read_bytes()
     half = len(state) // 2
-    (tmp_path / "state.pt").write_bytes(state[:half] + (middle and middle + state[half + 1 :]))
+    (tmp_path / "clip-finetune" / "state.pt").write_bytes(state[:half] + (middle and middle + state[half + 1 :]))
     assert run(params, prepared, cached, tmp_path, "clip-finetune") == whole
     assert "state.pt is damaged" in caplog.text
 
@@ -222,10 +222,10 @@ def test_damaged_results_are_trained_again(
     name: str, damage: Callable[[Path], Any], params: Params, prepared: Path, cached: Path, tmp_path: Path
 ) -> None:
     run(params, prepared, cached, tmp_path, "clip-finetune")
-    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    damage(tmp_path / name)
+    left = {path.name: path.read_bytes() for path in (tmp_path / "clip-finetune").iterdir()}
+    damage(tmp_path / "clip-finetune" / name)
     run(params, prepared, cached, tmp_path, "clip-finetune")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == left
+    assert {path.name: path.read_bytes() for path in (tmp_path / "clip-finetune").iterdir()} == left
 
 
 def test_a_state_of_other_params_is_not_resumed(params: Params, prepared: Path, cached: Path, tmp_path: Path) -> None:
@@ -321,16 +321,20 @@ def test_two_processes_take_the_steps_of_one(
     alone = run(params, prepared, cached, tmp_path / "alone", method)
     if stopped:
         assert together(2, stopped, method, params, prepared, cached, tmp_path / "both").returncode == 0
-        assert {path.name for path in (tmp_path / "both").iterdir()} == {"state.pt"}
+        assert {path.name for path in (tmp_path / "both" / method).iterdir()} == {"state.pt"}
     done = together(2, 9, method, params, prepared, cached, tmp_path / "both")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2", "2"]
-    assert {path.name for path in (tmp_path / "both").iterdir()} == {METHODS[method], "curve.csv", "summary.json"}
-    with (tmp_path / "both" / "curve.csv").open(newline="") as file:
+    assert {path.name for path in (tmp_path / "both" / method).iterdir()} == {
+        METHODS[method],
+        "curve.csv",
+        "summary.json",
+    }
+    with (tmp_path / "both" / method / "curve.csv").open(newline="") as file:
         curve = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     assert [row["accuracy"] for row in curve] == [row["accuracy"] for row in alone]
     np.testing.assert_allclose([row["loss"] for row in curve], [row["loss"] for row in alone], atol=2e-6)
-    learned = [load_file(tmp_path / name / METHODS[method]) for name in ("alone", "both")]
+    learned = [load_file(tmp_path / name / method / METHODS[method]) for name in ("alone", "both")]
     for name, tensor in learned[0].items():
         torch.testing.assert_close(tensor, learned[1][name], atol=1e-5, rtol=1e-4)
 

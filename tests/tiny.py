@@ -11,6 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from dsd.config import BackboneParams, FitParams, Params, PretrainParams, load
 from dsd.pretraining.recipe import (
+    PIXELS,
     build_autoencoder,
     build_clip,
     build_text_encoder,
@@ -19,6 +20,7 @@ from dsd.pretraining.recipe import (
     tokenizer,
 )
 from dsd.scenes.captions import vocabulary
+from dsd.store import write_json
 from tests.raced import few
 
 FIT = FitParams(steps=2, batch=2, learning_rate=1e-3, warmup=1, weight_decay=0.0, ema=0.5)
@@ -39,6 +41,7 @@ def save_checkpoints(folder: Path) -> None:
     StableDiffusionPipeline(*parts, requires_safety_checker=False).save_pretrained(folder / "embedded")
     build_clip(SIZES, len(tokens), tokens.eos_token_id).save_pretrained(folder / "embedded-clip")
     tokens.save_pretrained(folder / "embedded-clip" / "tokenizer")
+    write_json(folder / "embedded-clip" / "preprocessor_config.json", PIXELS)
 
 
 def save_tokenizer(folder: Path, pad: str, max_tokens: int, size: int | None = None) -> CLIPTokenizer:

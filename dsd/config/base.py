@@ -36,6 +36,8 @@ Direction = Literal["clean", "noisy", "middle"]  # in which a hierarchical sched
 Reading = Literal["text", "listing"]
 Budget = Annotated[float, Field(ge=1)]  # maximum number of evaluations, as a multiple of the number of candidates
 Heads = Literal["weighted", "mean"]
+Prompt = Literal["none", "few-shot"]  # of the attention: none, or the one that is trained on the few-shot split
+PROMPTS: tuple[Prompt, ...] = get_args(Prompt)
 Part = Literal["attention", "prompted-attention", "denoising", "prompted-denoising"]
 Pooling = Literal["logsumexp", "maximum", "cosine", "logits"]
 Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]  # with one placeholder {}

@@ -24,6 +24,7 @@ from dsd.config.base import (
     Parts,
     Pooling,
     Positive,
+    Prompt,
     Reading,
     ToKeep,
     check_known,
@@ -111,7 +112,7 @@ class MethodParams(Kind):
 class DiffusionMethod(MethodParams):
     """Scored by the diffusion model under test, at these noise levels, with or without the attention prompt."""
 
-    prompt: Literal["none", "few-shot"]
+    prompt: Prompt
     levels: Levels
 
     @property
@@ -382,3 +383,4 @@ class FusionParams(ParamsModel):
     folds: Annotated[int, Field(ge=2)]
     penalties: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Distinct]
     denoising: Annotated[float, Field(gt=0)]
+    prompt_folds: Annotated[int, Field(ge=2)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from dsd.config.base import Levels, ParamsModel, Poolings, Positive, is_unset
+from dsd.config.base import PROMPTS, Levels, ParamsModel, Poolings, Positive, Prompt, is_unset
 from dsd.errors import DsdError
 
 if TYPE_CHECKING:
@@ -82,18 +82,32 @@ class NoiseParams(ParamsModel):
     draws_per_level: Positive
 
 
+def _of_both(value: Any) -> Any:
+    return dict.fromkeys(PROMPTS, value) if isinstance(value, str) else value
+
+
+def _both(value: dict[str, str]) -> dict[str, str]:
+    if missing := [prompt for prompt in PROMPTS if prompt not in value]:
+        raise ValueError(f"a value is missing for {missing[0]}")
+    return value
+
+
 class EvidenceParams(ParamsModel):
-    """What one forward pass stores for each layer and head; `scale` is λ of eq. 3."""
+    """What one forward pass stores for each layer and head.
+
+    scale: λ of eq. 3.
+    tokens: the tokens whose attention is pooled, under each prompt; one value is for both.
+    """
 
     poolings: Poolings
     scale: Annotated[float, Field(gt=0, le=60)]
     normalise: bool
-    tokens: Literal["content", "all"]
+    tokens: Annotated[dict[Prompt, Literal["content", "all"]], BeforeValidator(_of_both), AfterValidator(_both)]
     shard: Positive
 
     def settings(self, prompt: str) -> dict[str, Any]:
         """Return what evidence under a prompt depends on."""
-        return self.model_dump(exclude={"shard"})
+        return {**self.model_dump(exclude={"shard"}), "tokens": self.tokens["none" if prompt == "none" else "few-shot"]}
 
 
 class PromptParams(ParamsModel):

@@ -65,7 +65,8 @@ def observe(
     backbone: StableDiffusion, prompt: AttentionPrompt | None, evidence: EvidenceParams, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return pooled attention [B, P, L, H], attribution [B, L, H] and error [B], differentiable in the prompt."""
-    tokens = batch.content if evidence.tokens == "content" else torch.ones_like(batch.content)
+    pooled = evidence.tokens["none" if prompt is None else "few-shot"]
+    tokens = batch.content if pooled == "content" else torch.ones_like(batch.content)
     capture = Capture.of(evidence, tokens[batch.text_index])
     noised = backbone.add_noise(batch.latents, batch.noise, batch.timesteps)
     bound = None if prompt is None else prompt.bind(batch.latents)

@@ -29,14 +29,16 @@ from dsd.scorers.evidence import (
     Request,
     Shard,
     evidence_prompts,
+    fitting_entry,
     plan,
     read_index,
     read_shards,
     reads_unconditional,
     requests,
+    without,
     write_index,
 )
-from dsd.scorers.fusion import fitting_entry, fitting_examples
+from dsd.scorers.fusion import fitting_examples
 from dsd.store import Store, digest, write_atomic
 from dsd.versions import versioned
 
@@ -60,11 +62,13 @@ def planned(session: Session, split: str) -> Iterator[Planned]:
     params, examples = session.params, session.examples(split)
     fitting = fitting_examples(session.examples("train"), params.methods, params.fusion, params.seed)
     for prompt in evidence_prompts(params.methods):
-        source, compares = session.evidence_key(prompt), reads_unconditional(params.methods, prompt)
-        entries = {prompt: examples} | ({fitting_entry(prompt): fitting} if fitting else {})
-        for entry, split_examples in entries.items():
-            rows = requests(split_examples, session.scoring_noise, params.seed, compares)
-            yield Planned(entry, prompt, plan(rows, source, params.evidence.shard))
+        compares = reads_unconditional(params.methods, prompt)
+        entries = [(prompt, prompt, examples)]
+        for fold, some in enumerate(fitting):
+            entries.append((fitting_entry(prompt, fold), prompt if prompt == "none" else without(fold), some))
+        for entry, learned, some in entries:
+            rows = requests(some, session.scoring_noise, params.seed, compares)
+            yield Planned(entry, learned, plan(rows, session.evidence_key(learned), params.evidence.shard))
 
 
 def missing(session: Session, target: Path, *, split: str) -> dict[str, int]:

@@ -131,13 +131,13 @@ class Session:
         return diffusion_encodings(self.backbone, self.images, self.texts, resolution, self.cache, kept)
 
     def training_of(self, prompt: str) -> str | None:
-        """Return the method whose training writes the attention prompt "few-shot"; None for "none"."""
-        return self.params.prompted if prompt == "few-shot" else None
+        """Return the method whose training writes an attention prompt; None for "none"."""
+        return None if prompt == "none" else self.params.prompted
 
     def prompt_file(self, prompt: str) -> Path | None:
         """Return the file of an attention prompt; None for "none"."""
-        training = self.training_of(prompt)
-        return self.folders.trained / training / PROMPT if training else None
+        training, (_, _, own) = self.training_of(prompt), prompt.partition("/")
+        return self.folders.trained / training / own / PROMPT if training else None
 
     def prompt(self, prompt: str) -> AttentionPrompt | None:
         """Load an attention prompt, None for "none"; raise CheckpointError if it is missing or of another backbone."""
@@ -149,12 +149,12 @@ class Session:
         self.prompt(prompt)
         file, row = self.prompt_file(prompt), self.params.backbones[self.params.backbone]
         trained = None if file is None else file_digest(file)
-        settings, resolution = self.params.evidence.model_dump(exclude={"shard"}), self.params.images.resolution
+        settings, resolution = self.params.evidence.settings(prompt), self.params.images.resolution
         content = digest(self.backbone.digest, trained, settings, resolution, str(DTYPES[row.dtype]))
         return versioned("evidence", content)
 
     def engine(self, prompt: str) -> Engine:
-        """Return the engine of evidence under a prompt ("none", "few-shot")."""
+        """Return the engine of evidence under a prompt: "none", "few-shot", or one of `without` (dsd.scorers)."""
         if prompt not in self._engines:
             learned, encodings = self.prompt(prompt), self.diffusion_encodings
             evidence, size = self.params.evidence, self.params.runtime.batch_size

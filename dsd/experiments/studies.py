@@ -22,7 +22,7 @@ from dsd.experiments.study_results import method_results, read_study
 from dsd.experiments.variants import Study
 from dsd.models.checkpoint import identify
 from dsd.store import check_libraries, digest, libraries, write_json
-from dsd.training.loop import train
+from dsd.training.loop import train, trainings
 
 
 def evaluate_variant(
@@ -48,8 +48,8 @@ def evaluate_variant(
         shutil.copytree(trained, own)
     session = Session(name, params, Folders(prepared, cached, own))
     encode(session)
-    for method in params.training:
-        list(train(session, method, own / method))
+    for training in trainings(params):
+        list(train(session, training))
     scored = folder / "score"
     score(session, scored, split=split)
     evaluated = ScoredSplit.of(name, params, prepared, scored, split)

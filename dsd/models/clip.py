@@ -42,7 +42,7 @@ class Opened(NamedTuple):
 class Clip:
     """A frozen CLIPModel in the transformers layout; its tokenizer is in the same folder or in `tokenizer/`.
 
-    Pixels are normalised according to `preprocessor_config.json` or `processor_config.json`, or to −1…1 without them.
+    Pixels are normalised according to `preprocessor_config.json` or `processor_config.json`.
     """
 
     family: ClassVar[str] = "clip"
@@ -138,13 +138,19 @@ class Clip:
 
 def normalisation(folder: Path) -> tuple[Tensor, Tensor]:
     """Read mean and standard deviation [3] of each colour from preprocessor_config.json, or from the image processor in
-    processor_config.json, which transformers 5 writes; 0.5 without these files."""
+    processor_config.json, which transformers 5 writes.
+
+    Raises:
+        CheckpointError: neither file is there, or it lacks them.
+    """
     file, section = folder / "preprocessor_config.json", None
     if not file.exists():
         file, section = folder / "processor_config.json", "image_processor"
     if not file.exists():
-        half_3 = torch.full((3,), 0.5, dtype=torch.float32, device="cpu")
-        return half_3, half_3
+        raise CheckpointError(
+            f"{folder}: has neither preprocessor_config.json nor processor_config.json, which say how pixels are "
+            "normalised; add that of the original CLIP"
+        )
     try:
         settings = json.loads(file.read_text())
         settings = settings[section] if section else settings

@@ -30,10 +30,11 @@ from dsd.pretraining.cards import quality, write_cards
 from dsd.progress import progress
 from dsd.scenes.captions import vocabulary
 from dsd.scenes.corpus import Corpus, build
-from dsd.store import write_atomic, write_csv
+from dsd.store import write_atomic, write_csv, write_json
 
 Loss = Callable[[torch.Generator], dict[str, Tensor]]
 Row = dict[str, float | str]
+PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # the normalisation of `_pixels`, as transformers writes it
 WINDOW = 50  # steps that a row of the curve averages
 EVERY = 2 * WINDOW  # steps between checkpoints
 
@@ -320,6 +321,7 @@ def train_clip(params: PretrainParams, corpus: Corpus, work: Path, target: Path,
     yield from fit("clip", clip, loss, params.clip, work, params.seed, params.bfloat16)
     clip.half().cpu().save_pretrained(target)
     tokens.save_pretrained(target / "tokenizer")
+    write_json(target / "preprocessor_config.json", PIXELS)
 
 
 def claim(work: Path, settings: PretrainParams) -> None:

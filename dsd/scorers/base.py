@@ -11,7 +11,14 @@ import numpy as np
 
 from dsd.config import FusionParams, MethodParams, NoiseParams
 from dsd.data.examples import MatchingExample, Pair, pairs
-from dsd.scorers.evidence import Evidence, read_evidence, read_shards, reads_unconditional
+from dsd.scorers.evidence import (
+    Evidence,
+    fitting_entry,
+    joined,
+    read_evidence,
+    read_shards,
+    reads_unconditional,
+)
 
 Scores = dict[Pair, float]
 
@@ -19,14 +26,15 @@ Scores = dict[Pair, float]
 class StoredEvidence:
     """What the stage `score` stored for some examples of a dataset, read at first use.
 
-    few_shot: examples of the few-shot split with stored evidence, for scorers that fit weights.
+    few_shot: the examples that weights are fitted on, by fold of the few-shot split; the evidence of a fold is under a
+        prompt that is trained without it.
     """
 
     def __init__(
         self,
         scored: Path,
         examples: Sequence[MatchingExample],
-        few_shot: Sequence[MatchingExample],
+        few_shot: Sequence[Sequence[MatchingExample]],
         *,
         methods: Mapping[str, MethodParams],
         poolings: Sequence[str],
@@ -36,9 +44,9 @@ class StoredEvidence:
     ) -> None:
         self.examples, self.few_shot, self.poolings, self.fusion = examples, few_shot, poolings, fusion
         self._scored, self._methods, self._noise, self._seed = scored, methods, noise, seed
-        # By prompt ("none", "few-shot"); few-shot also by the entry of the index. For errors see `read_shards`.
+        # By prompt ("none", "few-shot"). For errors see `read_shards`.
         self.evidence = lru_cache(maxsize=2)(partial(self._read, examples))
-        self.few_shot_evidence = lru_cache(maxsize=2)(partial(self._read, few_shot))
+        self.few_shot_evidence = lru_cache(maxsize=2)(self._read_few_shot)
 
     @cached_property
     def pairs(self) -> list[Pair]:
@@ -47,6 +55,10 @@ class StoredEvidence:
     def _read(self, examples: Sequence[MatchingExample], prompt: str, entry: str | None = None) -> Evidence:
         compares = reads_unconditional(self._methods, prompt)
         return read_evidence(self._scored, entry or prompt, examples, self._noise, self._seed, compares)
+
+    def _read_few_shot(self, prompt: str) -> Evidence:
+        folds = enumerate(self.few_shot)
+        return joined([self._read(examples, prompt, fitting_entry(prompt, fold)) for fold, examples in folds])
 
     def cosines(self, name: str) -> Scores:
         """Read the cosines of all pairs under a contrastive method."""

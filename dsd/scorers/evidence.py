@@ -85,6 +85,19 @@ def evidence_prompts(methods: Mapping[str, MethodParams]) -> list[str]:
 # the same draw is subtracted from a pair's. With a single image it is the same for all candidates, and is omitted.
 
 
+def without(fold: int) -> str:
+    """Return the name of the attention prompt that is trained on the few-shot split without one of its folds.
+
+    Its files are in a folder of this name in that of the prompt "few-shot".
+    """
+    return f"few-shot/without-{fold}"
+
+
+def fitting_entry(prompt: str, fold: int) -> str:
+    """Return the name of the index's entry with the evidence of a fold of the few-shot examples."""
+    return f"{prompt}, few-shot fold {fold}"
+
+
 def reads_unconditional(methods: Mapping[str, MethodParams], prompt: str) -> bool:
     """Return whether a method subtracts the unconditional pass under this prompt."""
     return any(method.reads_unconditional(prompt) for method in methods.values())
@@ -176,6 +189,17 @@ def read_evidence(
         raise DataError(f"{scored}: {len(arrays['error'])} rows for {len(every)} pairs; run the stage `score` again")
     shaped = {name: array.reshape(len(every), len(all_draws), *array.shape[1:]) for name, array in arrays.items()}
     return Evidence(every, all_draws, **shaped, layers=index["layers"], latent=index["latent"])
+
+
+def joined(several: Sequence[Evidence]) -> Evidence:
+    """Return the evidence of the pairs of all; draws and layers are the same in each."""
+    return replace(
+        several[0],
+        pairs=[pair for one in several for pair in one.pairs],
+        attention=np.concatenate([one.attention for one in several]),
+        attribution=np.concatenate([one.attribution for one in several]),
+        error=np.concatenate([one.error for one in several]),
+    )
 
 
 def read_ranks(scored: Path, method: str, examples: Sequence[MatchingExample]) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from random import Random
 
 import numpy as np
@@ -35,18 +36,36 @@ class Fitted:
     penalty: float
 
 
-def fitting_entry(prompt: str) -> str:
-    """Return the name of the index's entry with the evidence of the few-shot examples."""
-    return f"{prompt}, few-shot split"
-
-
 def fitting_examples(
     few_shot: Sequence[MatchingExample], methods: Mapping[str, MethodParams], fusion: FusionParams, seed: int
-) -> list[MatchingExample]:
-    """Return the few-shot examples that weights are fitted on, narrowed; none if no method fits weights."""
+) -> list[list[MatchingExample]]:
+    """Return the few-shot examples that weights are fitted on, narrowed, by fold; none if no method fits weights.
+
+    Raises:
+        DataError: the examples cannot be divided.
+    """
     if not any(method.fits_weights for method in methods.values()):
         return []
-    return [narrowed(example, fusion.candidates, seed) for example in few_shot[: fusion.examples]]
+    fitting: list[list[MatchingExample]] = [[] for _ in range(fusion.prompt_folds)]
+    for example, fold in list(zip(few_shot, folds(few_shot, fusion.prompt_folds), strict=True))[: fusion.examples]:
+        fitting[fold].append(narrowed(example, fusion.candidates, seed))
+    return fitting
+
+
+def folds(few_shot: Sequence[MatchingExample], count: int) -> list[int]:
+    """Return the fold of each few-shot example, from 0; examples that share images are in one fold.
+
+    Weights must be fitted on evidence under prompts that were not trained on the same examples, on which a prompt is
+    better than on others (Chernozhukov et al. 2018, "Double/debiased machine learning", cross-fitting).
+
+    Raises:
+        DataError: a fold would be empty.
+    """
+    groups = related(few_shot)
+    if len(set(groups)) < count:
+        few = f"{len(set(groups))} groups of few-shot examples without a common image"
+        raise DataError(f"fusion.prompt_folds: {count}, but there are {few}; raise few_shot")
+    return [int(group) % count for group in groups]
 
 
 def narrowed(example: MatchingExample, candidates: int, seed: int) -> MatchingExample:
@@ -77,18 +96,12 @@ SCORER = Fusion()
 
 
 def fit_stored(method: FusionMethod, stored: StoredEvidence) -> Fitted:
-    """Fit the weights of a method on the stored evidence of the few-shot examples.
-
-    Raises:
-        DataError: the examples cannot be split for cross-validation.
-    """
-    plain, with_prompt = (stored.few_shot_evidence(prompt, fitting_entry(prompt)) for prompt in ("none", "few-shot"))
+    """Fit the weights of a method on the stored evidence of the few-shot examples; for errors see `read_shards`."""
+    plain, with_prompt = (stored.few_shot_evidence(prompt) for prompt in ("none", "few-shot"))
     names, every, values_EF = features(plain, with_prompt, method, stored.poolings)
-    examples = stored.few_shot
-    rows, group_n = list(contests(examples, every)), related(examples)
-    if len(np.unique(group_n)) < 2:
-        raise DataError("fusion: the few-shot examples all share images, so none can be held out; raise few_shot")
-    return fit(names, values_EF, rows, group_n, stored.fusion)
+    examples = list(chain.from_iterable(stored.few_shot))
+    group_n = np.repeat(related(examples), [len(example.answer) for example in examples])
+    return fit(names, values_EF, list(contests(examples, every)), group_n, stored.fusion)
 
 
 def features(
@@ -135,7 +148,7 @@ def contests(examples: Sequence[MatchingExample], pairs: Sequence[Pair]) -> Iter
 
 
 def related(examples: Sequence[MatchingExample]) -> NDArray[np.int64]:
-    """Return the group [n] of each contest: examples that share images, directly or through others, are one group."""
+    """Return the group [n] of each example: those that share images, directly or through others, are one group."""
     from scipy.sparse import coo_array  # scipy takes a second to import, and only fitting needs it
     from scipy.sparse.csgraph import connected_components
 
@@ -143,7 +156,7 @@ def related(examples: Sequence[MatchingExample]) -> NDArray[np.int64]:
     row, column = zip(*((n, number[image]) for n, e in enumerate(examples) for image in e.images), strict=True)
     shows = coo_array((np.ones(len(row)), (row, column)), shape=(len(examples), len(number)))
     _, group = connected_components(shows @ shows.T, directed=False)
-    return np.repeat(group, [len(example.answer) for example in examples])
+    return np.asarray(group, dtype=np.int64)
 
 
 def fit(

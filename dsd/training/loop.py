@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +26,14 @@ from accelerate import PartialState
 from accelerate.utils import gather, reduce
 from torch import Tensor, nn
 
-from dsd.config import TrainingParams
+from dsd.config import Params, TrainingParams
 from dsd.data.draws import Draw
 from dsd.data.examples import MatchingExample, Pair
 from dsd.engine.session import Session
 from dsd.errors import DataError
 from dsd.models.checkpoint import locate
+from dsd.scorers.evidence import without
+from dsd.scorers.fusion import folds
 from dsd.store import check_libraries, digest, file_digest, libraries, write_atomic, write_csv
 from dsd.training import LEARNERS
 from dsd.training.base import Learner, Table
@@ -102,6 +104,29 @@ def accuracy(scores_EIT: Tensor, right_EIT: Tensor) -> Tensor:
     wrong_EIT = scores_EIT.masked_fill(right_EIT, -torch.inf)
     above = [(scores_EIT > wrong_EIT.amax(dim, keepdim=True))[right_EIT] for dim in contested_dims(scores_EIT)]
     return torch.stack(above).all(0).float().mean()
+
+
+class Training(NamedTuple):
+    """A training of a dataset: of a method, on the whole few-shot split or without one of its folds.
+
+    folder: under that of the trained weights of the dataset.
+    """
+
+    method: str
+    fold: int | None = None
+
+    @property
+    def folder(self) -> str:
+        """Its folder, and its name."""
+        return self.method if self.fold is None else f"{self.method}/{without(self.fold).partition('/')[2]}"
+
+
+def trainings(params: Params) -> list[Training]:
+    """Return the trainings of each dataset: of each trained method, and of the prompts that a fusion is fitted with."""
+    whole = [Training(method) for method in params.trained]
+    if params.prompted is None or not any(method.fits_weights for method in params.methods.values()):
+        return whole
+    return whole + [Training(params.prompted, fold) for fold in range(params.fusion.prompt_folds)]
 
 
 class Processes:
@@ -219,21 +244,32 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
 
 
-def training_key(session: Session, method: str) -> str:
-    """Return the digest of everything that the training of a method on a dataset depends on."""
-    params, row = session.params, session.params.methods[method]
+def training_key(session: Session, training: Training) -> str:
+    """Return the digest of everything that a training on a dataset depends on."""
+    params, row = session.params, session.params.methods[training.method]
     examples = file_digest(session.folders.prepared / "examples.parquet")
-    opened = params.backbones[params.backbone_of(method)]
+    opened = params.backbones[params.backbone_of(training.method)]
     _, backbone = locate(opened)
     if opened.dtype != "float32":
         backbone = digest(backbone, opened.dtype)
     learned: dict[str, list[Any]] = {
-        "attention prompt": [params.evidence.model_copy(update={"shard": 1}), params.prompt],
+        "attention prompt": [{**params.evidence.settings("few-shot"), "shard": 1}, params.prompt],
         "context": [params.context],
     }
-    sections = [params.training[method], row, params.seed, params.images, *learned.get(str(row.learns), [])]
+    sections = [params.training[training.method], row, params.seed, params.images, *learned.get(str(row.learns), [])]
+    if training.fold is not None:
+        sections += [training.fold, params.fusion.prompt_folds]
     content = digest(session.name, backbone, examples, *sections)
     return versioned("heads" if row.contrastive else "prompts", content)
+
+
+def examples_of(session: Session, training: Training) -> list[MatchingExample]:
+    """Return the few-shot examples of a training; for errors see `folds`."""
+    examples = session.examples("train")
+    if training.fold is None:
+        return examples
+    fold_n = folds(examples, session.params.fusion.prompt_folds)
+    return [example for example, fold in zip(examples, fold_n, strict=True) if fold != training.fold]
 
 
 def is_done(target: Path, key: str) -> bool:
@@ -248,27 +284,32 @@ def is_done(target: Path, key: str) -> bool:
         return False
 
 
-def train(session: Session, method: str, target: Path) -> Iterator[dict[str, float]]:
+def train(session: Session, training: Training) -> Iterator[dict[str, float]]:
     """Train a method on the few-shot split of a dataset; yield a row of the curve per step, including earlier ones.
 
-    Writes the learned weights, `curve.csv` and, last, `summary.json` with their key and digests. With several processes
-    only the first writes, into folders that all of them can read.
+    Writes the learned weights, `curve.csv` and, last, `summary.json` with their key and digests, into the training's
+    folder. With several processes only the first writes, into folders that all of them can read.
+
+    Without a fold, `least_steps` is lowered in proportion: every example is seen as often.
 
     Raises:
         DataError: the split is empty or has no wrong candidate, or the loss is not finite.
     """
-    name, params = session.name, session.params
+    name, params, method = session.name, session.params, training.method
+    target = session.folders.trained / training.folder
     PartialState(cpu=params.runtime.device == "cpu")  # assigns a GPU to each process
-    key, state = training_key(session, method), target / "state.pt"
+    key, state = training_key(session, training), target / "state.pt"
     if is_done(target, key):
         with (target / CURVE).open(newline="") as file:
             yield from ({k: float(v) for k, v in row.items()} for row in csv.DictReader(file))
         return
-    examples = session.examples("train")
+    every, examples = session.examples("train"), examples_of(session, training)
     if not examples:
         raise DataError(f"datasets.{name}.few_shot: leaves no example to train on; raise it or size")
+    row = params.training[method]
+    row = row.model_copy(update={"least_steps": round(row.least_steps * len(examples) / len(every))})
     learner = LEARNERS[str(params.methods[method].learns)](session, method)
-    trainer = Trainer(name, params.training[method], params.seed, learner, examples)
+    trainer = Trainer(name, row, params.seed, learner, examples)
     if trainer.batch < (count := trainer.processes.count):
         problem = f"{trainer.batch} examples of a step on {name} are too few for {count} processes; launch fewer"
         raise DataError(f"training.{method}.examples_per_step: {problem}")
@@ -277,14 +318,14 @@ def train(session: Session, method: str, target: Path) -> Iterator[dict[str, flo
     yield from list(trainer.curve)
     while trainer.step < trainer.steps:
         try:
-            row = trainer.advance()
+            step = trainer.advance()
         except DataError as error:
             trainer.save(state, key)
             raise DataError(
-                f"{state}: {method} on {name} stopped after step {trainer.step}, which is kept ({error}); "
+                f"{state}: {training.folder} on {name} stopped after step {trainer.step}, which is kept ({error}); "
                 f"lower training.{method}.learning_rate"
             ) from None
-        yield row
+        yield step
         if trainer.step % trainer.training.checkpoint_every == 0:
             trainer.save(state, key)
     if trainer.processes.number > 0:

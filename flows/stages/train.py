@@ -20,19 +20,19 @@ def train(params: Params) -> dict[str, Details]:
     runs = Runs()  # opening the database does not count as training time
     tags = {method: training_tags(params, method) for method in params.trained}
 
-    def fit(name: str, method: str) -> Details:
+    def fit(name: str, training: loop.Training) -> Details:
         session = Session(name, params, Folders.of(DATA, name))
-        key, settings = loop.training_key(session, method), training_settings(params, name, method)
+        key, settings = loop.training_key(session, training), training_settings(params, name, training.method)
         row: dict[str, float] = {}
-        with TrainingRun(name, method, key, settings, tags[method], runs) as run:
-            for row in loop.train(session, method, DATA / "train" / name / method):
+        with TrainingRun(name, training.folder, key, settings, tags[training.method], runs) as run:
+            for row in loop.train(session, training):
                 run.log(row)
         return dict(row)
 
     def dataset(name: str) -> Details:
         (DATA / "train" / name).mkdir(parents=True, exist_ok=True)  # DVC expects it even if no method is trained
         prune(DATA / "train" / name, params.trained)
-        return {method: fit(name, method) for method in params.trained}
+        return {training.folder: fit(name, training) for training in loop.trainings(params)}
 
     prune(DATA / "train", params.datasets)
     return each(dataset, params.datasets)
@@ -41,12 +41,12 @@ def train(params: Params) -> dict[str, Details]:
 def follow() -> None:
     """Take part in every training step, in a process of `accelerate launch` that is not the first, the stage itself."""
     from dsd.engine.session import Folders, Session
-    from dsd.training.loop import train
+    from dsd.training.loop import train, trainings
 
     params = stage_params("train")
     for name in params.datasets:
-        for method in params.trained:
-            list(train(Session(name, params, Folders.of(DATA, name)), method, DATA / "train" / name / method))
+        for training in trainings(params):
+            list(train(Session(name, params, Folders.of(DATA, name)), training))
 
 
 if __name__ == "__main__":
