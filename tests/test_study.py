@@ -79,6 +79,7 @@ def test_mistakes_are_one_line(params: Params, key: str, value: object, message:
     ({"dataset.sample": 1}, {"dsd", "dsd-plus", "clip-finetune", "clip-prompt"}),
     ({"dataset.few_shot": 0.2}, {"dsd", "dsd-plus", "clip-finetune", "clip-prompt"}),
     ({"dataset.draws_per_level": 3}, {"dsd", "dsd-plus", "dsd-zero-shot", "denoising", "dsd-released"}),
+    ({"noise.sample": 1}, {"dsd", "dsd-plus", "dsd-zero-shot", "denoising", "dsd-released"}),
     ({"evidence.scale": 9.0}, {"dsd", "dsd-plus", "dsd-zero-shot", "dsd-released"}),
     ({"backbones.embedded-clip.source": "other"}, {"clip-zero-shot", "clip-finetune", "clip-prompt"}),
     ({"backbones.embedded.source": "other"}, {"dsd", "dsd-plus", "dsd-zero-shot", "denoising", "dsd-released"}),
@@ -109,6 +110,10 @@ def test_a_variant_runs_the_methods_that_it_can_change_and_whose_results_are_not
 
     def runs(study: Study) -> list[list[str]]:
         return [list(of) for of in study.pieces(DATASET, lambda _: "").values()]
+
+    grid = {"a": {"dataset.sample": 1}, "b": {"noise.sample": 1}, "c": {"dataset.sample": 1, "noise.sample": 1}}
+    study_of_both = with_study(params, methods=methods, **grid)
+    assert runs(study_of_both) == [["dsd", "clip-finetune"], ["dsd", "denoising"], ["dsd"]]
 
     assert runs(study) == [[], ["dsd", "clip-finetune"], []]
     search = with_study(params, "validation", methods=methods, same={}, a={"dataset.sample": 1})
