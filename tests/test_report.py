@@ -175,7 +175,10 @@ def write_results(params: Params, data: Path) -> None:
     write_metrics(metrics, data / "evaluate")
     blind.write(baselines, data / "evaluate")
     ablations.write(ablated, data / "evaluate")
-    claims.write(*claims.judge(params, answers), data / "evaluate")
+    judged = claims.judge(params, answers)
+    fewer = claims.judge(params, {"scenes-com": answers["scenes-com"]._replace(variants={})})
+    paper = {"10 examples": claims.AtPaper({"scenes-com": 10}, *fewer)}
+    claims.write(*judged, paper, data / "evaluate")
     write_studies(study_results(params, metrics), data / "evaluate")
     write_races(params, data)
 
@@ -486,12 +489,20 @@ def test_methods_that_fusion_does_not_outperform_are_listed_with_its_parts(param
 
 def test_claims_and_their_comparisons(page: str, data: Path) -> None:
     claims, rows = (json.loads((data / "evaluate" / f"{name}.json").read_text()) for name in ("claims", "comparisons"))
-    assert list(claims) == [str(number) for number in range(1, 11)]
+    paper, paper_rows = claims.pop("paper")["10 examples"], rows.pop("paper")["10 examples"]
+    assert list(claims) == [str(number) for number in range(1, 11)] and list(paper["claims"]) == ["1", "4", "10"]
     tables = Parsed(page).tables
     head, *rows_ = tables["Claims"]
-    assert head[2] == "verdict on drawn scenes,with this model"
+    assert head[2:4] == ["verdict on drawn scenes, with this model", "at the paper's10 examples"]
+    for row in rows_:
+        fewer = paper["claims"].get(row[0])
+        assert row[3] == "–" if fewer is None else row[3].startswith(f"{fewer['verdict']} {points(fewer['effect'])} [")
+    assert {row[-1] for row in rows_} == {"1 × 1"}
+    numbers = [row[0] for row in tables["Comparisons behind the claims"]]
+    assert numbers.count("4, 10 examples") == len(paper_rows["4"]) > 0
+    rows_ = [[*row[:3], *row[4:]] for row in rows_]
     assert [(row[0], row[1], row[2]) for row in rows_] == [(n, c["claim"], c["verdict"]) for n, c in claims.items()]
-    assert len(tables["Comparisons behind the claims"]) == 1 + sum(map(len, rows.values()))
+    assert len(numbers) == 1 + sum(map(len, [*rows.values(), *paper_rows.values()]))
     for row, (number, claim) in zip(rows_, claims.items(), strict=True):
         bound = rows[number][claim["binding"]]
         assert bound["value"] == claim["effect"] and row[3].startswith(f"{bound['dataset']}, {bound['metric']}: ")
@@ -502,11 +513,13 @@ def test_a_claim_that_fails_names_the_comparison_that_binds_with_its_margin_apar
     """The second comparison has the smallest difference and exceeds its margin; the first does not."""
     sides = {"dataset": "scenes-ref", "metric": "top1", "a": "denoising, x", "b": "denoising, y", "p": 0.4}
     rows = [{**sides, "value": -0.05, "least": -0.04}, {**sides, "value": -0.06, "least": -0.42}]
-    judgement = claims.Judgement("kept", 0, -0.05, -0.1, 0.0, -0.04, 0.8, "not shown")
+    judgement = claims.Judgement("kept", 0, -0.05, -0.1, 0.0, -0.04, 0.8, "not shown", 1, 1, 1)
     datasets = read_datasets(params, data, {})
-    [sentence] = reasons([Claim("11", judgement, rows)], datasets, "dsd", ["denoising"])
+    scope = "on drawn scenes, with this model"
+    [sentence] = reasons([Claim("11", judgement, rows)], datasets, "dsd", ["denoising"], scope)
     start = (
-        "Claim 11 (not shown) fails at scenes-ref, top1: denoising, x vs. denoising, y (−5.0 points, must exceed −4.0)"
+        "Claim 11 (not shown on drawn scenes, with this model) fails at scenes-ref, top1: "
+        "denoising, x vs. denoising, y (−5.0 points, must exceed −4.0)"
     )
     assert sentence.startswith(start)
 

@@ -10,13 +10,20 @@ import numpy as np
 import pytest
 
 from dsd.config import BackboneParams, Params, StudyParams
-from dsd.data.examples import read_examples
+from dsd.data.examples import MatchingExample, read_examples
 from dsd.errors import ParamsError
-from dsd.evaluation.claims import DatasetHits
+from dsd.evaluation.claims import AtPaper, DatasetHits, Judgement, judge
 from dsd.evaluation.evaluate import hits_of
 from dsd.experiments import studies
 from dsd.experiments.studies import missing_pieces, run_piece
-from dsd.experiments.study_results import compare_variants, read_study
+from dsd.experiments.study_results import (
+    Stored,
+    compare_variants,
+    judge_at_paper,
+    method_results,
+    read_study,
+    with_replicates,
+)
 from dsd.experiments.variants import Study, method_key
 from dsd.models.checkpoint import identify
 
@@ -154,7 +161,7 @@ def test_a_piece_is_run_once_and_compared_with_the_unchanged(params: Params, tmp
 
 
 def compared(study: Study, folder: Path, answers: dict[str, DatasetHits]) -> dict[str, Any]:
-    return compare_variants(study, folder / f"{study.name}.json", answers, identify)
+    return compare_variants(study, read_study(folder / f"{study.name}.json"), answers, identify)
 
 
 def data_of(study: Study, variant: str) -> str:
@@ -214,3 +221,61 @@ def test_a_study_without_a_prompt_trains_none(params: Params, tmp_path: Path) ->
     study = with_study(params, "validation", ("dsd-zero-shot",), λ={"evidence.scale": 5.0})
     run(study, "λ", tmp_path)
     assert list(read_study(tmp_path / "some.json")["λ"][DATASET]) == ["dsd-zero-shot"]
+
+
+def stored(study: Study, variant: str, ranks: dict[str, list[int]], examples: list[MatchingExample]) -> Stored:
+    """Results of a variant with these ranks, as `run_piece` stores them; no model is run."""
+    keys = study.keys(DATASET, lambda _: "")[variant]
+    results = {m: {"key": keys[m], **method_results(examples, 270, {}, ranks_n)} for m, ranks_n in ranks.items()}
+    return {variant: {DATASET: results}}
+
+
+def test_claims_over_samples_and_noise_sets_and_at_the_papers_number_of_examples(params: Params) -> None:
+    rng = np.random.default_rng(0)
+    slots = ("subject", "object", "predicate")
+    rows = [
+        MatchingExample(f"{n}/{slot}", (f"{n}a", f"{n}{slot}"), (f"sentence {n}",), ((0, 0),), slot)
+        for n in range(40)
+        for slot in slots
+    ]
+
+    def ranks(share: float) -> list[int]:
+        return [int(rank) for rank in np.where(rng.random(len(rows)) < share, 1, 2)]
+
+    own = {
+        method: hits_of(DATASET, rows, np.array(ranks(share)))
+        for method, share in (("dsd", 0.9), ("dsd-zero-shot", 0.6), ("clip-finetune", 0.7), ("clip-prompt", 0.7))
+    }
+    params = params.model_copy(update={"methods": {name: params.methods[name] for name in own}})
+    data = {DATASET: DatasetHits(DATASET, rows, own, {})}
+    variants = {"s": {"dataset.sample": 1}, "n": {"noise.sample": 1}, "r": {"prompt.rank": 2}}
+    row = dict(split="test", datasets=(DATASET,), methods=("dsd", "clip-finetune", "clip-prompt"))
+    rows_ = {"samples": variants, "paper": {"270 examples": {"dataset.few_shot": 0.05}}}
+    studies_ = {name: StudyParams.model_validate({**row, "variants": changes}) for name, changes in rows_.items()}
+    params = params.model_copy(update={"studies": studies_})
+    samples, paper = Study("samples", params), Study("paper", params)
+    trained = {"dsd": ranks(0.3), "clip-finetune": ranks(0.9), "clip-prompt": ranks(0.9)}
+    results = {
+        "samples": stored(samples, "s", trained, rows) | stored(samples, "n", {"dsd": ranks(0.9)}, rows),
+        "paper": stored(paper, "270 examples", trained, rows),
+    }
+    results["samples"] |= stored(samples, "r", trained, rows)  # not another sample: no replicate
+
+    def claims(of: Params, stored: dict[str, Stored]) -> tuple[dict[int, Judgement], dict[str, AtPaper]]:
+        judged, _ = judge(of, with_replicates(of, data, stored, lambda _: ""))
+        return judged, judge_at_paper(of, data, stored, lambda _: "")
+
+    judged, at_paper = claims(params, results)
+    assert {number: (row.samples, row.noise_sets, row.replicates) for number, row in judged.items()} == {
+        1: (2, 2, 3),  # tuned CLIP depends on the sample alone
+        4: (2, 1, 2),  # without a prompt, it depends on the noise alone, and was not measured with the other set
+        10: (2, 2, 3),
+    }
+    fewer = at_paper["270 examples"]
+    assert fewer.few_shot == {DATASET: 270} and list(fewer.judgements) == [1, 4, 10]
+    assert fewer.judgements[1].verdict == "contradicted" and fewer.judgements[1].replicates == 1
+    alone, _ = judge(params, data)
+    assert claims(params, {"samples": {}, "paper": {}}) == (alone, {})
+    # Results under other params count for nothing.
+    other = params.model_copy(update={"images": params.images.model_copy(update={"parity": 5})})
+    assert claims(other, results) == (alone, {})

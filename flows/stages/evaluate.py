@@ -14,7 +14,13 @@ def evaluate(params: Params) -> dict[str, Details]:
     from dsd.datasets import benchmark
     from dsd.evaluation import ablations, blind, claims
     from dsd.evaluation import evaluate as evaluation
-    from dsd.experiments.study_results import compare_variants, write_studies
+    from dsd.experiments.study_results import (
+        compare_variants,
+        judge_at_paper,
+        read_study,
+        with_replicates,
+        write_studies,
+    )
     from dsd.experiments.variants import Study
     from dsd.metrics import HEADLINES, unforced
     from dsd.models.checkpoint import identify
@@ -49,11 +55,10 @@ def evaluate(params: Params) -> dict[str, Details]:
     write_json(target / "code.json", {"versions": VERSIONS, "libraries": libraries()}, indent=2)
     blind.write(baselines, target)
     ablations.write(ablated, target)
-    claims.write(*claims.judge(params, data), target)
-    compared = {
-        name: compare_variants(Study(name, params), DATA / "studies" / f"{name}.json", data, known)
-        for name in params.studies
-    }
+    stored = {name: read_study(DATA / "studies" / f"{name}.json") for name in params.studies}
+    judged = claims.judge(params, with_replicates(params, data, stored, known))
+    claims.write(*judged, judge_at_paper(params, data, stored, known), target)
+    compared = {name: compare_variants(Study(name, params), stored[name], data, known) for name in params.studies}
     write_studies(compared, target)
     return details
 
