@@ -177,7 +177,7 @@ def write_results(params: Params, data: Path) -> None:
     ablations.write(ablated, data / "evaluate")
     judged = claims.judge(params, answers)
     fewer = claims.judge(params, {"scenes-com": answers["scenes-com"]._replace(variants={})})
-    paper = {"10 examples": claims.AtPaper({"scenes-com": 10}, *fewer)}
+    paper = {"10 examples": claims.AtPaper({"scenes-com": 10}, *fewer)} if fewer[0] else {}
     claims.write(*judged, paper, data / "evaluate")
     write_studies(study_results(params, metrics), data / "evaluate")
     write_races(params, data)

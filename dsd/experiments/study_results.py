@@ -152,8 +152,9 @@ def judge_at_paper(
             if shots := {by_method[method]["few_shot"] for method in methods if method in by_method}:
                 [few_shot[dataset]] = shots
                 fewer[dataset] = answers._replace(methods=methods, variants={}, replicates=())
-        if fewer:
-            judged[variant] = AtPaper(few_shot, *judge(params, fewer))
+        judgements, measured = judge(params, fewer)
+        if judgements:
+            judged[variant] = AtPaper(few_shot, judgements, measured)
     return judged
 
 
