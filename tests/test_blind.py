@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
-from dsd.config import EvaluateParams
-from dsd.data.examples import MatchingExample
+from dsd.config import EvaluateParams, load
+from dsd.data.examples import MatchingExample, Pair, pairs
 from dsd.datasets import benchmark
-from dsd.evaluation import blind
-from dsd.evaluation.evaluate import forced_hits, random_hits, ranked_hits
+from dsd.evaluation import blind, calibration
+from dsd.evaluation.evaluate import ScoredSplit, forced_hits, random_hits, ranked_hits
 from dsd.metrics import Hits, unforced
+from tests.conftest import ROOT
 
 EVALUATE = EvaluateParams(resamples=50, confidence=0.95)
 VQA = "scenes-vqa"
@@ -169,7 +172,7 @@ def test_the_image_contributes_the_paired_difference(tmp_path: Path) -> None:
         name: ranked_hits(VQA, test, scores) | forced_hits(VQA, test, scores, ranked_hits)
         for name, scores in (("wrong", wrong), ("right", right))
     }
-    measured = blind.measure(VQA, biased(40, 0), test, every, EVALUATE, seed=0)
+    measured = blind.measure(VQA, biased(40, 0), test, every, {}, EVALUATE, seed=0)
     blind.write({"d": measured}, tmp_path)
     row = json.loads((tmp_path / "blind.json").read_text())["d"]
     assert row["reason"] is None and row["metrics"]["all"]["value"] == 1 and row["metrics"]["all"]["n"] == 20
@@ -185,3 +188,42 @@ def test_claims_are_tested_among_all_candidates() -> None:
     scores = [np.eye(7)[[e.answer[0][1]]] for e in test]
     hits = ranked_hits(VQA, test, scores)
     assert unforced(hits | forced_hits(VQA, test, scores, ranked_hits)).keys() == hits.keys()
+
+
+def test_a_preference_for_an_answer_is_learned_on_few_shot_images_and_taken_back() -> None:
+    """The scorer likes "yes" whatever the image; beyond that it knows the right answer."""
+    rng = np.random.default_rng(0)
+    row = next(row for row in load(ROOT / "params.yaml").methods.values() if row.scorer == "denoising")
+    few_shot, test = (
+        [question(n + first, "is it so ?", str(rng.choice(ANSWERS[:3:2])), "binary", ANSWERS[:3]) for n in range(40)]
+        for first in (0, 100)
+    )
+    test.append(question(999, "what colour ?", "red", "colour", ("yes", "red", "blue")))
+
+    def scored(example: MatchingExample) -> np.ndarray:
+        wrong = rng.normal(size=(1, 3)) * 0.1 + [[2.0, 0, 0]] + rng.normal() * 50  # images differ in level
+        wrong[example.answer[0]] += 1
+        return np.asarray(wrong)
+
+    values = {e.id: scored(e) for e in few_shot + test}
+
+    class Given:
+        kind, examples, methods = VQA, test, {"m": row}
+        stored = SimpleNamespace(few_shot=[few_shot], on_few_shot=lambda: SimpleNamespace(examples=few_shot))
+
+        def scores(self, method: object, name: str, stored: object) -> dict[Pair, float]:
+            return {pair: v for e in few_shot for pair, v in zip(pairs([e]), values[e.id][0].tolist(), strict=True)}
+
+        def tables(self, name: str) -> list[np.ndarray]:
+            return [values[e.id] for e in test]
+
+    hits = {"m": ranked_hits(VQA, test, Given().tables("m")) | forced_hits(VQA, test, Given().tables("m"), ranked_hits)}
+    gained = calibration.measure(cast(ScoredSplit, Given()), hits, EVALUATE, seed=0)
+    assert set(gained["m"]) == {"all", "forced all"}
+    right = float(np.mean([e.answer[0][1] == 0 for e in test]))
+    # The colour is right without calibration too, if the choice is forced.
+    assert gained["m"]["forced all"].value == pytest.approx(1 - right - 1 / 41) and gained["m"]["all"].low > 0
+    assert calibration.priors(few_shot, [values[e.id] for e in few_shot])["yes"] > 0.9
+    # An answer that was never wrong has the mean of the others.
+    [own] = calibration.calibrated(test[:1], [np.zeros((1, 3))], {"yes": 3.0, "no": 1.0})
+    assert own.tolist() == [[-3.0, -2.0, -1.0]]

@@ -207,7 +207,7 @@ def test_additions_run_to_the_report(extended: None, params: Params, tmp_path: P
     assert {"contrast", "contrast-fast"} <= set(results)
     variants = ablations.ablate(scored, mine.ablations, mine.seed)
     write_metrics({NAME: results}, target)
-    baseline = blind.measure(scored.kind, scored.few_shot, scored.examples, hits, mine.evaluate, mine.seed)
+    baseline = blind.measure(scored.kind, scored.few_shot, scored.examples, hits, {}, mine.evaluate, mine.seed)
     blind.write({NAME: baseline}, target)
     taken = ablations.with_intervals(scored.examples, variants, mine.evaluate, mine.seed)
     ablations.write({NAME: taken}, target)

@@ -296,6 +296,7 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
         "dsd.evaluation.ablations.with_intervals": {},
         "dsd.evaluation.ablations.write": None,
         "dsd.evaluation.blind.measure": None,
+        "dsd.evaluation.calibration.measure": {},
         "dsd.evaluation.blind.write": None,
         "dsd.evaluation.claims.judge": ({}, {}),
         "dsd.evaluation.claims.write": None,

@@ -161,7 +161,9 @@ def write_dataset(name: str, params: Params, data: Path) -> tuple[claims.Dataset
         variants |= {ablations.ChangedMethod(method, key, text): hits[method] for key, text, _ in changes}
     options = params.evaluate, params.seed
     metrics = {method: intervals(examples, by_metric, *options) for method, by_metric in every.items()}
-    baseline = blind.measure(kind, examples[:1], examples, every, *options)
+    no_change = Difference(0.0, -0.1, 0.1, 1.0, len(examples))
+    gained = {"dsd": {m: no_change for m in every.get("dsd", {}) if m.endswith("all")}} if kind == "scenes-vqa" else {}
+    baseline = blind.measure(kind, examples[:1], examples, every, gained, *options)
     return claims.DatasetHits(kind, examples, hits, variants), metrics, baseline
 
 
@@ -415,6 +417,7 @@ def test_the_report_leads_with_what_the_image_contributes(page: str, params: Par
         ("scenes-vqa", "all"),
         ("scenes-vqa", "forced all"),
     ]
+    assert [row[0] for row in Parsed(page).tables["Prior-calibrated scores"][1:]] == ["dsd"]
     head, *rows = Parsed(page).tables["What the image contributes"]
     for column, card in enumerate(cards, start=1):
         assert f"{card.change} points {card.interval} on {card.dataset} ({card.metric}, {card.method})" in first[1]
@@ -425,7 +428,9 @@ def test_the_report_leads_with_what_the_image_contributes(page: str, params: Par
 
 def test_chance_of_two_by_two_examples() -> None:
     examples = [MatchingExample(str(n), ("i", "j"), ("a", "b"), ((0, 0), (1, 1)), "Object") for n in range(3)]
-    dataset = DatasetResults("w", "winoground", {}, examples, {}, {}, {}, {}, {}, [], {}, {}, blind.Blind(None, {}, {}))
+    dataset = DatasetResults(
+        "w", "winoground", {}, examples, {}, {}, {}, {}, {}, [], {}, {}, blind.Blind(None, {}, {}, {})
+    )
     assert dataset.chance == pytest.approx({"text": 1 / 4, "image": 1 / 4, "group": 1 / 6})
 
 

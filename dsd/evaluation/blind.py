@@ -37,11 +37,13 @@ class Blind:
     reason: why its accuracy is chance whatever the texts; None if it learned from them.
     metrics: metric → interval.
     differences: method → headline metric, and the forced one if there is one → method minus baseline, paired.
+    calibrated: method → the same metrics → prior-calibrated minus plain score; see `dsd.evaluation.calibration`.
     """
 
     reason: str | None
     metrics: dict[str, Interval]
     differences: dict[str, dict[str, Difference]]
+    calibrated: dict[str, dict[str, Difference]]
 
 
 def features(text: str) -> tuple[list[str], list[str]]:
@@ -102,6 +104,7 @@ def measure(
     few_shot: Sequence[MatchingExample],
     examples: Sequence[MatchingExample],
     hits: Mapping[str, Mapping[str, Hits]],
+    calibrated: dict[str, dict[str, Difference]],
     evaluate: EvaluateParams,
     seed: int,
 ) -> Blind:
@@ -109,6 +112,7 @@ def measure(
 
     Args:
         hits: hits and groups of the methods by metric.
+        calibrated: of `dsd.evaluation.calibration.measure`.
     """
     headline = HEADLINES[benchmark(kind).metrics]
     reason, own = blind_hits(kind, few_shot, examples, seed)
@@ -121,7 +125,7 @@ def measure(
         }
         for method, by_metric in hits.items()
     }
-    return Blind(reason, intervals(examples, own, evaluate, seed), differences)
+    return Blind(reason, intervals(examples, own, evaluate, seed), differences, calibrated)
 
 
 def write(baselines: Mapping[str, Blind], target: Path) -> None:

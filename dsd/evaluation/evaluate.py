@@ -159,9 +159,12 @@ class ScoredSplit:
         )
         return cls(params.datasets[name].kind, examples, few_shot, params.methods, stored, scored)
 
-    def scores(self, method: MethodParams, name: str, **options: Any) -> Scores:
-        """Return the score of every pair under a method, a row of params or any other; `options` are the scorer's."""
-        return SCORERS[method.scorer].scores(name, method, self.stored, **options)
+    def scores(self, method: MethodParams, name: str, stored: StoredEvidence | None = None, **options: Any) -> Scores:
+        """Return the score of every pair under a method, a row of params or any other.
+
+        stored: the evidence, by default that of the split; options: the scorer's.
+        """
+        return SCORERS[method.scorer].scores(name, method, stored or self.stored, **options)
 
     def tables(self, name: str) -> list[np.ndarray]:
         """Return the scores [I, T] of every example under a method; with a schedule, minus each candidate's rank."""

@@ -228,15 +228,17 @@ def _ablations(path: Path) -> dict[str, Ablations]:
 def _baselines(path: Path, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Blind]:
     """The blind baseline of each dataset, with a difference from every method of `results`."""
     content = read_json(path, "evaluate")
+
+    def differences(row: Mapping[str, Any]) -> dict[str, Difference]:
+        return {metric: Difference(**value) for metric, value in row.items()}
+
     with reading(path, "evaluate", "the blind baseline of every dataset and method"):
         return {
             dataset: Blind(
                 content[dataset]["reason"],
                 {metric: Interval(**value) for metric, value in content[dataset]["metrics"].items()},
-                {
-                    method: {m: Difference(**value) for m, value in content[dataset]["differences"][method].items()}
-                    for method in by_method
-                },
+                {method: differences(content[dataset]["differences"][method]) for method in by_method},
+                {method: differences(row) for method, row in content[dataset]["calibrated"].items()},
             )
             for dataset, by_method in results.items()
         }

@@ -61,6 +61,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         contributions=contributions,
         results=[tables.results(d) for d in datasets],
         images=tables.images(datasets),
+        calibrated=tables.calibrated(datasets),
         blind_reasons=findings.blind_reasons(datasets),
         legend=[(name, figures.SYMBOLS[n % 8], n % 8) for name, n in series.items() if name in evaluated],
         claims=[tables.claims(claims, scope, at_paper), tables.claim_comparisons(claims, at_paper)] if claims else [],

@@ -127,6 +127,26 @@ def images(datasets: Sequence[DatasetResults]) -> Table:
     return Table("What the image contributes", head, rows)
 
 
+def calibrated(datasets: Sequence[DatasetResults]) -> Table | None:
+    """Each method with prior-calibrated scores minus itself; None if no dataset has calibrated scores."""
+    columns = [(d, metric) for d in datasets if d.blind.calibrated for metric in d.leading]
+    methods = dict.fromkeys(method for d, _ in columns for method in d.blind.calibrated)
+    rows = [
+        Row(
+            method,
+            [
+                points_cell(v.value, v.low, v.high)
+                if (v := d.blind.calibrated.get(method, {}).get(metric))
+                else Cell(NONE)
+                for d, metric in columns
+            ],
+        )
+        for method in methods
+    ]
+    head = ["calibrated − plain\npercentage points", *(f"{d.name}\n{metric}" for d, metric in columns)]
+    return Table("Prior-calibrated scores", head, rows) if rows else None
+
+
 POINTS = "a − b\npercentage points"
 VERDICT_MARKS = {"holds": "higher", "contradicted": "lower", "not shown": "no"}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cached_property, lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -59,6 +61,12 @@ class StoredEvidence:
     def _read_few_shot(self, prompt: str) -> Evidence:
         folds = enumerate(self.few_shot)
         return joined([self._read(examples, prompt, fitting_entry(prompt, fold)) for fold, examples in folds])
+
+    def on_few_shot(self) -> StoredEvidence:
+        """Return the same evidence of the examples that weights are fitted on."""
+        other = copy(self)
+        other.examples, other.evidence = list(chain.from_iterable(self.few_shot)), self.few_shot_evidence
+        return other
 
     def cosines(self, name: str) -> Scores:
         """Read the cosines of all pairs under a contrastive method."""

@@ -12,7 +12,7 @@ def evaluate(params: Params) -> dict[str, Details]:
     from functools import cache
 
     from dsd.datasets import benchmark
-    from dsd.evaluation import ablations, blind, claims
+    from dsd.evaluation import ablations, blind, calibration, claims
     from dsd.evaluation import evaluate as evaluation
     from dsd.experiments.study_results import (
         compare_variants,
@@ -39,8 +39,10 @@ def evaluate(params: Params) -> dict[str, Details]:
     def dataset(name: str) -> Details:
         scored = evaluation.ScoredSplit.of(name, params, DATA / "prepare" / name, DATA / "score" / name)
         results[name], hits = evaluation.evaluate(name, scored, params.evaluate, params.seed, target)
-        few_shot = scored.few_shot
-        baselines[name] = blind.measure(scored.kind, few_shot, scored.examples, hits, params.evaluate, params.seed)
+        gained = calibration.measure(scored, hits, params.evaluate, params.seed)
+        baselines[name] = blind.measure(
+            scored.kind, scored.few_shot, scored.examples, hits, gained, params.evaluate, params.seed
+        )
         variants = ablations.ablate(scored, params.ablations, params.seed)
         ablated[name] = ablations.with_intervals(scored.examples, variants, params.evaluate, params.seed)
         metric = HEADLINES[benchmark(scored.kind).metrics]
