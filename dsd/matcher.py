@@ -170,7 +170,7 @@ class Matcher:
                 lora=None,
                 dtype=dtype,
             )
-            noise = NoiseParams(levels=levels, draws_per_level=draws_per_level)
+            noise = NoiseParams(levels=levels, draws_per_level=draws_per_level, sample=0)
             tokens = {"none": "all", "few-shot": "content"}  # as in params.yaml, by a search
             evidence = EvidenceParams(poolings=("logsumexp",), scale=scale, normalise=False, tokens=tokens, shard=1)
         if family is None and (detected := family_of(folder_of(row))):

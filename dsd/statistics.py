@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -98,10 +98,7 @@ def paired_difference(
     b: ArrayLike,
     clusters: Clusters,
     groups: Groups | None = None,
-    *,
-    resamples: int,
-    confidence: float,
-    seed: int,
+    **resampling: Unpack[Resampling],
 ) -> Difference:
     """The mean of a - b over the same examples, with a clustered bootstrap interval and a sign-flip p-value.
 
@@ -109,7 +106,7 @@ def paired_difference(
         a, b: [n] in 0..1, hits of two methods on the same examples in the same order.
         clusters: [n] as in `clustered_mean`.
         groups: as in `clustered_mean`; None is one group of all examples.
-        resamples, confidence, seed: of the interval, as in `clustered_mean`.
+        resampling: of the interval, as in `clustered_mean`.
 
     The p-value is that of a two-sided permutation test: under the null hypothesis the two methods can be swapped within
     any cluster, which flips the sign of that cluster's share of the difference. All 2^C flips are counted (`_flip_p`).
@@ -117,7 +114,7 @@ def paired_difference(
     Raises:
         ValueError: as `clustered_mean`.
     """
-    return difference_above(a, b, clusters, groups, least=0.0, resamples=resamples, confidence=confidence, seed=seed)
+    return difference_above(a, b, clusters, groups, least=0.0, **resampling)
 
 
 def difference_above(
@@ -127,9 +124,7 @@ def difference_above(
     groups: Groups | None = None,
     *,
     least: float,
-    resamples: int,
-    confidence: float,
-    seed: int,
+    **resampling: Unpack[Resampling],
 ) -> Difference:
     """`paired_difference`, with the p-value of the null hypothesis that the difference is `least`.
 
@@ -152,13 +147,62 @@ def difference_above(
     masks = [np.ones(len(d_n), dtype=bool)] if groups is None else groups
     sums_CG, counts_CG, n = _by_cluster(d_n, clusters, masks)
     value = _macro(sums_CG.sum(axis=0), counts_CG.sum(axis=0))
-    low, high = _bootstrap(sums_CG, counts_CG, resamples, confidence, seed) or _wilson(
-        value, len(sums_CG), confidence, lowest=-1.0, highest=1.0
+    low, high = _bootstrap(sums_CG, counts_CG, **resampling) or _wilson(
+        value, len(sums_CG), resampling["confidence"], lowest=-1.0, highest=1.0
     )
     # A cluster's share of the value. A flip changes no count, so the shares are additive.
     shares_C = (sums_CG / counts_CG.sum(axis=0)).mean(axis=1)
     p = _flip_p(shares_C) if least == 0 else _margin_p(sums_CG, counts_CG, least)
     return Difference(value, low, high, p, n)
+
+
+def replicated_difference(
+    a: Sequence[ArrayLike],
+    b: Sequence[ArrayLike],
+    replicates: Sequence[tuple[int, int]],
+    clusters: Clusters,
+    groups: Groups | None = None,
+    *,
+    least: float,
+    **resampling: Unpack[Resampling],
+) -> Difference:
+    """The mean of `difference_above` over replicates, with an interval and a p-value that cover their choice too.
+
+    Args:
+        a, b: [K][n] hits in each replicate.
+        replicates: [K] (few-shot sample, noise set) of each, all different. With one this is `difference_above`.
+
+    Samples, noise sets and clusters are crossed: the same noise sets and examples are used with every sample. The
+    squared error is the sum of those of the clusters, of the samples' means and of the noise sets' means. p is that of
+    the t-test with it; degrees of freedom by Satterthwaite (1946, "An approximate distribution of estimates of variance
+    components"). It is conservative: the interaction of two factors counts in the error of both.
+
+    The interval is a hierarchical bootstrap: samples, noise sets and clusters are resampled independently (Owen 2007,
+    "The pigeonhole bootstrap"). Two or three levels spread too little when they are resampled, so the deviations from
+    the value are scaled, by the half-width of the t-test over that of a normal distribution with their spread.
+    """
+    a_Kn, b_Kn = (np.stack([_unit(hits, name) for hits in side]) for side, name in ((a, "a"), (b, "b")))
+    masks = [np.ones(a_Kn.shape[1], dtype=bool)] if groups is None else groups
+    sums_KCG = np.stack([_by_cluster(d_n, clusters, masks)[0] for d_n in a_Kn - b_Kn])
+    sums_CG, (_, counts_CG, n) = sums_KCG.mean(axis=0), _by_cluster(a_Kn[0], clusters, masks)
+    values_K = (sums_KCG.sum(axis=1) / counts_CG.sum(axis=0)).mean(axis=1)
+    value = float(values_K.mean())
+    levels = [np.unique(factor, return_inverse=True)[1] for factor in zip(*replicates, strict=True)]
+    parts = [(_squared_error(sums_CG, counts_CG), len(sums_CG) - 1)]  # squared errors and their degrees of freedom
+    for index_K in levels:
+        means_L = np.bincount(index_K, values_K) / np.bincount(index_K)
+        if len(means_L) > 1:
+            parts.append((float(means_L.var(ddof=1)) / len(means_L), len(means_L) - 1))
+    error = float(np.sqrt(sum(squared for squared, _ in parts)))
+    if len(replicates) == 1 or len(sums_CG) == 1 or error < 1e-12:  # one replicate or cluster, or all agree
+        return difference_above(a_Kn.mean(axis=0), b_Kn.mean(axis=0), clusters, groups, least=least, **resampling)
+    freedom = error**4 / sum(squared**2 / df for squared, df in parts)
+    p = float(2 * stats.t.sf(abs(value - least) / error, freedom))
+    values_R = _pigeonholes(sums_KCG, counts_CG, levels, resampling["resamples"], resampling["seed"])
+    upper = (1 + resampling["confidence"]) / 2
+    scale = stats.t.ppf(upper, freedom) * error / (stats.norm.ppf(upper) * values_R.std())
+    low, high = value + scale * (np.quantile(values_R, [1 - upper, upper]) - value)
+    return Difference(value, max(-1.0, float(low)), min(1.0, float(high)), p, n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -247,6 +291,38 @@ def _bootstrap(
     return float(low), float(high)
 
 
+def _pigeonholes(
+    sums_KCG: Floats, counts_CG: Floats, levels: Sequence[NDArray[np.intp]], resamples: int, seed: int
+) -> Floats:
+    """At most R values, under resampled clusters and resampled levels of each factor ([K] each); some lack a group."""
+    K, C, G = sums_KCG.shape
+    rng, sums_CM = np.random.default_rng(seed), sums_KCG.transpose(1, 0, 2).reshape(C, K * G)
+    rows, values = max(1, BATCH_VALUES // C), []
+    for first in range(0, resamples, rows):
+        count = min(rows, resamples - first)
+        weights_RK = np.ones((count, K))
+        for index_K in levels:
+            size = int(index_K.max()) + 1
+            weights_RK *= rng.multinomial(size, [1 / size] * size, size=count)[:, index_K]
+        chosen_RC = rng.multinomial(C, [1 / C] * C, size=count).astype(np.float64)
+        sums_RKG = (chosen_RC @ sums_CM).reshape(count, K, G)
+        with np.errstate(invalid="ignore"):  # 0/0: no cluster of a group, or, in an incomplete grid, no replicate
+            means_RG = np.einsum("rk,rkg->rg", weights_RK, sums_RKG) / weights_RK.sum(axis=1, keepdims=True)
+            values.append((means_RG / (chosen_RC @ counts_CG)).mean(axis=1))
+    values_R = np.concatenate(values)
+    return values_R[np.isfinite(values_R)]
+
+
+def _squared_error(sums_CG: Floats, counts_CG: Floats) -> float:
+    """Squared error of the macro mean over clusters, linearised where they differ in size.
+
+    Cochran 1977, "Sampling Techniques", eq. 6.13.
+    """
+    totals_G, C = counts_CG.sum(axis=0), len(sums_CG)
+    residuals_C = ((sums_CG - counts_CG * (sums_CG.sum(axis=0) / totals_G)) / totals_G).mean(axis=1)
+    return float(C / max(1, C - 1) * np.sum(residuals_C**2))
+
+
 def _wilson(value: float, clusters: int, confidence: float, *, lowest: float, highest: float) -> tuple[float, float]:
     """Interval if every cluster has the same value, so that resampling shows no spread.
 
@@ -312,19 +388,15 @@ def _margin_p(sums_CG: Floats, counts_CG: Floats, least: float) -> float:
       the t-test is too liberal.
     - If all clusters have the same difference: twice the chance that no cluster shows another one, for the distribution
       within −1..1 with mean `least` that makes it largest.
-    - Otherwise the t-test of the clusters, linearised where they differ in size (Cochran 1977, "Sampling Techniques",
-      eq. 6.13).
+    - Otherwise the t-test of the clusters (`_squared_error`).
     """
     sign, C = np.sign(least), len(sums_CG)
     if sums_CG.shape[1] == 1 and (counts_CG == 1).all() and np.isin(sign * sums_CG, (0, 1)).all():
         return float(stats.binomtest(round(abs(sums_CG.sum())), C, abs(least)).pvalue)
     if sums_CG.shape[1] == 1 and (counts_CG == 1).all() and np.isin(sums_CG, (-1, 0, 1)).all():
         return _score_p(int((sign * sums_CG == 1).sum()), int((sign * sums_CG == -1).sum()), C, abs(least))
-    totals_G = counts_CG.sum(axis=0)
-    means_G = sums_CG.sum(axis=0) / totals_G
-    value = float(means_G.mean())
-    residuals_C = ((sums_CG - counts_CG * means_G) / totals_G).mean(axis=1)
-    error = np.sqrt(C / max(1, C - 1) * np.sum(residuals_C**2))
+    value = _macro(sums_CG.sum(axis=0), counts_CG.sum(axis=0))
+    error = np.sqrt(_squared_error(sums_CG, counts_CG))
     if error > 1e-12:
         return float(2 * stats.t.sf(abs(value - least) / error, C - 1))
     if value == least:

@@ -1,4 +1,4 @@
-"""`make studies`, not a stage: searches, other few-shot samples and shares, changes of the forward pass. Some hours."""
+"""`make studies`, not a stage: searches, other few-shot samples, sizes and noise, other forward passes. Some hours."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def studies() -> None:
         if name not in params.studies:
             raise DsdError(unknown("study", name, params.studies))
     pieces = {
-        f"{study.name}: {variant}, {dataset}": (study, variant, dataset)
+        f"{study.name}: {variant}, {dataset}: {', '.join(methods)}": (study, variant, dataset, methods)
         for study in (Study(name, params) for name in names or params.studies)
-        for variant, dataset in missing_pieces(study, target)
+        for (variant, dataset), methods in missing_pieces(study, target).items()
     }
 
     def piece(label: str) -> Details:
-        study, variant, dataset = pieces[label]
-        run_piece(study, variant, dataset, target, DATA / "unfinished" / study.name)
+        study, variant, dataset, methods = pieces[label]
+        run_piece(study, variant, dataset, methods, target, DATA / "unfinished" / study.name, DATA / "train")
         return {}
 
     each(piece, pieces)

@@ -143,9 +143,9 @@ def scaling(run: Run) -> list[float]:
 def studies(run: Run) -> list[float]:
     row = StudyParams(split="test", datasets=(DATASET,), methods=("clip-finetune", "denoising"), variants={"v": {}})
     study = Study("s", run.params.model_copy(update={"studies": {"s": row}}))
-    run_piece(study, "v", DATASET, run.folder, run.folder / "work")
-    ranks = read_study(run.folder / "s.json")["v"][DATASET]["ranks"]
-    return [float(np.mean([int(rank) for rank in row.split()])) for row in ranks.values()]
+    run_piece(study, "v", DATASET, row.methods, run.folder, run.folder / "work", run.folder / "train")
+    stored = read_study(run.folder / "s.json")["v"][DATASET]
+    return [float(np.mean([int(rank) for rank in stored[method]["ranks"].split()])) for method in row.methods]
 
 
 KINDS: dict[str, Callable[[Run], list[float]]] = {

@@ -14,7 +14,17 @@ from dsd.data.examples import MatchingExample, Pair, read_examples
 from dsd.engine.score import score
 from dsd.engine.session import Folders, Session
 from dsd.evaluation.ablations import ChangedMethod, ablate, mean, subsets, values, with_intervals, write
-from dsd.evaluation.claims import Condition, DatasetHits, Measured, binding, judge, measure, stated, uncorrected
+from dsd.evaluation.claims import (
+    Condition,
+    DatasetHits,
+    Measured,
+    Replicate,
+    binding,
+    judge,
+    measure,
+    stated,
+    uncorrected,
+)
 from dsd.evaluation.claims import write as write_claims
 from dsd.evaluation.evaluate import ScoredSplit, evaluate
 from dsd.metrics import slots
@@ -74,7 +84,7 @@ def test_the_effect_of_a_claim_is_that_of_the_comparison_that_binds(settings: Pa
 
 def one_measured(value: float, p: float, least: float = 0.0) -> Measured:
     return Measured(
-        Condition("d", f"{value}", "a", "b", least=least), Difference(value, value - 1, value + 1, p, 9), 0.0
+        Condition("d", f"{value}", "a", "b", least=least), Difference(value, value - 1, value + 1, p, 9), 0.0, [(0, 0)]
     )
 
 
@@ -113,6 +123,33 @@ def test_no_verdict_depends_on_the_number_of_resamples(settings: Params, ours: f
 def test_claims_without_results_are_left_out(settings: Params) -> None:
     judged, _ = judge(settings, {"scenes-com": answers({"dsd": uniform(0.8), "dsd-zero-shot": uniform(0.6)})})
     assert set(judged) == {4, 10}
+
+
+def test_whole_methods_are_compared_over_all_samples_and_noise_sets(settings: Params) -> None:
+    """A side that does not depend on a sample has the same hits; a replicate without a side does not count."""
+    tuned = dict.fromkeys(("clip-finetune", "clip-prompt"), uniform(0.5))
+    own = answers({"dsd": uniform(0.75), "dsd-zero-shot": uniform(0.6), **tuned})
+
+    def replicate(sample: int, noise: int) -> Replicate:
+        again = answers({"dsd": uniform(0.75 + 0.05 * sample)}, seed=9 * sample + noise)
+        return Replicate(sample, noise, {**own.methods, **again.methods})
+
+    others = [replicate(1, 0), replicate(2, 0), replicate(1, 1)]
+    alone = Replicate(0, 1, {"dsd-zero-shot": own.methods["dsd-zero-shot"]})
+    repeated = own._replace(replicates=[*others, alone, Replicate(3, 0, own.methods)])
+    data = {"scenes-com": repeated}
+    judged, measured = judge(settings, data)
+    assert (judged[4].samples, judged[4].noise_sets, judged[4].replicates) == (3, 2, 4)
+    assert (judged[10].samples, judged[10].noise_sets, judged[10].replicates) == (3, 2, 4)
+    assert measured[4][0].replicates == [(0, 0), (1, 0), (2, 0), (1, 1)]
+    zero_shot, of = own.methods["dsd-zero-shot"]["micro"][0], [own, *others]
+    [micro] = [row for row in measured[4] if row.comparison.metric == "micro"]
+    expected = np.mean([one.methods["dsd"]["micro"][0].mean() for one in of]) - zero_shot.mean()
+    assert micro.difference.value == pytest.approx(expected)
+    assert judged[1].replicates == 4 and judge(settings, {"scenes-com": own})[0][4].replicates == 1
+    assert judge(settings, {"scenes-com": own._replace(replicates=[alone])}) == judge(settings, {"scenes-com": own})
+    unaffected = measure(Condition("scenes-com", "micro", "dsd-zero-shot", "clip-finetune"), data, settings)
+    assert unaffected.replicates == [(0, 0)]
 
 
 def test_slots_are_compared_within_sentences(settings: Params) -> None:
@@ -195,8 +232,8 @@ def test_from_evidence_to_files(params: Params, prepared: Path, cached: Path, tm
     assert set(judged) == {1, 4, 5, 6, 7, 8, 9, 10}
     layers = [m.comparison.b for m in measured[5]]
     assert layers == [ChangedMethod("dsd", "layers", value) for value in ("2", "1")]
-    write_claims(judged, measured, tmp_path)
+    write_claims(judged, measured, {}, tmp_path)
     claims = json.loads((tmp_path / "claims.json").read_text())
-    keys = {"claim", "binding", "effect", "low", "high", "least", "p", "verdict"}
+    keys = {"claim", "binding", "effect", "low", "high", "least", "p", "verdict", "samples", "noise_sets", "replicates"}
     assert all(set(row) == keys for row in claims.values())
     assert len(json.loads((tmp_path / "comparisons.json").read_text())["9"]) == len(params.ablations.levels) - 1

@@ -139,12 +139,32 @@ def test_a_key_names_its_content() -> None:
 
 
 def test_draws_are_paired_and_their_seeds_independent_of_position() -> None:
-    both = draws(NoiseParams(levels=(0.2, 0.6), draws_per_level=2), seed=0)
-    later = draws(NoiseParams(levels=(0.6,), draws_per_level=2), seed=0)
+    both = draws(NoiseParams(levels=(0.2, 0.6), draws_per_level=2, sample=0), seed=0)
+    later = draws(NoiseParams(levels=(0.6,), draws_per_level=2, sample=0), seed=0)
     assert both[2:] == later
     assert len({draw.seed for draw in both}) == 4
     assert torch.equal(both[0].noise((4, 8, 8)), both[0].noise((4, 8, 8)))
-    assert draws(NoiseParams(levels=(0.6,), draws_per_level=2), seed=1) != later
+    assert draws(NoiseParams(levels=(0.6,), draws_per_level=2, sample=0), seed=1) != later
+
+
+@pytest.mark.parametrize("draws_per_level", [1, 4])
+def test_noise_samples_have_no_draw_in_common_and_sample_0_the_seeds_of_before(draws_per_level: int) -> None:
+    def sample(number: int) -> list[Draw]:
+        noise = NoiseParams(levels=(0.2, 0.6), draws_per_level=draws_per_level, sample=number)
+        return draws(noise, seed=3)
+
+    sets = [sample(number) for number in range(5)]
+    assert len({draw.seed for drawn in sets for draw in drawn}) == 5 * 2 * draws_per_level
+    levels = [(3 * 1_000_003 + level) * 1_009 for level in (200_000, 600_000)]
+    assert [draw.seed for draw in sets[0]] == [first + number for first in levels for number in range(draws_per_level)]
+
+
+def test_a_dataset_with_its_own_draws_has_the_noise_sample_too(params: Params) -> None:
+    of = params.model_copy(update={"noise": params.noise.model_copy(update={"sample": 1})}).noise_of("scenes-com")
+    own = params.datasets["scenes-com"].draws_per_level
+    assert own is not None and own != params.noise.draws_per_level
+    assert (of.draws_per_level, of.sample) == (own, 1)
+    assert not {draw.seed for draw in draws(of, 0)} & {draw.seed for draw in draws(params.noise_of("scenes-com"), 0)}
 
 
 def evidence(params: Params, prepared: Path, target: Path) -> dict[str, np.ndarray]:

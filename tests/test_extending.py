@@ -212,7 +212,7 @@ def test_additions_run_to_the_report(extended: None, params: Params, tmp_path: P
     taken = ablations.with_intervals(scored.examples, variants, mine.evaluate, mine.seed)
     ablations.write({NAME: taken}, target)
     answers = {NAME: claims.DatasetHits(scored.kind, scored.examples, hits, variants)}
-    claims.write(*claims.judge(mine, answers), target)
+    claims.write(*claims.judge(mine, answers), {}, target)
     write_studies({}, target)
     text = build(mine, data, data / "report").read_text()
     for word in (NAME, "contrast", "contrast-fast"):

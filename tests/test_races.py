@@ -307,7 +307,7 @@ def test_races_use_the_stored_evidence_of_the_same_draws(
     raced: Params, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No pass is computed that a method without a schedule has stored at the same draws."""
-    noise = NoiseParams(levels=raced.races.levels, draws_per_level=raced.races.draws_per_level)
+    noise = NoiseParams(levels=raced.races.levels, draws_per_level=raced.races.draws_per_level, sample=0)
     rows = {"kind": "staged", "to_keep": [2, 1], "n_samples": [2, 8], "shortlist": None, "budget": None}
     params = with_schedule(raced, staged=rows)
     methods = {

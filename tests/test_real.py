@@ -62,7 +62,7 @@ def test_all_stages_run_on_a_model_of_the_published_size(folder: Path, models: P
             "backbones": {"embedded": row(folder)},
             "images": small_.images.model_copy(update={"resolution": 512, "parity": 224}),
             "datasets": {"scenes-com": com},
-            "noise": NoiseParams(levels=(0.4,), draws_per_level=1),
+            "noise": NoiseParams(levels=(0.4,), draws_per_level=1, sample=0),
             "methods": {"dsd": method},
             "training": {"dsd": training},
             "runtime": small_.runtime.model_copy(update={"batch_size": 1}),

@@ -19,14 +19,13 @@ import pytest
 from PIL import Image
 
 from dsd.config import Params, StagedSchedule, StudyParams, load
-from dsd.data.examples import MatchingExample, write_examples
+from dsd.data.examples import MatchingExample, read_examples, write_examples
 from dsd.datasets.scenes_vqa import COUNTS
 from dsd.errors import DataError
 from dsd.evaluation import ablations, blind, claims
 from dsd.evaluation.evaluate import SCHEMA, Results, forced_hits, hits_of, intervals, ranked_hits, write_metrics
 from dsd.experiments.scaling import measure_scaling, read_scaling
 from dsd.experiments.study_results import write_studies
-from dsd.experiments.variants import Study
 from dsd.matcher import Heatmap
 from dsd.metrics import SLOTS, rank
 from dsd.report import build
@@ -38,6 +37,7 @@ from dsd.report.heatmaps import HeatMaps, overlay
 from dsd.report.inputs import Claim, DatasetResults, read_datasets
 from dsd.report.papers import second_paper
 from dsd.report.races import accuracy_plots, front
+from dsd.report.studies import sections
 from dsd.report.tables import duration, names, points
 from dsd.scenes.world import COLOURS, SHAPES
 from dsd.schedules.replay import compare_settings
@@ -75,6 +75,12 @@ STUDIES = {
         "datasets": NAMES,
         "methods": ("dsd",),
         "variants": {"1 %": {"dataset.few_shot": 0.01}, "10 %": {"dataset.few_shot": 0.1}},
+    },
+    "paper": {
+        "split": "test",
+        "datasets": NAMES[:1],
+        "methods": ("dsd",),
+        "variants": {"10 examples": {"dataset.few_shot": 0.01}},
     },
 }
 METRICS_OF = {"scenes-com": "macro", "scenes-ref": "top1", "scenes-vqa": "all"}
@@ -171,7 +177,10 @@ def write_results(params: Params, data: Path) -> None:
     write_metrics(metrics, data / "evaluate")
     blind.write(baselines, data / "evaluate")
     ablations.write(ablated, data / "evaluate")
-    claims.write(*claims.judge(params, answers), data / "evaluate")
+    judged = claims.judge(params, answers)
+    fewer = claims.judge(params, {"scenes-com": answers["scenes-com"]._replace(variants={})})
+    paper = {"10 examples": claims.AtPaper({"scenes-com": 10}, *fewer)} if fewer[0] else {}
+    claims.write(*judged, paper, data / "evaluate")
     write_studies(study_results(params, metrics), data / "evaluate")
     write_races(params, data)
 
@@ -193,27 +202,29 @@ def write_races(params: Params, data: Path) -> None:
 
 
 def study_results(params: Params, metrics: dict[str, Results]) -> dict[str, object]:
-    """Every variant of every study has the results of its method; the first variant has other params."""
-    results: dict[str, object] = {}
-    for name, row in params.studies.items():
-        results[name] = {
+    """Every variant of every study has the results of its methods; those of the first variant are not current.
+
+    params.yaml has the variant "two" of the search.
+    """
+    difference = {"value": 0.1, "low": 0, "high": 0.2, "p": 0.01}
+
+    def result(n: int, variant: str, dataset: str, method: str) -> dict[str, object]:
+        values = {
+            metric: v.as_dict() | {"difference": difference | {"n": v.n}}
+            for metric, v in metrics[dataset][method].items()
+        }
+        return {"current": n > 0, "unchanged": variant == "two", "few_shot": 10 * (n + 1), "metrics": values}
+
+    return {
+        name: {
             variant: {
-                dataset: {
-                    "params": "other" if n == 0 else Study(name, params).key(variant, dataset),
-                    "methods": {
-                        method: {
-                            metric: v.as_dict()
-                            | {"difference": {"value": 0.1, "low": 0, "high": 0.2, "p": 0.01, "n": v.n}}
-                            for metric, v in metrics[dataset][method].items()
-                        }
-                        for method in row.methods
-                    },
-                }
+                dataset: {method: result(n, variant, dataset, method) for method in row.methods}
                 for dataset in row.datasets
             }
             for n, variant in enumerate(row.variants)
         }
-    return results
+        for name, row in params.studies.items()
+    }
 
 
 class FakeHeatMaps:
@@ -483,12 +494,20 @@ def test_methods_that_fusion_does_not_outperform_are_listed_with_its_parts(param
 
 def test_claims_and_their_comparisons(page: str, data: Path) -> None:
     claims, rows = (json.loads((data / "evaluate" / f"{name}.json").read_text()) for name in ("claims", "comparisons"))
-    assert list(claims) == [str(number) for number in range(1, 11)]
+    paper, paper_rows = claims.pop("paper")["10 examples"], rows.pop("paper")["10 examples"]
+    assert list(claims) == [str(number) for number in range(1, 11)] and list(paper["claims"]) == ["1", "4", "10"]
     tables = Parsed(page).tables
     head, *rows_ = tables["Claims"]
-    assert head[2] == "verdict on drawn scenes,with this model"
+    assert head[2:4] == ["verdict on drawn scenes, with this model", "at the paper's10 examples"]
+    for row in rows_:
+        fewer = paper["claims"].get(row[0])
+        assert row[3] == "–" if fewer is None else row[3].startswith(f"{fewer['verdict']} {points(fewer['effect'])} [")
+    assert {row[-1] for row in rows_} == {"1 × 1"}
+    numbers = [row[0] for row in tables["Comparisons behind the claims"]]
+    assert numbers.count("4, 10 examples") == len(paper_rows["4"]) > 0
+    rows_ = [[*row[:3], *row[4:]] for row in rows_]
     assert [(row[0], row[1], row[2]) for row in rows_] == [(n, c["claim"], c["verdict"]) for n, c in claims.items()]
-    assert len(tables["Comparisons behind the claims"]) == 1 + sum(map(len, rows.values()))
+    assert len(numbers) == 1 + sum(map(len, [*rows.values(), *paper_rows.values()]))
     for row, (number, claim) in zip(rows_, claims.items(), strict=True):
         bound = rows[number][claim["binding"]]
         assert bound["value"] == claim["effect"] and row[3].startswith(f"{bound['dataset']}, {bound['metric']}: ")
@@ -499,11 +518,13 @@ def test_a_claim_that_fails_names_the_comparison_that_binds_with_its_margin_apar
     """The second comparison has the smallest difference and exceeds its margin; the first does not."""
     sides = {"dataset": "scenes-ref", "metric": "top1", "a": "denoising, x", "b": "denoising, y", "p": 0.4}
     rows = [{**sides, "value": -0.05, "least": -0.04}, {**sides, "value": -0.06, "least": -0.42}]
-    judgement = claims.Judgement("kept", 0, -0.05, -0.1, 0.0, -0.04, 0.8, "not shown")
+    judgement = claims.Judgement("kept", 0, -0.05, -0.1, 0.0, -0.04, 0.8, "not shown", 1, 1, 1)
     datasets = read_datasets(params, data, {})
-    [sentence] = reasons([Claim("11", judgement, rows)], datasets, "dsd", ["denoising"])
+    scope = "on drawn scenes, with this model"
+    [sentence] = reasons([Claim("11", judgement, rows)], datasets, "dsd", ["denoising"], scope)
     start = (
-        "Claim 11 (not shown) fails at scenes-ref, top1: denoising, x vs. denoising, y (−5.0 points, must exceed −4.0)"
+        "Claim 11 (not shown on drawn scenes, with this model) fails at scenes-ref, top1: "
+        "denoising, x vs. denoising, y (−5.0 points, must exceed −4.0)"
     )
     assert sentence.startswith(start)
 
@@ -609,8 +630,25 @@ def test_studies(page: str, data: Path) -> None:
         ["params.yaml", "clip-finetune"],
     ]
     assert "+10.0, p 0.010" in rows[1][2] and rows[0][2].endswith("]; reference")
-    assert rows[-2][0] == "mean ± standard deviation" and "± 0.0, 3 samples" in rows[-2][2]
-    assert len([value for _, name, value in parsed.attributes if name == "aria-label" and "few_shot" in value]) == 3
+    assert rows[-2][0] == "mean ± standard deviation" and "± 0.0, 3 results" in rows[-2][2]
+    own = {name: len(read_examples(data / "prepare" / name / "examples.parquet", "train")) for name in NAMES}
+    curves = [value for _, name, value in parsed.attributes if name == "aria-label" and "few-shot examples: " in value]
+    # Two of the shares, one of the study with a single variant, and params.yaml; on the first dataset alone.
+    shots = sorted({10, 20, own["scenes-com"]})
+    assert (
+        len(curves) == 3 and f"scenes-com, macro over {names([str(n) for n in shots])} few-shot examples" in curves[0]
+    )
+
+
+def test_a_variant_that_a_method_does_not_depend_on_has_no_row(params: Params, data: Path) -> None:
+    datasets = read_datasets(params, data, {})
+    stored = json.loads((data / "evaluate" / "studies.json").read_text())
+    for by_method in stored["samples"]["2"].values():
+        del by_method["clip-finetune"]
+    [study] = [part for part in sections(params, stored, datasets, dict.fromkeys(SKILL, 0)) if part.title == "samples"]
+    rows = [(row.head, row.cells[0].text) for row in study.table.rows if row.kind != "total"]
+    assert ("2", "dsd") in rows and ("2", "clip-finetune") not in rows
+    assert "2 results" in study.table.rows[-1].cells[1].interval
 
 
 def test_published_numbers_are_labelled(page: str, data: Path) -> None:

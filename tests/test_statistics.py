@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dsd import statistics
-from dsd.statistics import Difference, Interval, clustered_mean, cohens_h, difference_above, holm, paired_difference
+from dsd.statistics import (
+    Difference,
+    Interval,
+    clustered_mean,
+    cohens_h,
+    difference_above,
+    holm,
+    paired_difference,
+    replicated_difference,
+)
 
 OPTIONS: Any = {"confidence": 0.95, "seed": 7}
 
@@ -414,3 +423,65 @@ def test_losses_of_single_examples_use_the_binomial_test() -> None:
         assert tested.p == pytest.approx(stats.binomtest(losses, 200, 0.05).pvalue)
         gained = above(whole, whole - (np.arange(200) < losses), singletons(200), 0.05)
         assert gained.p == pytest.approx(tested.p)
+
+
+CLUSTERS = np.repeat(np.arange(40), 3).astype(str).tolist()
+GRID = [(sample, noise) for sample in range(3) for noise in range(2)]
+
+
+def replicated(rng: np.random.Generator, between: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Hits of two methods that are equal on average, in 3 × 2 replicates on 40 clusters of 3 examples.
+
+    The first method's accuracy has the standard deviation `between` over samples, and a third of it over noise sets.
+    """
+    of_clusters = rng.normal(0, 0.08, 40)[np.repeat(np.arange(40), 3)]
+    by_sample, by_noise = rng.normal(0, between, 3), rng.normal(0, between / 3, 2)
+    chances = [np.clip(0.5 + of_clusters + by_sample[s] + by_noise[k], 0, 1) for s, k in GRID]
+    return [rng.random(120) < chance for chance in chances], [rng.random(120) < 0.5] * len(GRID)
+
+
+@pytest.mark.parametrize("between", [0.0, 0.05, 0.15])
+def test_intervals_over_replicates_cover_what_they_state_and_p_is_uniform(between: float) -> None:
+    rng, runs = np.random.default_rng(4), 300
+    pairs = [replicated(rng, between) for _ in range(runs)]
+    results = [replicated_difference(a, b, GRID, CLUSTERS, least=0.0, resamples=200, **OPTIONS) for a, b in pairs]
+    assert 0.92 <= np.mean([one.low <= 0 <= one.high for one in results]) <= 0.99
+    p = np.array([one.p for one in results])
+    for level in (0.05, 0.2, 0.5):
+        assert 0.5 * level < (p < level).mean() < level + 2 * np.sqrt(level * (1 - level) / runs)
+    if between == 0.15:  # one replicate does not cover the choice of the sample
+        single = [paired_difference(a[0], b[0], CLUSTERS, resamples=200, **OPTIONS) for a, b in pairs[:100]]
+        assert np.mean([one.low <= 0 <= one.high for one in single]) < 0.7
+
+
+@pytest.mark.parametrize("least", [0.0, -0.04])
+def test_one_replicate_is_the_difference_itself(least: float) -> None:
+    a, b = replicated(np.random.default_rng(0), 0.1)
+    options: Any = dict(least=least, resamples=100, **OPTIONS)
+    expected = difference_above(a[0], b[0], CLUSTERS, **options)
+    assert replicated_difference(a[:1], b[:1], [(0, 0)], CLUSTERS, **options) == expected
+
+
+def test_replicates_give_the_mean_difference_and_a_p_value_without_a_floor() -> None:
+    a, b = replicated(np.random.default_rng(0), 0.0)
+    better = [hits | (np.arange(120) % 3 > 0) for hits in a]
+    results = [replicated_difference(better, b, GRID, CLUSTERS, least=0.0, resamples=n, **OPTIONS) for n in (50, 500)]
+    assert results[0].p == results[1].p < 1e-6
+    assert results[0].value == pytest.approx(np.mean(better) - np.mean(b))
+    clear = replicated_difference(better, b, GRID, CLUSTERS, least=0.2, resamples=50, **OPTIONS)
+    assert results[0].p < clear.p < 0.05 and clear.value == results[0].value
+    # Replicates that agree in every hit are one replicate.
+    same = replicated_difference([a[0]] * 6, [b[0]] * 6, GRID, CLUSTERS, least=0.0, resamples=200, **OPTIONS)
+    once = paired_difference(a[0], b[0], CLUSTERS, resamples=200, **OPTIONS)
+    assert same.value == pytest.approx(once.value) and same.p == pytest.approx(once.p, rel=0.3)
+
+
+def test_replicates_of_an_incomplete_grid() -> None:
+    a, b = replicated(np.random.default_rng(0), 0.1)
+    one = replicated_difference(
+        a[:4], b[:4], [(0, 0), (1, 0), (2, 0), (1, 1)], CLUSTERS, least=0.0, resamples=200, **OPTIONS
+    )
+    assert one.low < one.value < one.high and 0 < one.p <= 1
+    nothing = [np.zeros(120)] * 2
+    equal = replicated_difference(nothing, nothing, [(0, 0), (1, 0)], CLUSTERS, least=0.0, resamples=20, **OPTIONS)
+    assert equal.value == 0 and equal.p == 1 and equal.low < 0 < equal.high

@@ -76,10 +76,14 @@ class ImageParams(ParamsModel):
 
 
 class NoiseParams(ParamsModel):
-    """The draws that pairs are scored at: `draws_per_level` at each level."""
+    """The draws that pairs are scored at: `draws_per_level` at each level.
+
+    sample: number of the set of draws; no two sets have a draw in common.
+    """
 
     levels: Levels
     draws_per_level: Positive
+    sample: Annotated[int, Field(ge=0)]
 
 
 def _of_both(value: Any) -> Any:

@@ -32,9 +32,13 @@ class Draw(NamedTuple):
 
 
 def draws(noise: NoiseParams, seed: int) -> list[Draw]:
-    """Return `draws_per_level` draws for each level, each seeded by its level and number, not by its position."""
+    """Return `draws_per_level` draws for each level, each seeded by its level and number, not by its position.
+
+    The numbers of a sample follow those of the sample before it.
+    """
+    first = noise.sample * noise.draws_per_level
     return [
         Draw(level, (seed * 1_000_003 + level_number(level)) * 1_009 + number)
         for level in noise.levels
-        for number in range(noise.draws_per_level)
+        for number in range(first, first + noise.draws_per_level)
     ]

@@ -81,13 +81,16 @@ class RaceRunner:
     def __init__(self, session: Session, method: ScheduledMethod) -> None:
         params, row = session.params, method.model_dump(exclude={"levels", "schedule"})
         self.session, self.method = session, method
-        self.noise = NoiseParams(levels=params.races.levels, draws_per_level=params.races.draws_per_level)
+        per_level, sample = params.races.draws_per_level, params.noise.sample
+        self.noise = NoiseParams(levels=params.races.levels, draws_per_level=per_level, sample=sample)
         self.draws: list[Draw] = draws(self.noise, params.seed)
         self.source = digest(session.evidence_key(method.prompt), row)
         training = session.training_of(method.prompt)
         learning = params.training[training].model_dump() if training else None
-        sections = [params.datasets[session.name], params.images, params.evidence, params.prompt, self.noise]
-        content = [session.backbone.digest, row, learning, [section.model_dump() for section in sections], params.seed]
+        noise = self.noise.model_dump(exclude=None if sample else {"sample"})  # sample 0 adds nothing to a key
+        sections = [params.datasets[session.name], params.images, params.evidence, params.prompt]
+        dumped = [*(section.model_dump() for section in sections), noise]
+        content = [session.backbone.digest, row, learning, dumped, params.seed]
         key = versioned("races", digest(*content))
         self.key = versioned("prompts", key) if training else key
         proposers = [params.methods[p].model_dump() for p in params.races.racing.proposer if p in params.methods]

@@ -3,7 +3,8 @@
 A claim is a set of comparisons on the test split that must all be true: each difference must exceed a least value. The
 comparison that binds is the one with the least evidence for the claim. If p, corrected for the comparisons of the claim
 and the number of claims, is below 1 − confidence, the claim holds (the binding difference is above its least value) or
-is contradicted (below). Otherwise it is not shown.
+is contradicted (below). Otherwise it is not shown. Whole methods are compared over all few-shot samples and noise sets
+that they were measured with (`Replicate`), ablations and races with those of params.yaml alone.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from dsd.schedules.exhaustive import ALL_DRAWS
 from dsd.schedules.hierarchical import CLEAN, DIRECTIONS, READINGS, published_name
 from dsd.schedules.racing import racing_name
 from dsd.schedules.replay import AGREED, SPARED, label_of, matched_name
-from dsd.statistics import Difference, cohens_h, difference_above, holm
+from dsd.statistics import Difference, Groups, Resampling, cohens_h, holm, replicated_difference
 from dsd.store import write_json
 
+ByMetric = dict[str, Hits]
 Side = str | ChangedMethod  # a method, or a method with one key changed
 ClaimVerdict = Literal["holds", "not shown", "contradicted"]
 TASKS = {  # task → kinds of datasets
@@ -36,17 +38,30 @@ TASKS = {  # task → kinds of datasets
     "answering": ("scenes-vqa", "vqav2"),
     "classifying": ("scenes-cls", "cifar10", "stl10", "fgvc-aircraft"),
 }
+PAPER = "paper"  # the study with the paper's number of few-shot examples
 MARGIN = 0.04  # an accuracy lower by up to this much counts as kept or comparable
 ABOUT_HALF = 0.42  # of the evaluations: the smallest reduction in the second paper's Table 1, from 19 to 11 hours
 
 
+class Replicate(NamedTuple):
+    """The hits of methods with one few-shot sample and one noise set."""
+
+    sample: int
+    noise: int
+    methods: Mapping[str, dict[str, Hits]]
+
+
 class DatasetHits(NamedTuple):
-    """The test examples of a dataset, and the hits of each method and variant on them."""
+    """The test examples of a dataset, and the hits of each method and variant on them.
+
+    replicates: the same methods with other few-shot samples and noise sets, where they were measured.
+    """
 
     kind: str
     examples: list[MatchingExample]
     methods: dict[str, dict[str, Hits]]
     variants: dict[ChangedMethod, dict[str, Hits]]
+    replicates: Sequence[Replicate] = ()
 
     @property
     def metrics(self) -> list[str]:
@@ -55,6 +70,21 @@ class DatasetHits(NamedTuple):
     def of(self, side: Side) -> dict[str, Hits] | None:
         """Return the hits by metric, or None if the side was not evaluated."""
         return self.methods.get(side) if isinstance(side, str) else self.variants.get(side)
+
+    def measured(self, a: Side, b: Side, own: tuple[int, int]) -> dict[tuple[int, int], tuple[ByMetric, ByMetric]]:
+        """Return (few-shot sample, noise set) → hits of both sides, which were evaluated; `own` are those of `methods`.
+
+        A replicate in which neither side has other hits than in one before it is left out.
+        """
+        one, other = self.of(a), self.of(b)
+        assert one is not None and other is not None  # `judge` checks it
+        pairs = {own: (one, other)}
+        for sample, noise, methods in self.replicates:
+            if isinstance(a, str) and isinstance(b, str) and a in methods and b in methods:
+                pair = methods[a], methods[b]
+                if not any(pair[0] is x and pair[1] is y for x, y in pairs.values()):
+                    pairs.setdefault((sample, noise), pair)
+        return pairs
 
 
 class Condition(NamedTuple):
@@ -70,11 +100,12 @@ class Condition(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """A comparison with its paired difference and Cohen's h."""
+    """A comparison, its paired difference and Cohen's h: means over the replicates (few-shot sample, noise set)."""
 
     comparison: Condition
     difference: Difference
     h: float
+    replicates: Sequence[tuple[int, int]]
 
     @property
     def excess(self) -> float:
@@ -92,7 +123,9 @@ class Judgement:
     """The result for a claim; p has Holm's correction.
 
     binding: the index of the comparison that binds; effect, low, high and least are its difference, its interval and
-    the value that the difference must exceed.
+        the value that the difference must exceed.
+    samples, noise_sets, replicates: how many few-shot samples, noise sets and pairs of them each of the comparisons is
+        the mean of, at least.
     """
 
     claim: str
@@ -103,6 +136,9 @@ class Judgement:
     least: float
     p: float
     verdict: ClaimVerdict
+    samples: int
+    noise_sets: int
+    replicates: int
 
 
 Data = Mapping[str, DatasetHits]  # by dataset
@@ -201,24 +237,26 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Condition]]]
 
 def measure(comparison: Condition, data: Data, params: Params) -> Measured:
     """Return the paired difference of two methods on the same examples, or of two metrics on the same clusters."""
-    answers, settings = data[comparison.dataset], dict(params.evaluate.model_dump(), seed=params.seed)
+    answers, evaluate = data[comparison.dataset], params.evaluate
+    resampling = Resampling(resamples=evaluate.resamples, confidence=evaluate.confidence, seed=params.seed)
+    own = params.datasets[comparison.dataset].sample, params.noise.sample
+    measured = answers.measured(comparison.a, comparison.b, own)
     clusters = np.array([example.cluster for example in answers.examples])
-    one, other = answers.of(comparison.a), answers.of(comparison.b)
-    assert one is not None and other is not None  # `judge` checks it
-    hits_n, groups = one[comparison.metric]
+    metric, against = comparison.metric, comparison.against or comparison.metric
+    pairs = [(one[metric], other[against]) for one, other in measured.values()]
+    groups: Groups | None = pairs[0][0][1]
     if comparison.against is None:
-        other_n, _ = other[comparison.metric]
-        difference = difference_above(hits_n, other_n, clusters, groups, least=comparison.least, **settings)
-        shares = [float(np.mean([values_n[mask].mean() for mask in groups])) for values_n in (hits_n, other_n)]
+        a, b = ([hits_n for hits_n, _ in side] for side in zip(*pairs, strict=True))
+        shares = [float(np.mean([np.mean(side, axis=0)[mask].mean() for mask in groups or ()])) for side in (a, b)]
     else:
         # The two metrics count different examples of the same sentences: a pair is a sentence that has both.
-        metrics = ((hits_n, groups), other[comparison.against])
-        sides = [_by_cluster(values_n, clusters, np.any(masks, 0)) for values_n, masks in metrics]
-        shared = sorted(sides[0].keys() & sides[1].keys())
-        a_n, b_n = ([side[cluster] for cluster in shared] for side in sides)
-        difference = difference_above(a_n, b_n, shared, least=comparison.least, **settings)
-        shares = [float(np.mean(a_n)), float(np.mean(b_n))]
-    return Measured(comparison, difference, cohens_h(shares[0], shares[1]))
+        sides = [[_by_cluster(hits_n, clusters, np.any(masks, 0)) for hits_n, masks in pair] for pair in pairs]
+        shared = sorted(sides[0][0].keys() & sides[0][1].keys())
+        a, b = ([np.array([side[n][cluster] for cluster in shared]) for side in sides] for n in (0, 1))
+        clusters, groups = np.array(shared), None
+        shares = [float(np.mean(a)), float(np.mean(b))]
+    difference = replicated_difference(a, b, list(measured), clusters, groups, least=comparison.least, **resampling)
+    return Measured(comparison, difference, cohens_h(shares[0], shares[1]), list(measured))
 
 
 def _by_cluster(hits_n: np.ndarray, clusters: np.ndarray, mask_n: np.ndarray) -> dict[str, float]:
@@ -260,12 +298,38 @@ def judge(params: Params, data: Data) -> tuple[dict[int, Judgement], dict[int, l
         if p < 1 - params.evaluate.confidence:
             verdict = "holds" if bound.excess > 0 else "contradicted"
         effect = difference.value, difference.low, difference.high
-        judgements[number] = Judgement(claims[number][0], place, *effect, bound.comparison.least, p, verdict)
+        counts = [_counts(row.replicates) for row in rows]
+        least = bound.comparison.least
+        judgements[number] = Judgement(
+            claims[number][0], place, *effect, least, p, verdict, *map(min, zip(*counts, strict=True))
+        )
     return judgements, measured
 
 
-def write(judgements: Mapping[int, Judgement], measured: Mapping[int, Sequence[Measured]], target: Path) -> None:
-    """Write `claims.json` and `comparisons.json`: judgement and comparisons of each claim, by number."""
+def _counts(replicates: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
+    """Return the number of few-shot samples, of noise sets and of pairs of them."""
+    samples, noise_sets = (len(set(factor)) for factor in zip(*replicates, strict=True))
+    return samples, noise_sets, len(replicates)
+
+
+class AtPaper(NamedTuple):
+    """Judgements and comparisons at the paper's number of few-shot examples; few_shot: that number by dataset."""
+
+    few_shot: dict[str, int]
+    judgements: dict[int, Judgement]
+    measured: dict[int, list[Measured]]
+
+
+def write(
+    judgements: Mapping[int, Judgement],
+    measured: Mapping[int, Sequence[Measured]],
+    paper: Mapping[str, AtPaper],
+    target: Path,
+) -> None:
+    """Write `claims.json` and `comparisons.json`: judgement and comparisons of each claim, by number.
+
+    Those at the paper's number of examples are under the key "paper", by variant of the study.
+    """
 
     def named(side: Side) -> str:
         return side if isinstance(side, str) else f"{side.method}, {side.key} {side.value}"
@@ -274,8 +338,16 @@ def write(judgements: Mapping[int, Judgement], measured: Mapping[int, Sequence[M
         c = one.comparison
         b = named(c.b) if c.against is None else f"{named(c.b)}, {c.against}"
         sides = dict(dataset=c.dataset, metric=c.metric, a=named(c.a), b=b, least=c.least)
-        return {**sides, **one.difference.as_dict(), "cohens_h": one.h}
+        counts = dict(zip(("samples", "noise_sets", "replicates"), _counts(one.replicates), strict=True))
+        return {**sides, **one.difference.as_dict(), "cohens_h": one.h, **counts}
 
-    rows = {number: [row(comparison) for comparison in comparisons] for number, comparisons in measured.items()}
-    write_json(target / "claims.json", judgements)
-    write_json(target / "comparisons.json", rows)
+    def rows(measured: Mapping[int, Sequence[Measured]]) -> dict[Any, Any]:
+        return {number: [row(comparison) for comparison in comparisons] for number, comparisons in measured.items()}
+
+    claims: dict[Any, Any] = dict(judgements)
+    comparisons = rows(measured)
+    if paper:
+        claims[PAPER] = {v: {"few_shot": at.few_shot, "claims": at.judgements} for v, at in paper.items()}
+        comparisons[PAPER] = {variant: rows(at.measured) for variant, at in paper.items()}
+    write_json(target / "claims.json", claims)
+    write_json(target / "comparisons.json", comparisons)

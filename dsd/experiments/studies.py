@@ -6,6 +6,8 @@ A piece is one variant on one dataset.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,77 +18,88 @@ from dsd.engine.cache import encode
 from dsd.engine.score import score
 from dsd.engine.session import Folders, Session
 from dsd.evaluation.evaluate import ScoredSplit, hits_of, intervals, ranked
-from dsd.experiments.study_results import piece_results, read_study
+from dsd.experiments.study_results import method_results, read_study
 from dsd.experiments.variants import Study
-from dsd.models.checkpoint import locate
+from dsd.models.checkpoint import identify
 from dsd.store import check_libraries, digest, libraries, write_json
 from dsd.training.loop import train, trainings
 
 
-def evaluate_variant(name: str, split: str, params: Params, data: Path, folder: Path) -> dict[str, Any]:
+def evaluate_variant(
+    name: str, split: str, params: Params, methods: Sequence[str], data: Path, folder: Path, trained: Path
+) -> dict[str, Any]:
     """Download, prepare, encode, train, score and evaluate dataset `name` under the params of a variant; resumable.
 
     Args:
-        data: the folder that variants of the same data share.
+        methods: those to return the results of.
+        data: the folder that variants of the same data share, with what was trained on it last.
         folder: the variant's own.
+        trained: the dataset's folder of the stage `train`; what it has of the same key is not trained again.
+
+    Returns: method → `method_results`.
     """
     row = params.datasets[name]
-    raw, prepared, cached = (data / part for part in ("download", "prepare", "cache"))
-    trained, scored = folder / "train", folder / "score"
+    raw, prepared, cached, own = (data / part for part in ("download", "prepare", "cache", "train"))
     if not (prepared / "summary.json").exists():
         benchmark(row.kind).download(row, seed=params.seed, folder=raw, workers=params.runtime.workers)
         prepare(name, row, raw, prepared, images=params.images, seed=params.seed, workers=params.runtime.workers)
         shutil.rmtree(raw)
-    session = Session(name, params, Folders(prepared, cached, trained))
+    if trained.exists() and not own.exists():
+        shutil.copytree(trained, own)
+    session = Session(name, params, Folders(prepared, cached, own))
     encode(session)
     for training in trainings(params):
         list(train(session, training))
+    scored = folder / "score"
     score(session, scored, split=split)
     evaluated = ScoredSplit.of(name, params, prepared, scored, split)
-    ranks = {method: ranked(evaluated.examples, evaluated.tables(method)) for method in params.methods}
-    hits = {method: hits_of(row.kind, evaluated.examples, ranks_n) for method, ranks_n in ranks.items()}
-    metrics = {
-        m: intervals(evaluated.examples, by_metric, params.evaluate, params.seed) for m, by_metric in hits.items()
-    }
-    return piece_results(evaluated.examples, metrics, {method: ranks_n.tolist() for method, ranks_n in ranks.items()})
+    results = {}
+    for method in methods:
+        ranks = ranked(evaluated.examples, evaluated.tables(method))
+        hits = hits_of(row.kind, evaluated.examples, ranks)
+        metrics = intervals(evaluated.examples, hits, params.evaluate, params.seed)
+        results[method] = method_results(evaluated.examples, len(session.examples("train")), metrics, ranks.tolist())
+    return results
 
 
-def piece_keys(study: Study, variant: str, dataset: str) -> dict[str, str]:
-    """Return digests of all inputs of a piece's ranks."""
-    params = study.variant(variant, dataset)
-    backbones = {params.backbone_of(method) for method in params.methods}
-    models = sorted(locate(params.backbones[backbone])[1] for backbone in backbones)
-    return {"params": study.key(variant, dataset), "models": digest(models)}
+def missing_pieces(study: Study, target: Path) -> dict[tuple[str, str], list[str]]:
+    """Return, by (variant, dataset), the methods that were not run yet, or were run under other params or models."""
+    file, known = target / f"{study.name}.json", cache(identify)
+    results = read_study(file)
 
-
-def missing_pieces(study: Study, target: Path) -> list[tuple[str, str]]:
-    """The (variant, dataset) that were not run yet, or were run under other params or models."""
-    results = read_study(target / f"{study.name}.json")
-
-    def done(variant: str, dataset: str) -> bool:
-        piece, keys = results.get(variant, {}).get(dataset), piece_keys(study, variant, dataset)
-        if piece is None or any(piece[part] != value for part, value in keys.items()):
+    def done(stored: dict[str, Any] | None, key: str) -> bool:
+        if stored is None or stored["key"] != key:
             return False
-        check_libraries(target / f"{study.name}.json", piece.get("libraries", {}), "remove it, then `make studies`")
+        check_libraries(file, stored["libraries"], "remove it, then `make studies`")
         return True
 
-    pieces = [(variant, dataset) for variant in study.row.variants for dataset in study.row.datasets]
-    return [piece for piece in pieces if not done(*piece)]
+    pieces = dict[tuple[str, str], list[str]]()
+    for dataset in study.row.datasets:
+        for variant, keys in study.pieces(dataset, known).items():
+            stored = results.get(variant, {}).get(dataset, {})
+            if methods := [method for method, key in keys.items() if not done(stored.get(method), key)]:
+                pieces[variant, dataset] = methods
+    return pieces
 
 
-def run_piece(study: Study, variant: str, dataset: str, target: Path, work: Path) -> None:
-    """Run one piece of a study and add it to `<study>.json`: variant → dataset → `piece_keys` and `piece_results`.
+def run_piece(
+    study: Study, variant: str, dataset: str, methods: Sequence[str], target: Path, work: Path, trained: Path
+) -> None:
+    """Run methods of a piece and add them to `<study>.json`: variant → dataset → method → key and `method_results`.
 
     Args:
-        work: the study's folder; the piece's own folder in it is removed, shared data stays.
+        work: the study's folder; the piece's own folder in it is removed, shared data and trainings stay.
+        trained: the folder of the stage `train`.
     """
     row, file = study.row, target / f"{study.name}.json"
-    params, keys = study.variant(variant, dataset), piece_keys(study, variant, dataset)
+    params, keys = study.variant(variant, dataset, methods), study.keys(dataset, cache(identify))[variant]
     data = work / digest(params.datasets, params.images, params.seed)[:16]
-    folder = work / digest(keys)[:16]
-    piece = evaluate_variant(dataset, row.split, params, data, folder)
+    folder = work / digest([keys[method] for method in methods])[:16]
+    piece = evaluate_variant(dataset, row.split, params, methods, data, folder, trained / dataset)
     results = read_study(file)
-    results.setdefault(variant, {})[dataset] = {**keys, "libraries": libraries(), **piece}
+    stored = results.setdefault(variant, {}).setdefault(dataset, {})
+    stored |= {m: {"key": keys[m], "libraries": libraries(), **piece[m]} for m in methods}
+    results[variant][dataset] = {method: stored[method] for method in row.methods if method in stored}
     ordered = {v: {d: results[v][d] for d in row.datasets if d in results[v]} for v in row.variants if v in results}
     write_json(file, ordered)
     shutil.rmtree(folder)

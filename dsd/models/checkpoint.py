@@ -114,6 +114,11 @@ def variant_of(names: Iterable[str]) -> str | None:
     return next(variant for variant, pattern in VARIANTS.items() if any(fnmatch(name, pattern) for name in files))
 
 
+def identify(row: BackboneParams) -> str:
+    """Return the digest of a checkpoint, see `locate`."""
+    return locate(row)[1]
+
+
 def locate(row: BackboneParams) -> tuple[Path, str]:
     """Return the checkpoint's folder (see `folder_of`) and its digest, which must equal the row's digest if it has one.
 

@@ -178,9 +178,9 @@ def ablations(dataset: DatasetResults, methods: Sequence[str], series: Series) -
 
 
 def sweep(
-    dataset: DatasetResults, study: str, key: str, lines: Mapping[str, Sequence[tuple[float, Interval]]], series: Series
+    dataset: DatasetResults, study: str, lines: Mapping[str, Sequence[tuple[float, Interval]]], series: Series
 ) -> Plot:
-    """The headline metric over the values of a numeric key, one line per method; dashed: chance."""
+    """The headline metric over the number of few-shot examples, one line per method; dashed: chance."""
     figure, (ax,) = _axes(2.9)
     for number, (method, places) in enumerate(lines.items()):
         spread = 1 + 0.02 * (number - (len(lines) - 1) / 2)
@@ -190,11 +190,12 @@ def sweep(
     ax.set_xscale("log")
     ax.minorticks_off()
     ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    ax.set(xlabel=key.removeprefix("dataset."), ylabel=f"{dataset.headline}, %")
+    ax.set(xlabel="few-shot examples", ylabel=f"{dataset.headline}, %")
     ax.grid(axis="y")
     ends = names([f"{m} {100 * p[0][1].value:.1f} to {100 * p[-1][1].value:.1f} %" for m, p in lines.items() if p])
-    alt = f"{dataset.name}, {dataset.headline} over {key}: {ends}."
-    return Plot(to_svg(figure, f"study-{slug(study)}-{slug(dataset.name)}", alt), dataset.name)
+    shots = f"{names([f'{x:g}' for x in ticks])} few-shot examples"
+    alt = f"{dataset.name}, {dataset.headline} over {shots}: {ends}."
+    return Plot(to_svg(figure, f"study-{slug(study)}-{slug(dataset.name)}", alt), f"{dataset.name}: {shots}")
 
 
 def paper_figure(name: str, title: str, lines: Mapping[str, Mapping[str, Interval]]) -> Plot:

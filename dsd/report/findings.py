@@ -179,9 +179,12 @@ def unbeaten(method: str, parts: Sequence[str], compared: ByOpponent, datasets: 
 
 
 def reasons(
-    claims: Sequence[Claim], datasets: Sequence[DatasetResults], tested: str, denoisers: Sequence[str]
+    claims: Sequence[Claim], datasets: Sequence[DatasetResults], tested: str, denoisers: Sequence[str], scope: str
 ) -> list[str]:
-    """For each claim that does not hold: the comparison that binds, and related values on its dataset."""
+    """For each claim that does not hold: the comparison that binds, and related values on its dataset.
+
+    scope: as in `tables.claims`.
+    """
     sentences = []
     for number, claim, comparisons in claims:
         if claim.verdict == "holds":
@@ -189,7 +192,8 @@ def reasons(
         row = comparisons[claim.binding]
         dataset = next(d for d in datasets if d.name == row["dataset"])
         must = f", must exceed {points(claim.least)}" if claim.least else ""
-        binds = f"Claim {number} ({claim.verdict}) fails at {compared(row)} ({points(claim.effect)} points{must})"
+        verdict = f"Claim {number} ({claim.verdict} {scope})"
+        binds = f"{verdict} fails at {compared(row)} ({points(claim.effect)} points{must})"
         key = CLAIM_KEYS.get(number)
         if key is not None and tested in dataset.ablations:
             values = {text: result[dataset.headline] for text, result in dataset.ablations[tested][key].items()}

@@ -25,7 +25,7 @@ from dsd.errors import DataError, unknown
 from dsd.evaluation.ablations import Ablations
 from dsd.evaluation.blind import FILE as BLIND
 from dsd.evaluation.blind import Blind
-from dsd.evaluation.claims import Judgement
+from dsd.evaluation.claims import PAPER, Judgement
 from dsd.evaluation.evaluate import forced_hits, hits_of, random_hits, ranked_hits
 from dsd.metrics import FORCED, HEADLINES, Hits
 from dsd.schedules.replay import current_comparisons
@@ -42,6 +42,11 @@ class Claim(NamedTuple):
     number: str
     judgement: Judgement
     comparisons: list[dict[str, Any]]  # rows of comparisons.json
+
+
+class ClaimsAtPaper(NamedTuple):
+    few_shot: dict[str, int]  # dataset → few-shot examples
+    claims: list[Claim]
 
 
 @dataclass(frozen=True)
@@ -173,12 +178,19 @@ def read_datasets(params: Params, data: Path, timings: Timings) -> list[DatasetR
     return datasets
 
 
-def read_claims(data: Path) -> list[Claim]:
-    """The judged claims and their comparisons, by number."""
+def read_claims(data: Path) -> tuple[list[Claim], list[ClaimsAtPaper]]:
+    """The judged claims and their comparisons, by number; and those at the paper's number of few-shot examples."""
     folder = data / "evaluate"
     claims, rows = (read_json(folder / f"{name}.json", "evaluate") for name in ("claims", "comparisons"))
-    with reading(folder / "claims.json", "evaluate", "judged claims"):
+
+    def judged(claims: Mapping[str, Any], rows: Mapping[str, Any]) -> list[Claim]:
         return [Claim(number, Judgement(**claim), rows[number]) for number, claim in claims.items()]
+
+    with reading(folder / "claims.json", "evaluate", "judged claims"):
+        paper, paper_rows = claims.pop(PAPER, {}), rows.pop(PAPER, {})
+        return judged(claims, rows), [
+            ClaimsAtPaper(at["few_shot"], judged(at["claims"], paper_rows[variant])) for variant, at in paper.items()
+        ]
 
 
 def read_races(datasets: Iterable[str], data: Path) -> dict[str, dict[str, Any]]:

@@ -39,10 +39,10 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
     denoisers = [name for name, row in params.methods.items() if row.scorer == "denoising"]
     untrained = [name for name, row in params.methods.items() if not row.contrastive and row.zero_shot]
     clips = {row.tuned: name for name, row in reversed(params.contrastive.items())}
-    claims, replays = inputs.read_claims(data), inputs.read_races(params.races.datasets, data)
+    (claims, at_paper), replays = inputs.read_claims(data), inputs.read_races(params.races.datasets, data)
     stored_studies = inputs.read_json(data / "evaluate" / "studies.json", "evaluate")
     drawn = all(row.generated for row in params.datasets.values())
-    scope = "on drawn scenes" if drawn else f"on {tables.names(list(params.datasets))}"
+    scope = f"on {'drawn scenes' if drawn else tables.names(list(params.datasets))}, with this model"
     tested = [d for d in datasets if method in d.results]
     series = {name: number for number, name in enumerate(params.methods)}
     contributions = findings.images(datasets)
@@ -64,8 +64,8 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         calibrated=tables.calibrated(datasets),
         blind_reasons=findings.blind_reasons(datasets),
         legend=[(name, figures.SYMBOLS[n % 8], n % 8) for name, n in series.items() if name in evaluated],
-        claims=[tables.claims(claims, scope), tables.claim_comparisons(claims)] if claims else [],
-        reasons=findings.reasons(claims, datasets, method, denoisers),
+        claims=[tables.claims(claims, scope, at_paper), tables.claim_comparisons(claims, at_paper)] if claims else [],
+        reasons=findings.reasons(claims, datasets, method, denoisers, scope),
         first_paper=list(
             papers.first_paper((clips.get("projections"), clips.get("context"), params.prompted), datasets)
         ),

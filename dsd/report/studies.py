@@ -1,4 +1,4 @@
-"""Results of the studies: a table each, and a plot where a study varies one number of the datasets."""
+"""Results of the studies: a table each, and the curve over the number of few-shot examples."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from dsd.config import DatasetParams, Params, StudyParams
-from dsd.experiments.variants import Study
+from dsd.config import Params, StudyParams
+from dsd.experiments.variants import FEW_SHOT, REPLICATED
 from dsd.report.figures import Plot, Series, sweep
 from dsd.report.html import Section
 from dsd.report.inputs import DatasetResults
 from dsd.report.tables import NONE, REFERENCE, Cell, Row, Table, interval, p_value, percent, points
 from dsd.statistics import Interval
 
-SAMPLE = "dataset.sample"  # its values are names of samples, not amounts
 BASELINE = "params.yaml"  # the variant without changes: the results of the report itself
 
 
@@ -24,31 +23,34 @@ def sections(
 ) -> Iterator[Section]:
     """Every study with results, in the order of params.yaml."""
     by_name = {dataset.name: dataset for dataset in datasets}
-    for name, row in params.studies.items():
-        if results := studies.get(name):
-            variants = Study(name, params)
-            stale = {
-                variant
-                for variant, by_dataset in results.items()
-                if any(r["params"] != variants.key(variant, d) for d, r in by_dataset.items())
-            }
-            current = next((variant for variant in results if variants.in_force(variant)), None)
-            study = _Study(name, row, results, [by_name[dataset] for dataset in row.datasets], stale, current)
-            yield Section(name, study.note(), study.table(), study.plots(params.datasets, series))
+    stored = [
+        _Study(name, row, studies[name], [by_name[dataset] for dataset in row.datasets])
+        for name, row in params.studies.items()
+        if studies.get(name)
+    ]
+    for study in stored:
+        yield Section(study.name, study.note(), study.table(), study.plots(stored, series))
 
 
 @dataclass(frozen=True)
 class _Study:
     name: str
     row: StudyParams
-    results: Mapping[str, Any]  # variant → dataset → params, methods
+    results: Mapping[str, Any]  # variant → dataset → method → current, unchanged, few_shot, metrics
     datasets: Sequence[DatasetResults]
-    stale: set[str]  # variants that were measured with other params
-    current: str | None  # the variant whose values params.yaml has
 
     @property
     def baseline(self) -> list[str]:
         return [BASELINE] if self.row.split == "test" else []
+
+    def marked(self, variant: str, method: str, mark: str) -> list[bool]:
+        """`current` or `unchanged` of the stored results of a method under a variant, by dataset."""
+        by_dataset = self.results.get(variant, {}).values()
+        return [bool(by_method[method][mark]) for by_method in by_dataset if method in by_method]
+
+    def in_force(self, variant: str) -> bool:
+        """Whether params.yaml has the values of a variant, for every method and dataset."""
+        return all(all(self.marked(variant, method, "unchanged")) for method in self.row.methods)
 
     def value(self, variant: str, dataset: DatasetResults, method: str) -> Interval | None:
         """The headline metric of a variant, None if it was not measured."""
@@ -58,8 +60,8 @@ class _Study:
         return Interval(v["value"], v["low"], v["high"], v["n"]) if v else None
 
     def _metric(self, variant: str, dataset: DatasetResults, method: str) -> dict[str, Any] | None:
-        result = self.results.get(variant, {}).get(dataset.name)
-        return result and result["methods"][method][dataset.headline]
+        result = self.results.get(variant, {}).get(dataset.name, {}).get(method)
+        return result and result["metrics"][dataset.headline]
 
     def mean(self, variant: str, method: str) -> float | None:
         """The mean over the datasets, None if one was not measured."""
@@ -77,10 +79,12 @@ class _Study:
         for method in self.row.methods:
             best = self.best(method) if self.row.split == "validation" else None
             for variant in variants:
+                if not any(self.value(variant, dataset, method) for dataset in self.datasets):
+                    continue  # not run, or the variant does not concern the method
                 cells = [self._cell(variant, dataset, method) for dataset in self.datasets]
                 total = self.mean(variant, method)
                 last = Cell(NONE if total is None else percent(total), mark="best" if variant == best else "")
-                head = variant + (" (other params)" if variant in self.stale else "")
+                head = variant + ("" if all(self.marked(variant, method, "current")) else " (other params)")
                 rows.append(Row(head, [Cell(method), *cells, last]))
         heads = [f"{d.name}\n{d.headline}, n = {self._n(d)}" for d in self.datasets]
         caption = f"{self.name}: {self.row.split} split"
@@ -96,56 +100,59 @@ class _Study:
             return Cell(NONE)
         difference = (self._metric(variant, dataset, method) or {}).get("difference")
         text = f"; {points(difference['value'])}, p {p_value(difference['p'])}" if difference else ""
-        if self.baseline and variant in (BASELINE, self.current):
+        if self.baseline and (variant == BASELINE or all(self.marked(variant, method, "unchanged"))):
             text = f"; {REFERENCE}"
         return Cell(percent(value.value), interval(value) + text)
 
     def _spread(self) -> list[Row]:
-        """Mean and standard deviation over samples."""
-        if not self.baseline or not self.amounts(SAMPLE):
+        """Mean and standard deviation over few-shot samples and noise sets."""
+        if not self.baseline or not all(set(change) <= REPLICATED for change in self.row.variants.values()):
             return []
         rows = []
         for method in self.row.methods:
             cells = []
             for dataset in self.datasets:
-                samples = (self.value(variant, dataset, method) for variant in (BASELINE, *self.results))
-                values = [v.value for v in samples if v]
-                spread = f"± {percent(stdev(values))}, {len(values)} samples" if len(values) > 1 else ""
+                results = (self.value(variant, dataset, method) for variant in (BASELINE, *self.results))
+                values = [v.value for v in results if v]
+                spread = f"± {percent(stdev(values))}, {len(values)} results" if len(values) > 1 else ""
                 cells.append(Cell(percent(mean(values)) if values else NONE, spread))
             rows.append(Row("mean ± standard deviation", [Cell(method), *cells, Cell("")], "total"))
         return rows
 
-    def amounts(self, key: str) -> dict[str, float]:
-        """The number that each variant sets the key to; empty unless all change this key alone."""
-        changes = self.row.variants
-        if not all(set(change) == {key} and isinstance(change[key], int | float) for change in changes.values()):
-            return {}
-        return {variant: float(change[key] or 0) for variant, change in changes.items()}
-
     def note(self) -> str:
         if self.baseline:
             return "In each cell: the interval, and the paired difference from the same method with params.yaml."
-        current = f"params.yaml has “{self.current}”" if self.current else "params.yaml has none of them"
+        in_force = next(filter(self.in_force, self.results), None)
+        current = f"params.yaml has “{in_force}”" if in_force else "params.yaml has none of them"
         sentences = []
         for method in self.row.methods:
             measured = sum(self.mean(variant, method) is not None for variant in self.results)
             sentences.append(f"{method}: of {measured} variants, “{self.best(method)}” has the best mean; {current}.")
         return " ".join(sentences)
 
-    def plots(self, rows: Mapping[str, DatasetParams], series: Series) -> list[Plot]:
-        key = next(iter(next(iter(self.row.variants.values()))), SAMPLE)
-        amounts = {} if key == SAMPLE else self.amounts(key)
-        if not amounts or not self.baseline:
+    def shots(self, dataset: DatasetResults, method: str) -> list[tuple[float, Interval]]:
+        """(few-shot examples, headline metric) of each variant that was measured on a dataset."""
+        return [
+            (self.results[variant][dataset.name][method]["few_shot"], value)
+            for variant in self.results
+            if (value := self.value(variant, dataset, method)) is not None
+        ]
+
+    @property
+    def varies_shots(self) -> bool:
+        return bool(self.baseline) and all(set(change) == {FEW_SHOT} for change in self.row.variants.values())
+
+    def plots(self, studies: Sequence[_Study], series: Series) -> list[Plot]:
+        """The curve over few-shot examples on each dataset, with the results of all studies that vary their number."""
+        if not self.varies_shots or len(self.row.variants) == 1:
             return []
         plots = []
         for dataset in self.datasets:
-            current = getattr(rows[dataset.name], key.removeprefix("dataset."), None)
-            if current is None:
-                continue
-            places = sorted([*amounts.items(), (BASELINE, float(current))], key=lambda place: place[1])
-            lines = {
-                method: [(x, v) for variant, x in places if (v := self.value(variant, dataset, method)) is not None]
-                for method in self.row.methods
-            }
-            plots.append(sweep(dataset, self.name, key, lines, series))
+            lines = {}
+            for method in self.row.methods:
+                places = [p for study in studies if study.varies_shots for p in study.shots(dataset, method)]
+                if own := self.value(BASELINE, dataset, method):
+                    places.append((dataset.counts["train"], own))
+                lines[method] = sorted(places, key=lambda place: place[0])
+            plots.append(sweep(dataset, self.name, lines, series))
         return plots

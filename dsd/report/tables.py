@@ -8,7 +8,7 @@ from typing import Any
 
 from dsd.config import MethodParams, Params
 from dsd.datasets import benchmark
-from dsd.report.inputs import Claim, DatasetResults
+from dsd.report.inputs import Claim, ClaimsAtPaper, DatasetResults
 from dsd.statistics import Interval
 
 NONE = "–"
@@ -151,10 +151,31 @@ POINTS = "a − b\npercentage points"
 VERDICT_MARKS = {"holds": "higher", "contradicted": "lower", "not shown": "no"}
 
 
-def claims(judged: Sequence[Claim], scope: str) -> Table:
-    """The verdict on each claim of the papers, and the comparison that binds.
+def replicates(counts: Mapping[str, int]) -> str:
+    """How many few-shot samples and noise sets a row of claims.json or comparisons.json is the mean of: "3 × 2"."""
+    samples, noise_sets, measured = (counts[key] for key in ("samples", "noise_sets", "replicates"))
+    grid = f"{samples} × {noise_sets}"
+    return grid if measured == samples * noise_sets else f"{measured} of {grid}"
 
-    scope: what the verdicts are about, such as "on drawn scenes".
+
+def at_paper(number: str, paper: ClaimsAtPaper) -> Cell:
+    """The verdict on a claim at the paper's number of few-shot examples, with the difference that binds."""
+    claim = next((one.judgement for one in paper.claims if one.number == number), None)
+    if claim is None:
+        return Cell(NONE)
+    difference = f"{points(claim.effect)} {bounds(claim.low, claim.high)}, p {p_value(claim.p)}"
+    return Cell(claim.verdict, difference, VERDICT_MARKS[claim.verdict])
+
+
+def shots(paper: ClaimsAtPaper) -> str:
+    """Such as "270 examples"."""
+    return f"{names([count(number) for number in dict.fromkeys(paper.few_shot.values())])} examples"
+
+
+def claims(judged: Sequence[Claim], scope: str, papers: Sequence[ClaimsAtPaper]) -> Table:
+    """The verdict on each claim of the papers, and the comparison that binds; beside it that of `papers`.
+
+    scope: what the verdicts are about, such as "on drawn scenes, with this model".
     """
     rows = [
         Row(
@@ -162,11 +183,13 @@ def claims(judged: Sequence[Claim], scope: str) -> Table:
             [
                 Cell(claim.claim),
                 Cell(claim.verdict, mark=VERDICT_MARKS[claim.verdict]),
+                *(at_paper(number, paper) for paper in papers),
                 Cell(compared(comparisons[claim.binding])),
                 points_cell(claim.effect, claim.low, claim.high),
                 Cell(points(claim.least)),
                 Cell(p_value(claim.p)),
                 Cell(count(len(comparisons))),
+                Cell(replicates(vars(claim))),
             ],
         )
         for number, claim, comparisons in judged
@@ -174,12 +197,14 @@ def claims(judged: Sequence[Claim], scope: str) -> Table:
     head = [
         "claim",
         "",
-        f"verdict {scope},\nwith this model",
+        f"verdict {scope}",
+        *(f"at the paper's\n{shots(paper)}" for paper in papers),
         "binding comparison",
         POINTS,
         "must\nexceed",
         "p\ncorrected",
         "comparisons",
+        "few-shot samples\n× noise sets",
     ]
     return Table("Claims", head, rows)
 
@@ -189,8 +214,10 @@ def compared(row: Mapping[str, Any]) -> str:
     return f"{row['dataset']}, {row['metric']}: {row['a']} vs. {row['b']}"
 
 
-def claim_comparisons(judged: Sequence[Claim]) -> Table:
+def claim_comparisons(judged: Sequence[Claim], papers: Sequence[ClaimsAtPaper]) -> Table:
     """Every comparison that the verdicts are derived from."""
+    claims = [(claim.number, claim) for claim in judged]
+    claims += [(f"{claim.number}, {shots(paper)}", claim) for paper in papers for claim in paper.claims]
     rows = [
         Row(
             number,
@@ -201,12 +228,14 @@ def claim_comparisons(judged: Sequence[Claim]) -> Table:
                 Cell(p_value(row["p"])),
                 Cell(f"{row['cohens_h']:+.2f}".replace("-", "−")),
                 Cell(count(row["n"])),
+                Cell(replicates(row)),
             ],
         )
-        for number, _, comparisons in judged
-        for row in comparisons
+        for number, claim in claims
+        for row in claim.comparisons
     ]
-    head = ["claim", "dataset", "metric", "a", "b", POINTS, "must\nexceed", "p", "Cohen’s h", "n"]
+    grid = "samples\n× noise sets"
+    head = ["claim", "dataset", "metric", "a", "b", POINTS, "must\nexceed", "p", "Cohen’s h", "n", grid]
     return Table("Comparisons behind the claims", head, rows)
 
 

@@ -9,11 +9,21 @@ from flows.stages.common import Details, each, main, stage
 
 @stage
 def evaluate(params: Params) -> dict[str, Details]:
+    from functools import cache
+
     from dsd.datasets import benchmark
     from dsd.evaluation import ablations, blind, calibration, claims
     from dsd.evaluation import evaluate as evaluation
-    from dsd.experiments.study_results import compare_variants, write_studies
+    from dsd.experiments.study_results import (
+        compare_variants,
+        judge_at_paper,
+        read_study,
+        with_replicates,
+        write_studies,
+    )
+    from dsd.experiments.variants import Study
     from dsd.metrics import HEADLINES, unforced
+    from dsd.models.checkpoint import identify
     from dsd.schedules.replay import read_hits
     from dsd.scorers.evidence import read_identities
     from dsd.store import libraries, write_json
@@ -24,6 +34,7 @@ def evaluate(params: Params) -> dict[str, Details]:
     ablated: dict[str, ablations.Ablations] = {}
     data: dict[str, claims.DatasetHits] = {}
     baselines: dict[str, blind.Blind] = {}
+    known = cache(identify)
 
     def dataset(name: str) -> Details:
         scored = evaluation.ScoredSplit.of(name, params, DATA / "prepare" / name, DATA / "score" / name)
@@ -46,12 +57,11 @@ def evaluate(params: Params) -> dict[str, Details]:
     write_json(target / "code.json", {"versions": VERSIONS, "libraries": libraries()}, indent=2)
     blind.write(baselines, target)
     ablations.write(ablated, target)
-    claims.write(*claims.judge(params, data), target)
-    studies = {
-        name: compare_variants(DATA / "studies" / f"{name}.json", row, data, params.evaluate, params.seed)
-        for name, row in params.studies.items()
-    }
-    write_studies(studies, target)
+    stored = {name: read_study(DATA / "studies" / f"{name}.json") for name in params.studies}
+    judged = claims.judge(params, with_replicates(params, data, stored, known))
+    claims.write(*judged, judge_at_paper(params, data, stored, known), target)
+    compared = {name: compare_variants(Study(name, params), stored[name], data, known) for name in params.studies}
+    write_studies(compared, target)
     return details
 
 
