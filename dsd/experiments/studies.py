@@ -26,20 +26,19 @@ from dsd.training.loop import train, trainings
 
 
 def evaluate_variant(
-    name: str, split: str, params: Params, methods: Sequence[str], data: Path, folder: Path, trained: Path
+    name: str, split: str, params: Params, methods: Sequence[str], data: Path, trained: Path
 ) -> dict[str, Any]:
     """Download, prepare, encode, train, score and evaluate dataset `name` under the params of a variant; resumable.
 
     Args:
         methods: those to return the results of.
-        data: the folder that variants of the same data share, with what was trained on it last.
-        folder: the variant's own.
+        data: the folder that variants of the same data share, with what was trained and scored on it last.
         trained: the dataset's folder of the stage `train`; what it has of the same key is not trained again.
 
     Returns: method → `method_results`.
     """
     row = params.datasets[name]
-    raw, prepared, cached, own = (data / part for part in ("download", "prepare", "cache", "train"))
+    raw, prepared, cached, own, scored = (data / part for part in ("download", "prepare", "cache", "train", "score"))
     if not (prepared / "summary.json").exists():
         benchmark(row.kind).download(row, seed=params.seed, folder=raw, workers=params.runtime.workers)
         prepare(name, row, raw, prepared, images=params.images, seed=params.seed, workers=params.runtime.workers)
@@ -50,7 +49,6 @@ def evaluate_variant(
     encode(session)
     for training in trainings(params):
         list(train(session, training))
-    scored = folder / "score"
     score(session, scored, split=split)
     evaluated = ScoredSplit.of(name, params, prepared, scored, split)
     results = {}
@@ -88,18 +86,16 @@ def run_piece(
     """Run methods of a piece and add them to `<study>.json`: variant → dataset → method → key and `method_results`.
 
     Args:
-        work: the study's folder; the piece's own folder in it is removed, shared data and trainings stay.
+        work: the study's folder, where variants of the same data share what is equal.
         trained: the folder of the stage `train`.
     """
     row, file = study.row, target / f"{study.name}.json"
     params, keys = study.variant(variant, dataset, methods), study.keys(dataset, cache(identify))[variant]
     data = work / digest(params.datasets, params.images, params.seed)[:16]
-    folder = work / digest([keys[method] for method in methods])[:16]
-    piece = evaluate_variant(dataset, row.split, params, methods, data, folder, trained / dataset)
+    piece = evaluate_variant(dataset, row.split, params, methods, data, trained / dataset)
     results = read_study(file)
     stored = results.setdefault(variant, {}).setdefault(dataset, {})
     stored |= {m: {"key": keys[m], "libraries": libraries(), **piece[m]} for m in methods}
     results[variant][dataset] = {method: stored[method] for method in row.methods if method in stored}
     ordered = {v: {d: results[v][d] for d in row.datasets if d in results[v]} for v in row.variants if v in results}
     write_json(file, ordered)
-    shutil.rmtree(folder)
