@@ -274,7 +274,10 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
         def stub(*arguments: Any, **options: Any) -> Any:
             given = []
             for argument in [*arguments, *options.values()]:
-                given += [argument.name, *argument.folders] if isinstance(argument, Session) else [argument]
+                if isinstance(argument, Session):
+                    given += [argument.name, *argument.folders]
+                else:
+                    given.append(argument.folder if isinstance(argument, training.Training) else argument)
             calls.append(tuple(str(a) for a in given if isinstance(a, str | Path)))
             return result
 
@@ -316,7 +319,7 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
     for flow in flows:
         flow()
 
-    name, learning = "scenes-com", ("dsd", "clip-finetune", "clip-prompt")
+    name, learning = "scenes-com", ("dsd", "clip-finetune", "clip-prompt", "dsd/without-0", "dsd/without-1")
     folders = {s: f"data/{s}/{name}" for s in ("download", "prepare", "cache", "train", "score")}
     session = (name, *(folders[s] for s in ("prepare", "cache", "train")))
     assert calls == [
@@ -324,7 +327,7 @@ def test_the_stages_call_the_method(one_dataset: Path, prefect_server: None, mon
         (folders["download"],),
         (name, folders["download"], folders["prepare"]),
         session,
-        *((*session, m, f"{folders['train']}/{m}") for m in learning),
+        *((*session, m) for m in learning),
         (*session, folders["score"], "test"),
         (*session, "data/races", folders["score"], "test"),
         (name, folders["prepare"], folders["score"]),
