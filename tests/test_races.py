@@ -366,7 +366,7 @@ def test_racing_without_a_comparison_is_one_line(raced: Params, folders: Folders
     assert race(0.9, budget=5.0) <= 2 * 5
     with pytest.raises(ValueError, match=r"schedules\.racing\.budget: 2\.0 is not calibrated"):
         race(0.9, budget=2.0)
-    with pytest.raises(DataError, match=r"racing, δ = 0\.3: not calibrated; add its δ, proposer and budget to"):
+    with pytest.raises(ValueError, match=r"schedules\.racing\.delta: 0\.3 is not calibrated"):
         race(0.3)
     other = raced.model_copy(update={"seed": 5})
     with pytest.raises(DataError, match=r"no races that denoising-racing could learn from"):
