@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from itertools import islice
@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.utils import filter_repo_objects
-from safetensors import safe_open
-from torch import Tensor, nn
 
 from dsd.config import BackboneParams
 from dsd.data.hub import hub_errors
 from dsd.errors import CheckpointError
 from dsd.models.settings import brief, component_settings, read_settings
+from dsd.models.weights import check_finite, check_stored, unexpected
 from dsd.store import digest, file_digest
 
 if TYPE_CHECKING:
@@ -51,10 +50,6 @@ OPEN_CLIP = (
 # Copies of the weights that are read only where there are no others, in this order.
 VARIANTS = {name: f"*.{name}*.safetensors*" for name in ("fp16", "bf16", "non_ema")}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-# Types of numbers in safetensors that weights may be stored in; others need scales that are not known here.
-STORED = ("F16", "BF16", "F32", "F64")
-# Parts of a whole CLIP, in files of its text encoder alone.
-OTHER_PARTS = ("logit_scale", "text_projection", "vision_model.", "visual_projection")
 SHORTEST = 3  # a text in tokens: begin, one, end
 OLD_END = 2  # eos_token_id in configs of CLIPs of before transformers 4.31
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -344,7 +339,7 @@ def component(folder: Path, kind: Any, name: str, dtype: torch.dtype) -> Any:
         raise CheckpointError(f"{place}: {len(rest)} tensors are not in the model of config.json, the first {rest[0]}")
     root = "" if not name else f"{name}/"
     for path in _names_read([f"{root}{file}" for file in files if file.endswith(".safetensors")], WEIGHTS):
-        _check_stored(folder / path)
+        check_stored(folder / path)
     check_finite(model, str(place))
     return model.eval().requires_grad_(False)
 
@@ -362,21 +357,6 @@ def _drop(record: logging.LogRecord) -> bool:
     return False
 
 
-def unexpected(names: Iterable[str], kind: Any) -> list[str]:
-    """Return those of the unused tensors of a model of class `kind` that are not known to be harmless."""
-    harmless = OTHER_PARTS if kind.__name__.startswith("CLIPText") else ()
-    return sorted(name for name in names if not name.startswith(harmless) and not name.endswith("position_ids"))
-
-
-def _check_stored(file: Path) -> None:
-    """Check the type of every tensor of a file in safetensors, without reading the tensors."""
-    with safe_open(file, "pt") as opened:
-        for name in opened.keys():  # noqa: SIM118
-            stored = opened.get_slice(name).get_dtype()
-            if stored not in STORED and not name.endswith("position_ids"):
-                raise CheckpointError(f"{file}: {name} is stored as {stored}: must be one of {', '.join(STORED)}")
-
-
 @contextmanager
 def config_errors(place: Path) -> Iterator[None]:
     """Raise CheckpointError if a configuration does not load."""
@@ -384,18 +364,3 @@ def config_errors(place: Path) -> Iterator[None]:
         yield
     except Exception as error:  # each library has its own errors for settings that do not fit
         raise CheckpointError(f"{place}/config.json: does not load: {brief(error)}") from None
-
-
-def check_finite(weights: nn.Module, place: str) -> None:
-    """Raise CheckpointError if a weight is NaN or infinite."""
-    check_tensors({name: weight for name, weight in weights.state_dict().items() if weight.is_floating_point()}, place)
-
-
-def check_tensors(tensors: Mapping[str, Tensor], place: str) -> None:
-    """Raise CheckpointError if a tensor is no dense tensor of floating-point numbers, or has NaN or infinite values."""
-    for name, tensor in tensors.items():
-        if tensor.dtype not in (*DTYPES.values(), torch.float64) or tensor.layout != torch.strided:
-            stored = f"{tensor.dtype}, {tensor.layout}".replace("torch.", "")
-            raise CheckpointError(f"{place}: {name} is stored as {stored}: must be dense and of {', '.join(DTYPES)}")
-        if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{place}: {name} has values that are not finite (NaN or infinite); damaged")

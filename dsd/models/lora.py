@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dsd.errors import CheckpointError
-from dsd.models.checkpoint import check_tensors
 from dsd.models.settings import brief
+from dsd.models.weights import check_tensors
 
 SHOWN = 3  # names in a message per kind of mistake
 

@@ -28,7 +28,6 @@ from dsd.errors import CheckpointError
 from dsd.models.checkpoint import (
     OPEN_CLIP_CONFIG,
     OPEN_CLIP_WEIGHTS,
-    check_tensors,
     check_vocabulary,
     family_of,
     pickle_note,
@@ -37,6 +36,7 @@ from dsd.models.checkpoint import (
 from dsd.models.clip import Clip, Deviation, Mean, Opened
 from dsd.models.resnet import ResNet
 from dsd.models.settings import brief, read_settings, validated
+from dsd.models.weights import check_tensors
 
 
 class _Settings(BaseModel):

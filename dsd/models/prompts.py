@@ -22,8 +22,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dsd.errors import CheckpointError
-from dsd.models.checkpoint import check_tensors
 from dsd.models.settings import parse
+from dsd.models.weights import check_tensors
 from dsd.store import write_atomic
 
 PROMPT = "prompt.safetensors"  # written by the stage `train` into a method's folder

@@ -89,22 +89,21 @@ def validated(kind: type[Model], settings: object, file: Path) -> Model:
 def check_settings(settings: Mapping[str, Any], kind: Any, file: Path | str) -> None:
     """Check that the settings in `file` are of the class `kind` of diffusers or transformers.
 
-    Neither library checks it, and diffusers takes a value of any type: the string "false" is true to it.
+    Neither library refuses those of another class, and diffusers takes values of any type: "false" is true to it.
     """
-    key, own = ("_class_name", kind.__name__) if _is_diffusers(kind) else ("model_type", kind.config_class.model_type)
-    # A text encoder's settings may be those of the whole CLIP.
-    if (name := settings.get(key)) is not None and name not in (own, "clip" if key == "model_type" else own):
-        raise CheckpointError(f"{file}: {key} {name!r}: only {own} is supported")
-    for key, parameter in inspect.signature(kind.__init__).parameters.items() if _is_diffusers(kind) else ():
-        value, default = settings.get(key), parameter.default
-        if isinstance(default, bool) and not _all(value, lambda one: isinstance(one, bool)):
+    if not str(kind.__module__).startswith("diffusers"):
+        own = kind.config_class.model_type  # a text encoder may have the settings of the whole CLIP
+        if (name := settings.get("model_type", own)) not in (own, "clip"):
+            raise CheckpointError(f"{file}: model_type {name!r}: only {own} is supported")
+        return
+    if (name := settings.get("_class_name", kind.__name__)) != kind.__name__:
+        raise CheckpointError(f"{file}: _class_name {name!r}: only {kind.__name__} is supported")
+    for key, argument in inspect.signature(kind.__init__).parameters.items():
+        value = settings.get(key)
+        if isinstance(argument.default, bool) and not _all(value, lambda one: isinstance(one, bool)):
             raise CheckpointError(f"{file}: {key} {value!r}: must be true or false")
-        if is_number(default) and not _all(value, is_number):
+        if is_number(argument.default) and not _all(value, is_number):
             raise CheckpointError(f"{file}: {key} {value!r}: must be a number")
-
-
-def _is_diffusers(kind: Any) -> bool:
-    return str(kind.__module__).startswith("diffusers")
 
 
 def _all(value: object, valid: Callable[[object], bool]) -> bool:

@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dsd.errors import CheckpointError
-from dsd.models.checkpoint import check_finite, check_tensors, silence, unexpected
+from dsd.models.checkpoint import silence
 from dsd.models.settings import brief, component_settings
+from dsd.models.weights import check_finite, check_tensors, unexpected
 
 # Prefixes of text encoders in the layouts of transformers (1.x, the first of XL) and OpenCLIP (2.x, the second of XL).
 TRANSFORMERS = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
