@@ -389,14 +389,14 @@ def change(folder: Path, **changes: Tensor | None) -> None:
 
 DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / CONFIG).unlink(), f": no {CONFIG}: not in open_clip's layout"),
-    "no JSON": (lambda f: (f / CONFIG).write_text("{"), f"/{CONFIG}: Invalid JSON"),
+    "no JSON": (lambda f: (f / CONFIG).write_text("{"), f"/{CONFIG}: does not load: "),
     "no text tower": (
         lambda f: (f / CONFIG).write_text('{"model_cfg": {"embed_dim": 2}}'),
         f"/{CONFIG}: model_cfg.vision_cfg: Field required",
     ),
     "another tower": (
         lambda f: edit(f, "model_cfg.vision_cfg", timm_model_name="convnext_base"),
-        f"/{CONFIG}: model_cfg.vision_cfg.timm_model_name: a setting of a CLIP that is not supported",
+        f"/{CONFIG}: model_cfg.vision_cfg.timm_model_name: a setting that is not supported",
     ),
     "two towers": (
         lambda f: edit(f, "model_cfg.vision_cfg", patch_size=16),

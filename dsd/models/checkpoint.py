@@ -323,7 +323,7 @@ def component(folder: Path, kind: Any, name: str, dtype: torch.dtype) -> Any:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # a bar for each component would hide those of the stages
-        options |= {"dtype": dtype}
+        options |= {"dtype": dtype, "ignore_mismatched_sizes": True}  # they are refused below
     files = [file.name for file in place.glob("*.safetensors*")]
     if variant := variant_of(files):
         log.warning("%s: reads the variant %s, the only weights", place, variant)
@@ -334,7 +334,8 @@ def component(folder: Path, kind: Any, name: str, dtype: torch.dtype) -> Any:
     except Exception as error:  # each library has its own family of errors
         raise CheckpointError(f"{place}: does not load as {kind.__name__}: {brief(error, 200)}") from None
     if wrong := [*info.get("mismatched_keys", ()), *info.get("missing_keys", ())]:
-        raise CheckpointError(f"{place}: {len(wrong)} tensors missing or misshapen, the first {wrong[0]}")
+        first = wrong[0] if isinstance(wrong[0], str) else "{} {} for {}".format(wrong[0][0], *map(list, wrong[0][1:]))
+        raise CheckpointError(f"{place}: {len(wrong)} tensors missing or misshapen, the first {first}")
     if rest := unexpected(info.get("unexpected_keys", ()), kind):
         raise CheckpointError(f"{place}: {len(rest)} tensors are not in the model of config.json, the first {rest[0]}")
     root = "" if not name else f"{name}/"
@@ -345,11 +346,11 @@ def component(folder: Path, kind: Any, name: str, dtype: torch.dtype) -> Any:
 
 
 def silence() -> None:
-    """Turn off the libraries' reports on the weights of a file, of many lines: a defect is one line of ours.
+    """Turn off the libraries' reports on weights and configurations, of many lines: a defect is one line of ours.
 
     By a filter, because transformers logs more if the level is raised.
     """
-    for name in ("diffusers.models.modeling_utils", "transformers.modeling_utils"):
+    for name in ("diffusers.models.modeling_utils", "transformers.modeling_utils", "transformers.configuration_utils"):
         logging.getLogger(name).addFilter(_drop)
 
 
@@ -360,6 +361,7 @@ def _drop(record: logging.LogRecord) -> bool:
 @contextmanager
 def config_errors(place: Path) -> Iterator[None]:
     """Raise CheckpointError if a configuration does not load."""
+    silence()
     try:
         yield
     except Exception as error:  # each library has its own errors for settings that do not fit

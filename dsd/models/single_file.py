@@ -94,16 +94,16 @@ class SingleFile:
 
     def component(self, kind: Any, name: str, dtype: torch.dtype) -> Any:
         """Build the model of `<folder>/<name>/config.json`, load its weights and check them as `component` does."""
-        settings = component_settings(self.folder, name, kind)
         silence()
         try:
+            settings = component_settings(self.folder, name, kind)
             if kind.__module__.startswith("diffusers"):
                 model: nn.Module = kind.from_config(settings)
             else:
                 model = kind(kind.config_class.from_pretrained(self.folder / name))
             tensors = self._tensors(name, model)
         except Exception as error:  # two libraries, each with its own errors for settings that do not fit
-            problem = f"{name} does not load as {kind.__name__} with the config in {self.folder}: {brief(error)}"
+            problem = f"{name} does not load as {kind.__name__} with the config in {self.folder}: {brief(error, 300)}"
             raise CheckpointError(f"{self.path}: {problem}") from None
         shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
         if wrong := [key for key, shape in shapes.items() if key not in tensors or tensors[key].shape != shape]:

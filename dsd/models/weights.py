@@ -47,8 +47,7 @@ def check_tensors(tensors: Mapping[str, Tensor], place: str) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
             stored = f"{tensor.dtype}, {tensor.layout}".replace("torch.", "")
-            raise CheckpointError(
-                f"{place}: {name} is stored as {stored}: must be dense and of a floating-point type from float16 to float64"
-            )
+            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+            raise CheckpointError(f"{place}: {name} is stored as {stored}: must be dense, of {expected}")
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{place}: {name} has values that are not finite (NaN or infinite); damaged")
