@@ -128,7 +128,9 @@ def locate(row: BackboneParams) -> tuple[Path, str]:
         names = {file.relative_to(folder).as_posix() for pattern in patterns for file in folder.glob(pattern)}
         read = _names_read(sorted(name for name in names if (folder / name).is_file()), patterns)
         if not read:
-            raise CheckpointError(f"{source}: no checkpoint of family {row.family}: has none of its files")
+            actual = family_of(folder)
+            reason = f"of family {actual}; correct family" if actual else "has none of its files"
+            raise CheckpointError(f"{source}: no checkpoint of family {row.family}: {reason}")
         try:
             identity = digest({name: file_digest(folder / name) for name in read})
         except OSError as error:
