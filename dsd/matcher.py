@@ -228,10 +228,12 @@ class Matcher:
 
     def unknown_words(self, texts: Iterable[str]) -> list[str]:
         """Return the words of several letters that the tokenizer splits into letters: it has not learned them."""
-        words = dict.fromkeys(word for text in texts for word in re.findall(r"[^\W\d_]{2,}", text))
+        words = list(dict.fromkeys(word for text in texts for word in re.findall(r"[^\W\d_]{2,}", text)))
+        if not words:
+            return []
         with self._reading:
-            pieces = {word: self.backbone.tokenizer.tokenize(word) for word in words}
-        return [word for word, split in pieces.items() if len(split) >= len(word)]
+            ids = token_ids(self.backbone.tokenizer, words)  # with begin and end
+        return [word for word, split in zip(words, ids, strict=True) if len(split) - 2 >= len(word)]
 
     @on_own_device
     def score_many(self, problems: Sequence[tuple[Sequence[Picture], Sequence[str]]]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from dsd.config import Params
 from dsd.config.base import Pooling
@@ -110,6 +112,7 @@ def test_a_pass_leaves_no_state_behind(backbone: StableDiffusion, params: Params
             raise RuntimeError("in the middle of a pass")
         return prompt(layer, text_BMD)
 
+    fails.layers = prompt.layers  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="in the middle"):
         backbone.predict_noise(latents, timesteps, hidden, index, capture=capture, prompt=fails)
     assert state(backbone) == (None, None, None)
@@ -135,6 +138,7 @@ def test_threads_with_other_captures_and_prompts_do_not_mix(backbone: StableDiff
             wait()
             return bound(layer, text_BMD)
 
+        waiting.layers = bound.layers  # type: ignore[attr-defined]
         predicted = backbone.predict_noise(
             latents[rows], timesteps[rows], hidden, index, capture=capture, prompt=waiting
         )
@@ -262,6 +266,35 @@ def test_prompt_of_another_backbone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "q.safetensors").write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="not an attention prompt"):
         AttentionPrompt.load(tmp_path / "q.safetensors", "one")
+
+
+@pytest.mark.parametrize("metadata", ["[]", '"abc"', "3", "null", "[" * 100_000, "{}", '{"a": 1, "a": 1}', "NaN"])
+def test_metadata_of_no_prompt_are_one_line(metadata: str, tmp_path: Path) -> None:
+    save_file({"down": torch.zeros(1)}, tmp_path / "p.safetensors", {"dsd": metadata})
+    for path in (tmp_path / "p.safetensors", tmp_path):
+        with pytest.raises(CheckpointError, match=r"^\S+: not an attention prompt in safetensors$"):
+            AttentionPrompt.load(path, "one")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_a_prompt_is_stored_in_floating_point(dtype: torch.dtype, tmp_path: Path) -> None:
+    AttentionPrompt(32, [16], 4, rank=2, conditional=False, seed=0).save(tmp_path / "p.safetensors", "one")
+    shape = {"backbone": "one", "text_width": 32, "inner": [16], "latent_channels": 0, "rank": 2, "conditional": False}
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(tmp_path / "p.safetensors").items()}
+    save_file(tensors, tmp_path / "p.safetensors", {"dsd": json.dumps(shape)})
+    with pytest.raises(CheckpointError, match=r"is stored as .*: must be dense, of float16"):
+        AttentionPrompt.load(tmp_path / "p.safetensors", "one")
+
+
+@pytest.mark.parametrize("extra", [-1, 1])
+def test_a_prompt_has_as_many_layers_as_the_unet(extra: int, backbone: StableDiffusion) -> None:
+    latents, timesteps, hidden, _ = inputs(backbone, 2)
+    count = len(backbone.layers)
+    prompt = AttentionPrompt(32, [32] * (count + extra), 4, rank=2, conditional=False, seed=0).bind(latents)
+    with pytest.raises(
+        CheckpointError, match=f"the attention prompt is of {count + extra} layers, the U-Net of {count}"
+    ):
+        backbone.predict_noise(latents, timesteps, hidden, prompt=prompt)
 
 
 # Backends of self-attention.

@@ -201,6 +201,16 @@ def test_a_file_of_something_else_is_said(params: Params, tmp_path: Path) -> Non
     assert "not a table of tensors by name" in refused(params, tmp_path / "list.bin")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, None])
+def test_a_lora_is_stored_in_floating_point(
+    dtype: torch.dtype | None, params: Params, tensors: Tensors, tmp_path: Path
+) -> None:
+    name = sorted(tensors)[0]
+    stored = tensors[name].to_sparse() if dtype is None else tensors[name].to(dtype)
+    torch.save({**tensors, name: stored}, tmp_path / "lora.bin")
+    assert f"{name} is stored as" in refused(params, tmp_path / "lora.bin")
+
+
 def test_clip_takes_no_lora(params: Params) -> None:
     row = params.backbones["embedded-clip"].model_copy(update={"lora": "some.bin"})
     with pytest.raises(CheckpointError, match="family clip takes no lora"):

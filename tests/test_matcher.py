@@ -152,10 +152,15 @@ def test_shares_are_a_softmax_over_texts(models: Path, images: list[Image.Image]
         assert torch.allclose(shares, (scores * values).softmax(-1))
 
 
-def test_words_that_the_tokenizer_has_not_learned_are_named(images: list[Image.Image]) -> None:
+def test_words_that_the_tokenizer_has_not_learned_are_named(
+    images: list[Image.Image], capfd: pytest.CaptureFixture[str]
+) -> None:
     matcher = Matcher.from_pretrained(ROOT / "models/embedded", levels=(0.3,))
     with pytest.warns(UserWarning, match="the text encoder has not learned: dog, zebra$"):
         matcher.score(images[0], ["a photo of a dog left of a zebra", "a red circle"])
+    assert matcher.unknown_words([]) == []
+    assert matcher.unknown_words(["z" * 500]) == ["z" * 500]
+    assert "sequence length" not in capfd.readouterr().err
 
 
 def test_with_a_prompt_the_default_is_what_it_was_trained_for(models: Path, tmp_path: Path) -> None:

@@ -389,14 +389,14 @@ def change(folder: Path, **changes: Tensor | None) -> None:
 
 DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / CONFIG).unlink(), f": no {CONFIG}: not in open_clip's layout"),
-    "no JSON": (lambda f: (f / CONFIG).write_text("{"), f"/{CONFIG}: Invalid JSON"),
+    "no JSON": (lambda f: (f / CONFIG).write_text("{"), f"/{CONFIG}: does not load: "),
     "no text tower": (
         lambda f: (f / CONFIG).write_text('{"model_cfg": {"embed_dim": 2}}'),
         f"/{CONFIG}: model_cfg.vision_cfg: Field required",
     ),
     "another tower": (
         lambda f: edit(f, "model_cfg.vision_cfg", timm_model_name="convnext_base"),
-        f"/{CONFIG}: model_cfg.vision_cfg.timm_model_name: a setting of a CLIP that is not supported",
+        f"/{CONFIG}: model_cfg.vision_cfg.timm_model_name: a setting that is not supported",
     ),
     "two towers": (
         lambda f: edit(f, "model_cfg.vision_cfg", patch_size=16),
@@ -456,7 +456,7 @@ def test_a_defect_is_one_line(defect: str, folder: Path) -> None:
 def test_families_are_told_apart(folder: Path, models: Path) -> None:
     with pytest.raises(CheckpointError, match=r"of family open-clip, and not clip; correct family"):
         load(row(folder, "clip"), CPU)
-    with pytest.raises(CheckpointError, match=rf"no {CONFIG}: of family clip; correct family"):
+    with pytest.raises(CheckpointError, match=r"of family open-clip: of family clip; correct family"):
         load(row(models / "embedded-clip", "open-clip"), CPU)
     with pytest.raises(CheckpointError, match=r"a file, but family open-clip is opened by its folder"):
         load(row(folder / WEIGHTS, "open-clip", config=None), CPU)

@@ -76,6 +76,12 @@ def scheduler(folder: Path, config: object) -> Path:
         ({"num_train_timesteps": 10.5}, "num_train_timesteps 10.5: must"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas: must be 1000 numbers between 0 and 1"),
         ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction' is neither"),
+        ({"prediction_type": "sample", "trained_betas": [0.001] * 1000}, "prediction_type 'sample' is neither"),
+        ({"_class_name": ["DDIMScheduler"]}, "_class_name ['DDIMScheduler']: not"),
+        ({"rescale_betas_zero_snr": "false"}, "rescale_betas_zero_snr 'false': must be true or false"),
+        ({"rescale_betas_zero_snr": 1}, "rescale_betas_zero_snr 1: must be true or false"),
+        ({"beta_start": 0.02, "beta_end": 0.01}, "beta_start 0.02 is above beta_end 0.01"),
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps 1000000000: must be"),
     ],
 )
 def test_another_noise_process_is_refused(change: dict[str, object], line: str, tmp_path: Path) -> None:

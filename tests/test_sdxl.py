@@ -52,7 +52,8 @@ def pipeline(backbone: StableDiffusionXL) -> StableDiffusionXLPipeline:
 def test_noise_is_predicted_as_the_published_pipeline_does(
     backbone: StableDiffusionXL, pipeline: StableDiffusionXLPipeline
 ) -> None:
-    hidden, _, pooled, _ = pipeline.encode_prompt(TEXTS, device=CPU, do_classifier_free_guidance=False)
+    *given, empty_pooled = pipeline.encode_prompt(TEXTS[:2], device=CPU, do_classifier_free_guidance=True)
+    hidden, pooled = torch.cat([given[0], given[1][:1]]), torch.cat([given[2], empty_pooled[:1]])
     side = (backbone.resolution,) * 2
     sizes = pipeline._get_add_time_ids(side, (0, 0), side, torch.float32, pooled.shape[-1]).repeat(3, 1)
     noised, timesteps = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 400, 900])
@@ -64,6 +65,32 @@ def test_noise_is_predicted_as_the_published_pipeline_does(
     assert torch.equal(ours.hidden[:, :-1], hidden)
     other = backbone.predict_noise(noised, timesteps, torch.cat([ours.hidden[:, :-1], ours.hidden[:, -1:].flip(0)], 1))
     assert not torch.allclose(other, expected, atol=1e-3)  # the pooled embedding matters
+
+
+@torch.inference_mode()
+def test_the_empty_text_is_zeros_unless_the_pipeline_encodes_it(
+    backbone: StableDiffusionXL, pipeline: StableDiffusionXLPipeline, xl: Path, tmp_path: Path
+) -> None:
+    assert not backbone.encode_texts([""]).hidden.any()
+    folder = Path(shutil.copytree(xl, tmp_path / "xl"))
+    for value in (True, False):
+        (folder / "model_index.json").write_text(json.dumps({"force_zeros_for_empty_prompt": value}))
+        encoded = load_diffusion(row(folder, FAMILY), CPU).encode_texts(["", TEXTS[0]])
+        assert bool(encoded.hidden[0].any()) != value
+        assert torch.allclose(encoded.hidden[1], backbone.encode_texts(TEXTS[:1]).hidden[0], atol=1e-5)
+    hidden, _, pooled, _ = pipeline.encode_prompt("", device=CPU, do_classifier_free_guidance=False)
+    assert torch.allclose(encoded.hidden[0, :-1], hidden[0], atol=1e-6)
+    assert torch.allclose(encoded.hidden[0, -1, : pooled.shape[1]], pooled[0], atol=1e-6)
+    (folder / "model_index.json").write_text('{"force_zeros_for_empty_prompt": "false"}')
+    with pytest.raises(CheckpointError, match="force_zeros_for_empty_prompt 'false': must be true or false"):
+        load(row(folder, FAMILY), CPU)
+
+
+def test_texts_are_pooled_at_the_end_token(xl: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(xl, tmp_path / "xl"))
+    edit(folder / "text_encoder_2/config.json", eos_token_id=5)
+    with pytest.raises(CheckpointError, match=r"text_encoder_2/config\.json: eos_token_id 5: texts must be pooled at"):
+        load(row(folder, FAMILY), CPU)
 
 
 @torch.inference_mode()
@@ -175,7 +202,10 @@ def edit(file: Path, **changes: object) -> None:
             lambda folder: shutil.copytree(folder / "text_encoder", folder / "text_encoder_2", dirs_exist_ok=True),
             "text_encoder_2: does not load as CLIPTextModelWithProjection|text_encoder_2: .* tensors missing",
         ),
-        (lambda folder: edit(folder / "unet" / "config.json", addition_embed_type=None), "addition_embed_type None"),
+        (
+            lambda folder: edit(folder / "unet" / "config.json", addition_embed_type=None),
+            "addition_embed_type None|add_embedding",
+        ),
         (
             lambda folder: edit(folder / "unet" / "config.json", addition_time_embed_dim=4),
             "expects 72 values of a text",

@@ -257,6 +257,35 @@ def test_what_does_not_fill_the_model_is_named(settings: Path, tensors: Tensors,
         assert f"tensors of {name} missing" in refused(file, settings)
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("unet", "model.diffusion_model.middle_block.1.transformer_blocks.1.attn1.to_q.weight"),
+        ("text_encoder", "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.bias"),
+        ("vae", "first_stage_model.encoder.down.4.block.0.conv1.weight"),
+    ],
+)
+def test_layers_that_the_settings_lack_are_refused(
+    name: str, key: str, settings: Path, tensors: Tensors, tmp_path: Path
+) -> None:
+    file = tmp_path / "one.safetensors"
+    save_file({**tensors, key: torch.zeros(1)}, file)
+    message = refused(file, settings)
+    assert name in message and "tensors" in message and "not in the model" in message
+
+
+def test_weights_are_stored_in_floating_point(settings: Path, tensors: Tensors, tmp_path: Path) -> None:
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    save_file({**tensors, key: tensors[key].to(torch.int8)}, tmp_path / "one.safetensors")
+    assert "unet: conv_in.weight is stored as int8" in refused(tmp_path / "one.safetensors", settings)
+
+
+def test_nothing_is_logged(settings: Path, tensors: Tensors, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_file(tensors, tmp_path / "one.safetensors")
+    load(row(tmp_path / "one.safetensors", config=str(settings)), CPU)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_file_that_is_no_checkpoint_is_one_line(
     models: Path, settings: Path, tensors: Tensors, tmp_path: Path
 ) -> None:

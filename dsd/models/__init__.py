@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,7 +60,7 @@ def load(
             if (value := getattr(row, key)) is not None:
                 problem = f"takes no {key}, found {value}; only diffusion does"
                 raise CheckpointError(f"{row.source}: family {row.family} {problem}")
-        if Path(row.source).is_file():
+        if os.path.isfile(row.source):
             raise CheckpointError(f"{row.source}: a file, but family {row.family} is opened by its folder")
         backbone = kind(row, device)
     if not lazy:

@@ -9,14 +9,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from dsd.config import EvidenceParams
 from dsd.errors import CheckpointError, unknown
-from dsd.models.checkpoint import brief
+from dsd.models.settings import brief
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -78,8 +78,15 @@ def over_tokens(values_BHM: Tensor, weights_B1M: Tensor) -> Tensor:
     return (values_BHM * weights_B1M).sum(-1)
 
 
-# p(x) for the images of a batch: layer, its text [B, M, D] → additions to its keys and its values, [B, M, inner] each.
-Prompt = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+class Prompt(Protocol):
+    """p(x) for the images of a batch, of a number of layers."""
+
+    @property
+    def layers(self) -> int: ...
+
+    def __call__(self, layer: int, text_BMD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is added to keys and values of a layer, [B, M, inner] each, given its text."""
+        ...
 
 
 @dataclass

@@ -5,10 +5,10 @@ Every defect raises CheckpointError, with one line that names the place and the 
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from itertools import islice
@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.utils import filter_repo_objects
-from torch import Tensor, nn
 
 from dsd.config import BackboneParams
 from dsd.data.hub import hub_errors
 from dsd.errors import CheckpointError
+from dsd.models.settings import brief, component_settings, read_settings
+from dsd.models.weights import check_finite, check_stored, unexpected
 from dsd.store import digest, file_digest
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ OPEN_CLIP = (
 # Copies of the weights that are read only where there are no others, in this order.
 VARIANTS = {name: f"*.{name}*.safetensors*" for name in ("fp16", "bf16", "non_ema")}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+SHORTEST = 3  # a text in tokens: begin, one, end
+OLD_END = 2  # eos_token_id in configs of CLIPs of before transformers 4.31
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -79,8 +82,8 @@ def one_file(row: BackboneParams) -> Path | None:
             config = row.config
             raise CheckpointError(f"{row.source}: config is for one file .safetensors; set it to null, not {config}")
         return None
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        raise CheckpointError(f"{brief(path)}: no such file")
     if row.config is None:
         raise CheckpointError(f"{path}: one file needs config: a folder or hub id of the same architecture")
     return path
@@ -126,16 +129,24 @@ def locate(row: BackboneParams) -> tuple[Path, str]:
     prediction if they are set.
     """
     folder, (source, patterns) = folder_of(row), _source_and_patterns(row)
-    if Path(source).is_dir():
-        names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-        identity = digest({name: file_digest(folder / name) for name in _names_read(names, patterns)})
+    if _is_local(source):
+        names = {file.relative_to(folder).as_posix() for pattern in patterns for file in folder.glob(pattern)}
+        read = _names_read(sorted(name for name in names if (folder / name).is_file()), patterns)
+        if not read:
+            actual = family_of(folder)
+            reason = f"of family {actual}; correct family" if actual else "has none of its files"
+            raise CheckpointError(f"{source}: no checkpoint of family {row.family}: {reason}")
+        try:
+            identity = digest({name: file_digest(folder / name) for name in read})
+        except OSError as error:
+            raise CheckpointError(f"{source}: cannot be read: {brief(error)}") from None
     else:
         identity = f"{source}@{folder.name}"
     if file := one_file(row):
         identity = digest(file_digest(file), identity)
     if row.lora is not None:
-        if not Path(row.lora).is_file():
-            raise CheckpointError(f"{row.lora}: no such LoRA file")
+        if not os.path.isfile(row.lora):
+            raise CheckpointError(f"{brief(row.lora)}: no such LoRA file")
         identity = digest(identity, file_digest(Path(row.lora)))
     if row.prediction is not None:
         identity = digest(identity, row.prediction)
@@ -156,12 +167,14 @@ def _source_and_patterns(row: BackboneParams) -> tuple[str, tuple[str, ...]]:
 
 def _is_local(source: str) -> bool:
     """Return whether the source is a local folder; otherwise it must have the form of a hub id."""
-    local = Path(source)
-    if not local.is_dir() and (local.is_absolute() or source.startswith(".") or source.count("/") != 1):
-        raise CheckpointError(f"{source}: no such checkpoint folder")
-    if not local.is_dir() and local.parts[0] == "models":
-        raise CheckpointError(f"{source}: no such checkpoint folder; the stage `pretrain` makes the embedded ones")
-    return local.is_dir()
+    if os.path.isdir(source):  # Path.is_dir raises for a name that is too long
+        return True
+    if Path(source).is_absolute() or source.startswith(".") or source.count("/") != 1:
+        raise CheckpointError(f"{brief(source)}: no such checkpoint folder")
+    if Path(source).parts[0] == "models":
+        remedy = "the stage `pretrain` makes the embedded ones"
+        raise CheckpointError(f"{brief(source)}: no such checkpoint folder; {remedy}")
+    return False
 
 
 def _names_read(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
@@ -215,10 +228,7 @@ def component_config(row: BackboneParams, component: str) -> dict[str, Any]:
     else:
         with hub_errors(source, row.revision, error=CheckpointError):
             path = Path(hf_hub_download(source, name, revision=row.revision))
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}/{name}: does not load: {brief(error)}") from None
+    return read_settings(path)
 
 
 def family_of(folder: Path) -> str | None:
@@ -258,9 +268,33 @@ def tokenizer(folder: Path, name: str) -> CLIPTokenizer:
     from transformers import CLIPTokenizer  # takes seconds
 
     try:
-        return CLIPTokenizer.from_pretrained(place)
+        tokens = CLIPTokenizer.from_pretrained(place)
     except Exception as error:  # the reader of tokenizer.json raises nothing more specific
         raise CheckpointError(f"{place}: tokenizer does not load: {brief(error)}") from None
+    # CLIPs are trained on texts that start in the first position, whatever the settings for other uses.
+    tokens.padding_side = tokens.truncation_side = "right"
+    if tokens.pad_token_id is None:
+        raise CheckpointError(f"{place}: tokenizer has no pad_token")
+    if type(tokens.model_max_length) is not int or tokens.model_max_length < SHORTEST:
+        problem = f"model_max_length {tokens.model_max_length!r}: must be a whole number from {SHORTEST}"
+        raise CheckpointError(f"{place}: {problem}, for a token between begin and end")
+    return tokens
+
+
+def check_vocabulary(tokens: CLIPTokenizer, size: int, place: Path, encoder: str) -> None:
+    """Check that the tokenizer in `place` has no token beyond the `size` embeddings of the text encoder."""
+    if (last := max(tokens.get_vocab().values())) >= size:
+        raise CheckpointError(f"{place}: has the token {last}, but {encoder} has {size} tokens, from 0")
+
+
+def check_end(tokens: CLIPTokenizer, end: object, file: Path) -> None:
+    """Check `end`, the eos_token_id in `file`: a text is pooled at this token, so it must be the tokenizer's.
+
+    With 2, the value of all older checkpoints, transformers pools at the highest token, which must be the end token.
+    """
+    own, highest = tokens.eos_token_id, max(tokens.get_vocab().values())
+    if type(end) is not int or (own != highest if end == OLD_END else own != end):
+        raise CheckpointError(f"{file}: eos_token_id {end!r}: texts must be pooled at {own}, the tokenizer's end token")
 
 
 def token_ids(tokens: CLIPTokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -281,8 +315,14 @@ def over_limit(tokens: CLIPTokenizer, texts: Iterable[str], limit: int) -> Itera
 
 
 def component(folder: Path, kind: Any, name: str, dtype: torch.dtype) -> Any:
-    """Call `kind.from_pretrained` and check that no weight is missing or misshapen; name "" is the folder itself."""
+    """Call `kind.from_pretrained` and check that the weights are those of the settings; name "" is the folder itself.
+
+    Raises:
+        CheckpointError: the settings are of another kind, or a weight is missing, unexpected, misshapen, stored in a
+            type that is not supported, or not finite.
+    """
     place = folder / name
+    component_settings(folder, name, kind)
     options: dict[str, Any] = {"subfolder": name} if name else {}
     if kind.__module__.startswith("diffusers"):
         options |= {"torch_dtype": dtype, "low_cpu_mem_usage": False}
@@ -290,36 +330,46 @@ def component(folder: Path, kind: Any, name: str, dtype: torch.dtype) -> Any:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # a bar for each component would hide those of the stages
-        options |= {"dtype": dtype}
-    if variant := variant_of(file.name for file in place.glob("*.safetensors*")):
+        options |= {"dtype": dtype, "ignore_mismatched_sizes": True}  # they are refused below
+    files = [file.name for file in place.glob("*.safetensors*")]
+    if variant := variant_of(files):
         log.warning("%s: reads the variant %s, the only weights", place, variant)
         options |= {"variant": variant}
+    silence()
     try:
         model, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     except Exception as error:  # each library has its own family of errors
         raise CheckpointError(f"{place}: does not load as {kind.__name__}: {brief(error, 200)}") from None
     if wrong := [*info.get("mismatched_keys", ()), *info.get("missing_keys", ())]:
-        raise CheckpointError(f"{place}: {len(wrong)} tensors missing or misshapen, the first {wrong[0]}")
+        first = wrong[0] if isinstance(wrong[0], str) else "{} {} for {}".format(wrong[0][0], *map(list, wrong[0][1:]))
+        raise CheckpointError(f"{place}: {len(wrong)} tensors missing or misshapen, the first {first}")
+    if rest := unexpected(info.get("unexpected_keys", ()), kind):
+        raise CheckpointError(f"{place}: {len(rest)} tensors are not in the model of config.json, the first {rest[0]}")
+    root = "" if not name else f"{name}/"
+    for path in _names_read([f"{root}{file}" for file in files if file.endswith(".safetensors")], WEIGHTS):
+        check_stored(folder / path)
     check_finite(model, str(place))
     return model.eval().requires_grad_(False)
+
+
+def silence() -> None:
+    """Turn off the libraries' reports on weights and configurations, of many lines: a defect is one line of ours.
+
+    By a filter, because transformers logs more if the level is raised.
+    """
+    for name in ("diffusers.models.modeling_utils", "transformers.modeling_utils", "transformers.configuration_utils"):
+        logging.getLogger(name).addFilter(_drop)
+
+
+def _drop(record: logging.LogRecord) -> bool:
+    return False
 
 
 @contextmanager
 def config_errors(place: Path) -> Iterator[None]:
     """Raise CheckpointError if a configuration does not load."""
+    silence()
     try:
         yield
     except Exception as error:  # each library has its own errors for settings that do not fit
         raise CheckpointError(f"{place}/config.json: does not load: {brief(error)}") from None
-
-
-def check_finite(weights: nn.Module | Mapping[str, Tensor], place: str) -> None:
-    """Raise CheckpointError if a weight is NaN or infinite."""
-    for name, weight in (weights.state_dict() if isinstance(weights, nn.Module) else weights).items():
-        if weight.is_floating_point() and not bool(weight.isfinite().all()):
-            raise CheckpointError(f"{place}: {name} has values that are not finite (NaN or infinite); damaged")
-
-
-def brief(error: object, length: int = 160) -> str:
-    """Return an error's message in one line, cut to a length."""
-    return " ".join(str(error).split())[:length]

@@ -5,23 +5,49 @@ Shapes: B batch, P image side in pixels, F width of a tower, M text tokens, N co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer
 
 from dsd.config import BackboneParams
 from dsd.data.images import resize, to_array, to_model
 from dsd.errors import CheckpointError
-from dsd.models.checkpoint import DTYPES, brief, component, config_errors, locate, require, tokenizer
+from dsd.models.checkpoint import (
+    DTYPES,
+    check_end,
+    check_vocabulary,
+    component,
+    config_errors,
+    locate,
+    require,
+    tokenizer,
+)
+from dsd.models.settings import component_settings, read_settings, validated
 from dsd.store import digest
+
+# Of one colour's values in 0…1.
+Mean = Annotated[float, Field(ge=0, le=1)]
+Deviation = Annotated[float, Field(gt=0.001, le=1)]
+
+
+class Pixels(BaseModel):
+    """How pixels are normalised, as image processors of transformers state it; cropping and resizing are ignored."""
+
+    model_config = ConfigDict(frozen=True)
+
+    image_mean: tuple[Mean, Mean, Mean]
+    image_std: tuple[Deviation, Deviation, Deviation]
+    do_normalize: Literal[True] | None = None
+    do_rescale: Literal[True] | None = None
+    rescale_factor: Annotated[float, Field(ge=0.0039215, le=0.0039216)] | None = None  # 1/255
 
 
 class Opened(NamedTuple):
@@ -70,7 +96,11 @@ class Clip:
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
         """Opened without the model."""
-        return tokenizer(self._folder, "tokenizer" if (self._folder / "tokenizer").is_dir() else "")
+        name = "tokenizer" if (self._folder / "tokenizer").is_dir() else ""
+        tokens, config = tokenizer(self._folder, name), self._text_config
+        check_vocabulary(tokens, config.vocab_size, self._folder / name, "text_config")
+        check_end(tokens, config.eos_token_id, self._folder / "config.json")
+        return tokens
 
     @property
     def resolution(self) -> int:
@@ -84,10 +114,15 @@ class Clip:
         return Opened(model, resolution, *normalisation(folder))
 
     @property
+    def _text_config(self) -> CLIPTextConfig:
+        component_settings(self._folder, "", CLIPModel)
+        with config_errors(self._folder):
+            return CLIPConfig.from_pretrained(self._folder).text_config
+
+    @property
     def _positions(self) -> int:
         """The longest text of the text tower, in tokens."""
-        with config_errors(self._folder):
-            return int(CLIPConfig.from_pretrained(self._folder).text_config.max_position_embeddings)
+        return int(self._text_config.max_position_embeddings)
 
     @cached_property
     def max_tokens(self) -> int:
@@ -141,26 +176,24 @@ def normalisation(folder: Path) -> tuple[Tensor, Tensor]:
     processor_config.json, which transformers 5 writes.
 
     Raises:
-        CheckpointError: neither file is there, or it lacks them.
+        CheckpointError: neither file has them, they disagree, or they are not those of `Pixels`.
     """
-    file, section = folder / "preprocessor_config.json", None
-    if not file.exists():
-        file, section = folder / "processor_config.json", "image_processor"
-    if not file.exists():
+    stated = []
+    for name, section in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        if (folder / name).exists():
+            settings = read_settings(folder / name)
+            if (pixels := settings if section is None else settings.get(section)) is not None:
+                checked = validated(Pixels, pixels, folder / name)
+                stated.append((checked.image_mean, checked.image_std))
+    if not stated:
         raise CheckpointError(
-            f"{folder}: has neither preprocessor_config.json nor processor_config.json, which say how pixels are "
-            "normalised; add that of the original CLIP"
+            f"{folder}: has neither preprocessor_config.json nor image_processor in processor_config.json, which say "
+            "how pixels are normalised; add that of the original CLIP"
         )
-    try:
-        settings = json.loads(file.read_text())
-        settings = settings[section] if section else settings
-        mean_3, deviation_3 = (
-            torch.tensor(settings[key], dtype=torch.float32, device="cpu") for key in ("image_mean", "image_std")
-        )
-        if mean_3.shape != (3,) or not (deviation_3 > 0).all():
-            raise ValueError(f"image_mean {settings['image_mean']}, image_std {settings['image_std']}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: needs image_mean and image_std of three colours ({brief(error)})") from None
+    if stated[0] != stated[-1]:
+        problem = "preprocessor_config.json and processor_config.json disagree on image_mean or image_std"
+        raise CheckpointError(f"{folder}: {problem}; remove the wrong one")
+    mean_3, deviation_3 = (torch.tensor(values, dtype=torch.float32, device="cpu") for values in stated[0])
     return mean_3, deviation_3
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dsd.errors import CheckpointError
-from dsd.models.checkpoint import brief, check_finite
+from dsd.models.settings import brief
+from dsd.models.weights import check_tensors
 
 SHOWN = 3  # names in a message per kind of mistake
 
@@ -81,7 +82,7 @@ def merge(unet: UNet2DConditionModel, path: Path) -> None:
     expected, tensors = projections(unet), read(path)
     if wrong := mistakes(expected, tensors):
         raise CheckpointError(f"{path}: not a LoRA of this U-Net, of {2 * len(expected)} tensors; {'; '.join(wrong)}")
-    check_finite(tensors, str(path))
+    check_tensors(tensors, str(path))
     with torch.no_grad():
         for name, linear in expected.items():
             down, up = (tensors[f"{name}.{side}.weight"].to(linear.weight.device).float() for side in ("down", "up"))

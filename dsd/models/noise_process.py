@@ -6,14 +6,13 @@ preserving. Their names matter only when images are generated.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsd.config import BackboneParams
 from dsd.errors import CheckpointError
-from dsd.models.checkpoint import brief
+from dsd.models.settings import is_number, read_settings
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -28,6 +27,7 @@ DISCRETE = frozenset(
         "UniPCMultistep",
     )
 )
+MOST_STEPS = 100_000
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # What makes the training process another one, with the only value that keeps it: of diffusers' samplers.
 PLAIN = {"timestep_type": "discrete", "use_flow_sigmas": False}
@@ -40,12 +40,7 @@ def declared(folder: Path) -> dict[str, Any]:
         CheckpointError: it does not load, or it declares another process, or none.
     """
     file = folder / FILE
-    try:
-        config = json.loads(file.read_text())
-        if not isinstance(config, dict):
-            raise ValueError(f"not an object but {type(config).__name__}")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: does not load: {brief(error)}") from None
+    config = read_settings(file)
     if problem := _problem(config):
         raise CheckpointError(f"{file}: {problem}")
     return config
@@ -53,28 +48,33 @@ def declared(folder: Path) -> dict[str, Any]:
 
 def _problem(config: Mapping[str, Any]) -> str | None:
     name, steps, trained = config.get("_class_name"), config.get("num_train_timesteps"), config.get("trained_betas")
-    if name not in DISCRETE:
+    if not isinstance(name, str) or name not in DISCRETE:
         return f"_class_name {name!r}: not the discrete variance-preserving noise of Stable Diffusion; cannot be scored"
     for key, plain in PLAIN.items():
         if config.get(key, plain) != plain:
             return f"{key} {config[key]!r}: must be {plain!r}; other noise processes are not supported"
-    if type(steps) is not int or steps < 1:
-        return f"num_train_timesteps {steps!r}: must be a whole number above 0"
+    if (kind := config.get("prediction_type")) not in (None, "epsilon", "v_prediction"):
+        return f"prediction_type {kind!r} is neither epsilon nor v_prediction"
+    if (zero_snr := config.get("rescale_betas_zero_snr")) not in (None, True, False) or is_number(zero_snr):
+        return f"rescale_betas_zero_snr {zero_snr!r}: must be true or false"
+    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+        return f"num_train_timesteps {steps!r}: must be a whole number above 0, at most {MOST_STEPS}"
     if trained is not None:
         valid = isinstance(trained, list) and len(trained) == steps and all(_is_beta(beta) for beta in trained)
         return None if valid else f"trained_betas: must be {steps} numbers between 0 and 1"
     if (schedule := config.get("beta_schedule")) not in BETAS:
         return f"beta_schedule {schedule!r}: must be one of {', '.join(BETAS)}"
-    for key in ("beta_start", "beta_end") if schedule != "squaredcos_cap_v2" else ():
+    if schedule == "squaredcos_cap_v2":
+        return None
+    for key in ("beta_start", "beta_end"):
         if not _is_beta(config.get(key)):
             return f"{key} {config.get(key)!r}: must be a number between 0 and 1"
-    if config.get("prediction_type") not in (None, "epsilon", "v_prediction"):
-        return f"prediction_type {config['prediction_type']!r} is neither epsilon nor v_prediction"
-    return None
+    start, end = config["beta_start"], config["beta_end"]
+    return f"beta_start {start} is above beta_end {end}: noise must not fall" if start > end else None
 
 
-def _is_beta(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1
+def _is_beta(value: Any) -> bool:
+    return is_number(value) and 0 < value < 1
 
 
 def prediction_of(folder: Path, row: BackboneParams) -> str:
@@ -91,10 +91,18 @@ def prediction_of(folder: Path, row: BackboneParams) -> str:
 
 
 def noise_schedule(folder: Path) -> DDPMScheduler:
-    """Return the ᾱ of every timestep, as diffusers computes them from the declared betas."""
+    """Return the ᾱ of every timestep, as diffusers computes them from the declared betas.
+
+    Raises:
+        CheckpointError: see `declared`; or some timesteps have no signal left, where all texts score the same.
+    """
     from diffusers import DDPMScheduler
 
     config = declared(folder)
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
             "prediction_type")  # fmt: skip
-    return DDPMScheduler(**{key: config[key] for key in keys if config.get(key) is not None})
+    schedule = DDPMScheduler(**{key: config[key] for key in keys if config.get(key) is not None})
+    alphas = schedule.alphas_cumprod
+    if not bool(alphas.isfinite().all() and (alphas[:-1] > 0).all()):
+        raise CheckpointError(f"{folder / FILE}: betas are too large: no signal is left before the last timestep")
+    return schedule

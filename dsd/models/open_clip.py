@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -28,14 +28,15 @@ from dsd.errors import CheckpointError
 from dsd.models.checkpoint import (
     OPEN_CLIP_CONFIG,
     OPEN_CLIP_WEIGHTS,
-    brief,
-    check_finite,
+    check_vocabulary,
     family_of,
     pickle_note,
     tokenizer,
 )
-from dsd.models.clip import Clip, Opened
+from dsd.models.clip import Clip, Deviation, Mean, Opened
 from dsd.models.resnet import ResNet
+from dsd.models.settings import brief, read_settings, validated
+from dsd.models.weights import check_tensors
 
 
 class _Settings(BaseModel):
@@ -86,8 +87,8 @@ class Model(_Settings):
 class Preprocess(BaseModel):
     """How pixels are normalised; settings for cropping and resizing are ignored."""
 
-    mean: tuple[float, float, float]
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    mean: tuple[Mean, Mean, Mean]
+    std: tuple[Deviation, Deviation, Deviation]
 
 
 class Config(BaseModel):
@@ -102,14 +103,7 @@ class Config(BaseModel):
             family = family_of(folder)
             reason = f"of family {family}; correct family" if family else "not in open_clip's layout"
             raise CheckpointError(f"{folder}: no {OPEN_CLIP_CONFIG}: {reason}")
-        try:
-            return cls.model_validate_json(file.read_text(errors="replace"))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            unknown = first["type"] == "extra_forbidden"
-            reason = "a setting of a CLIP that is not supported" if unknown else first["msg"]
-            raise CheckpointError(f"{file}: {key + ': ' if key else ''}{brief(reason)}") from None
+        return validated(cls, read_settings(file), file)
 
 
 class Towers(nn.Module):
@@ -221,7 +215,7 @@ def fill(towers: Towers, file: Path) -> None:
         raise CheckpointError(
             f"{file}: {len(wrong)} tensors do not fit the model of {OPEN_CLIP_CONFIG}; {name} is {reason}"
         )
-    check_finite(tensors, str(file))
+    check_tensors({name: tensors[name] for name in used}, str(file))
     towers.load_state_dict({key: origin.take(tensors[origin.name]) for key, origin in origins.items()}, strict=False)
 
 
@@ -257,7 +251,10 @@ class OpenClip(Clip):
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
-        return tokenizer(self._folder, "")
+        tokens = tokenizer(self._folder, "")
+        size = Config.read(self._folder).model_cfg.text_cfg.vocab_size
+        check_vocabulary(tokens, size, self._folder, OPEN_CLIP_CONFIG)
+        return tokens
 
     @property
     def _positions(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,8 +22,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dsd.errors import CheckpointError
-from dsd.models.attention import Prompt
-from dsd.models.checkpoint import check_finite
+from dsd.models.settings import parse
+from dsd.models.weights import check_tensors
 from dsd.store import write_atomic
 
 PROMPT = "prompt.safetensors"  # written by the stage `train` into a method's folder
@@ -43,21 +44,21 @@ def load_learned(build: Callable[..., Learned], path: Path, backbone: str, kind:
     """
     try:
         with safe_open(path, "pt") as file:
-            shape = json.loads((file.metadata() or {})["dsd"])
+            shape = dict(parse((file.metadata() or {})["dsd"]))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         owner = shape.pop("backbone")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; train {kind} with the stage `train`") from None
-    except (SafetensorError, KeyError, json.JSONDecodeError):
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):  # of another format, or with other metadata
         raise CheckpointError(f"{path}: not {kind} in safetensors") from None
     if owner != backbone:
         raise CheckpointError(f"{path}: belongs to backbone {owner}, not to {backbone}")
+    check_tensors(tensors, str(path))
     try:
         module = build(**shape)
         module.load_state_dict(tensors)
-    except (TypeError, RuntimeError):  # of another shape, with other names
+    except (TypeError, ValueError, RuntimeError):  # of another shape, with other names
         raise CheckpointError(f"{path}: not {kind}; another kind of tensors") from None
-    check_finite(module, str(path))
     return module.eval().requires_grad_(False)
 
 
@@ -95,9 +96,9 @@ class AttentionPrompt(nn.Module):
             added.append(core_BMR @ self.up[layer][side].T)
         return added[0], added[1]
 
-    def bind(self, latents_BCrr: Tensor) -> Prompt:
+    def bind(self, latents_BCrr: Tensor) -> BoundPrompt:
         """The prompt for the images with these latents."""
-        return partial(self.forward, pooled_BC=pooled_latent(latents_BCrr))
+        return BoundPrompt(self, pooled_latent(latents_BCrr))
 
     def save(self, path: Path, backbone: str) -> None:
         shape = dict(
@@ -113,3 +114,18 @@ class AttentionPrompt(nn.Module):
     def load(cls, path: Path, backbone: str) -> AttentionPrompt:
         """Load a prompt; raise CheckpointError if the file is not a prompt or belongs to another backbone."""
         return load_learned(partial(cls, seed=0), path, backbone, "an attention prompt")
+
+
+@dataclass(frozen=True)
+class BoundPrompt:
+    """An attention prompt for the images of a batch, with their pooled latents [B, C]."""
+
+    prompt: AttentionPrompt
+    pooled_BC: Tensor
+
+    @property
+    def layers(self) -> int:
+        return len(self.prompt.up)
+
+    def __call__(self, layer: int, text_BMD: Tensor) -> tuple[Tensor, Tensor]:
+        return self.prompt(layer, text_BMD, self.pooled_BC)

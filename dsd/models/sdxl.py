@@ -6,14 +6,17 @@ Shapes: B batch, T texts, M text tokens, D text width (of both encoders together
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dsd.errors import CheckpointError
-from dsd.models.stable_diffusion import StableDiffusion
+from dsd.models.checkpoint import check_end
+from dsd.models.settings import read_settings
+from dsd.models.stable_diffusion import StableDiffusion, TextEmbeddings
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -30,6 +33,33 @@ class StableDiffusionXL(StableDiffusion):
     states_scale = True
     architecture = r"stable-diffusion-xl-v1(-base)?"
     encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}  # noqa: RUF012
+
+    def open(self) -> None:
+        super().open()
+        _ = self._zeros
+
+    @cached_property
+    def tokenizers(self) -> list[CLIPTokenizer]:
+        opened = super().tokenizers
+        end = self._config("text_encoder_2").eos_token_id
+        check_end(opened[1], end, self._folder / "text_encoder_2/config.json")
+        return opened
+
+    @cached_property
+    def _zeros(self) -> bool:
+        """Whether the empty text is encoded as zeros: true unless model_index.json says otherwise, as for diffusers'
+        StableDiffusionXLPipeline."""
+        file, key = self._folder / "model_index.json", "force_zeros_for_empty_prompt"
+        if type(zeros := read_settings(file).get(key, True) if file.exists() else True) is not bool:
+            raise CheckpointError(f"{file}: {key} {zeros!r}: must be true or false")
+        return zeros
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: list[str]) -> TextEmbeddings:
+        encoded = super().encode_texts(texts)
+        if self._zeros:
+            encoded.hidden[[n for n, text in enumerate(texts) if not text]] = 0
+        return encoded
 
     @property
     def _pooled(self) -> int:

@@ -23,10 +23,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dsd.errors import CheckpointError
-from dsd.models.checkpoint import brief, check_finite
+from dsd.models.checkpoint import silence
+from dsd.models.settings import brief, component_settings
+from dsd.models.weights import check_finite, check_tensors, unexpected
 
 # Prefixes of text encoders in the layouts of transformers (1.x, the first of XL) and OpenCLIP (2.x, the second of XL).
 TRANSFORMERS = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
+VAE = "first_stage_model."
 OPEN_CLIP = {"text_encoder": "cond_stage_model.model.", "text_encoder_2": "conditioner.embedders.1.model."}
 
 
@@ -90,15 +93,17 @@ class SingleFile:
             raise CheckpointError(f"{path}: not a file in safetensors ({brief(error)})") from None
 
     def component(self, kind: Any, name: str, dtype: torch.dtype) -> Any:
-        """Build the model of `<folder>/<name>/config.json`, load its weights and check that none is missing."""
+        """Build the model of `<folder>/<name>/config.json`, load its weights and check them as `component` does."""
+        silence()
         try:
+            settings = component_settings(self.folder, name, kind)
             if kind.__module__.startswith("diffusers"):
-                model: nn.Module = kind.from_config(kind.load_config(self.folder, subfolder=name))
+                model: nn.Module = kind.from_config(settings)
             else:
                 model = kind(kind.config_class.from_pretrained(self.folder / name))
             tensors = self._tensors(name, model)
         except Exception as error:  # two libraries, each with its own errors for settings that do not fit
-            problem = f"{name} does not load as {kind.__name__} with the config in {self.folder}: {brief(error)}"
+            problem = f"{name} does not load as {kind.__name__} with the config in {self.folder}: {brief(error, 300)}"
             raise CheckpointError(f"{self.path}: {problem}") from None
         shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
         if wrong := [key for key, shape in shapes.items() if key not in tensors or tensors[key].shape != shape]:
@@ -106,6 +111,12 @@ class SingleFile:
                 f"{self.path}: {len(wrong)} of {len(shapes)} tensors of {name} missing, or misshapen for "
                 f"{self.folder}; the first is {wrong[0]}"
             )
+        if rest := unexpected(set(tensors) - set(shapes), kind):
+            raise CheckpointError(
+                f"{self.path}: {len(rest)} tensors of {name} are not in the model of {self.folder}; "
+                f"the first is {rest[0]}"
+            )
+        check_tensors({key: tensors[key] for key in shapes}, f"{self.path}: {name}")
         model.load_state_dict({key: tensors[key] for key in shapes})
         model = model.to(dtype).eval().requires_grad_(False)
         check_finite(model, f"{self.path}: {name}")  # after the cast: float16 may overflow
@@ -116,11 +127,19 @@ class SingleFile:
         if name == "unet":
             return dict(convert_ldm_unet_checkpoint(self.tensors, model.config))
         if name == "vae":
-            return dict(convert_ldm_vae_checkpoint(self.tensors, model.config))
-        if name == "text_encoder" and any(key.startswith(TRANSFORMERS) for key in self.tensors):
+            tensors = dict(convert_ldm_vae_checkpoint(self.tensors, model.config))
+            if (unread := sum(key.startswith(VAE) for key in self.tensors) - len(tensors)) > 0:
+                raise ValueError(f"{unread} of its tensors are not in the model")  # diffusers leaves them out
+            return tensors
+        open_clip = name != "text_encoder" or not any(key.startswith(TRANSFORMERS) for key in self.tensors)
+        if not open_clip:
             tensors = convert_ldm_clip_checkpoint(self.tensors)
         else:
             tensors = convert_open_clip_checkpoint(model, self.tensors, prefix=OPEN_CLIP[name])
-        if hasattr(model, "text_model"):
-            return dict(tensors)
-        return {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
+        if not hasattr(model, "text_model"):
+            tensors = {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
+        if open_clip and name == "text_encoder":
+            # Stable Diffusion 2 reads the last layer but one: its config has one layer less than its file.
+            last = f"encoder.layers.{model.config.num_hidden_layers}."
+            tensors = {key: tensor for key, tensor in tensors.items() if last not in key}
+        return dict(tensors)

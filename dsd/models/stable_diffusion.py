@@ -5,7 +5,6 @@ Shapes: B batch, C latent channels, R image side in pixels, r latent side, T tex
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +24,7 @@ from dsd.models import lora
 from dsd.models.attention import AttentionState, Capture, Prompt, cross_attention_layers, during, install
 from dsd.models.checkpoint import (
     DTYPES,
-    brief,
+    check_vocabulary,
     component,
     config_errors,
     locate,
@@ -36,6 +35,7 @@ from dsd.models.checkpoint import (
     tokenizer,
 )
 from dsd.models.noise_process import declared, noise_schedule, prediction_of
+from dsd.models.settings import brief, check_settings, component_settings, is_number, read_settings
 from dsd.models.single_file import SingleFile, check_marks
 
 # Settings of U-Nets that take more than a latent, a time and a text, with the value of those that do not.
@@ -86,12 +86,9 @@ class StableDiffusion:
 
     def _check_vae(self) -> None:
         """Check that the VAE is of the class that is built here, and that its scale is known."""
-        file = self._folder / "vae/config.json"
-        with config_errors(file.parent):
-            config = dict(json.loads(file.read_text()))
-        if (name := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-            raise CheckpointError(f"{file}: _class_name {name!r}: only AutoencoderKL is supported")
+        config = component_settings(self._folder, "vae", AutoencoderKL)
         if self.states_scale and config.get("scaling_factor") is None:
+            file = self._folder / "vae/config.json"
             raise CheckpointError(f"{file}: no scaling_factor; that of family {self.family} cannot be assumed")
 
     def open(self) -> None:
@@ -115,9 +112,8 @@ class StableDiffusion:
     def tokenizers(self) -> list[CLIPTokenizer]:
         opened = {name: tokenizer(self._folder, name.replace("text_encoder", "tokenizer")) for name in self.encoders}
         for name, tokens in opened.items():
-            if (last := max(tokens.get_vocab().values())) >= (size := self._config(name).vocab_size):
-                problem = f"has the token {last}, but {name} has {size} tokens, from 0"
-                raise CheckpointError(f"{self._folder}/{name.replace('text_encoder', 'tokenizer')}: {problem}")
+            place = self._folder / name.replace("text_encoder", "tokenizer")
+            check_vocabulary(tokens, self._config(name).vocab_size, place, name)
         return list(opened.values())
 
     @cached_property
@@ -159,19 +155,19 @@ class StableDiffusion:
 
     def _config(self, name: str) -> Any:
         """Return the configuration of a component including defaults, without its weights."""
+        kind = self.encoders.get(name, AutoencoderKL)
+        settings = component_settings(self._folder, name, kind)
         with config_errors(self._folder / name):
-            if (kind := self.encoders.get(name)) is not None:
-                return kind.config_class.from_pretrained(self._folder / name)
-            return AutoencoderKL.from_config(AutoencoderKL.load_config(self._folder, subfolder=name)).config
+            if kind is AutoencoderKL:
+                return AutoencoderKL.from_config(settings).config
+            return kind.config_class.from_pretrained(self._folder / name)
 
     @cached_property
     def _skeleton(self) -> UNet2DConditionModel:
         """The U-Net if it is open, else one without weights, for attributes that depend on the configuration alone."""
         if "unet" in self.__dict__:
             return self.unet
-        with config_errors(self._folder / "unet"):
-            config = UNet2DConditionModel.load_config(self._folder, subfolder="unet")
-        return unet_skeleton(config, str(self._folder))
+        return unet_skeleton(read_settings(self._folder / "unet/config.json"), str(self._folder))
 
     def _check_shapes(self, unet: Any) -> None:
         """Check that the other components match this configuration of the U-Net."""
@@ -221,6 +217,10 @@ class StableDiffusion:
     def layers(self) -> list[str]:
         """Names of the cross-attention layers, in the order of the forward pass."""
         return [name for name, _ in cross_attention_layers(self._skeleton)]
+
+    @cached_property
+    def _layer_count(self) -> int:
+        return len(self.layers)
 
     @property
     def layer_widths(self) -> list[int]:
@@ -291,14 +291,20 @@ class StableDiffusion:
         config, place = self.vae.config, f"{self._folder}/vae/config.json"
         scaling, shift = config.scaling_factor, config.shift_factor or 0.0
         mean, deviation = config.latents_mean, config.latents_std
+        if not is_number(scaling) or not scaling > 0:
+            raise CheckpointError(f"{place}: scaling_factor {scaling!r}: must be a number above 0")
+        if not is_number(shift):
+            raise CheckpointError(f"{place}: shift_factor {shift!r}: must be a number")
         if (mean is None) != (deviation is None) or (mean is not None and shift):
             raise CheckpointError(f"{place}: latents_mean and latents_std belong together, without shift_factor")
-        if not isinstance(scaling, int | float) or not scaling > 0:
-            raise CheckpointError(f"{place}: scaling_factor {scaling!r}: must be a number above 0")
         if mean is None:
             return shift, scaling
-        if len(mean) != config.latent_channels or len(deviation) != config.latent_channels or min(deviation) <= 0:
-            raise CheckpointError(f"{place}: latents_mean and latents_std: must have {config.latent_channels} values")
+        for values in (mean, deviation):
+            if not isinstance(values, list) or len(values) != config.latent_channels or not all(map(is_number, values)):
+                problem = f"must be {config.latent_channels} numbers"
+                raise CheckpointError(f"{place}: latents_mean and latents_std: {problem}")
+        if min(deviation) <= 0:
+            raise CheckpointError(f"{place}: latents_std {deviation}: must be above 0")
         mean_C, deviation_C = (torch.tensor(v, dtype=torch.float32, device=self.device) for v in (mean, deviation))
         return mean_C.view(1, -1, 1, 1), (scaling / deviation_C).view(1, -1, 1, 1)
 
@@ -326,6 +332,9 @@ class StableDiffusion:
             capture: records the cross-attention of this pass.
             prompt: an attention prompt, bound to the latents of this batch.
         """
+        if prompt is not None and prompt.layers != self._layer_count:
+            problem = f"the attention prompt is of {prompt.layers} layers, the U-Net of {self._layer_count}"
+            raise CheckpointError(f"{self.source}: {problem}; another backbone's, or damaged")
         with during(self.attention, capture, prompt, text_index):
             output = self._output(noised.to(self.dtype), timesteps, hidden.to(self.dtype), text_index).float()
         if self.prediction == "epsilon":
@@ -339,6 +348,7 @@ class StableDiffusion:
 
 def unet_skeleton(config: Mapping[str, Any], source: str) -> UNet2DConditionModel:
     """Build a U-Net without weights; raise CheckpointError if the configuration is not one of a U-Net."""
+    check_settings(config, UNet2DConditionModel, f"{source}/unet/config.json")
     try:
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(config)
