@@ -40,7 +40,7 @@ from dsd.engine.forward import row_values
 from dsd.errors import ImageError, ParamsError
 from dsd.models import device_of, load_diffusion
 from dsd.models.attention import Capture
-from dsd.models.checkpoint import family_of, folder_of
+from dsd.models.checkpoint import family_of, folder_of, token_ids
 from dsd.models.prompts import AttentionPrompt
 from dsd.progress import progress
 from dsd.scorers.evidence import UNCONDITIONAL

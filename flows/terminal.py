@@ -94,13 +94,16 @@ def check_heatmap(path: Path) -> None:
     kinds = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix.removeprefix(".").lower() not in kinds:
         raise DsdError(f"--heatmap {path}: not the name of an image file; it must end in one of .{', .'.join(kinds)}")
+    if not path.parent.is_dir():
+        raise DsdError(f"--heatmap {path}: no folder {path.parent}")
     check_output("--heatmap", path)
 
 
 def check_output(option: str, path: Path) -> None:
-    """Raise DsdError unless a file can be written at this path."""
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise DsdError(f"{option} {path}: {'a folder' if path.is_dir() else f'no writable folder {path.parent}'}")
+    """Raise DsdError unless a file can be written at this path, where folders may be made."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not (there.is_dir() and os.access(there, os.W_OK)):
+        raise DsdError(f"{option} {path}: {'a folder' if path.is_dir() else f'{there} is no writable folder'}")
 
 
 def save_heatmap(heatmap: Heatmap, path: Path) -> None:

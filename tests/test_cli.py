@@ -47,6 +47,7 @@ class Fake:
 def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two images in the current folder, and no model."""
     monkeypatch.setattr(matcher, "Matcher", Fake)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "b.png"):
         Image.new("RGB", (8, 8)).save(name)
@@ -90,7 +91,7 @@ def test_heatmap_is_written(tmp_path: Path) -> None:
         (["--heatmap", "where.nonsense"], "dsd: --heatmap where.nonsense: "),
         (
             ["--heatmap", "no/such/folder/where.png"],
-            "dsd: --heatmap no/such/folder/where.png: no writable folder no/such/folder",
+            "dsd: --heatmap no/such/folder/where.png: no folder no/such/folder",
         ),
         (["--heatmap", "folder.png"], "dsd: --heatmap folder.png: a folder"),
         (["--prompt", "models:/dsd-prompt-x/1"], "dsd: models:/dsd-prompt-x/1: no such version: sqlite:///"),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import dsd.engine.engine
 from dsd.config import EvidenceParams, NoiseParams, Params
+from dsd.config.base import PROMPTS
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import MatchingExample, Pair, pairs, read_examples
 from dsd.data.image_table import ImageTable
@@ -326,7 +327,8 @@ def test_training_and_scoring_assemble_the_same_batch(
     own_draws = [Draw(level, seed) for seed, level in enumerate((0.2, 0.6))]
     rows = [(pair, draw) for table, draw in zip(tables, own_draws, strict=True) for line in table for pair in line]
     runtime = params.runtime.model_copy(update={"batch_size": len(rows)})
-    session.params = params.model_copy(update={"runtime": runtime})
+    content = params.evidence.model_copy(update={"tokens": dict.fromkeys(PROMPTS, "content")})
+    session.params = params.model_copy(update={"runtime": runtime, "evidence": content})
     learner = LEARNERS["attention prompt"](session, "dsd")
     scores = learner.scores(tables, own_draws)
     arrays = session.engine("none").compute(rows)

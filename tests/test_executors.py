@@ -24,7 +24,7 @@ from dsd.evaluation.evaluate import Results, ScoredSplit, evaluate
 from dsd.models import load
 from dsd.scorers.evidence import INDEX
 from dsd.store import Store
-from dsd.training.loop import Training, train
+from dsd.training.loop import train, trainings
 from flows.executors import Actor, Node, compute, probe, share
 from flows.failures import error_line
 from tests.conftest import ROOT, shard_keys
@@ -45,7 +45,8 @@ def lean(params: Params) -> Params:
 def folders(lean: Params, prepared: Path, cached: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """A small scenes-com, prepared, encoded and trained on."""
     stages = Folders(prepared, cached, tmp_path_factory.mktemp("trained"))
-    list(train(Session(NAME, lean, stages), Training("dsd")))
+    for training in trainings(lean):
+        list(train(Session(NAME, lean, stages), training))
     return stages
 
 
@@ -119,7 +120,7 @@ def test_evidence_is_the_same_to_the_bit_on_any_share_of_the_cores(
             torch.set_num_threads(count)
             target = tmp_path / str(count)
             some = worker(odd, folders, target)
-            for key in list(lacking(odd, folders, target))[-3:]:
+            for key in [key for key, rows in lacking(odd, folders, target).items() if rows == 16][-3:]:
                 some(key)
             kept[count] = content(target)
     finally:

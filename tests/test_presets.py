@@ -140,7 +140,7 @@ def test_a_preset_can_add_rows(clone: Path) -> None:
         preset(
             clone,
             yaml.safe_dump(
-                {"datasets.more": row, "gate.datasets.more": {"minimum_effect": 0, "maximum_regression": 1}}
+                {"datasets.more": row, "gate.datasets.more": {"minimum_effect": 0, "maximum_regression": 0.9}}
             ),
         ),
         commits=nothing,

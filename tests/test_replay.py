@@ -39,7 +39,10 @@ from tests.raced import LEVELS, few, synthetic_races
 @pytest.fixture(scope="module")
 def raced(params: Params) -> Params:
     return params.model_copy(
-        update={"races": few(params.races).model_copy(update={"datasets": {"scenes-cls": ("denoising",)}})}
+        update={
+            "races": few(params.races).model_copy(update={"datasets": {"scenes-cls": ("denoising",)}}),
+            "datasets": {"scenes-cls": params.datasets["scenes-com"]},
+        }
     )
 
 

@@ -132,7 +132,7 @@ def write_dataset(name: str, params: Params, data: Path) -> tuple[claims.Dataset
     pq.write_table(pa.Table.from_pylist(images), prepared / "images.parquet")
     summary = {"train": 1, "validation": 0, "test": len(examples), "images": len(images), "repeated": 0}
     write(prepared / "summary.json", summary | {"quarantined": 1, "dropped": 2, "shared": 0})
-    left_out = {f"{name}/7": "embedded-clip"} if name == "scenes-ref" else {}
+    left_out = {f"{name}/7": "two texts are one to embedded-clip"} if name == "scenes-ref" else {}
     write_index(data / "score" / name, {}, [], 1, left_out)
     write(prepared / "quarantine.json", [{"name": f"{HOSTILE}.png", "reason": "truncated"}])
     kind, rows, hits, every = params.datasets[name].kind, [], {}, {}
@@ -683,7 +683,7 @@ def test_counts_and_times(page: str) -> None:
     tables, text = Parsed(page).tables, Parsed(page).text
     assert tables["Data loss"][1] == ["scenes-com", "48", "1", "2", "0", "7", "3", "0", "0", "0"]
     assert [row[-1] for row in tables["Data loss"][1:]] == ["1" if name == "scenes-ref" else "0" for name in NAMES]
-    assert "scenes-ref: scenes-ref/7 (backbone embedded-clip)" in " ".join(text.split())
+    assert "scenes-ref: scenes-ref/7 (two texts are one to embedded-clip)" in " ".join(text.split())
     assert tables["Evidence: U-Net passes"][1] == ["scenes-com", "5", "40", "20", "4.0 s", "5"]
     assert tables["Time by stage"][-1][:2] == ["total", "4 min 30 s"]
     assert "0123456789abcdef" in text and "2026-11-22 10:00:00 UTC" in text and "48 → 64 pixels" in text
