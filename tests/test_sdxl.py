@@ -75,7 +75,9 @@ def test_the_empty_text_is_zeros_unless_the_pipeline_encodes_it(
     folder = Path(shutil.copytree(xl, tmp_path / "xl"))
     for value in (True, False):
         (folder / "model_index.json").write_text(json.dumps({"force_zeros_for_empty_prompt": value}))
-        encoded = load_diffusion(row(folder, FAMILY), CPU).encode_texts(["", TEXTS[0]])
+        opened = load_diffusion(row(folder, FAMILY), CPU)
+        assert (opened.text_digest != opened.digest) == value  # what was stored before has another key
+        encoded = opened.encode_texts(["", TEXTS[0]])
         assert bool(encoded.hidden[0].any()) != value
         assert torch.allclose(encoded.hidden[1], backbone.encode_texts(TEXTS[:1]).hidden[0], atol=1e-5)
     hidden, _, pooled, _ = pipeline.encode_prompt("", device=CPU, do_classifier_free_guidance=False)

@@ -132,7 +132,8 @@ def diffusion_encodings(
         return {name: tensor.cpu().numpy() for name, tensor in encoded._asdict().items()}
 
     image_key = versioned("latents", digest(backbone.digest, resolution))
-    by_text = Encodings(store, "texts", versioned("texts", backbone.digest), texts, embeddings, kept=len(texts) <= kept)
+    text_key = versioned("texts", backbone.text_digest)
+    by_text = Encodings(store, "texts", text_key, texts, embeddings, kept=len(texts) <= kept)
     return Encodings(store, "latents", image_key, images.ids, latents), by_text
 
 

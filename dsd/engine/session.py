@@ -154,7 +154,7 @@ class Session:
         file, row = self.prompt_file(prompt), self.params.backbones[self.params.backbone]
         trained = None if file is None else file_digest(file)
         settings, resolution = self.params.evidence.settings(prompt), self.params.images.resolution
-        content = digest(self.backbone.digest, trained, settings, resolution, str(DTYPES[row.dtype]))
+        content = digest(self.backbone.text_digest, trained, settings, resolution, str(DTYPES[row.dtype]))
         return versioned("evidence", content)
 
     def engine(self, prompt: str) -> Engine:

@@ -17,6 +17,7 @@ from dsd.errors import CheckpointError
 from dsd.models.checkpoint import check_end
 from dsd.models.settings import read_settings
 from dsd.models.stable_diffusion import StableDiffusion, TextEmbeddings
+from dsd.store import digest
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -53,6 +54,10 @@ class StableDiffusionXL(StableDiffusion):
         if type(zeros := read_settings(file).get(key, True) if file.exists() else True) is not bool:
             raise CheckpointError(f"{file}: {key} {zeros!r}: must be true or false")
         return zeros
+
+    @property
+    def text_digest(self) -> str:
+        return digest(self.digest, "empty text as zeros") if self._zeros else self.digest
 
     @torch.inference_mode()
     def encode_texts(self, texts: list[str]) -> TextEmbeddings:

@@ -252,6 +252,11 @@ class StableDiffusion:
         pixels = self.vae.decode(latents / scale + shift).sample
         return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
+    @property
+    def text_digest(self) -> str:
+        """The digest of everything that text embeddings, and all that is computed with them, depend on."""
+        return self.digest
+
     @torch.inference_mode()
     def encode_texts(self, texts: list[str]) -> TextEmbeddings:
         """Encode texts, padded to the model's maximum as in its training; those over the limit are cut."""
