@@ -42,13 +42,13 @@ def trained(root: Path, settings: FitParams, stop_at: int | None = None) -> Tens
     torch.manual_seed(0)
     module = nn.Linear(3, 1)
     root.mkdir(exist_ok=True)
-    list(fit("line", module, regression(module, stop_at), settings, root, seed=0, bfloat16=False))
+    list(fit("line", module, regression(module, stop_at), settings, root, seed=0))
     return module.weight.detach()
 
 
 def test_an_interrupted_training_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretraining, "EVERY", pretraining.WINDOW)
-    settings = FitParams(steps=100, batch=8, learning_rate=0.05, warmup=5, weight_decay=0.0, ema=0.8)
+    settings = FitParams(steps=100, batch=8, learning_rate=0.05, warmup=5, weight_decay=0.0, ema=0.8, bfloat16=False)
     whole = trained(tmp_path / "whole", settings)
     with pytest.raises(Stop):
         trained(tmp_path / "cut", settings, stop_at=57)

@@ -23,11 +23,11 @@ from dsd.scenes.captions import vocabulary
 from dsd.store import write_json
 from tests.raced import few
 
-FIT = FitParams(steps=2, batch=2, learning_rate=1e-3, warmup=1, weight_decay=0.0, ema=0.5)
+FIT = FitParams(steps=2, batch=2, learning_rate=1e-3, warmup=1, weight_decay=0.0, ema=0.5, bfloat16=False)
 SIZES = PretrainParams(
     seed=0, size=8, captions=2, resolution=32, parity=24, max_tokens=24, latent_channels=4,
     autoencoder_channels=(8, 8, 8, 8), text_width=32, text_layers=1, unet_channels=(16, 32), unet_transformers=(1, 1),
-    unet_heads=2, timesteps=(0.4, 1.0), simplicity=1.0, bfloat16=False,
+    unet_heads=2, timesteps=(0.4, 1.0), simplicity=1.0,
     clip_width=32, clip_layers=1, clip_patch=8, autoencoder=FIT, diffusion=FIT, clip=FIT,
 )  # fmt: skip
 

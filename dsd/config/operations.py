@@ -112,6 +112,7 @@ class FitParams(ParamsModel):
     warmup: Positive
     weight_decay: Annotated[float, Field(ge=0)]
     ema: Share
+    bfloat16: bool
 
 
 class PretrainParams(ParamsModel):
@@ -135,7 +136,6 @@ class PretrainParams(ParamsModel):
     clip_width: Positive
     clip_layers: Positive
     clip_patch: Positive
-    bfloat16: bool
     autoencoder: FitParams
     diffusion: FitParams
     clip: FitParams

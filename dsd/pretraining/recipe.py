@@ -69,9 +69,7 @@ def tokenize(tokens: CLIPTokenizer, captions: list[list[str]]) -> Tensor:
     return batch.input_ids.view(len(captions), -1, tokens.model_max_length)
 
 
-def fit(
-    name: str, module: nn.Module, loss: Loss, settings: FitParams, root: Path, seed: int, bfloat16: bool
-) -> Iterator[Row]:
+def fit(name: str, module: nn.Module, loss: Loss, settings: FitParams, root: Path, seed: int) -> Iterator[Row]:
     """Train with AdamW, warm-up and cosine decay; `module` ends with the exponential moving average of its weights.
 
     Yields a row of the curve every `WINDOW` steps and at the end. Resumes from `<root>/<name>.pt`; the curve is written
@@ -100,7 +98,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate
         generator = torch.Generator(parameters[0].device).manual_seed(seed * 1_000_003 + step)
-        with torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=settings.bfloat16):
             terms = loss(generator)
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
@@ -281,10 +279,10 @@ def train_diffusion(
     images = _on(device, corpus.direct, corpus.parity)
     vae = build_autoencoder(params).to(device)
     loss = autoencoder_loss(vae, images, params.autoencoder.batch)
-    yield from fit("autoencoder", vae, loss, params.autoencoder, work, params.seed, params.bfloat16)
+    yield from fit("autoencoder", vae, loss, params.autoencoder, work, params.seed)
     cached = work / "latents.safetensors"
     if not (cached.exists() and cached.stat().st_mtime > (work / "autoencoder.pt").stat().st_mtime):
-        encoded = torch.stack([encode(vae, kind, params.bfloat16) for kind in images])
+        encoded = torch.stack([encode(vae, kind, params.autoencoder.bfloat16) for kind in images])
         write_atomic(cached, safetensors.torch.save({"latents": encoded.cpu().contiguous()}))
     latents = safetensors.torch.load_file(cached, device=str(device))["latents"]
     del images
@@ -294,7 +292,7 @@ def train_diffusion(
     torch.manual_seed(params.seed)
     unet = build_unet(params).to(device)
     text_encoder = build_text_encoder(params, len(tokens), tokens.eos_token_id).to(device)
-    if device.type == "cpu":  # there the fused kernels have a slow bfloat16 backward pass: half of the time of a step
+    if device.type == "cpu" and params.diffusion.bfloat16:  # there the fused kernels have a slow bfloat16 backward pass
         unet.set_attn_processor(AttnProcessor())
         text_encoder.set_attn_implementation("eager")
     ids = tokenize(tokens, corpus.captions).to(device)
@@ -304,7 +302,7 @@ def train_diffusion(
         unet, text_encoder, latents * scaling, ids, empty, weights, params.diffusion.batch, params.timesteps
     )
     both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    yield from fit("diffusion", both, loss, params.diffusion, work, params.seed, params.bfloat16)
+    yield from fit("diffusion", both, loss, params.diffusion, work, params.seed)
     parts = (vae.half().cpu(), text_encoder.half().cpu(), tokens, unet.half().cpu(), noise_schedule(), None, None)
     StableDiffusionPipeline(*parts, requires_safety_checker=False).save_pretrained(target)
 
@@ -314,11 +312,11 @@ def train_clip(params: PretrainParams, corpus: Corpus, work: Path, target: Path,
     tokens = tokenizer(vocabulary(), params.max_tokens)
     torch.manual_seed(params.seed)
     clip = build_clip(params, len(tokens), tokens.eos_token_id).to(device)
-    if device.type == "cpu":
+    if device.type == "cpu" and params.clip.bfloat16:
         clip.set_attn_implementation("eager")
     ids = tokenize(tokens, corpus.captions).to(device)
     loss = clip_loss(clip, _on(device, corpus.small)[0], ids, params.clip.batch)
-    yield from fit("clip", clip, loss, params.clip, work, params.seed, params.bfloat16)
+    yield from fit("clip", clip, loss, params.clip, work, params.seed)
     clip.half().cpu().save_pretrained(target)
     tokens.save_pretrained(target / "tokenizer")
     write_json(target / "preprocessor_config.json", PIXELS)
