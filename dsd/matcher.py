@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
-from cachetools import LRUCache
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsd import EMBEDDED
 from dsd.arguments import check_choice, check_texts, image_list, option_errors, text_list
 from dsd.config import (
     EXHAUSTIVE,
@@ -34,7 +34,7 @@ from dsd.config import (
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import Pair
 from dsd.data.images import MAX_PIXELS, ImageSource, image_id, load_image, resize, to_array
-from dsd.engine.encodings import Arrays, check_tokens
+from dsd.engine.encodings import Arrays, check_tokens, remember
 from dsd.engine.engine import Engine, cores
 from dsd.engine.forward import row_values
 from dsd.errors import ImageError, ParamsError
@@ -82,7 +82,7 @@ def on_own_device(function: Callable[P, Result]) -> Callable[P, Result]:
 class Matcher:
     """Scores images against texts with a frozen text-to-image diffusion model; higher is better.
 
-    >>> matcher = Matcher.from_pretrained("models/embedded")
+    >>> matcher = Matcher.from_pretrained()  # the embedded checkpoint
     >>> matcher.score(["photo.png"], ["a red circle", "a blue square"])  # Tensor [1, 2]
     """
 
@@ -105,14 +105,14 @@ class Matcher:
         self.method = cast(MethodName, self._row.scorer)
         self._draws, self._evidence, self._batch_size = draws(noise, seed), evidence, batch_size
         self._parity, self._resolution = parity, resolution or backbone.resolution
-        self._known: LRUCache[str, Arrays] = LRUCache(KEPT_TEXTS)
+        self._known: dict[str, Arrays] = {}
         self._reading = Lock()  # tokenizers are not thread-safe
 
     @classmethod
     @on_own_device
     def from_pretrained(
         cls,
-        path_or_id: str | Path,
+        path_or_id: str | Path = EMBEDDED,
         prompt: str | Path | None = None,
         method: str | None = None,
         *,
@@ -134,7 +134,7 @@ class Matcher:
 
         Args:
             path_or_id: a folder or hub id in the diffusers layout, or a file .safetensors with `config`, a folder or
-                hub id of the same architecture.
+                hub id of the same architecture; by default the embedded checkpoint, which knows drawn scenes only.
             method: "cross-attention" (DSD) or "denoising" (Diffusion Classifier); by default cross-attention with a
                 prompt, which is trained for it, else denoising, the best without training.
             family: detected from the files by default.
@@ -361,15 +361,17 @@ class Matcher:
 
     def _encoded(self, texts: Iterable[str]) -> dict[str, Arrays]:
         """Return hidden [M, D], content [M] and truncated of each text, encoded unless they are in memory."""
+        wanted = list(dict.fromkeys(texts))
         with self._reading:
-            encoded = {text: self._known.get(text) for text in texts}
-            if new := [text for text, arrays in encoded.items() if arrays is None]:
+            encoded = {text: self._known[text] for text in wanted if text in self._known}
+            if new := [text for text in wanted if text not in encoded]:
                 check_tokens(self.backbone, new)
                 out = self.backbone.encode_texts(new)
                 for n, text in enumerate(new):
                     tensors = {"hidden": out.hidden[n], "content": out.content[n], "truncated": out.truncated[n]}
-                    self._known[text] = encoded[text] = {k: v.cpu().numpy().copy() for k, v in tensors.items()}
-        return {text: arrays for text, arrays in encoded.items() if arrays is not None}
+                    encoded[text] = {k: v.cpu().numpy().copy() for k, v in tensors.items()}
+            remember(self._known, encoded, KEPT_TEXTS)
+        return encoded
 
     def _encoded_pair(self, image: Picture, text: str) -> tuple[Tensor, Tensor, Tensor]:
         """Return latents [1, C, r, r], hidden [1, M, D] and content [1, M] of a pair."""

@@ -8,58 +8,32 @@ import shutil
 import signal
 import socket
 import sys
-import warnings
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from dsd import __version__
+from dsd.cli import Commands, Json, Version, evaluate, match, registered_prompt
 from dsd.errors import DsdError
+from dsd.terminal import check_output, print_json, print_table
 from flows import terminal
 
 
-class Commands(TyperGroup):
-    """Print a user error, a failure of the machine or a warning as one line; a defect keeps its traceback."""
+class PipelineCommands(Commands):
+    def error_line(self, error: BaseException) -> str | None:
+        from flows.failures import error_line
 
-    def invoke(self, ctx: Any) -> Any:
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-        try:
-            return super().invoke(ctx)
-        except Exception as error:
-            from flows.failures import error_line
-
-            if (line := error_line(error)) is None:
-                raise
-            sys.exit(f"dsd: {line}")
-
-    def main(self, *arguments: Any, **options: Any) -> Any:
-        if sys.stdout is None:  # closed by the caller (>&-): print would do nothing, with exit status 0
-            sys.exit("dsd: standard output is closed")
-        return super().main(*arguments, **options)
+        return error_line(error)
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"dsd {__version__}")
-        raise typer.Exit
+app = typer.Typer(cls=PipelineCommands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 # \b keeps the line breaks of the paragraph that follows it.
 @app.callback()
-def dsd(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
+def dsd(version: Version = False) -> None:
     """Text-to-image diffusion models as image-text matchers.
 
     \b
@@ -136,7 +110,7 @@ def _dry_run(preset: Path | None, *, as_json: bool) -> bool:
     needed = list(needs(params, free=shutil.disk_usage(".").free))
     problems = [f"{need.what}: {need.problem}" for need in needed if need.problem]
     if as_json:
-        terminal.print_json([need._asdict() for need in needed])
+        print_json([need._asdict() for need in needed])
     else:
         terminal.print_needs(needed)
         for problem in problems:
@@ -162,7 +136,7 @@ def promote(as_json: Json = False) -> None:
 
     version, verdict = register_and_judge(load())
     if as_json:
-        terminal.print_json({"version": version.number, **asdict(verdict)})
+        print_json({"version": version.number, **asdict(verdict)})
     else:
         print(f"{BACKBONE} version {version.number}: {'promoted' if verdict.promoted else 'not promoted'}")
         print(verdict.reason)
@@ -279,100 +253,15 @@ def leaderboard(
     from flows.stores import exists
 
     if html is not None:
-        terminal.check_output("--html", html)
+        check_output("--html", html)
     current = board(load(), Registry() if exists() else None)
     page = None if html is None else write(current, html)
     if as_json:
-        terminal.print_json(asdict(current))
+        print_json(asdict(current))
     elif page is not None:
         print(f"page: {page}")
     else:
         terminal.print_leaderboard(current)
-
-
-@app.command()
-def match(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files to score.")],
-    texts: Annotated[list[str], typer.Option("--text", help="A text to score; repeatable.")],
-    checkpoint: Annotated[
-        str, typer.Option(help="A checkpoint in the diffusers layout: a folder or a hub id.")
-    ] = "models/embedded",
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            help="A trained prompt: prompt.safetensors of data/train, or models:/dsd-prompt-scenes-com@champion."
-        ),
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="denoising, the default, or cross-attention, the default with a prompt.")
-    ] = None,
-    heatmap: Annotated[
-        Path | None, typer.Option(help="Save the heat map of each word of the best match to this image file.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Score images against texts, and mark the best text of each image, or the best image for a single text.
-
-    Higher is better; on a tie none is marked. Scores are comparable within one command only.
-    Shares are softmaxes over the texts of an image, or the images of one text.
-
-    \b
-    Examples:
-      dsd match photo.png --text "a red circle" --text "a blue square"
-      dsd match one.png two.png --text "a red circle" --json
-      dsd match photo.png --text "a red circle" --heatmap heatmap.png
-    """
-    check_images(images)
-    if heatmap is not None:
-        terminal.check_heatmap(heatmap)
-    from dsd.matcher import Matcher
-
-    with TemporaryDirectory() as folder:
-        if prompt is not None and prompt.startswith("models:/"):
-            from flows.registry.registry import Registry
-            from flows.stores import require_version
-
-            require_version(prompt)
-
-            prompt = str(Registry().prompt(prompt, Path(folder)))
-        matcher = Matcher.from_pretrained(checkpoint, prompt=prompt, method=method)
-    scores_IT = matcher.score(images, texts)
-    scores_LC = scores_IT.T if len(texts) == 1 else scores_IT  # a line of candidates per text, or per image
-    # A tie is nobody's win.
-    winners = [(n, int(line.argmax())) for n, line in enumerate(scores_LC) if int((line == line.max()).sum()) == 1]
-    best = [winner[::-1] for winner in winners] if len(texts) == 1 else winners
-    shares_IT = matcher.shares(scores_IT.T).T if len(texts) == 1 else matcher.shares(scores_IT)
-    scores, shares = scores_IT.tolist(), shares_IT.tolist()
-    if heatmap is not None:
-        i, t = max(best or [(0, 0)], key=lambda pair: scores[pair[0]][pair[1]])
-        terminal.save_heatmap(matcher.heatmap(images[i], texts[t]), heatmap)
-    matches = [
-        {"image": str(image), "text": text, "score": scores[i][t], "share": shares[i][t], "best": (i, t) in best}
-        for i, image in enumerate(images)
-        for t, text in enumerate(texts)
-    ]
-    if as_json:
-        terminal.print_json(matches)
-    else:
-        rows = (
-            (m["image"], m["text"], f"{m['score']:.5f}", f"{100 * m['share']:.1f} %", "best" if m["best"] else "")
-            for m in matches
-        )
-        terminal.print_table(("image", "text", "score", "share", ""), rows, number="score")
-
-
-def check_images(images: Iterable[Path]) -> None:
-    """Exit with a line per image that cannot be read, before the checkpoint is opened."""
-    from dsd.data.images import MAX_PIXELS, load_image
-
-    errors = []
-    for image in images:
-        try:
-            load_image(image, max_pixels=MAX_PIXELS)
-        except DsdError as error:
-            errors.append(f"dsd: {error}")
-    if errors:
-        sys.exit("\n".join(errors))
 
 
 @app.command()
@@ -391,16 +280,28 @@ def doctor(as_json: Json = False) -> None:
     findings = diagnosis.examine(diagnosis.checks())
     problems = [finding for finding in findings if finding.remedy]
     if as_json:
-        terminal.print_json([finding._asdict() for finding in findings])
+        print_json([finding._asdict() for finding in findings])
     else:
         rows: list[tuple[str, ...]] = []
         for finding in findings:
             rows.append((finding.check, "problem" if finding.remedy else "ok", finding.found))
             rows += [("", "", f"→ {finding.remedy}")] if finding.remedy else []
-        terminal.print_table(("check", "", "found"), rows)
+        print_table(("check", "", "found"), rows)
         print(f"\nproblems: {len(problems)}" if problems else "\nno problems")
     sys.exit(bool(problems))
 
+
+def _registered_prompt(name: str, folder: Path) -> Path:
+    from flows.registry.registry import Registry
+    from flows.stores import require_version
+
+    require_version(name)
+    return Registry().prompt(name, folder)
+
+
+registered_prompt.append(_registered_prompt)
+app.command()(match)
+app.command()(evaluate)
 
 if __name__ == "__main__":
     app()

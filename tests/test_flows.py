@@ -27,7 +27,7 @@ import yaml
 from dvc.repo import Repo
 from dvc_objects.fs.utils import tmp_fname
 
-from dsd import report
+from dsd import errors, report
 from dsd.config import Params
 from dsd.datasets import DATASETS
 from dsd.engine import cache as cache_stage
@@ -155,7 +155,7 @@ def test_an_error_of_the_machine_is_one_line(
     error: Exception, line: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:42/api")
-    monkeypatch.setattr(failures, "full_disks", lambda: ["/full has 7 bytes free"])
+    monkeypatch.setattr(errors, "full_disks", lambda places: ["/full has 7 bytes free"])
     wrapped = RuntimeError("a flow failed")
     wrapped.__cause__ = error
     found = failures.error_line(wrapped)

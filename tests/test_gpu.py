@@ -164,7 +164,7 @@ def test_the_bundle_has_what_a_gpu_machine_lacks(tiny_run: Run) -> None:
     lines = (ROOT / "benchmarks/gpu/requirements.txt").read_text().splitlines()
     carried = {line.replace("-", "_") for line in lines if not line.startswith("#")}
     assert imported - set(sys.stdlib_module_names) - {"dsd", "benchmarks"} <= PRESENT | carried
-    assert {"diffusers", "pydantic", "pydantic_core", "cachetools"} <= carried
+    assert {"diffusers", "pydantic", "pydantic_core"} <= carried
     constrained = (ROOT / "constraints.txt").read_text().replace("-", "_")
     assert all(f"\n{package}==" in constrained for package in carried)
 

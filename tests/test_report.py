@@ -20,6 +20,7 @@ from PIL import Image
 
 from dsd.config import Params, StagedSchedule, StudyParams, load
 from dsd.data.examples import MatchingExample, read_examples, write_examples
+from dsd.data.images import overlay
 from dsd.datasets.scenes_vqa import COUNTS
 from dsd.errors import DataError
 from dsd.evaluation import ablations, blind, claims
@@ -33,7 +34,7 @@ from dsd.report.comparisons import Comparison, compare
 from dsd.report.figures import smooth
 from dsd.report.findings import images, reasons, unbeaten
 from dsd.report.gallery import choose, decimals, noisy_example
-from dsd.report.heatmaps import HeatMaps, overlay
+from dsd.report.heatmaps import HeatMaps
 from dsd.report.inputs import Claim, DatasetResults, read_datasets
 from dsd.report.papers import second_paper
 from dsd.report.races import accuracy_plots, front

@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from cronsim import CronSim, CronSimError
 from pydantic import AfterValidator, Field
 
 from dsd.config.base import Kind, Margin, Name, ParamsModel, Positive, Share
@@ -87,6 +86,8 @@ class RegisteredSource(SourceParams):
 
 def _cron(value: str) -> str:
     """Refuse what is not five fields, has a value out of range, or names a time that never comes (31 February)."""
+    from cronsim import CronSim, CronSimError  # of the pipeline
+
     try:
         if len(value.split()) != 5:
             raise CronSimError

@@ -170,3 +170,13 @@ def _array_to_uint8(array: NDArray[Any], max_pixels: int) -> NDArray[np.uint8]:
     if not np.all((array >= 0) & (array <= 1)):
         raise ValueError("a float image array must lie in 0..1")
     return np.rint(array.astype(np.float64) * 255).astype(np.uint8)
+
+
+def overlay(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> Image.Image:
+    """A heat map [R, R] in 0…1 over its image [R, R, 3]: high attention is bright, low attention dim and grey."""
+    colour = image.astype(np.float32)
+    grey = colour.mean(-1, keepdims=True) * 0.35 + 18
+    lit = heat[..., None].clip(0, 1)
+    glow = np.array([255, 214, 92], np.float32)
+    warm = colour + 0.28 * lit**2 * (glow - colour)
+    return Image.fromarray((grey + lit * (warm - grey)).clip(0, 255).astype(np.uint8))

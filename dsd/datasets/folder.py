@@ -69,7 +69,7 @@ def _download(row: FolderDataset, *, seed: int, folder: Path, workers: int) -> N
             given besides a column `split`, or a line is invalid.
     """
     name = folder.name
-    root, table, lines, examples = _read(row, f"datasets.{name}.")
+    root, table, lines, examples = read_table(row, f"datasets.{name}.")
     groups = _groups(examples)
     given = {f"{row.kind}/{line.id}": line.split for line in lines if line.split}
     if given and (row.few_shot or row.validation):
@@ -83,7 +83,7 @@ def _download(row: FolderDataset, *, seed: int, folder: Path, workers: int) -> N
     store_images(folder, selected, _images(root, table, lines, stems), row.missing)
 
 
-def _read(row: FolderDataset, key: str) -> tuple[Path, Path, list[Line], list[RawExample]]:
+def read_table(row: FolderDataset, key: str) -> tuple[Path, Path, list[Line], list[RawExample]]:
     """Read the table: the folder, the table's path, its rows, and its examples, whose split is only a placeholder.
 
     key: start of the keys in messages, "datasets.<name>.", or "" if the caller names the dataset.
@@ -235,13 +235,13 @@ def _images(root: Path, table: Path, lines: Sequence[Line], stems: Collection[st
 
 def _remote(name: str, row: FolderDataset) -> int:
     """Return 0; raise DataError if the table is not readable."""
-    _read(row, f"datasets.{name}.")
+    read_table(row, f"datasets.{name}.")
     return 0
 
 
 def _expected(row: FolderDataset) -> Expected:
     """Count the examples of the table, by split if it has that column."""
-    *_, lines, examples = _read(row, "")
+    *_, lines, examples = read_table(row, "")
     images, texts = (max(len(getattr(e, key)) for e in examples) for key in ("images", "texts"))
     splits = Counter({line.id: line.split for line in lines}.values())
     if given := {split: count for split, count in splits.items() if split}:

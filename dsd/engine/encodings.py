@@ -5,13 +5,12 @@ Shapes: C latent channels, r latent side, M text tokens, D text width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from cachetools import LRUCache
 
 from dsd.data.examples import MatchingExample, read_examples
 from dsd.data.image_table import ImageTable
@@ -51,7 +50,7 @@ class Encodings:
         self.keys = [f"{kind}-{digest(source, shard_items)}" for shard_items in self._shards]
         self._place = {item: divmod(n, SHARD) for n, item in enumerate(items)} if kept else {}
         self._read = lru_cache(maxsize=HELD)(self._load)
-        self._last: LRUCache[str, Arrays] = LRUCache(maxsize=HELD * SHARD)
+        self._last: dict[str, Arrays] = {}
 
     def _load(self, number: int) -> Arrays:
         key = self.keys[number]
@@ -93,8 +92,17 @@ class Encodings:
             arrays = self._compute(batch)
             # Copies: a view of a row would keep the whole batch in memory.
             arrays_of |= {item: {name: a[n].copy() for name, a in arrays.items()} for n, item in enumerate(batch)}
-        self._last.update(arrays_of)
+        remember(self._last, arrays_of, HELD * SHARD)
         return arrays_of
+
+
+def remember(recent: dict[str, Arrays], used: Mapping[str, Arrays], size: int) -> None:
+    """Add the items just used, and forget the least recently used ones above `size`."""
+    for item, arrays in used.items():
+        recent.pop(item, None)
+        recent[item] = arrays
+    for item in list(recent)[: max(0, len(recent) - size)]:
+        del recent[item]
 
 
 def all_texts(examples: Iterable[MatchingExample]) -> list[str]:

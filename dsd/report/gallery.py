@@ -20,7 +20,8 @@ from PIL import Image
 
 from dsd.data.examples import MatchingExample
 from dsd.data.image_table import ImageTable
-from dsd.report.heatmaps import HeatMaps, overlay
+from dsd.data.images import overlay
+from dsd.report.heatmaps import HeatMaps
 from dsd.report.inputs import DatasetResults
 
 if TYPE_CHECKING:

@@ -9,8 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from dsd.config import Params
@@ -63,13 +61,3 @@ class HeatMaps:
             batch_size=self._params.runtime.batch_size,
             seed=self._params.seed,
         )
-
-
-def overlay(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> Image.Image:
-    """A heat map [R, R] in 0…1 over its image [R, R, 3]: high attention is bright, low attention dim and grey."""
-    colour = image.astype(np.float32)
-    grey = colour.mean(-1, keepdims=True) * 0.35 + 18
-    lit = heat[..., None].clip(0, 1)
-    glow = np.array([255, 214, 92], np.float32)
-    warm = colour + 0.28 * lit**2 * (glow - colour)
-    return Image.fromarray((grey + lit * (warm - grey)).clip(0, 255).astype(np.uint8))
