@@ -73,7 +73,7 @@ def error_line(error: BaseException | None, places: Sequence[Path] = ()) -> str 
         if isinstance(cause, DsdError):
             return str(cause)
         if isinstance(cause, ImportError) and (extra := EXTRAS.get((cause.name or "").partition(".")[0])):
-            return f"{(cause.name or '').partition('.')[0]} is not installed; run `pip install 'dsd[{extra}]'`"
+            return f"{(cause.name or '').partition('.')[0]} is not installed; it comes with the extra dsd[{extra}]"
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) and cause.filename:
             return f"{cause.filename}: {disk_full(places)}"
         if isinstance(cause, UnicodeEncodeError) and cause.encoding != "utf-8":

@@ -104,7 +104,7 @@ def test_a_wrong_table_is_one_line(lines: str, problem: str, tmp_path: Path, mon
 
 def test_an_extra_that_is_missing_is_named() -> None:
     missing = ModuleNotFoundError("No module named 'prefect'", name="prefect.flows")
-    assert errors.error_line(missing) == "prefect is not installed; run `pip install 'dsd[pipeline]'`"
+    assert errors.error_line(missing) == "prefect is not installed; it comes with the extra dsd[pipeline]"
     assert errors.error_line(ModuleNotFoundError("No module named 'own'", name="own")) is None
 
 
