@@ -101,6 +101,7 @@ def dsd(
     Examples:
       dsd match photo.png --text "a red circle" --text "a blue square"
       dsd evaluate photos/pairs.csv
+      dsd demo
 
     See `dsd COMMAND --help` for each command.
     """
@@ -204,6 +205,29 @@ def evaluate(
     terminal.print_table(("metric", "accuracy", "95 % interval", "chance", "n"), rows, number="n")
     for example, reason in found.left_out.items():
         print(f"left out: {example}: {reason}")
+
+
+@app.command()
+def demo(
+    checkpoint: Annotated[
+        list[str] | None, typer.Option(help="A checkpoint to choose from, a folder or a hub id; repeatable.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A trained prompt to choose from; repeatable.")] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is all interfaces.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 7860,
+) -> None:
+    """Open a page to try the matcher: images and texts in, scores and heat maps out.
+
+    \b
+    Examples:
+      dsd demo
+      dsd demo --checkpoint stable-diffusion-v1-5/stable-diffusion-v1-5 --port 8080
+    """
+    terminal.check_port(host, port)
+    from dsd.demo import launch
+
+    print(f"http://{host}:{port}: in some seconds; stop with Ctrl-C")
+    launch(checkpoint or [], prompt or [], server_name=host, server_port=port)
 
 
 def _csv(found: Evaluation) -> str:

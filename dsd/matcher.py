@@ -54,6 +54,7 @@ METHODS = ("cross-attention", "denoising")
 P = ParamSpec("P")
 Result = TypeVar("Result")
 MethodName = Literal["cross-attention", "denoising"]
+Row = tuple[Pair, Draw]
 Picture = NDArray[np.uint8]  # [R, R, 3] as `Matcher.picture` returns it
 
 
@@ -103,7 +104,7 @@ class Matcher:
         self.backbone, self.prompt = backbone, None if prompt is None else prompt.to(backbone.device)
         self._row = _row(method, prompt, noise) if isinstance(method, str) else method
         self.method = cast(MethodName, self._row.scorer)
-        self._draws, self._evidence, self._batch_size = draws(noise, seed), evidence, batch_size
+        self.draws, self._evidence, self._batch_size = draws(noise, seed), evidence, batch_size
         self._parity, self._resolution = parity, resolution or backbone.resolution
         self._known: dict[str, Arrays] = {}
         self._reading = Lock()  # tokenizers are not thread-safe
@@ -243,25 +244,34 @@ class Matcher:
         """
         by_id = {image_id(image): image for images, _ in problems for image in images}
         tables = [[[Pair(image_id(i), t) for t in self._columns(texts)] for i in images] for images, texts in problems]
-        rows = list(dict.fromkeys((pair, d) for table in tables for row in table for pair in row for d in self._draws))
-        latents, texts = self._latents(by_id), self._encoded({pair.text: None for pair, _ in rows})
+        rows = list(dict.fromkeys((pair, d) for table in tables for row in table for pair in row for d in self.draws))
+        values = self.values(rows, self.latents(by_id))
+        values_ITK = ([[[values[pair, d] for d in self.draws] for pair in row] for row in table] for table in tables)
+        return [self._reduced(torch.tensor(table, dtype=torch.float32, device="cpu")) for table in values_ITK]
+
+    @on_own_device
+    def values(self, rows: Sequence[Row], latents: Mapping[str, Arrays]) -> dict[Row, float]:
+        """Return the value of every row (pair, draw), in full batches; higher is better.
+
+        latents: of the rows' images, see `latents`.
+        """
+        texts = self._encoded({pair.text: None for pair, _ in rows})
         engine = Engine(
             self.backbone, self.prompt, self._evidence, partial(_stacked, latents), partial(_stacked, texts),
             self._batch_size,
         )  # fmt: skip
-        values: dict[tuple[Pair, Draw], float] = {}
+        values: dict[Row, float] = {}
         size = AT_ONCE * self._batch_size
         for n in progress(range(0, len(rows), size), desc="score", leave=False):
             part = rows[n : n + size]
             values_R = row_values(engine.compute(part), self._row, self._evidence.poolings)
             values |= zip(part, values_R.tolist(), strict=True)
         self._batch_size = engine.batch_size  # halved if memory was too small
-        values_ITK = ([[[values[pair, d] for d in self._draws] for pair in row] for row in table] for table in tables)
-        return [self._reduced(torch.tensor(table, dtype=torch.float32, device="cpu")) for table in values_ITK]
+        return values
 
     def rows(self, images: int, texts: int) -> int:
         """Return the number of (pair, draw) rows of a problem of this size."""
-        return images * len(self._columns([""] * texts)) * len(self._draws)
+        return images * len(self._columns([""] * texts)) * len(self.draws)
 
     @property
     def full(self) -> int:
@@ -270,11 +280,16 @@ class Matcher:
 
     def _columns(self, texts: Sequence[str]) -> list[str]:
         """Add the unconditional pass, which makes scores of different images comparable."""
-        return [*texts, UNCONDITIONAL] if self._row.compares_unconditional else [*texts]
+        return [*texts, UNCONDITIONAL] if self.compares_unconditional else [*texts]
+
+    @property
+    def compares_unconditional(self) -> bool:
+        """Whether a score is a difference from the unconditional pass on the same image."""
+        return self._row.compares_unconditional
 
     def _reduced(self, values_ITK: Tensor) -> Tensor:
         means_IT = values_ITK.mean(-1)
-        return means_IT[:, :-1] - means_IT[:, -1:] if self._row.compares_unconditional else means_IT
+        return means_IT[:, :-1] - means_IT[:, -1:] if self.compares_unconditional else means_IT
 
     def heatmap(self, image: ImageSource, text: str) -> Heatmap:
         """Return the cross-attention of each word over the image, averaged over layers, heads and draws.
@@ -291,7 +306,7 @@ class Matcher:
     def heatmap_of(self, picture: Picture, text: str) -> Heatmap:
         """Return the `heatmap` of an image that `picture` returned."""
         latents, hidden, content = self._encoded_pair(picture, text)
-        maps = [self._maps(latents, hidden, content, draw)[0] for draw in self._draws]
+        maps = [self._maps(latents, hidden, content, draw)[0] for draw in self.draws]
         return Heatmap(self._words(text), _stretched(torch.stack(maps).sum(0)), picture)
 
     @on_own_device
@@ -300,7 +315,7 @@ class Matcher:
         """Return for each noise level the `heatmap` of its first draw, over the noised image."""
         array = self.picture(image)
         latents, hidden, content = self._encoded_pair(array, text)
-        first = {draw.level: draw for draw in reversed(self._draws)}
+        first = {draw.level: draw for draw in reversed(self.draws)}
         heatmaps = {}
         for level, draw in sorted(first.items()):
             maps, noised = self._maps(latents, hidden, content, draw)
@@ -352,7 +367,9 @@ class Matcher:
                 groups.setdefault(ids, []).append(text)
         return [same for same in groups.values() if len(same) > 1]
 
-    def _latents(self, images: Mapping[str, Picture]) -> dict[str, Arrays]:
+    @on_own_device
+    def latents(self, images: Mapping[str, Picture]) -> dict[str, Arrays]:
+        """Return the latent of each image, by the image's id."""
         ids, encoded = list(images), dict[str, Arrays]()
         for n in range(0, len(ids), 16):
             latents = self.backbone.encode_images(np.stack([images[i] for i in ids[n : n + 16]])).cpu().numpy()

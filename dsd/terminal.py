@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,3 +78,14 @@ def save_heatmap(heatmap: Heatmap, path: Path) -> None:
         write_atomic(path, image.getvalue())
     except OSError as error:
         raise DsdError(f"--heatmap {path}: {error.strerror}") from None
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise DsdError if no server can listen there; done before a checkpoint is opened."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        # Python adds the address to the message of the system; a name that does not resolve has a message of its own.
+        reason = str(error.strerror).partition(" (while")[0].lower()
+        raise DsdError(f"--host {host} --port {port}: {reason}") from None

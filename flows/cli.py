@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Annotated
 
 import typer
 
-from dsd.cli import Commands, Json, Version, evaluate, match, registered_prompt
+from dsd.cli import Commands, Json, Version, demo, evaluate, match, registered_prompt
 from dsd.errors import DsdError
-from dsd.terminal import check_output, print_json, print_table
+from dsd.terminal import check_output, check_port, print_json, print_table
 from flows import terminal
 
 
@@ -171,17 +170,6 @@ def serve(
         run_server(Registry().model(model, Path(folder)), host, port)
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise DsdError if no server can listen there; done before a checkpoint is opened."""
-    try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            pass
-    except OSError as error:
-        # Python adds the address to the message of the system; a name that does not resolve has a message of its own.
-        reason = str(error.strerror).partition(" (while")[0].lower()
-        raise DsdError(f"--host {host} --port {port}: {reason}") from None
-
-
 @app.command()
 def watch(
     once: Annotated[bool, typer.Option("--once", help="Run one tick in this process, without a server.")] = False,
@@ -302,6 +290,7 @@ def _registered_prompt(name: str, folder: Path) -> Path:
 registered_prompt.append(_registered_prompt)
 app.command()(match)
 app.command()(evaluate)
+app.command()(demo)
 
 if __name__ == "__main__":
     app()

@@ -119,6 +119,16 @@ class Race:
                 raise ValueError("the schedule starts with a proposal, and there is none")
             self._update_ranking()
 
+    @property
+    def scores(self) -> Floats:
+        """[C] the score of each candidate, of a dropped one its last."""
+        return self._scores
+
+    @property
+    def kept(self) -> Mask:
+        """[C] the candidates that are in the race."""
+        return self._kept
+
     def next_rows(self) -> NDArray[np.int64]:
         """Rows (candidate, draw) [R, 2] of the next round; none when the race is over."""
         kept = np.flatnonzero(self._kept)
