@@ -12,7 +12,7 @@ GPU_RESULTS := benchmarks/gpu/results
 GPU_BUNDLE := .gpu
 GPU_PYTHON := 3.12
 
-.PHONY: help reproduce studies races test chaos bench gpu gpu-bundle performance readme clean
+.PHONY: help reproduce studies races test nightly wheel chaos bench gpu gpu-bundle performance readme clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,14 @@ test: $(READY) ## Lint, contracts, types and tests
 	$(BIN)/lint-imports
 	$(BIN)/mypy dsd flows benchmarks
 	$(BIN)/pytest
+
+nightly: $(READY) ## The tests that take longer: MARKER=slow, browser, ray or chaos
+	$(BIN)/pytest -v -m $(MARKER)
+
+wheel: $(READY) ## Build dist/, the same bytes at every build of a commit, and check it
+	@rm -rf dist
+	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/uv build -q --out-dir dist .
+	@$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
 
 chaos: $(READY) ## Kills, full disks and damaged files in mid-run; results must stay equal; half an hour
 	$(BIN)/pytest -v -m chaos

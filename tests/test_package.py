@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -150,3 +152,14 @@ def test_the_wheel_works_from_any_folder(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     ours = Matcher.from_pretrained().score(tmp_path / "0.png", ["a red circle", "a blue square"])
     assert [row["score"] for row in json.loads(done.stdout)] == pytest.approx(ours[0].tolist(), rel=1e-4)
+
+
+def test_every_supported_python_runs_the_checks() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    python = "Programming Language :: Python :: 3."
+    named = [line.rsplit(" ", 1)[1] for line in project["classifiers"] if line.startswith(python)]
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    assert all(job["strategy"]["matrix"]["python"] == named for job in jobs.values())
+    assert ".ci/run" in [step.get("run") for step in jobs["test"]["steps"]]
+    for file in sorted((ROOT / ".github").rglob("*.yml")):
+        assert yaml.safe_load(file.read_text()), file
