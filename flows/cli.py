@@ -333,7 +333,6 @@ def match(
             from flows.stores import require_version
 
             require_version(prompt)
-
             prompt = str(Registry().prompt(prompt, Path(folder)))
         matcher = Matcher.from_pretrained(checkpoint, prompt=prompt, method=method)
     scores_IT = matcher.score(images, texts)
