@@ -79,8 +79,21 @@ def _array(image: np.ndarray | Tensor) -> np.ndarray:
 
 
 def check_choice(option: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ParamsError unless the value of an option is one of the choices."""
     if value not in choices:
         raise ParamsError(f"{option}: {unknown(option, str(value), choices)}")
+
+
+def check_path(option: str, value: object) -> None:
+    """Raise ParamsError unless the value of an option is a path or a hub id."""
+    if not isinstance(value, str | Path) or not str(value):
+        raise ParamsError(f"{option}: must be a path or a hub id, found {value!r}")
+
+
+def check_count(option: str, value: object) -> None:
+    """Raise ParamsError unless the value of an option is a whole number above 0."""
+    if type(value) is not int or value < 1:
+        raise ParamsError(f"{option}: must be a whole number above 0, found {value!r}")
 
 
 @contextmanager

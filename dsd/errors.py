@@ -52,6 +52,11 @@ class BusyError(DsdError):
     """A request that timed out."""
 
 
+def brief(error: object, length: int | None = 160) -> str:
+    """Return an error's message in one line, cut to this many characters."""
+    return " ".join(str(error).split())[:length]
+
+
 def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
     """The message for an unknown name.
 

@@ -84,7 +84,7 @@ def _operations(unet: UNet2DConditionModel) -> float:
 def needs(params: Params, free: int) -> Iterator[Need]:
     """Yield all requirements in the order of a reproduction; `free`: bytes of disk space."""
     downloads = []
-    for name in dict.fromkeys([params.backbone, *(params.backbone_of(method) for method in params.methods)]):
+    for name in params.used_backbones:
         row = params.backbones[name]
         where = row.source + (f"@{row.revision}" if row.revision else "")
         downloads.append(_access(f"checkpoint {name}", where, partial(remote, row)))
@@ -122,8 +122,7 @@ def contradictions(params: Params) -> Iterator[str]:
 
     No weight is read; of a hub repository only configurations are fetched.
     """
-    used = dict.fromkeys([params.backbone, *(params.backbone_of(method) for method in params.methods)])
-    for name in used:
+    for name in params.used_backbones:
         lora = params.backbones[name].lora
         if lora is not None and not Path(lora).is_file():
             yield f"backbones.{name}.lora: {lora}: no such file"

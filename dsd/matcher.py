@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsd import EMBEDDED
-from dsd.arguments import check_choice, check_texts, image_list, option_errors, text_list
+from dsd.arguments import check_choice, check_count, check_path, check_texts, image_list, option_errors, text_list
 from dsd.config import (
     EXHAUSTIVE,
     BackboneParams,
@@ -34,7 +34,7 @@ from dsd.config import (
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import Pair
 from dsd.data.images import MAX_PIXELS, ImageSource, image_id, load_image, resize, to_array
-from dsd.engine.encodings import Arrays, check_tokens, remember
+from dsd.engine.encodings import Arrays, embeddings, remember
 from dsd.engine.engine import Engine, cores
 from dsd.engine.forward import row_values
 from dsd.errors import ImageError, ParamsError
@@ -50,10 +50,10 @@ if TYPE_CHECKING:
 
 KEPT_TEXTS = 512  # encodings in memory: 240 kB each with Stable Diffusion 1.x
 AT_ONCE = 16  # batches of evidence in memory
-METHODS = ("cross-attention", "denoising")
 P = ParamSpec("P")
 Result = TypeVar("Result")
 MethodName = Literal["cross-attention", "denoising"]
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
 Row = tuple[Pair, Draw]
 Picture = NDArray[np.uint8]  # [R, R, 3] as `Matcher.picture` returns it
 
@@ -151,12 +151,14 @@ class Matcher:
         if method is None:
             method = "denoising" if prompt is None else "cross-attention"
         check_choice("method", method, METHODS)
-        for name, value in {"path_or_id": path_or_id, "prompt": prompt, "config": config}.items():
-            if not (isinstance(value, str | Path) and str(value)) and (value is not None or name == "path_or_id"):
-                raise ParamsError(f"{name}: must be a path or a hub id, found {value!r}")
-        for name, number in {"parity": parity, "batch_size": batch_size}.items():
-            if (type(number) is not int or number < 1) and (number is not None or name == "batch_size"):
-                raise ParamsError(f"{name}: must be a whole number above 0, found {number!r}")
+        check_path("path_or_id", path_or_id)
+        check_count("batch_size", batch_size)
+        if prompt is not None:
+            check_path("prompt", prompt)
+        if config is not None:
+            check_path("config", config)
+        if parity is not None:
+            check_count("parity", parity)
         if type(seed) is not int or not 0 <= seed < 2**32:
             raise ParamsError(f"seed: must be a whole number from 0 to {2**32 - 1}, found {seed!r}")
         if not isinstance(device, str | torch.device):
@@ -382,11 +384,9 @@ class Matcher:
         with self._reading:
             encoded = {text: self._known[text] for text in wanted if text in self._known}
             if new := [text for text in wanted if text not in encoded]:
-                check_tokens(self.backbone, new)
-                out = self.backbone.encode_texts(new)
+                rows = embeddings(self.backbone, new)
                 for n, text in enumerate(new):
-                    tensors = {"hidden": out.hidden[n], "content": out.content[n], "truncated": out.truncated[n]}
-                    encoded[text] = {k: v.cpu().numpy().copy() for k, v in tensors.items()}
+                    encoded[text] = {name: array[n].copy() for name, array in rows.items()}
             remember(self._known, encoded, KEPT_TEXTS)
         return encoded
 

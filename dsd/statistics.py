@@ -94,11 +94,7 @@ def clustered_mean(
 
 
 def paired_difference(
-    a: ArrayLike,
-    b: ArrayLike,
-    clusters: Clusters,
-    groups: Groups | None = None,
-    **resampling: Unpack[Resampling],
+    a: ArrayLike, b: ArrayLike, clusters: Clusters, groups: Groups | None = None, **resampling: Unpack[Resampling]
 ) -> Difference:
     """The mean of a - b over the same examples, with a clustered bootstrap interval and a sign-flip p-value.
 

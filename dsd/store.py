@@ -15,12 +15,14 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import random
 import re
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -126,6 +128,40 @@ def write_atomic(path: Path, data: bytes) -> None:
 def write_json(path: Path, content: object, indent: int = 1) -> None:
     """Replace a file by JSON, see `write_atomic`; dataclasses count as their fields."""
     write_atomic(path, (json.dumps(content, indent=indent, default=dataclasses.asdict) + "\n").encode())
+
+
+def strict_json(text: str | bytes | bytearray) -> Any:
+    """Parse JSON that others have written.
+
+    Raises:
+        ValueError: it is not valid, also where Python's parser is lenient: a key given twice, nesting that is too deep,
+            and numbers that are NaN, infinite or beyond 64 bits.
+    """
+    try:
+        return json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite, parse_int=_whole
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(settings := dict(pairs)) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {twice[:40]!r} is given twice")
+    return settings
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+        raise ValueError(f"{text[:20]}… has more than 64 bits")
+    return int(text)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:

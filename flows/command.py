@@ -28,6 +28,7 @@ def command(folder: Path, *words: str) -> str:
 
 
 def last_line(text: str) -> str:
+    """The last line that is not blank, cut to 500 characters; "" if there is none."""
     return next((line.strip()[:500] for line in reversed(text.splitlines()) if line.strip()), "")
 
 

@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 
 from dsd.config import BackboneParams, DatasetParams, Params, RuntimeParams, load
 from dsd.data.proxies import check_proxies, proxies
-from dsd.errors import CheckpointError, DsdError
+from dsd.errors import CheckpointError, DsdError, brief
 from flows import DATA, stores
 from flows.command import command
 
@@ -80,7 +80,7 @@ def _finding(check: Check) -> Finding:
     except ImportError as error:
         return Finding(check.name, f"cannot be checked: {error}", INSTALL)
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = brief(f"{type(error).__name__}: {error}", 200)
         return Finding(check.name, f"the check itself failed: {reason}", "a defect of dsd: report it with this line")
 
 

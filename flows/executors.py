@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from dsd.config import RuntimeParams
-from dsd.errors import DsdError
+from dsd.errors import DsdError, brief
 from dsd.progress import progress
 
 CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # on every system; without clusters ray listens on loopback alone
@@ -104,7 +104,7 @@ def compute(missing: Mapping[str, int], open_worker: Callable[[], Worker], runti
                 raise DsdError(result["error"])
             bar.update(missing[result["key"]])
     except ray.exceptions.RayActorError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = brief(error, 300)
         line = f"{title}: actors keep dying, {RETRIES + 1} times at one shard or at startup: {reason}"
         raise DsdError(line) from None
     finally:

@@ -112,17 +112,22 @@ def _state() -> list[Path]:
     return [*files(), *(file for pattern in patterns for file in sorted(Path().glob(pattern)))]
 
 
+def _outs() -> list[str]:
+    """The outputs of DVC's stages that exist here and that its cache keeps, as paths in this workspace."""
+    with open_repo() as repo:
+        outs = [Path(out.fspath) for out in repo.index.outs if out.use_cache and out.exists]
+    return [out.relative_to(Path.cwd()).as_posix() for out in outs]
+
+
 def _keep(preset: Path) -> None:
     """Copy the current state to a new folder of BEFORE; its manifest, written last, names what there is."""
-    with open_repo() as repo:
-        outs = [out.fspath for out in repo.index.outs if out.use_cache and out.exists]
+    outs = _outs()
     folder = BEFORE / f"{len(_kept()) + 1:04d}"
     shutil.rmtree(folder, ignore_errors=True)  # left by a kill: it has no manifest
     kept = [file.as_posix() for file in _state()]
     for file in kept:
         write_atomic(folder / file, Path(file).read_bytes())
-    relative = [Path(out).relative_to(Path.cwd()).as_posix() for out in outs]
-    write_json(folder / MANIFEST, {"preset": str(preset), "files": kept, "outs": relative})
+    write_json(folder / MANIFEST, {"preset": str(preset), "files": kept, "outs": outs})
 
 
 def _kept() -> list[Path]:
@@ -143,15 +148,13 @@ def undo() -> str:
         raise ParamsError("--undo: no preset was applied in this workspace")
     folder = _kept()[-1]
     manifest = json.loads((folder / MANIFEST).read_text())
-    with open_repo() as repo:
-        made = [Path(out.fspath) for out in repo.index.outs if out.use_cache and out.exists]
+    made = _outs()
     new = {file.as_posix() for file in _state()} - {*manifest["files"]}
     _write_all({Path(file): (folder / file).read_bytes() for file in manifest["files"]})
     for file in new:
         Path(file).unlink()
-    for out in made:
-        if out.relative_to(Path.cwd()).as_posix() not in manifest["outs"]:
-            shutil.rmtree(out) if out.is_dir() else out.unlink()
+    for out in (Path(out) for out in made if out not in manifest["outs"]):
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
     try:
         with open_repo() as repo:
             verify_objects(repo)

@@ -30,8 +30,8 @@ from dvc_data.hashfile.db import HashFileDB
 
 from dsd.config import load, read
 from dsd.data.proxies import check_proxies
-from dsd.errors import DsdError
-from dsd.store import write_atomic
+from dsd.errors import DsdError, brief
+from dsd.store import write_atomic, write_json
 from flows import DATA
 from flows.failures import disk_full, error_line, exit_with, full_disks
 from flows.process import die_with_parent
@@ -104,7 +104,7 @@ def failure(error: Exception) -> str | None:
         return ""
     if (line := error_line(error)) is None and isinstance(error, DvcException):
         line = f"{error}{f': {cause}' if cause else ''}"
-    return line if line is None else " ".join(line.split())
+    return line if line is None else brief(line, None)
 
 
 def reproduce(*, recompute: bool = False) -> str:
@@ -140,8 +140,7 @@ def reproduce(*, recompute: bool = False) -> str:
     total, records = time.monotonic() - clock, finished(since=started)
     orchestration = total - sum(record["seconds"] for record in records)
     if empty and {record["stage"] for record in records} == {*names}:  # `make bench` reports whole reproductions only
-        record = json.dumps({"seconds": total, "orchestration": orchestration}, indent=2)
-        write_atomic(DATA / "reproduction.json", record.encode())
+        write_json(DATA / "reproduction.json", {"seconds": total, "orchestration": orchestration})
     return f"orchestration: {orchestration:.0f} s of {total:.0f} s\n{report}"
 
 
@@ -168,7 +167,7 @@ def remote_address() -> str | None:
             remote = repo.cloud.get_remote()
             exists = remote.fs.exists(remote.path) or remote.fs.exists(remote.fs.parent(remote.path))
         except Exception as error:  # each kind of remote raises errors of its own
-            raise DsdError(f"{name} {address}: {' '.join(str(error).split())[:200]}") from None
+            raise DsdError(f"{name} {address}: {brief(error, 200)}") from None
         if not exists:
             raise DsdError(f"{name} {address}: no such folder, and no parent to create it in")
         return f"{name} {address}"
@@ -181,7 +180,7 @@ def open_repo() -> Iterator[Repo]:
         with Repo() as repo:
             yield repo
     except DvcException as error:
-        raise DsdError(" ".join(str(error).split())) from None
+        raise DsdError(brief(error, None)) from None
 
 
 def run(repo: Repo, name: str, recomputed: Sequence[str] = ()) -> None:

@@ -161,9 +161,9 @@ def backbone_tags(backbone: BackboneParams) -> dict[str, str]:
     if not Path(backbone.source).exists():
         identity = str(backbone.revision)
     else:
-        from dsd.models.checkpoint import locate  # it imports torch
+        from dsd.models.checkpoint import identify  # it imports torch
 
-        identity = locate(backbone)[1]
+        identity = identify(backbone)
     return {"dsd.backbone": backbone.source, "dsd.backbone.digest": identity}
 
 

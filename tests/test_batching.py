@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dsd.data.draws import Draw
 from dsd.data.examples import Pair
-from dsd.engine.batching import Entry, Filled, side_by_side
+from dsd.engine.batching import Entry, Filled, run_concurrently
 from dsd.schedules.exhaustive import all_draws
 from dsd.schedules.hierarchical import hierarchical
 from dsd.schedules.race import Race, Schedule
@@ -69,14 +69,16 @@ def test_rankings_depend_on_neither_batch_nor_order(
         return [value(request) for request in batch]
 
     filled = Filled()
-    rankings = {entry.id: entry.race.ranking().tolist() for entry in side_by_side(shuffled, compute, size, filled, {})}
+    rankings = {
+        entry.id: entry.race.ranking().tolist() for entry in run_concurrently(shuffled, compute, size, filled, {})
+    }
     assert rankings == expected
     assert len(requested) == len(set(requested)) == filled.rows
 
 
 def test_batches_are_full_until_the_last_races() -> None:
     filled = Filled()
-    done = list(side_by_side(entries(300, 9, racing(simple(8), 1.0)), values, 96, filled, {}))
+    done = list(run_concurrently(entries(300, 9, racing(simple(8), 1.0)), values, 96, filled, {}))
     assert len(done) == 300 and filled.share == 1.0
     assert filled.rows == sum(entry.race.evaluations for entry in done)
 
@@ -84,18 +86,18 @@ def test_batches_are_full_until_the_last_races() -> None:
 def test_requests_that_races_share_are_computed_once() -> None:
     twins = [Entry(str(n), Race(2, all_draws(4)), [Pair("i", "a"), Pair("i", "b")], DRAWS, False) for n in range(3)]
     filled = Filled()
-    assert len(list(side_by_side(twins, values, 5, filled, {}))) == 3
+    assert len(list(run_concurrently(twins, values, 5, filled, {}))) == 3
     assert filled.rows == 8
 
 
 def test_nothing_to_run() -> None:
-    assert list(side_by_side([], values, 4, Filled(), {})) == []
+    assert list(run_concurrently([], values, 4, Filled(), {})) == []
 
 
 def test_stored_values_are_not_computed() -> None:
     stored = {(Pair("i0", "t0"), draw): 1.0 for draw in DRAWS}
     filled = Filled()
-    (entry,) = side_by_side(entries(1, 2, all_draws(8)), values, 4, filled, stored)
+    (entry,) = run_concurrently(entries(1, 2, all_draws(8)), values, 4, filled, stored)
     assert filled.rows == 8 and entry.race.evaluations == 16
-    entry = next(iter(side_by_side(entries(1, 1, all_draws(8)), values, 4, filled, stored)))
+    entry = next(iter(run_concurrently(entries(1, 1, all_draws(8)), values, 4, filled, stored)))
     assert filled.rows == 8 and not len(entry.race.next_rows())

@@ -76,10 +76,10 @@ def test_verdicts_of_a_clear_gain_a_clear_loss_and_no_difference(settings: Param
 def test_the_effect_of_a_claim_is_that_of_the_comparison_that_binds(settings: Params) -> None:
     shares = {"dsd": {"subject": 0.95, "object": 0.95, "predicate": 0.6}, "dsd-zero-shot": uniform(0.6)}
     judged, measured = judge(settings, {"scenes-com": answers(shares)})
-    by_metric = {m.comparison.metric: m.difference for m in measured[4]}
+    by_metric = {m.condition.metric: m.difference for m in measured[4]}
     assert judged[4].effect == by_metric["predicate"].value and judged[4].verdict == "not shown"
     assert by_metric["subject"].p < 0.05
-    assert measured[4][judged[4].binding].comparison.metric == "predicate"
+    assert measured[4][judged[4].binding].condition.metric == "predicate"
 
 
 def one_measured(value: float, p: float, least: float = 0.0) -> Measured:
@@ -143,7 +143,7 @@ def test_whole_methods_are_compared_over_all_samples_and_noise_sets(settings: Pa
     assert (judged[10].samples, judged[10].noise_sets, judged[10].replicates) == (3, 2, 4)
     assert measured[4][0].replicates == [(0, 0), (1, 0), (2, 0), (1, 1)]
     zero_shot, of = own.methods["dsd-zero-shot"]["micro"][0], [own, *others]
-    [micro] = [row for row in measured[4] if row.comparison.metric == "micro"]
+    [micro] = [row for row in measured[4] if row.condition.metric == "micro"]
     expected = np.mean([one.methods["dsd"]["micro"][0].mean() for one in of]) - zero_shot.mean()
     assert micro.difference.value == pytest.approx(expected)
     assert judged[1].replicates == 4 and judge(settings, {"scenes-com": own})[0][4].replicates == 1
@@ -230,7 +230,7 @@ def test_from_evidence_to_files(params: Params, prepared: Path, cached: Path, tm
     assert split.examples == rows
     judged, measured = judge(params, {"scenes-com": DatasetHits("scenes-com", rows, hits, variants)})
     assert set(judged) == {1, 4, 5, 6, 7, 8, 9, 10}
-    layers = [m.comparison.b for m in measured[5]]
+    layers = [m.condition.b for m in measured[5]]
     assert layers == [ChangedMethod("dsd", "layers", value) for value in ("2", "1")]
     write_claims(judged, measured, {}, tmp_path)
     claims = json.loads((tmp_path / "claims.json").read_text())

@@ -21,7 +21,7 @@ from dsd.engine.session import Folders, Session
 from dsd.errors import DataError
 from dsd.evaluation.evaluate import ScoredSplit, evaluate
 from dsd.scorers.base import StoredEvidence
-from dsd.scorers.evidence import UNCONDITIONAL, Evidence, fitting_entry, without
+from dsd.scorers.evidence import UNCONDITIONAL, Evidence, fitting_entry, prompt_without
 from dsd.scorers.fusion import (
     SCORER,
     _loss,
@@ -268,7 +268,7 @@ def test_weights_are_fitted_on_evidence_of_prompts_that_have_not_seen_the_exampl
     parts = {part.entry: part for part in planned(session, "test")}
     for fold in range(2):
         part = parts[fitting_entry("few-shot", fold)]
-        assert part.prompt == without(fold) != "few-shot"
+        assert part.prompt == prompt_without(fold) != "few-shot"
         seen = {image for e in examples_of(session, Training("dsd", fold)) for image in e.images}
         fitted = {pair.image for shard in part.shards for pair, _ in shard.rows}
         assert fitted and seen and not fitted & seen

@@ -469,7 +469,7 @@ def test_rows_answer_for_themselves() -> None:
 @pytest.mark.parametrize("text", ["seed: 1\nseed: 2\n", "datasets:\n  a: 1\n  b: 2\n  a: 3\n"])
 def test_a_key_twice_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(text)
-    with pytest.raises(ParamsError, match=r"params\.yaml: not valid YAML: the key '(seed|a)' is there twice") as error:
+    with pytest.raises(ParamsError, match=r"params\.yaml: not valid YAML: the key '(seed|a)' is given twice") as error:
         load(tmp_path / "params.yaml")
     assert "\n" not in str(error.value)
 

@@ -153,7 +153,7 @@ def test_a_preset_can_add_rows(clone: Path) -> None:
     [
         ("image.resolution: 64", "image.resolution: unknown section 'image': did you mean 'images'?"),
         ("images.resolutions: 64", "unknown key 'images.resolutions': did you mean 'images.resolution'?"),
-        ("seed: 1\nseed: 2", "not valid YAML: the key 'seed' is there twice"),
+        ("seed: 1\nseed: 2", "not valid YAML: the key 'seed' is given twice"),
         ("seed.more: 64", "seed.more: unknown key 'more'"),
         ("images.resolution: large", "images.resolution: Input should be a valid integer"),
         ("[seed, 4]", "not a mapping from keys of params.yaml to values"),

@@ -255,7 +255,7 @@ def test_refusals_in_the_server_of_mlflow_are_one_line_too(its_own: TestClient) 
         (b"", "Invalid JSON: EOF while parsing"),
         (b"[]", "Input should be an object"),
         (b"{}", "0 images"),
-        (b'{"inputs": [{"image": "a", "texts": ["x"], "texts": ["y"]}]}', "the key 'texts' is there twice"),
+        (b'{"inputs": [{"image": "a", "texts": ["x"], "texts": ["y"]}]}', "the key 'texts' is given twice"),
         (b'{"instances": []}', "instances: Extra inputs are not permitted"),
         (json.dumps({"inputs": [row()], "dataframe_records": [row()]}).encode(), "both inputs and dataframe_records"),
         (json.dumps({"inputs": [row(size=3)]}).encode(), "inputs.0.size: Extra inputs are not permitted"),

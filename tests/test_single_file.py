@@ -226,7 +226,7 @@ def test_a_lazy_file_is_described_without_weights_and_opened_as_a_whole_once(
         tensors, config, folder, family = original(xl, texts), xl, xl, "stable-diffusion-xl"
     save_file(tensors, file)
     reads: list[Path] = []
-    monkeypatch.setattr(single_file, "load_file", lambda path: (reads.append(path), load_file(path))[1])
+    monkeypatch.setattr(single_file, "read_tensors", lambda path: (reads.append(path), load_file(path))[1])
     expected = load_diffusion(row(folder, family), CPU)
     lazy = load_diffusion(row(file, family, config=str(config)), CPU, lazy=True)
     assert description(lazy) == description(expected) and reads == []

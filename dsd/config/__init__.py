@@ -2,13 +2,11 @@
 
 # ruff: noqa: F401  (this module only re-exports)
 
-from dsd.config.base import Kind, ParamsModel
 from dsd.config.datasets import (
     ClassifiedDataset,
     ComvgDataset,
     DatasetParams,
     DrawnDataset,
-    FilesParams,
     FolderDataset,
     PublishedDataset,
     RefcocogDataset,
@@ -19,14 +17,7 @@ from dsd.config.datasets import (
     Vqav2Dataset,
     WinogroundDataset,
 )
-from dsd.config.experiments import (
-    AblationParams,
-    EvaluateParams,
-    RacesParams,
-    RacingSettings,
-    ReportParams,
-    StudyParams,
-)
+from dsd.config.experiments import AblationParams, EvaluateParams, RacesParams, StudyParams
 from dsd.config.files import assign, by_file, file_of, files, merged, node_at, parsed, read
 from dsd.config.load import Params, load, mistake
 from dsd.config.methods import (
@@ -38,7 +29,6 @@ from dsd.config.methods import (
     FusionMethod,
     FusionParams,
     HierarchicalSchedule,
-    Learned,
     MethodParams,
     RacingSchedule,
     ReleasedMethod,
@@ -48,15 +38,7 @@ from dsd.config.methods import (
     StagedSchedule,
     TrainingParams,
 )
-from dsd.config.models import (
-    BackboneParams,
-    ContextParams,
-    EvidenceParams,
-    ImageParams,
-    NoiseParams,
-    PromptParams,
-    RuntimeParams,
-)
+from dsd.config.models import BackboneParams, ContextParams, EvidenceParams, ImageParams, NoiseParams, RuntimeParams
 from dsd.config.operations import (
     Bounds,
     FitParams,
@@ -66,7 +48,4 @@ from dsd.config.operations import (
     HubSource,
     PretrainParams,
     RegisteredSource,
-    ServingParams,
-    SourceParams,
-    WatchParams,
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dsd.errors import ParamsError, unknown
+from dsd.errors import ParamsError, brief, unknown
 
 APART = ("studies", "races", "pretrain")  # sections in a file of their own beside params.yaml: <section>.yaml
 
@@ -46,7 +46,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for key in (key for number, key in enumerate(keys) if key in keys[:number]):
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -72,13 +72,11 @@ def parsed(file: Path) -> Any:
     try:
         return yaml.load(file.read_text(), _Loader)
     except yaml.YAMLError as error:
-        raise ParamsError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ParamsError(f"{file}: not valid YAML: {brief(error, None)}") from None
     except UnicodeDecodeError:
         raise ParamsError(f"{file}: not text in UTF-8") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of thousands of digits, thousands of levels, a NUL in the path
+    # A number of thousands of digits, thousands of levels, a NUL in the path.
+    except (ValueError, RecursionError) as error:
         raise ParamsError(f"{str(file)!r}: cannot be read: {str(error)[:200]}") from None
     except FileNotFoundError:
         raise

@@ -208,6 +208,11 @@ class Params(ParamsModel):
         return self.methods[method].own_backbone or self.backbone
 
     @property
+    def used_backbones(self) -> list[str]:
+        """The rows of `backbones` that are used: the model under test first, then those of methods with their own."""
+        return list(dict.fromkeys([self.backbone, *map(self.backbone_of, self.methods)]))
+
+    @property
     def contrastive(self) -> dict[str, ContrastiveMethod]:
         """The methods that use a CLIP."""
         return {name: row for name, row in self.methods.items() if isinstance(row, ContrastiveMethod)}

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # Whether each family is a CLIP. Other families, of further modules in dsd/models, are asked there: it imports torch.
 FAMILIES = {"stable-diffusion": False, "stable-diffusion-xl": False, "clip": True, "open-clip": True}
 
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")  # files of checkpoints that are never opened: they can run code
+
 
 class RuntimeParams(ParamsModel):
     """How fast a run is; changes no result."""

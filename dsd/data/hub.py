@@ -30,7 +30,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from dsd.config import RepositoryDataset
 from dsd.data.proxies import check_proxies
-from dsd.errors import DataError, DsdError, ParamsError
+from dsd.errors import DataError, DsdError, ParamsError, brief
 from dsd.store import file_digest
 
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
@@ -208,8 +208,8 @@ def _reason(failure: BaseException | None) -> str:
     if isinstance(failure, OfflineModeIsEnabled) or failure is None:
         return "HF_HUB_OFFLINE is set: unset it to download the missing files"
     if isinstance(failure, HfHubHTTPError):
-        message = " ".join((failure.server_message or str(failure)).split())[:160]
+        message = brief(failure.server_message or failure)
         return f"the hub answers {failure.response.status_code}: {message}"
     if isinstance(failure, OSError) and failure.errno is not None:
         return str(failure)
-    return f"the hub does not answer: {type(failure).__name__}: {' '.join(str(failure).split())[:160]}"
+    return f"the hub does not answer: {type(failure).__name__}: {brief(failure)}"

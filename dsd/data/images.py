@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dsd.errors import ImageError
+from dsd.errors import ImageError, brief
 
 MAX_PIXELS = 40_000_000  # of an image that a user passes
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def load_image(source: ImageSource, *, max_pixels: int) -> Image.Image:
     # Pillow's decoders raise many types of exception on corrupt bytes: OSError, SyntaxError, struct.error, …
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ImageError(f"{name}: {' '.join(reason.split())}") from error
+        raise ImageError(f"{name}: {brief(reason, None)}") from error
 
 
 def resize(image: Image.Image, *, parity: int | None, resolution: int) -> Image.Image:

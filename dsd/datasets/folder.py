@@ -159,9 +159,7 @@ def _line(root: Path, where: str, number: int, header: Sequence[str], values: Se
         raise DataError(f"{where}: category {category!r}: {problem}")
     image = _inside(root, row["image"], where)
     split = next((split for split in SPLITS if split == row.get("split")), None)
-    return Line(
-        number, row.get("id", image), image, row["text"], row["label"] == "1", split, row.get("category", "all")
-    )
+    return Line(number, row.get("id", image), image, row["text"], row["label"] == "1", split, category)
 
 
 def _inside(root: Path, path: str, where: str) -> str:

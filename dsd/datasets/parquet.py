@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dsd.data.hub import Location, Repository
 from dsd.datasets.published import Content
-from dsd.errors import DataError, ImageError
+from dsd.errors import DataError, ImageError, brief
 
 BATCH = 64  # images in memory at once
 Columns = TypeVar("Columns")
@@ -128,4 +128,4 @@ def _open(repository: Repository, file: str, columns: Sequence[str]) -> Iterator
                     raise DataError(f"{path}: no column {column!r} (columns: {', '.join(names)})")
             yield parquet
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as Parquet: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"{path}: not readable as Parquet: {brief(error, 200)}") from None

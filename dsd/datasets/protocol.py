@@ -9,6 +9,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from dsd.data.examples import MatchingExample
 from dsd.datasets.annotations import RawExample, read_annotations
+from dsd.metrics import HEADLINES
 
 Row = TypeVar("Row", contravariant=True)  # the type of a row of `datasets` of this kind
 
@@ -57,6 +58,11 @@ class Benchmark(Generic[Row]):
     remote: Callable[[str, Row], int]
     own_kind: Callable[[MatchingExample], Sequence[int]] | None = None
     seeded: bool = True
+
+    @property
+    def headline(self) -> str:
+        """The metric that is reported first and compared."""
+        return HEADLINES[self.metrics]
 
     def examples(self, folder: Path, *, seed: int) -> Iterator[RawExample]:
         """Read the examples of all splits that `download` wrote to `folder`.

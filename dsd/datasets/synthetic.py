@@ -142,15 +142,7 @@ def _render_item(compose: Compose, row: DrawnDataset, images: Path, item: tuple[
     return composed
 
 
-def _download(
-    compose: Compose,
-    examples: int,
-    row: DrawnDataset,
-    *,
-    seed: int,
-    folder: Path,
-    workers: int,
-) -> None:
+def _download(compose: Compose, examples: int, row: DrawnDataset, *, seed: int, folder: Path, workers: int) -> None:
     """Implement `protocol.Download` by rendering the images of all three splits.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from dsd.data.hub import Location, Repository
 from dsd.datasets.published import Content
-from dsd.errors import DataError, ImageError
+from dsd.errors import DataError, ImageError, brief
 
 IMAGE_PARTS = ("webp", "jpg", "jpeg", "png")
 LARGEST = 64 * 2**20  # bytes of a member
@@ -84,4 +84,4 @@ def _open(repository: Repository, file: str) -> Iterator[tarfile.TarFile]:
         with tarfile.open(path, "r:") as tar:
             yield tar
     except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path}: not readable as a tar: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"{path}: not readable as a tar: {brief(error, 200)}") from None

@@ -58,7 +58,7 @@ class Filled:
         return self.taken / self.places if self.places else 1.0
 
 
-def side_by_side(
+def run_concurrently(
     entries: Iterable[Entry],
     compute: Callable[[list[Request]], ArrayLike],
     size: int,

@@ -6,7 +6,7 @@ Shapes: C latent channels, r latent side, M text tokens, D text width.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,6 +111,7 @@ def all_texts(examples: Iterable[MatchingExample]) -> list[str]:
 
 
 def read_all(prepared: Path) -> Iterator[MatchingExample]:
+    """Yield the examples of all splits of a prepared dataset."""
     return (example for split in SPLITS for example in read_examples(prepared / "examples.parquet", split))
 
 
@@ -120,6 +121,12 @@ def check_tokens(backbone: StableDiffusion, texts: Sequence[str]) -> None:
     for text, ids in zip(texts, token_ids(backbone.tokenizer, texts), strict=True):
         if text != UNCONDITIONAL and special.issuperset(ids):
             raise TextError(f"text {text[:60]!r}: has no token but special ones; give it a word")
+
+
+def embeddings(backbone: StableDiffusion, texts: list[str]) -> Arrays:
+    """Return the fields of `TextEmbeddings` by name; for errors see `check_tokens`."""
+    check_tokens(backbone, texts)
+    return {name: tensor.cpu().numpy() for name, tensor in backbone.encode_texts(texts)._asdict().items()}
 
 
 def diffusion_encodings(
@@ -134,14 +141,9 @@ def diffusion_encodings(
         batch = np.stack([to_array(resize(images[i], parity=None, resolution=resolution)) for i in ids])
         return {"latents": backbone.encode_images(batch).cpu().numpy()}
 
-    def embeddings(batch: list[str]) -> Arrays:
-        check_tokens(backbone, batch)
-        encoded = backbone.encode_texts(batch)
-        return {name: tensor.cpu().numpy() for name, tensor in encoded._asdict().items()}
-
     image_key = versioned("latents", digest(backbone.digest, resolution))
     text_key = versioned("texts", backbone.text_digest)
-    by_text = Encodings(store, "texts", text_key, texts, embeddings, kept=len(texts) <= kept)
+    by_text = Encodings(store, "texts", text_key, texts, partial(embeddings, backbone), kept=len(texts) <= kept)
     return Encodings(store, "latents", image_key, images.ids, latents), by_text
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from dsd.config import NoiseParams, ScheduledMethod
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import MatchingExample, Pair, pairs
-from dsd.engine.batching import Entry, Filled, side_by_side
+from dsd.engine.batching import Entry, Filled, run_concurrently
 from dsd.engine.encodings import Arrays
 from dsd.engine.forward import Values, row_values
 from dsd.engine.session import Session
@@ -139,7 +139,7 @@ class RaceRunner:
         def compute(rows: list[Request]) -> Values:
             return row_values(engine.compute(rows), self.method, engine.evidence.poolings)
 
-        return side_by_side(entries, compute, engine.rows_at_once, filled, dict(stored or {}))
+        return run_concurrently(entries, compute, engine.rows_at_once, filled, dict(stored or {}))
 
     def entries(
         self, course: Course, examples: Sequence[MatchingExample], proposals: Sequence[Floats] | None

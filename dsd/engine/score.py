@@ -31,11 +31,11 @@ from dsd.scorers.evidence import (
     evidence_prompts,
     fitting_entry,
     plan,
+    prompt_without,
     read_index,
     read_shards,
     reads_unconditional,
     requests,
-    without,
     write_index,
 )
 from dsd.scorers.fusion import fitting_examples
@@ -65,7 +65,7 @@ def planned(session: Session, split: str) -> Iterator[Planned]:
         compares = reads_unconditional(params.methods, prompt)
         entries = [(prompt, prompt, examples)]
         for fold, some in enumerate(fitting):
-            entries.append((fitting_entry(prompt, fold), prompt if prompt == "none" else without(fold), some))
+            entries.append((fitting_entry(prompt, fold), prompt if prompt == "none" else prompt_without(fold), some))
         for entry, learned, some in entries:
             rows = requests(some, session.scoring_noise, params.seed, compares)
             yield Planned(entry, learned, plan(rows, session.evidence_key(learned), params.evidence.shard))

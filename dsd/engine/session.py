@@ -113,13 +113,13 @@ class Session:
         """
         if split not in self._indistinct:
             twice = (e.id for e in self._all_examples(split) if len(set(e.images)) < len(e.images))
-            found = self._indistinct[split] = dict.fromkeys(twice, "two images have the same pixels")
+            reasons = self._indistinct[split] = dict.fromkeys(twice, "two images have the same pixels")
             for name in (self.params.backbone, *self.clip_names):
                 model = self.backbone if name == self.params.backbone else self.clip(name)
                 for example in self._all_examples(split):
                     alike = similar_starts(example.texts, model.max_tokens - 2)  # without the begin and end token
                     if alike and len(set(model.text_ids(alike))) < len(alike):
-                        found.setdefault(example.id, f"two texts are one to {name}")
+                        reasons.setdefault(example.id, f"two texts are one to {name}")
         return self._indistinct[split]
 
     @cached_property
@@ -158,7 +158,7 @@ class Session:
         return versioned("evidence", content)
 
     def engine(self, prompt: str) -> Engine:
-        """Return the engine of evidence under a prompt: "none", "few-shot", or one of `without` (dsd.scorers)."""
+        """Return the engine of evidence under a prompt: "none", "few-shot", or a `prompt_without` (dsd.scorers)."""
         if prompt not in self._engines:
             learned, encodings = self.prompt(prompt), self.diffusion_encodings
             evidence, size = self.params.evidence, self.params.runtime.batch_size

@@ -18,11 +18,10 @@ import numpy as np
 
 from dsd.config import EvaluateParams
 from dsd.data.examples import MatchingExample
-from dsd.datasets import benchmark
-from dsd.evaluation.evaluate import forced_hits, intervals, random_hits
-from dsd.metrics import FORCED, HEADLINES, Hits
+from dsd.evaluation.evaluate import forced_hits, headline_differences, intervals, random_hits
+from dsd.metrics import Hits
 from dsd.scorers.fusion import narrowed
-from dsd.statistics import Difference, Interval, paired_difference
+from dsd.statistics import Difference, Interval
 from dsd.store import write_json
 
 CANDIDATES = 64  # texts per few-shot example that are learned from: all right ones, and wrong ones at random
@@ -114,15 +113,9 @@ def measure(
         hits: hits and groups of the methods by metric.
         calibrated: of `dsd.evaluation.calibration.measure`.
     """
-    headline = HEADLINES[benchmark(kind).metrics]
     reason, own = blind_hits(kind, few_shot, examples, seed)
-    clusters = [example.cluster for example in examples]
     differences = {
-        method: {
-            metric: paired_difference(hits_n, own[metric][0], clusters, groups, **evaluate.model_dump(), seed=seed)
-            for metric, (hits_n, groups) in by_metric.items()
-            if metric in (headline, f"{FORCED} {headline}")
-        }
+        method: headline_differences(kind, examples, by_metric, own, evaluate, seed)
         for method, by_metric in hits.items()
     }
     return Blind(reason, intervals(examples, own, evaluate, seed), differences, calibrated)

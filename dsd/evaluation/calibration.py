@@ -16,24 +16,25 @@ import numpy as np
 from dsd.config import EvaluateParams
 from dsd.data.examples import MatchingExample
 from dsd.datasets import benchmark
-from dsd.evaluation.evaluate import ScoredSplit, forced_hits, hits_of, ranked, ranked_hits, tables
-from dsd.metrics import FORCED, HEADLINES, Hits
-from dsd.statistics import Difference, paired_difference
+from dsd.evaluation.evaluate import ScoredSplit, forced_hits, headline_differences, ranked_hits, tables
+from dsd.metrics import Hits
+from dsd.statistics import Difference
 
 
 def answer(text: str) -> str:
+    """Return the answer in a question's text, its last word, in lower case."""
     return text.lower().split()[-1]
 
 
 def priors(examples: Sequence[MatchingExample], scores: Sequence[np.ndarray]) -> dict[str, float]:
     """Return the prior of each answer that is wrong for an example; `scores` are [I, T] of each."""
-    found: dict[str, list[float]] = {}
+    relative: dict[str, list[float]] = {}
     for example, scores_IT in zip(examples, scores, strict=True):
         relative_IT = scores_IT - scores_IT.mean()
         for i, t in np.ndindex(relative_IT.shape):
             if (i, t) not in example.answer:
-                found.setdefault(answer(example.texts[t]), []).append(float(relative_IT[i, t]))
-    return {word: float(np.mean(values)) for word, values in found.items()}
+                relative.setdefault(answer(example.texts[t]), []).append(float(relative_IT[i, t]))
+    return {word: float(np.mean(values)) for word, values in relative.items()}
 
 
 def calibrated(
@@ -61,19 +62,12 @@ def measure(
     kind, examples = scored.kind, scored.examples
     if benchmark(kind).own_kind is None or not scored.stored.few_shot:
         return {}
-    few_shot, clusters = scored.stored.on_few_shot(), [example.cluster for example in examples]
-    headline, differences = HEADLINES[benchmark(kind).metrics], dict[str, dict[str, Difference]]()
+    few_shot, differences = scored.stored.on_few_shot(), dict[str, dict[str, Difference]]()
     for name, method in scored.methods.items():
         if method.has_schedule or method.fits_weights or not method.evidence_prompts:
             continue
         learned = tables(few_shot.examples, scored.scores(method, name, stored=few_shot))
-        own = calibrated(examples, scored.tables(name), priors(few_shot.examples, learned))
-        mine = hits_of(kind, examples, ranked(examples, own)) | forced_hits(kind, examples, own, ranked_hits)
-        differences[name] = {
-            metric: paired_difference(
-                mine[metric][0], hits[name][metric][0], clusters, groups, **evaluate.model_dump(), seed=seed
-            )
-            for metric, (_, groups) in mine.items()
-            if metric in (headline, f"{FORCED} {headline}")
-        }
+        scores = calibrated(examples, scored.tables(name), priors(few_shot.examples, learned))
+        mine = ranked_hits(kind, examples, scores) | forced_hits(kind, examples, scores, ranked_hits)
+        differences[name] = headline_differences(kind, examples, mine, hits[name], evaluate, seed)
     return differences

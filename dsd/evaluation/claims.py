@@ -21,7 +21,7 @@ from dsd.config import CrossAttentionMethod, Params
 from dsd.data.examples import MatchingExample
 from dsd.datasets import benchmark
 from dsd.evaluation.ablations import ChangedMethod, values
-from dsd.metrics import HEADLINES, Hits
+from dsd.metrics import Hits
 from dsd.schedules.exhaustive import ALL_DRAWS
 from dsd.schedules.hierarchical import CLEAN, DIRECTIONS, READINGS, published_name
 from dsd.schedules.racing import racing_name
@@ -88,7 +88,7 @@ class DatasetHits(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """A condition: a on `metric` minus b on the same metric, or on `against` if it is set, exceeds `least`."""
+    """What a comparison must show: a on `metric`, minus b on it or on `against` if that is set, exceeds `least`."""
 
     dataset: str
     metric: str
@@ -102,7 +102,7 @@ class Condition(NamedTuple):
 class Measured:
     """A comparison, its paired difference and Cohen's h: means over the replicates (few-shot sample, noise set)."""
 
-    comparison: Condition
+    condition: Condition
     difference: Difference
     h: float
     replicates: Sequence[tuple[int, int]]
@@ -110,7 +110,7 @@ class Measured:
     @property
     def excess(self) -> float:
         """How far the difference is above the least value of the condition."""
-        return self.difference.value - self.comparison.least
+        return self.difference.value - self.condition.least
 
     @property
     def doubt(self) -> float:
@@ -145,7 +145,7 @@ Data = Mapping[str, DatasetHits]  # by dataset
 
 
 def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Condition]]]:
-    """Return text and comparisons of each claim by number: 1 to 13 of the papers, and two of our own.
+    """Return text and conditions of each claim by number: 1 to 13 of the papers, and two of our own.
 
     Claims about ablations are tested on the headline metric of image choices and of referring expressions, those about
     hierarchical schedules in both readings of its paper, and those about racing for every method that is compared.
@@ -190,7 +190,7 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Condition]]]
         """Racing against each schedule that reaches the same rate of disagreement."""
         label = label_of("racing", {"proposer": races.racing.proposer[0]})
         for (d, method), rate in product(raced, races.within):
-            own, metric = f"{method}, {matched_name(label, rate)}", HEADLINES[benchmark(data[d].kind).metrics]
+            own, metric = f"{method}, {matched_name(label, rate)}", benchmark(data[d].kind).headline
             yield Condition(d, metric, own, f"{method}, {ALL_DRAWS}", least=-MARGIN)
             for other in ("staged", "hierarchical"):
                 if measured(d, method, name := matched_name(other, rate)):
@@ -235,17 +235,17 @@ def stated(params: Params, data: Data) -> dict[int, tuple[str, list[Condition]]]
     }
 
 
-def measure(comparison: Condition, data: Data, params: Params) -> Measured:
+def measure(condition: Condition, data: Data, params: Params) -> Measured:
     """Return the paired difference of two methods on the same examples, or of two metrics on the same clusters."""
-    answers, evaluate = data[comparison.dataset], params.evaluate
+    answers, evaluate = data[condition.dataset], params.evaluate
     resampling = Resampling(resamples=evaluate.resamples, confidence=evaluate.confidence, seed=params.seed)
-    own = params.datasets[comparison.dataset].sample, params.noise.sample
-    measured = answers.measured(comparison.a, comparison.b, own)
+    own = params.datasets[condition.dataset].sample, params.noise.sample
+    measured = answers.measured(condition.a, condition.b, own)
     clusters = np.array([example.cluster for example in answers.examples])
-    metric, against = comparison.metric, comparison.against or comparison.metric
+    metric, against = condition.metric, condition.against or condition.metric
     pairs = [(one[metric], other[against]) for one, other in measured.values()]
     groups: Groups | None = pairs[0][0][1]
-    if comparison.against is None:
+    if condition.against is None:
         a, b = ([hits_n for hits_n, _ in side] for side in zip(*pairs, strict=True))
         shares = [float(np.mean([np.mean(side, axis=0)[mask].mean() for mask in groups or ()])) for side in (a, b)]
     else:
@@ -255,8 +255,8 @@ def measure(comparison: Condition, data: Data, params: Params) -> Measured:
         a, b = ([np.array([side[n][cluster] for cluster in shared]) for side in sides] for n in (0, 1))
         clusters, groups = np.array(shared), None
         shares = [float(np.mean(a)), float(np.mean(b))]
-    difference = replicated_difference(a, b, list(measured), clusters, groups, least=comparison.least, **resampling)
-    return Measured(comparison, difference, cohens_h(shares[0], shares[1]), list(measured))
+    difference = replicated_difference(a, b, list(measured), clusters, groups, least=condition.least, **resampling)
+    return Measured(condition, difference, cohens_h(shares[0], shares[1]), list(measured))
 
 
 def _by_cluster(hits_n: np.ndarray, clusters: np.ndarray, mask_n: np.ndarray) -> dict[str, float]:
@@ -286,9 +286,9 @@ def judge(params: Params, data: Data) -> tuple[dict[int, Judgement], dict[int, l
     """Return judgements and comparisons by number, for every claim whose methods and datasets are evaluated."""
     measured: dict[int, list[Measured]] = {}
     claims = stated(params, data)
-    for number, (_, comparisons) in claims.items():
-        if comparisons and all(data[c.dataset].of(c.a) and data[c.dataset].of(c.b) for c in comparisons):
-            measured[number] = [measure(comparison, data, params) for comparison in comparisons]
+    for number, (_, conditions) in claims.items():
+        if conditions and all(data[c.dataset].of(c.a) and data[c.dataset].of(c.b) for c in conditions):
+            measured[number] = [measure(condition, data, params) for condition in conditions]
     corrected = holm([uncorrected(rows) for rows in measured.values()])
     judgements = {}
     for (number, rows), p in zip(measured.items(), corrected, strict=True):
@@ -299,7 +299,7 @@ def judge(params: Params, data: Data) -> tuple[dict[int, Judgement], dict[int, l
             verdict = "holds" if bound.excess > 0 else "contradicted"
         effect = difference.value, difference.low, difference.high
         counts = [_counts(row.replicates) for row in rows]
-        least = bound.comparison.least
+        least = bound.condition.least
         judgements[number] = Judgement(
             claims[number][0], place, *effect, least, p, verdict, *map(min, zip(*counts, strict=True))
         )
@@ -335,7 +335,7 @@ def write(
         return side if isinstance(side, str) else f"{side.method}, {side.key} {side.value}"
 
     def row(one: Measured) -> dict[str, Any]:
-        c = one.comparison
+        c = one.condition
         b = named(c.b) if c.against is None else f"{named(c.b)}, {c.against}"
         sides = dict(dataset=c.dataset, metric=c.metric, a=named(c.a), b=b, least=c.least)
         counts = dict(zip(("samples", "noise_sets", "replicates"), _counts(one.replicates), strict=True))

@@ -25,7 +25,7 @@ from dsd.scorers import SCORERS
 from dsd.scorers.base import Scores, StoredEvidence
 from dsd.scorers.evidence import read_ranks, scored_examples
 from dsd.scorers.fusion import fitting_examples
-from dsd.statistics import Interval, clustered_mean
+from dsd.statistics import Difference, Interval, clustered_mean, paired_difference
 from dsd.store import write_atomic, write_csv, write_json
 
 Results = dict[str, dict[str, Interval]]  # method → metric → interval
@@ -44,6 +44,7 @@ def table(example: MatchingExample, scores: Scores) -> np.ndarray:
 
 
 def tables(examples: Sequence[MatchingExample], scores: Scores) -> list[np.ndarray]:
+    """Return the scores [I, T] of each example."""
     return [table(example, scores) for example in examples]
 
 
@@ -129,6 +130,23 @@ def intervals(
     return {metric: clustered_mean(hits_n, clusters, groups, **options) for metric, (hits_n, groups) in hits.items()}
 
 
+def headline_differences(
+    kind: str,
+    examples: Sequence[MatchingExample],
+    hits: Mapping[str, Hits],
+    others: Mapping[str, Hits],
+    evaluate: EvaluateParams,
+    seed: int,
+) -> dict[str, Difference]:
+    """Return `hits` minus `others`, paired, on the headline metric, and on the forced one if there is one."""
+    headline, clusters = benchmark(kind).headline, [example.cluster for example in examples]
+    return {
+        metric: paired_difference(hits_n, others[metric][0], clusters, groups, **evaluate.model_dump(), seed=seed)
+        for metric, (hits_n, groups) in hits.items()
+        if metric in (headline, f"{FORCED} {headline}")
+    }
+
+
 @dataclass(frozen=True)
 class ScoredSplit:
     """A split of a dataset, and what the stage `score` stored for it."""
@@ -143,10 +161,8 @@ class ScoredSplit:
     @classmethod
     def of(cls, name: str, params: Params, prepared: Path, scored: Path, split: str = "test") -> ScoredSplit:
         """prepared, scored: the dataset's folders of the stages `prepare` and `score`."""
-        examples, few_shot = (
-            scored_examples(prepared, scored, split),
-            read_examples(prepared / "examples.parquet", "train"),
-        )
+        examples = scored_examples(prepared, scored, split)
+        few_shot = read_examples(prepared / "examples.parquet", "train")
         stored = StoredEvidence(
             scored,
             examples,

@@ -12,7 +12,7 @@ from dsd.config import EvaluateParams, GateParams, Params
 from dsd.data.examples import MatchingExample
 from dsd.datasets import benchmark
 from dsd.errors import DataError, ParamsError
-from dsd.metrics import HEADLINES, METRICS
+from dsd.metrics import METRICS
 from dsd.statistics import Difference, difference_above, holm
 from dsd.store import digest
 
@@ -115,9 +115,9 @@ def _compare(
     settings: dict[str, Any] = dict(evaluate.model_dump(), seed=seed)
     differences: dict[str, tuple[str, Difference]] = {}
     for name, (one, other) in sides.items():
-        counted = benchmark(one.kind).metrics
-        metric = HEADLINES[counted]
-        (hits, groups), (others, _) = (METRICS[counted](np.array(s.ranks), s.categories)[metric] for s in (one, other))
+        kind = benchmark(one.kind)
+        metric, hits_by_metric = kind.headline, METRICS[kind.metrics]
+        (hits, groups), (others, _) = (hits_by_metric(np.array(s.ranks), s.categories)[metric] for s in (one, other))
         least = gate.datasets[name].minimum_effect
         difference = difference_above(hits, others, one.clusters, groups, least=least, **settings)
         differences[name] = metric, difference

@@ -146,8 +146,8 @@ def operations(work: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
-def encode_anew(session: Session, proposer: str, examples: Sequence[MatchingExample]) -> None:
-    """Encode the images and texts of the examples for a proposer, cached or not."""
+def encode_uncached(session: Session, proposer: str, examples: Sequence[MatchingExample]) -> None:
+    """Encode the images and texts of the examples for a proposer, also those in the cache, to time it."""
     method, size = cast(ContrastiveMethod, session.params.methods[proposer]), session.params.runtime.batch_size
     clip, images, texts = session.clip(method.backbone), *encoded(method, examples)
     for first in range(0, len(images), size):
@@ -170,7 +170,7 @@ def run_live(
     runner.open()
     start, filled = time.perf_counter(), Filled()
     if course.proposer:
-        encode_anew(runner.session, course.proposer, examples[:count])
+        encode_uncached(runner.session, course.proposer, examples[:count])
     proposed = races.proposals[course.proposer] if course.proposer else None
     entries = list(runner.run(course, examples[:count], proposed, filled))
     seconds = time.perf_counter() - start

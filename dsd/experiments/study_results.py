@@ -36,6 +36,7 @@ def method_results(
 
 
 def ids(examples: Sequence[MatchingExample]) -> str:
+    """Return the digest of the ids of the examples."""
     return digest([example.id for example in examples])
 
 
@@ -90,12 +91,17 @@ def compare_variants(
     return results
 
 
+def keys_on_test(params: Params, dataset: str, identify: Identify) -> dict[str, str]:
+    """Return the key of the ranks on the test split of each method without a schedule."""
+    unscheduled = (method for method, row in params.methods.items() if not row.has_schedule)
+    return {method: method_key(params, dataset, method, "test", identify) for method in unscheduled}
+
+
 def hits_by_key(
     params: Params, dataset: str, data: DatasetHits, studies: Mapping[str, Stored], identify: Identify
 ) -> dict[str, ByMetric]:
     """Return hits by the key of their ranks: of the methods as params.yaml has them, and of all stored results."""
-    unscheduled = [method for method, row in params.methods.items() if not row.has_schedule]
-    hits = {method_key(params, dataset, m, "test", identify): data.methods[m] for m in unscheduled}
+    hits = {key: data.methods[method] for method, key in keys_on_test(params, dataset, identify).items()}
     for stored in (s for study in studies.values() for by in study.values() for s in by.get(dataset, {}).values()):
         if stored["key"] not in hits and (of := stored_hits(stored, data)) is not None:
             hits[stored["key"]] = of
@@ -104,9 +110,7 @@ def hits_by_key(
 
 def under(params: Params, dataset: str, hits: Mapping[str, ByMetric], identify: Identify) -> dict[str, ByMetric]:
     """Return the hits of each method that was measured under these params; a stale result has another key."""
-    unscheduled = (method for method, row in params.methods.items() if not row.has_schedule)
-    keys = {method: method_key(params, dataset, method, "test", identify) for method in unscheduled}
-    return {method: hits[key] for method, key in keys.items() if key in hits}
+    return {method: hits[key] for method, key in keys_on_test(params, dataset, identify).items() if key in hits}
 
 
 def with_replicates(

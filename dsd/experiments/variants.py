@@ -72,15 +72,14 @@ class Study:
 
     def keys(self, dataset: str, identify: Identify) -> dict[str, dict[str, str]]:
         """Return variant → method → the key of its ranks on a dataset."""
-        changed = {variant: self.changed(variant, dataset) for variant in self.row.variants}
-        return {
-            variant: {m: method_key(params, dataset, m, self.row.split, identify) for m in self.row.methods}
-            for variant, params in changed.items()
-        }
+        return {variant: self._keys(self.changed(variant, dataset), dataset, identify) for variant in self.row.variants}
 
     def own_keys(self, dataset: str, identify: Identify) -> dict[str, str]:
         """Return method → the key of its ranks under the params without changes."""
-        return {m: method_key(self.params, dataset, m, self.row.split, identify) for m in self.row.methods}
+        return self._keys(self.params, dataset, identify)
+
+    def _keys(self, params: Params, dataset: str, identify: Identify) -> dict[str, str]:
+        return {m: method_key(params, dataset, m, self.row.split, identify) for m in self.row.methods}
 
     def pieces(self, dataset: str, identify: Identify) -> dict[str, dict[str, str]]:
         """Return `keys`, of each distinct key the first.

@@ -71,6 +71,7 @@ def load(
 def load_diffusion(
     row: BackboneParams, device: torch.device, attention: str = "sdpa", *, lazy: bool = False
 ) -> StableDiffusion:
+    """`load` a diffusion model; raise CheckpointError if the row is of another family."""
     from dsd.models.stable_diffusion import StableDiffusion
 
     backbone = load(row, device, attention, lazy=lazy)
@@ -81,6 +82,7 @@ def load_diffusion(
 
 
 def load_clip(row: BackboneParams, device: torch.device, *, lazy: bool = False) -> Clip:
+    """`load` a CLIP; raise CheckpointError if the row is of another family."""
     from dsd.models.clip import Clip
 
     backbone = load(row, device, lazy=lazy)

@@ -9,18 +9,19 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dsd.config import EvidenceParams
-from dsd.errors import CheckpointError, unknown
-from dsd.models.settings import brief
+from dsd.errors import CheckpointError, brief, unknown
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import Attention
+
+    from dsd.models.prompts import BoundPrompt
 
 
 def logsumexp_pooling(attn_BHNM: Tensor, scale: float, normalise: bool) -> tuple[Tensor, Tensor]:
@@ -78,17 +79,6 @@ def over_tokens(values_BHM: Tensor, weights_B1M: Tensor) -> Tensor:
     return (values_BHM * weights_B1M).sum(-1)
 
 
-class Prompt(Protocol):
-    """p(x) for the images of a batch, of a number of layers."""
-
-    @property
-    def layers(self) -> int: ...
-
-    def __call__(self, layer: int, text_BMD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is added to keys and values of a layer, [B, M, inner] each, given its text."""
-        ...
-
-
 @dataclass
 class Capture:
     """The recorded attention of one pass, with a list entry per layer in the order of the forward pass."""
@@ -140,7 +130,7 @@ class AttentionState(threading.local):
     """What the processors of one U-Net need for this thread's current pass; `during` sets it."""
 
     capture: Capture | None = None
-    prompt: Prompt | None = None
+    prompt: BoundPrompt | None = None
     text_index_B: Tensor | None = None
 
 
@@ -227,6 +217,7 @@ def attention_layers(unet: UNet2DConditionModel, kind: str) -> list[tuple[str, A
 
 
 def cross_attention_layers(unet: UNet2DConditionModel) -> list[tuple[str, Attention]]:
+    """Return names and layers of cross-attention, in forward-pass order."""
     return attention_layers(unet, "attn2")
 
 
@@ -246,7 +237,7 @@ def install(unet: UNet2DConditionModel, state: AttentionState, backend: str = "s
 
 @contextmanager
 def during(
-    state: AttentionState, capture: Capture | None, prompt: Prompt | None, text_index_B: Tensor | None
+    state: AttentionState, capture: Capture | None, prompt: BoundPrompt | None, text_index_B: Tensor | None
 ) -> Iterator[None]:
     """Set capture and prompt for the forward passes of this thread within the block."""
     state.capture, state.prompt, state.text_index_B = capture, prompt, text_index_B

@@ -20,9 +20,10 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.utils import filter_repo_objects
 
 from dsd.config import BackboneParams
+from dsd.config.models import PICKLES
 from dsd.data.hub import hub_errors
-from dsd.errors import CheckpointError
-from dsd.models.settings import brief, component_settings, read_settings
+from dsd.errors import CheckpointError, brief
+from dsd.models.settings import component_settings, read_settings
 from dsd.models.weights import check_finite, check_stored, unexpected
 from dsd.store import digest, file_digest
 
@@ -49,7 +50,6 @@ OPEN_CLIP = (
 )
 # Copies of the weights that are read only where there are no others, in this order.
 VARIANTS = {name: f"*.{name}*.safetensors*" for name in ("fp16", "bf16", "non_ema")}
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 SHORTEST = 3  # a text in tokens: begin, one, end
 OLD_END = 2  # eos_token_id in configs of CLIPs of before transformers 4.31
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,9 +101,8 @@ def folder_of(row: BackboneParams) -> Path:
     with hub_errors(source, row.revision, error=CheckpointError):
         folder = Path(snapshot_download(source, ignore_patterns=list(VARIANTS.values()), **options))
         parts = [part for part in PARTS if (folder / part / "config.json").exists()]
-        if one_file(row) is None and (
-            bare := [part for part in parts if not list(folder.glob(f"{part}/*.safetensors"))]
-        ):
+        bare = [part for part in parts if not list(folder.glob(f"{part}/*.safetensors"))]
+        if bare and one_file(row) is None:
             options["allow_patterns"] = [f"{part}/*.safetensors*" for part in bare]  # their variants, all there is
             return Path(snapshot_download(source, **options))
         return folder

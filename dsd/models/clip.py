@@ -33,9 +33,11 @@ from dsd.models.checkpoint import (
 from dsd.models.settings import component_settings, read_settings, validated
 from dsd.store import digest
 
-# Of one colour's values in 0…1.
+# Of the values of each colour, in 0…1.
 Mean = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(gt=0.001, le=1)]
+Means = tuple[Mean, Mean, Mean]
+Deviations = tuple[Deviation, Deviation, Deviation]
 
 
 class Pixels(BaseModel):
@@ -43,8 +45,8 @@ class Pixels(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    image_mean: tuple[Mean, Mean, Mean]
-    image_std: tuple[Deviation, Deviation, Deviation]
+    image_mean: Means
+    image_std: Deviations
     do_normalize: Literal[True] | None = None
     do_rescale: Literal[True] | None = None
     rescale_factor: Annotated[float, Field(ge=0.0039215, le=0.0039216)] | None = None  # 1/255
@@ -56,13 +58,13 @@ class Opened(NamedTuple):
     model: has `vision_model`, `text_model`, `visual_projection` and `text_projection` with the interface of
         transformers' CLIPModel.
     resolution: P of the images that it was trained on.
-    mean_3, deviation_3: normalisation of each colour's values in 0…1.
+    mean, deviation: normalisation of the values of each colour, in 0…1.
     """
 
     model: Any
     resolution: int
-    mean_3: Tensor
-    deviation_3: Tensor
+    mean: Means
+    deviation: Deviations
 
 
 class Clip:
@@ -126,6 +128,7 @@ class Clip:
 
     @cached_property
     def max_tokens(self) -> int:
+        """The token limit of a text, including begin and end."""
         return int(min(self.tokenizer.model_max_length, self._positions))
 
     def text_ids(self, texts: Sequence[str]) -> list[tuple[Any, ...]]:
@@ -140,7 +143,8 @@ class Clip:
             resized = (resize(Image.fromarray(image), parity=None, resolution=side) for image in images)
             images = np.stack([to_array(image) for image in resized])
         # `to_model` gives values in −1…1; the mean and deviation are of values in 0…1.
-        mean_3, deviation_3 = self._opened.mean_3, self._opened.deviation_3
+        stated = self._opened.mean, self._opened.deviation
+        mean_3, deviation_3 = (torch.tensor(values, dtype=torch.float32, device="cpu") for values in stated)
         scale_3, shift_3 = 0.5 / deviation_3, (0.5 - mean_3) / deviation_3
         pixels = torch.from_numpy(to_model(images)) * scale_3[:, None, None] + shift_3[:, None, None]
         return self.model.vision_model(pixel_values=pixels.to(self.device, self.dtype)).pooler_output.float()
@@ -171,8 +175,8 @@ class Clip:
             hook.remove()
 
 
-def normalisation(folder: Path) -> tuple[Tensor, Tensor]:
-    """Read mean and standard deviation [3] of each colour from preprocessor_config.json, or from the image processor in
+def normalisation(folder: Path) -> tuple[Means, Deviations]:
+    """Read mean and standard deviation of each colour from preprocessor_config.json, or from the image processor in
     processor_config.json, which transformers 5 writes.
 
     Raises:
@@ -193,8 +197,7 @@ def normalisation(folder: Path) -> tuple[Tensor, Tensor]:
     if stated[0] != stated[-1]:
         problem = "preprocessor_config.json and processor_config.json disagree on image_mean or image_std"
         raise CheckpointError(f"{folder}: {problem}; remove the wrong one")
-    mean_3, deviation_3 = (torch.tensor(values, dtype=torch.float32, device="cpu") for values in stated[0])
-    return mean_3, deviation_3
+    return stated[0]
 
 
 BACKBONES = {Clip.family: Clip}

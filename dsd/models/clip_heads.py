@@ -40,6 +40,7 @@ class Features(Protocol):
 
 
 def cosine(images_BD: Tensor, texts_BD: Tensor) -> Tensor:
+    """Return the cosine [B] of each pair."""
     return (F.normalize(images_BD, dim=-1) * F.normalize(texts_BD, dim=-1)).sum(-1)
 
 

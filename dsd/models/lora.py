@@ -16,8 +16,7 @@ from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dsd.errors import CheckpointError
-from dsd.models.settings import brief
+from dsd.errors import CheckpointError, brief
 from dsd.models.weights import check_tensors
 
 SHOWN = 3  # names in a message per kind of mistake

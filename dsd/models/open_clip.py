@@ -13,8 +13,6 @@ from typing import ClassVar, NamedTuple
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -24,7 +22,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from dsd.errors import CheckpointError
+from dsd.errors import CheckpointError, brief
 from dsd.models.checkpoint import (
     OPEN_CLIP_CONFIG,
     OPEN_CLIP_WEIGHTS,
@@ -33,10 +31,10 @@ from dsd.models.checkpoint import (
     pickle_note,
     tokenizer,
 )
-from dsd.models.clip import Clip, Deviation, Mean, Opened
+from dsd.models.clip import Clip, Deviations, Means, Opened
 from dsd.models.resnet import ResNet
-from dsd.models.settings import brief, read_settings, validated
-from dsd.models.weights import check_tensors
+from dsd.models.settings import read_settings, validated
+from dsd.models.weights import check_tensors, read_tensors
 
 
 class _Settings(BaseModel):
@@ -87,8 +85,8 @@ class Model(_Settings):
 class Preprocess(BaseModel):
     """How pixels are normalised; settings for cropping and resizing are ignored."""
 
-    mean: tuple[Mean, Mean, Mean]
-    std: tuple[Deviation, Deviation, Deviation]
+    mean: Means
+    std: Deviations
 
 
 class Config(BaseModel):
@@ -194,10 +192,7 @@ def fill(towers: Towers, file: Path) -> None:
     Raises:
         CheckpointError: not a file in safetensors, or a tensor is missing, unexpected or misshapen.
     """
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a file in safetensors ({brief(error)})") from None
+    tensors = read_tensors(file)
     resnet = isinstance(towers.vision_model, ResNet)
     ours = {key: own for key, own in towers.state_dict().items() if not _is_counter(key)}
     origins = {key: Origin.of(key, resnet) for key in ours}
@@ -242,12 +237,8 @@ class OpenClip(Clip):
         except (StrictDataclassError, RuntimeError) as error:  # sizes that do not fit each other, or no memory
             raise CheckpointError(f"{folder / OPEN_CLIP_CONFIG}: no valid CLIP ({brief(error, 200)})") from None
         fill(towers, weights)
-        mean_3, deviation_3 = (
-            torch.tensor(x, dtype=torch.float32, device="cpu")
-            for x in (config.preprocess_cfg.mean, config.preprocess_cfg.std)
-        )
         towers, side = towers.to(dtype).eval().requires_grad_(False), config.model_cfg.vision_cfg.image_size
-        return Opened(towers, side, mean_3, deviation_3)
+        return Opened(towers, side, config.preprocess_cfg.mean, config.preprocess_cfg.std)
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:

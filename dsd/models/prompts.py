@@ -22,9 +22,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dsd.errors import CheckpointError
-from dsd.models.settings import parse
 from dsd.models.weights import check_tensors
-from dsd.store import write_atomic
+from dsd.store import strict_json, write_atomic
 
 PROMPT = "prompt.safetensors"  # written by the stage `train` into a method's folder
 Learned = TypeVar("Learned", bound=nn.Module)
@@ -44,7 +43,7 @@ def load_learned(build: Callable[..., Learned], path: Path, backbone: str, kind:
     """
     try:
         with safe_open(path, "pt") as file:
-            shape = dict(parse((file.metadata() or {})["dsd"]))
+            shape = dict(strict_json((file.metadata() or {})["dsd"]))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         owner = shape.pop("backbone")
     except FileNotFoundError:
@@ -128,4 +127,5 @@ class BoundPrompt:
         return len(self.prompt.up)
 
     def __call__(self, layer: int, text_BMD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is added to keys and values of a layer, [B, M, inner] each, given the text of each image."""
         return self.prompt(layer, text_BMD, self.pooled_BC)

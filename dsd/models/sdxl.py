@@ -92,12 +92,11 @@ class StableDiffusionXL(StableDiffusion):
     def _output(self, noised: Tensor, timesteps: Tensor, hidden: Tensor, text_index: Tensor | None) -> Tensor:
         hidden_TMD, pooled_TP = hidden[:, :-1], hidden[:, -1, : self._pooled]
         side = float(self.resolution)
+        # Original height and width, top and left of the crop, target height and width.
+        sizes = torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32, device=noised.device)
         conditions = {
             "text_embeds": pooled_TP if text_index is None else pooled_TP[text_index],
-            # original height and width, top and left of the crop, target height and width
-            "time_ids": torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32, device=noised.device).expand(
-                len(noised), -1
-            ),
+            "time_ids": sizes.expand(len(noised), -1),
         }
         return cast(Tensor, self.unet(noised, timesteps, hidden_TMD, added_cond_kwargs=conditions).sample)
 

@@ -8,21 +8,16 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dsd.errors import CheckpointError
+from dsd.errors import CheckpointError, brief
+from dsd.store import strict_json
 
 Model = TypeVar("Model", bound=BaseModel)
-
-
-def brief(error: object, length: int = 160) -> str:
-    """Return an error's message in one line, cut to a length."""
-    return " ".join(str(error).split())[:length]
 
 
 def is_number(value: object) -> bool:
@@ -30,44 +25,10 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def parse(text: str) -> Any:
-    """Parse JSON.
-
-    Raises:
-        ValueError: it is not valid, also where Python's parser is lenient: a key given twice, nesting that is too deep,
-            and numbers that are NaN, infinite or beyond 64 bits.
-    """
-    try:
-        return json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite, parse_int=_whole
-        )
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    key, times = Counter(key for key, _ in pairs).most_common(1)[0] if pairs else ("", 1)
-    if times > 1:
-        raise ValueError(f"the key {key!r} is given twice")
-    return dict(pairs)
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text[:20]} is no finite number")
-    return number
-
-
-def _whole(text: str) -> int:
-    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
-        raise ValueError(f"{text[:20]}… has more than 64 bits")
-    return int(text)
-
-
 def read_settings(file: Path) -> dict[str, Any]:
-    """Read a JSON object; raise CheckpointError if the file is missing or is not one (see `parse`)."""
+    """Read a JSON object; raise CheckpointError if the file is missing or is not one (see `strict_json`)."""
     try:
-        settings = parse(file.read_text(encoding="utf-8"))
+        settings = strict_json(file.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise ValueError(f"not an object but {type(settings).__name__}")
     except (OSError, ValueError) as error:

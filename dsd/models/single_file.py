@@ -19,13 +19,12 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dsd.errors import CheckpointError
+from dsd.errors import CheckpointError, brief
 from dsd.models.checkpoint import silence
-from dsd.models.settings import brief, component_settings
-from dsd.models.weights import check_finite, check_tensors, unexpected
+from dsd.models.settings import component_settings
+from dsd.models.weights import check_finite, check_tensors, read_tensors, unexpected
 
 # Prefixes of text encoders in the layouts of transformers (1.x, the first of XL) and OpenCLIP (2.x, the second of XL).
 TRANSFORMERS = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
@@ -86,11 +85,7 @@ class SingleFile:
     """The weights of the file at `path`, with the settings in `folder`."""
 
     def __init__(self, path: Path, folder: Path) -> None:
-        self.path, self.folder = path, folder
-        try:
-            self.tensors: dict[str, Tensor] = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a file in safetensors ({brief(error)})") from None
+        self.path, self.folder, self.tensors = path, folder, read_tensors(path)
 
     def component(self, kind: Any, name: str, dtype: torch.dtype) -> Any:
         """Build the model of `<folder>/<name>/config.json`, load its weights and check them as `component` does."""

@@ -19,9 +19,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dsd.config import BackboneParams
 from dsd.data.images import to_model
-from dsd.errors import CheckpointError
+from dsd.errors import CheckpointError, brief
 from dsd.models import lora
-from dsd.models.attention import AttentionState, Capture, Prompt, cross_attention_layers, during, install
+from dsd.models.attention import AttentionState, Capture, cross_attention_layers, during, install
 from dsd.models.checkpoint import (
     DTYPES,
     check_vocabulary,
@@ -35,7 +35,8 @@ from dsd.models.checkpoint import (
     tokenizer,
 )
 from dsd.models.noise_process import declared, noise_schedule, prediction_of
-from dsd.models.settings import brief, check_settings, component_settings, is_number, read_settings
+from dsd.models.prompts import BoundPrompt
+from dsd.models.settings import check_settings, component_settings, is_number, read_settings
 from dsd.models.single_file import SingleFile, check_marks
 
 # Settings of U-Nets that take more than a latent, a time and a text, with the value of those that do not.
@@ -47,9 +48,11 @@ AT_ONCE = 2**21  # pixels per batch of the VAE: 512 images of 64², 8 of 512²
 
 
 class TextEmbeddings(NamedTuple):
-    hidden: Tensor  # [B, M, D], with additional rows for other inputs of `predict_noise`
-    content: Tensor  # [B, M] bool: the tokens between begin and end
-    truncated: Tensor  # [B] bool: the text exceeded the token limit and was cut
+    """The embeddings of T texts, each padded to the token limit M."""
+
+    hidden: Tensor  # [T, M, D], with additional rows for other inputs of `predict_noise`
+    content: Tensor  # [T, M] bool: the tokens between begin and end
+    truncated: Tensor  # [T] bool: the text exceeded the token limit and was cut
 
 
 class StableDiffusion:
@@ -62,7 +65,7 @@ class StableDiffusion:
     family: ClassVar[str] = "stable-diffusion"
     addition: ClassVar[str | None] = None  # the U-Net's additional embedding
     layout: ClassVar[str] = "stable-diffusion"  # what `family_of` returns for folders with these components
-    states_scale: ClassVar[bool] = False  # whether the VAE's config must; of 1.x it may leave it to diffusers
+    states_scale: ClassVar[bool] = False  # whether the VAE's config must have scaling_factor, else diffusers' default
     architecture: ClassVar[str] = r"stable-diffusion-v[12](-.*)?"  # what ModelSpec calls files of this family
     encoders: ClassVar[Mapping[str, Any]] = {"text_encoder": CLIPTextModel}
 
@@ -84,24 +87,21 @@ class StableDiffusion:
             zero_snr = bool(declared(self._folder).get("rescale_betas_zero_snr"))
             check_marks(file, self._folder, self.architecture, prediction=self.prediction, zero_snr=zero_snr)
 
-    def _check_vae(self) -> None:
-        """Check that the VAE is of the class that is built here, and that its scale is known."""
-        config = component_settings(self._folder, "vae", AutoencoderKL)
-        if self.states_scale and config.get("scaling_factor") is None:
-            file = self._folder / "vae/config.json"
-            raise CheckpointError(f"{file}: no scaling_factor; that of family {self.family} cannot be assumed")
-
     def open(self) -> None:
         """Open every component; raise CheckpointError if one does not load or does not match the others."""
         if file := one_file(self._row):
             self._file = SingleFile(file, self._folder)  # read once for all components, then dropped
+        # `unet` checks the U-Net against the others, which are opened first: a damaged component is the one to name.
         _ = self.vae, vars(self).get("unet") or self._bare_unet, self.text_encoders, self.tokenizers, self.schedule
         _ = self.unet
         self._file = None
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        self._check_vae()
+        config = component_settings(self._folder, "vae", AutoencoderKL)
+        if self.states_scale and config.get("scaling_factor") is None:
+            file = self._folder / "vae/config.json"
+            raise CheckpointError(f"{file}: no scaling_factor; that of family {self.family} cannot be assumed")
         return self._component(AutoencoderKL, "vae", torch.float32)
 
     @cached_property
@@ -192,6 +192,7 @@ class StableDiffusion:
 
     @cached_property
     def max_tokens(self) -> int:
+        """The token limit of a text, including begin and end."""
         limits = [self._config(name).max_position_embeddings for name in self.encoders]
         return int(min(*limits, *(tokens.model_max_length for tokens in self.tokenizers)))
 
@@ -211,6 +212,7 @@ class StableDiffusion:
 
     @property
     def schedule_length(self) -> int:
+        """The number of timesteps of the noise process."""
         return int(self.schedule.config.num_train_timesteps)
 
     @property
@@ -224,6 +226,7 @@ class StableDiffusion:
 
     @property
     def layer_widths(self) -> list[int]:
+        """The width of the keys of each of the `layers`, over all heads."""
         return [int(module.to_k.out_features) for _, module in cross_attention_layers(self._skeleton)]
 
     @property
@@ -326,7 +329,7 @@ class StableDiffusion:
         text_index: Tensor | None = None,
         *,
         capture: Capture | None = None,
-        prompt: Prompt | None = None,
+        prompt: BoundPrompt | None = None,
     ) -> Tensor:
         """Return ε_θ(z_t, t, y) [B, C, r, r]; a prediction of v is converted to ε = √ᾱ v + √(1 − ᾱ) z_t.
 
@@ -335,7 +338,7 @@ class StableDiffusion:
             hidden: [B, M, D] the text of each row; or with text_index [B], the unique texts [T, M, D], whose keys and
                 values are then computed once.
             capture: records the cross-attention of this pass.
-            prompt: an attention prompt, bound to the latents of this batch.
+            prompt: bound to the latents of this batch.
         """
         if prompt is not None and prompt.layers != self._layer_count:
             problem = f"the attention prompt is of {prompt.layers} layers, the U-Net of {self._layer_count}"

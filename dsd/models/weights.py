@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dsd.errors import CheckpointError
+from dsd.errors import CheckpointError, brief
 
 # The types that weights may be stored in, and their names in safetensors; others need scales that are not known here.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -26,6 +27,14 @@ def unexpected(names: Iterable[str], kind: Any) -> list[str]:
     """Return those of the unused tensors of a model of class `kind` that are not known to be harmless."""
     harmless = OTHER_PARTS if kind.__name__.startswith("CLIPText") else ()
     return sorted(name for name in names if not name.startswith(harmless) and not name.endswith("position_ids"))
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read all tensors of a file in safetensors."""
+    try:
+        return dict(load_file(file))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a file in safetensors ({brief(error)})") from None
 
 
 def check_stored(file: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dsd.report.comparisons import ByOpponent, Comparison, compare, verdict_on
 from dsd.report.inputs import Claim, DatasetResults
 from dsd.report.tables import bounds, compared, interval, names, percent, points
-from dsd.statistics import Interval, Resampling
+from dsd.statistics import Difference, Interval, Resampling
 
 CLAIM_KEYS = {"5": "layers", "6": "pooling", "7": "heads", "8": "heads", "9": "levels"}  # claim → ablated key
 
@@ -29,22 +29,31 @@ class Headline:
     chance: str
 
 
+def headline(dataset: DatasetResults, metric: str, method: str, before: float, difference: Difference) -> Headline:
+    """A method on a metric, whose value without something was `before`."""
+    return Headline(
+        dataset.name,
+        metric,
+        method,
+        percent(before),
+        percent(dataset.results[method][metric].value),
+        points(difference.value),
+        bounds(difference.low, difference.high),
+        verdict_on(difference),
+        percent(dataset.chance[metric]),
+    )
+
+
 def headlines(
     datasets: Sequence[DatasetResults], comparisons: Sequence[Comparison], before: str, after: str
 ) -> list[Headline]:
     """One per dataset on which both methods were evaluated; `comparisons` are of `after` minus `before`."""
     by_metric = {(c.dataset, c.metric): c for c in comparisons}
-    headlines = []
-    for d in datasets:
-        if comparison := by_metric.get((d.name, d.headline)):
-            difference = comparison.difference
-            old, new = (percent(d.results[method][d.headline].value) for method in (before, after))
-            span = bounds(difference.low, difference.high)
-            level = percent(d.chance[d.headline])
-            headlines.append(
-                Headline(d.name, d.headline, after, old, new, points(difference.value), span, comparison.verdict, level)
-            )
-    return headlines
+    return [
+        headline(d, d.headline, after, d.results[before][d.headline].value, comparison.difference)
+        for d in datasets
+        if (comparison := by_metric.get((d.name, d.headline)))
+    ]
 
 
 def images(datasets: Sequence[DatasetResults]) -> list[Headline]:
@@ -53,14 +62,8 @@ def images(datasets: Sequence[DatasetResults]) -> list[Headline]:
     for d in datasets:
         for metric in d.leading:
             best = max(d.results, key=lambda method: d.results[method][metric].value)
-            difference = d.blind.differences[best][metric]
-            old, new, chance = (
-                percent(share)
-                for share in (d.blind.metrics[metric].value, d.results[best][metric].value, d.chance[metric])
-            )
-            span = bounds(difference.low, difference.high)
-            verdict = verdict_on(difference)
-            headlines.append(Headline(d.name, metric, best, old, new, points(difference.value), span, verdict, chance))
+            blind = d.blind.metrics[metric].value
+            headlines.append(headline(d, metric, best, blind, d.blind.differences[best][metric]))
     return headlines
 
 

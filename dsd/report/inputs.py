@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from dsd.config import Params
 from dsd.data.examples import MatchingExample, read_examples
@@ -27,10 +28,10 @@ from dsd.evaluation.blind import FILE as BLIND
 from dsd.evaluation.blind import Blind
 from dsd.evaluation.claims import PAPER, Judgement
 from dsd.evaluation.evaluate import forced_hits, hits_of, random_hits, ranked_hits
-from dsd.metrics import FORCED, HEADLINES, Hits
+from dsd.metrics import FORCED, Hits
 from dsd.schedules.replay import current_comparisons
 from dsd.scorers.evidence import read_identities, read_index
-from dsd.statistics import Difference, Interval
+from dsd.statistics import Interval
 
 # In order of execution. The time of the report stage is unknown while the report is written.
 STAGES = ("pretrain", "download", "prepare", "cache", "train", "score", "evaluate")
@@ -77,7 +78,7 @@ class DatasetResults:
 
     @property
     def headline(self) -> str:
-        return HEADLINES[benchmark(self.kind).metrics]
+        return benchmark(self.kind).headline
 
     @property
     def leading(self) -> list[str]:
@@ -213,35 +214,17 @@ def read_timings(data: Path) -> Timings:
 def _ablations(path: Path) -> dict[str, Ablations]:
     content = read_json(path, "evaluate")
     with reading(path, "evaluate", "intervals by dataset, method, key and value"):
-        return {
-            dataset: {
-                method: {
-                    key: {value: {m: Interval(**v) for m, v in row.items()} for value, row in by_value.items()}
-                    for key, by_value in by_key.items()
-                }
-                for method, by_key in by_method.items()
-            }
-            for dataset, by_method in content.items()
-        }
+        return TypeAdapter(dict[str, Ablations]).validate_python(content)
 
 
 def _baselines(path: Path, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Blind]:
     """The blind baseline of each dataset, with a difference from every method of `results`."""
     content = read_json(path, "evaluate")
-
-    def differences(row: Mapping[str, Any]) -> dict[str, Difference]:
-        return {metric: Difference(**value) for metric, value in row.items()}
-
     with reading(path, "evaluate", "the blind baseline of every dataset and method"):
-        return {
-            dataset: Blind(
-                content[dataset]["reason"],
-                {metric: Interval(**value) for metric, value in content[dataset]["metrics"].items()},
-                {method: differences(content[dataset]["differences"][method]) for method in by_method},
-                {method: differences(row) for method, row in content[dataset]["calibrated"].items()},
-            )
-            for dataset, by_method in results.items()
-        }
+        baselines = TypeAdapter(dict[str, Blind]).validate_python(content)
+        if any(methods.keys() - baselines[dataset].differences.keys() for dataset, methods in results.items()):
+            raise ValueError
+        return baselines
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from dsd.config import DatasetParams, MethodParams, load
 from dsd.datasets import benchmark
 from dsd.errors import DataError, DsdError
-from dsd.metrics import HEADLINES, WINOGROUND_CHANCE
+from dsd.metrics import WINOGROUND_CHANCE
 from dsd.report.figures import STYLE, save_svg
 from dsd.report.tables import interval, percent
 from dsd.statistics import Interval
@@ -44,7 +44,7 @@ def columns(metrics: Mapping[str, Any], datasets: Mapping[str, DatasetParams]) -
     columns = []
     for dataset, methods in metrics.items():
         row, source = datasets[dataset], benchmark(datasets[dataset].kind)
-        expected, metric = source.expected(row), HEADLINES[source.metrics]
+        expected, metric = source.expected(row), source.headline
         chance = WINOGROUND_CHANCE[0] if source.metrics == "winoground" else 1 / (expected.images * expected.texts)
         columns.append(Column(dataset, metric, chance, {m: Interval(**v[metric]) for m, v in methods.items()}))
     return columns

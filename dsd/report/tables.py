@@ -8,8 +8,9 @@ from typing import Any
 
 from dsd.config import MethodParams, Params
 from dsd.datasets import benchmark
+from dsd.evaluation.blind import Blind
 from dsd.report.inputs import Claim, ClaimsAtPaper, DatasetResults
-from dsd.statistics import Interval
+from dsd.statistics import Difference, Interval
 
 NONE = "–"
 UNKNOWN = "not recorded"
@@ -113,38 +114,36 @@ def results(dataset: DatasetResults) -> Table:
     return Table(f"{dataset.name}: accuracy", head, rows)
 
 
+Gains = Mapping[str, Mapping[str, Difference]]  # method → metric → difference
+
+
+def gains(
+    caption: str, head: str, columns: Sequence[tuple[DatasetResults, str]], of: Callable[[Blind], Gains]
+) -> Table:
+    """Differences of each method by dataset and metric, the `columns`."""
+    methods = dict.fromkeys(method for dataset, _ in columns for method in of(dataset.blind))
+
+    def cell(dataset: DatasetResults, metric: str, method: str) -> Cell:
+        difference = of(dataset.blind).get(method, {}).get(metric)
+        return Cell(NONE) if difference is None else points_cell(difference.value, difference.low, difference.high)
+
+    rows = [Row(method, [cell(dataset, metric, method) for dataset, metric in columns]) for method in methods]
+    heads = [f"{dataset.name}\n{metric}" for dataset, metric in columns]
+    return Table(caption, [f"{head}\npercentage points", *heads], rows)
+
+
 def images(datasets: Sequence[DatasetResults]) -> Table:
     """Each method minus the blind baseline, on the headline metric of each dataset and the forced one, if any."""
     columns = [(d, metric) for d in datasets for metric in d.leading]
-    methods = dict.fromkeys(method for d in datasets for method in d.methods)
-
-    def cell(dataset: DatasetResults, metric: str, method: str) -> Cell:
-        difference = dataset.blind.differences.get(method, {}).get(metric)
-        return Cell(NONE) if difference is None else points_cell(difference.value, difference.low, difference.high)
-
-    rows = [Row(method, [cell(d, metric, method) for d, metric in columns]) for method in methods]
-    head = ["method − blind\npercentage points", *(f"{d.name}\n{metric}" for d, metric in columns)]
-    return Table("What the image contributes", head, rows)
+    return gains("What the image contributes", "method − blind", columns, lambda blind: blind.differences)
 
 
 def calibrated(datasets: Sequence[DatasetResults]) -> Table | None:
     """Each method with prior-calibrated scores minus itself; None if no dataset has calibrated scores."""
     columns = [(d, metric) for d in datasets if d.blind.calibrated for metric in d.leading]
-    methods = dict.fromkeys(method for d, _ in columns for method in d.blind.calibrated)
-    rows = [
-        Row(
-            method,
-            [
-                points_cell(v.value, v.low, v.high)
-                if (v := d.blind.calibrated.get(method, {}).get(metric))
-                else Cell(NONE)
-                for d, metric in columns
-            ],
-        )
-        for method in methods
-    ]
-    head = ["calibrated − plain\npercentage points", *(f"{d.name}\n{metric}" for d, metric in columns)]
-    return Table("Prior-calibrated scores", head, rows) if rows else None
+    if not columns:
+        return None
+    return gains("Prior-calibrated scores", "calibrated − plain", columns, lambda blind: blind.calibrated)
 
 
 POINTS = "a − b\npercentage points"

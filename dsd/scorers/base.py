@@ -13,14 +13,7 @@ import numpy as np
 
 from dsd.config import FusionParams, MethodParams, NoiseParams
 from dsd.data.examples import MatchingExample, Pair, pairs
-from dsd.scorers.evidence import (
-    Evidence,
-    fitting_entry,
-    joined,
-    read_evidence,
-    read_shards,
-    reads_unconditional,
-)
+from dsd.scorers.evidence import Evidence, fitting_entry, joined, read_evidence, read_shards, reads_unconditional
 
 Scores = dict[Pair, float]
 

@@ -81,11 +81,7 @@ def evidence_prompts(methods: Mapping[str, MethodParams]) -> list[str]:
     return sorted({prompt for method in methods.values() for prompt in method.evidence_prompts}, reverse=True)
 
 
-# Images differ in how easy they are to denoise. To make them comparable, the value of the image's unconditional pass at
-# the same draw is subtracted from a pair's. With a single image it is the same for all candidates, and is omitted.
-
-
-def without(fold: int) -> str:
+def prompt_without(fold: int) -> str:
     """Return the name of the attention prompt that is trained on the few-shot split without one of its folds.
 
     Its files are in a folder of this name in that of the prompt "few-shot".
@@ -96,6 +92,10 @@ def without(fold: int) -> str:
 def fitting_entry(prompt: str, fold: int) -> str:
     """Return the name of the index's entry with the evidence of a fold of the few-shot examples."""
     return f"{prompt}, few-shot fold {fold}"
+
+
+# Images differ in how easy they are to denoise. To make them comparable, the value of the image's unconditional pass at
+# the same draw is subtracted from a pair's. With a single image it is the same for all candidates, and is omitted.
 
 
 def reads_unconditional(methods: Mapping[str, MethodParams], prompt: str) -> bool:

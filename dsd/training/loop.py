@@ -32,7 +32,7 @@ from dsd.data.examples import MatchingExample, Pair
 from dsd.engine.session import Session
 from dsd.errors import DataError
 from dsd.models.checkpoint import locate
-from dsd.scorers.evidence import without
+from dsd.scorers.evidence import prompt_without
 from dsd.scorers.fusion import folds
 from dsd.store import check_libraries, digest, file_digest, libraries, write_atomic, write_csv
 from dsd.training import LEARNERS
@@ -118,7 +118,7 @@ class Training(NamedTuple):
     @property
     def folder(self) -> str:
         """Its folder, and its name."""
-        return self.method if self.fold is None else f"{self.method}/{without(self.fold).partition('/')[2]}"
+        return self.method if self.fold is None else f"{self.method}/{prompt_without(self.fold).partition('/')[2]}"
 
 
 def trainings(params: Params) -> list[Training]:

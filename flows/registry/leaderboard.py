@@ -10,7 +10,6 @@ from mlflow.entities import Run
 
 from dsd.config import Params
 from dsd.datasets import benchmark
-from dsd.metrics import HEADLINES
 from dsd.report.leaderboard import Board, Entry, Failure
 from dsd.statistics import Difference, Interval
 from flows import DATA
@@ -25,7 +24,7 @@ def board(params: Params, registry: Registry | None) -> Board:
 
     registry: None where there is no tracking store.
     """
-    metrics = {name: HEADLINES[benchmark(row.kind).metrics] for name, row in params.datasets.items()}
+    metrics = {name: benchmark(row.kind).headline for name, row in params.datasets.items()}
     if registry is None:
         return Board(params.gate.method, metrics, params.evaluate.confidence, [], [])
     versions, champion = registry.versions(), registry.alias(CHAMPION)

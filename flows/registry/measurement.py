@@ -24,7 +24,7 @@ class Measurement:
     """The results in the workspace `root`, and the checkpoint and the params that they were measured with."""
 
     def __init__(self, params: Params, root: Path) -> None:
-        from dsd.models.checkpoint import locate  # it imports torch
+        from dsd.models.checkpoint import identify  # it imports torch
 
         file = root / "data" / "evaluate" / "metrics.json"
         if not file.exists():
@@ -36,7 +36,7 @@ class Measurement:
         if moved := moved_versions(self.code.get("versions", {}), VERSIONS):
             raise DataError(f"{file}: measured by other code ({', '.join(moved)}); run `dsd reproduce` first")
         row = params.backbones[params.backbone]
-        self.digest = row.digest or locate(row)[1]  # a checkpoint whose digest differs from its row is never measured
+        self.digest = row.digest or identify(row)  # a checkpoint whose digest differs from its row is never measured
         # dataset → method → metric → value, low, high, n
         self.metrics: dict[str, Any] = json.loads(file.read_text())
 

@@ -105,7 +105,7 @@ def files_digest(folder: Path) -> str:
 
 def evaluation_key(params: Params, identity: str) -> str:
     """Return the digest of a checkpoint's own digest and of every setting and version that its results depend on."""
-    used = {name: params.backbones[name] for m in params.methods if (name := params.backbone_of(m)) != params.backbone}
+    used = {name: params.backbones[name] for name in params.used_backbones if name != params.backbone}
     excluded = EXCLUDED - {"races"} if params.raced else EXCLUDED
     arithmetic = params.backbones[params.backbone].dtype
     return versioned("scores", digest(identity, arithmetic, used, params.model_dump(mode="json", exclude=excluded)))
@@ -114,8 +114,8 @@ def evaluation_key(params: Params, identity: str) -> str:
 class Registry:
     """The registered models of this project, in the tracking store."""
 
-    def __init__(self, runs: Runs | None = None) -> None:
-        self.runs = runs or Runs()
+    def __init__(self) -> None:
+        self.runs = Runs()
         self.client = self.runs.client
 
     def versions(self) -> list[Version]:
@@ -248,8 +248,8 @@ class Registry:
         folder = self._download(version.run_id, str(target))
         if (registered := version.tags.get(FILES)) is None:
             raise DataError(f"--model {reference}: registered without a digest of its files; run `dsd promote` again")
-        if (found := files_digest(folder)) != registered:
-            line = f"its files have the digest {found}, not {registered}: they were changed after the registration"
+        if (current := files_digest(folder)) != registered:
+            line = f"its files have the digest {current}, not {registered}: they were changed after the registration"
             raise DataError(f"--model {reference}: {line}; register it again")
         return folder
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +19,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsd.config import Bounds
-from dsd.errors import RequestError
+from dsd.errors import RequestError, brief
+from dsd.store import strict_json
 
 if TYPE_CHECKING:
     from dsd.matcher import Heatmap
@@ -98,20 +98,14 @@ def parse_json(body: bytes | bytearray) -> list[Row]:
     """The rows of a request in JSON. Raises RequestError, in one line, if the body is invalid."""
     try:
         parsed = Body.model_validate_json(body)
+        strict_json(body)  # refuses a key given twice, of which pydantic keeps the last value
     except ValidationError as error:
         raise _request_error(error) from None
-    json.loads(body, object_pairs_hook=_no_key_twice)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
     if parsed.inputs and parsed.dataframe_records:
         raise RequestError("both inputs and dataframe_records; give one")
     return parsed.inputs or parsed.dataframe_records
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a key given twice, of which the parser keeps the last value."""
-    if len(found := dict(pairs)) < len(pairs):
-        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
-        raise RequestError(f"the key {twice[:40]!r} is there twice")
-    return found
 
 
 def parse_table(table: pd.DataFrame) -> list[Row]:
@@ -132,10 +126,11 @@ def _request_error(error: ValidationError) -> RequestError:
     """The first error, with its location."""
     first = error.errors(include_url=False, include_input=False)[0]
     location = [str(part)[:40] for part in first["loc"] if part not in ("str", "bytes")]
-    return RequestError(": ".join([*([".".join(location)] if location else []), " ".join(first["msg"].split())]))
+    return RequestError(": ".join([*([".".join(location)] if location else []), brief(first["msg"], None)]))
 
 
 def decode_image(image: str | bytes) -> bytes:
+    """Return the bytes of an image file, given in base64 or as they are; raise RequestError for any other text."""
     if isinstance(image, bytes):
         return image
     try:

@@ -41,6 +41,7 @@ class Bound:
 
     @contextmanager
     def take(self, amount: int = 1) -> Iterator[None]:
+        """Use an amount of the limit within the block; raise BusyError if too little is left."""
         if self.used + amount > self.limit:
             raise BusyError("too many requests at once; try again later")
         self.used += amount
@@ -74,7 +75,10 @@ class Requests:
                 answers: list[Future[Answer]] = []
                 try:
                     async with asyncio.timeout(seconds):
-                        answers = await asyncio.get_running_loop().run_in_executor(self._parser, self._submit, body)
+                        loop = asyncio.get_running_loop()
+                        answers = await loop.run_in_executor(
+                            self._parser, lambda: self._service.submit(parse_json(body))
+                        )
                         received.close()
                         return list(await asyncio.gather(*map(asyncio.wrap_future, answers)))
                 except TimeoutError:
@@ -93,9 +97,6 @@ class Requests:
         except TimeoutError:
             raise HTTPException(408, f"the request did not arrive within {seconds:g} seconds") from None
         return body
-
-    def _submit(self, body: bytearray) -> list[Future[Answer]]:
-        return self._service.submit(parse_json(body))
 
 
 def application(service: Service) -> Starlette:
@@ -117,12 +118,9 @@ def application(service: Service) -> Starlette:
 
         return handler
 
-    async def gone(_: Request, error: Exception) -> Response:
-        return Response(status_code=400)  # nobody reads it
-
     handlers: dict[Any, Any] = {
         HTTPException: http_error,
-        ClientDisconnect: gone,
+        ClientDisconnect: error_as(400),  # nobody reads it
         BusyError: error_as(503),
         DsdError: error_as(400),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import platform
@@ -21,7 +20,7 @@ from prefect.cache_policies import NO_CACHE
 
 from dsd.config import Params, load
 from dsd.data.proxies import check_proxies
-from dsd.store import libraries, write_atomic
+from dsd.store import libraries, write_json
 from dsd.versions import VERSIONS
 from flows import DATA
 from flows.failures import error_line, exit_with
@@ -93,7 +92,7 @@ def stage(body: Callable[[Params], Mapping[str, Details]]) -> Stage:
             "libraries": libraries(),
             "details": details,
         }
-        write_atomic(DATA / "timings" / f"{name}.json", json.dumps(record, indent=2).encode())
+        write_json(DATA / "timings" / f"{name}.json", record, indent=2)
 
     return run
 

@@ -22,7 +22,7 @@ def evaluate(params: Params) -> dict[str, Details]:
         write_studies,
     )
     from dsd.experiments.variants import Study
-    from dsd.metrics import HEADLINES, unforced
+    from dsd.metrics import unforced
     from dsd.models.checkpoint import identify
     from dsd.schedules.replay import read_hits
     from dsd.scorers.evidence import read_identities
@@ -45,7 +45,7 @@ def evaluate(params: Params) -> dict[str, Details]:
         )
         variants = ablations.ablate(scored, params.ablations, params.seed)
         ablated[name] = ablations.with_intervals(scored.examples, variants, params.evaluate, params.seed)
-        metric = HEADLINES[benchmark(scored.kind).metrics]
+        metric = benchmark(scored.kind).headline
         identities = read_identities(DATA / "score" / name)
         raced = read_hits(DATA / "races" / f"{name}.json", identities, metric, scored.examples)
         published = {method: unforced(by_metric) for method, by_metric in hits.items()}

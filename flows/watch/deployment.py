@@ -11,7 +11,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Failed, State
 
 from dsd.config import load
-from dsd.errors import DsdError
+from dsd.errors import DsdError, brief
 from flows.stores import PREFECT, check
 from flows.watch.tick import Work, tick
 
@@ -78,5 +78,5 @@ def deploy(cron: str, pool: str) -> str:
             ignore_warnings=True,  # it recommends `serve` for local code
         )
     except (ObjectNotFound, ValueError) as error:
-        raise DsdError(f"--pool {pool}: {' '.join(str(error).split())[:200]}") from None
+        raise DsdError(f"--pool {pool}: {brief(error, 200)}") from None
     return f"{NAME}/{NAME}"

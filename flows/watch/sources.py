@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from dsd.config import BackboneParams, FolderSource, HubSource, Params
-from dsd.errors import CheckpointError, DsdError
-from dsd.store import digest, write_atomic
+from dsd.config.models import PICKLES
+from dsd.errors import CheckpointError, DsdError, brief
+from dsd.store import digest, write_json
 from flows import absolute
 from flows.registry.registry import Version, evaluation_key
 
 HOME = Path(".watch")
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")  # checkpoint files that `locate` refuses
 NO_DIFFUSION = "no diffusion model in the diffusers layout (no unet/)"
 Key = Callable[[str], str]  # the evaluation key of a checkpoint's digest
 
@@ -38,10 +38,10 @@ class Checkpoint:
 
 def own_backbone(params: Params) -> Checkpoint:
     """The backbone of the workspace. Raises CheckpointError if it is not available."""
-    from dsd.models.checkpoint import locate  # it imports torch
+    from dsd.models.checkpoint import identify  # it imports torch
 
     row = params.backbones[params.backbone]
-    identity = locate(row)[1]
+    identity = identify(row)
     row = row.model_copy(update={"digest": identity})
     return Checkpoint(params.backbone, row, evaluation_key(params, identity), own=True)
 
@@ -90,7 +90,7 @@ def _in_folder(source: FolderSource, tested: BackboneParams, key: Key) -> Iterat
             row = row.model_copy(update={"family": family, "digest": identity})
             yield Checkpoint(path.name, row, key(identity))
     if used != stored:
-        write_atomic(file, json.dumps(used, indent=1).encode())
+        write_json(file, used)
     if missing is not None:
         raise missing
 
@@ -100,14 +100,14 @@ def _identify(row: BackboneParams) -> list[str]:
 
     Raise CheckpointError if the hub does not return its config, since that may be a network error.
     """
-    from dsd.models.checkpoint import family_of, folder_of, locate  # it imports torch
+    from dsd.models.checkpoint import family_of, folder_of, identify  # it imports torch
 
     try:
         folder = folder_of(row)
         family = family_of(folder)
         if family not in ("stable-diffusion", "stable-diffusion-xl"):
             return ["", "", f"{folder}: {NO_DIFFUSION}"]
-        return [family, locate(row.model_copy(update={"family": family}))[1], ""]
+        return [family, identify(row.model_copy(update={"family": family})), ""]
     except CheckpointError as error:
         remote = row.config is not None and not Path(row.config).is_dir()
         if remote and Path(row.source).suffix not in PICKLES:
@@ -124,7 +124,7 @@ def _on_hub(source: HubSource, tested: BackboneParams, key: Key) -> Checkpoint:
     try:
         info = HfApi().model_info(source.source, revision=source.revision)
     except (HFValidationError, HTTPError, OSError) as error:
-        raise CheckpointError(f"{place}: not available on the hub ({' '.join(str(error).split())[:160]})") from None
+        raise CheckpointError(f"{place}: not available on the hub ({brief(error)})") from None
     parts = {file.rfilename.partition("/")[0] for file in info.siblings or []}
     if "unet" not in parts:
         raise CheckpointError(f"{place}: {NO_DIFFUSION}")
