@@ -433,6 +433,31 @@ def test_the_bytes_of_all_bodies_are_bounded(service: Service, monkeypatch: pyte
             time.sleep(0.01)
 
 
+def test_operators_see_requests_and_no_content(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "dsd.requests")
+    with TestClient(application(service), raise_server_exceptions=False) as web:
+        assert web.post("/invocations", json={"inputs": [row()]}).status_code == 200
+        assert web.post("/invocations", json={"inputs": []}).status_code == 400
+        assert (web.get("/healthz").status_code, web.get("/readyz").status_code) == (200, 200)
+        metrics = web.get("/metrics").text
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "dsd.requests"]
+    assert [line["status"] for line in lines] == [200, 400]
+    assert lines[0].keys() == {"time", "client", "status", "seconds"}  # neither images nor texts
+    for line in (
+        'dsd_requests_total{status="200"} 1.0', 'dsd_requests_total{status="400"} 1.0', "dsd_request_seconds_count 2.0",
+        "dsd_requests_open 0.0", "dsd_rows_waiting 0.0", f'digest="{service.settings.backbone.digest}"',
+    ):  # fmt: skip
+        assert line in metrics
+    assert "dsd_round_fill_count 0.0" not in metrics
+
+
+def test_a_model_that_ended_is_not_ready(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = Thread(target=lambda: None)
+    monkeypatch.setattr(service.rounds, "_running", [ended])
+    with TestClient(application(service)) as web:
+        assert (web.get("/healthz").status_code, web.get("/readyz").status_code) == (200, 503)
+
+
 ATTACK = b"{" + b",".join(b'"k%06d":1' % n for n in range(1_000_000)) + b"}"  # 12 MB
 
 

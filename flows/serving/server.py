@@ -7,10 +7,12 @@ bounded: connections by time, bodies by bytes, and work by number. `/ping` needs
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from logging import StreamHandler
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dsd.errors import BusyError, DsdError
+from flows.serving.monitoring import PATH, Monitor, log
 from flows.serving.schema import Answer, ValueCount, parse_json
 from flows.serving.service import FAILED, Service
 
@@ -99,8 +103,8 @@ class Requests:
         return body
 
 
-def application(service: Service) -> Starlette:
-    """POST /invocations and GET /ping, as MLflow's server has them."""
+def application(service: Service) -> ASGIApp:
+    """POST /invocations and GET /ping, as MLflow's server has them; /healthz, /readyz and /metrics for operators."""
     requests = Requests(service)
 
     async def invocations(request: Request) -> Response:
@@ -108,6 +112,12 @@ def application(service: Service) -> Starlette:
 
     async def ping(_: Request) -> Response:
         return Response("\n")
+
+    async def ready(_: Request) -> Response:
+        return Response("ready\n") if service.rounds.alive else Response("a thread of the model has ended\n", 503)
+
+    async def metrics(_: Request) -> Response:
+        return Response(monitor.text(), media_type="text/plain; version=0.0.4")
 
     async def http_error(_: Request, error: HTTPException) -> Response:
         return JSONResponse({"message": error.detail}, error.status_code)
@@ -124,11 +134,17 @@ def application(service: Service) -> Starlette:
         BusyError: error_as(503),
         DsdError: error_as(400),
     }
-    return Starlette(
-        routes=[Route("/invocations", invocations, methods=["POST"]), Route("/ping", ping)],
+    routes = [
+        Route(PATH, invocations, methods=["POST"]), Route("/ping", ping), Route("/healthz", ping),
+        Route("/readyz", ready), Route("/metrics", metrics),
+    ]  # fmt: skip
+    app = Starlette(
+        routes=routes,
         exception_handlers={**handlers, Exception: error_as(500, FAILED)},
         max_body_size=service.settings.max_bytes,
     )
+    monitor = Monitor(service, app)
+    return monitor
 
 
 class Connection(H11Protocol):
@@ -184,6 +200,8 @@ def serve(model: Path, host: str, port: int) -> None:
     Raises:
         CheckpointError: its checkpoint is missing or has changed.
     """
+    log.setLevel("INFO")
+    log.addHandler(StreamHandler(sys.stdout))  # its lines are JSON, without a prefix
     service = mlflow.pyfunc.load_model(str(model)).unwrap_python_model()
     with suppress(KeyboardInterrupt):
         http_server(service, host, port).run()

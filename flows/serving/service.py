@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,9 +70,16 @@ class Rounds:
         if matcher.backbone.device.type == "cpu":
             keep_memory()
         self.matcher, self.waiting = matcher, SimpleQueue[Job]()
+        self.filled: Callable[[float], object] = lambda share: None  # told the fill of each round, 1 is a full batch
         self._threads = cores(matcher.backbone.device)
-        for _ in range(self._threads):
-            Thread(target=self._run, name="round", daemon=True).start()
+        self._running = [Thread(target=self._run, name="round", daemon=True) for _ in range(self._threads)]
+        for thread in self._running:
+            thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether every thread is there to answer."""
+        return all(thread.is_alive() for thread in self._running)
 
     def _run(self) -> None:
         import torch
@@ -87,6 +94,7 @@ class Rounds:
                     jobs.append(self.waiting.get_nowait())
                 except Empty:
                     break
+            self.filled(sum(self.matcher.rows(1, len(job.texts)) for job in jobs) / self.matcher.full)
             self._answer([job for job in jobs if job.answer.set_running_or_notify_cancel()])
 
     def _answer(self, jobs: Sequence[Job]) -> None:
