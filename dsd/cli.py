@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dsd.matcher import Matcher
     from dsd.own import Evaluation
 
-PIPELINE = ("reproduce", "promote", "watch", "leaderboard", "serve", "doctor")
+PIPELINE = ("reproduce", "promote", "rollback", "watch", "leaderboard", "serve", "doctor")
 
 
 class Commands(TyperGroup):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -143,16 +144,42 @@ def promote(as_json: Json = False) -> None:
 
 
 @app.command()
+def rollback() -> None:
+    """Make the champion before the present one the champion again; a running `dsd serve` follows.
+
+    \b
+    Example:
+      dsd rollback
+    """
+    from dsd.config import load
+    from dsd.report.leaderboard import write
+    from flows.registry.leaderboard import PAGE, board
+    from flows.registry.registry import BACKBONE, Registry
+    from flows.stores import require_version
+
+    require_version(BACKBONE)
+    registry = Registry()
+    taken_back, champion = registry.rollback()
+    print(f"{BACKBONE} version {taken_back.number}: taken back; version {champion.number} is the champion")
+    print(f"leaderboard: {write(board(load(), registry), PAGE)}")
+
+
+@app.command()
 def serve(
     model: Annotated[
         str, typer.Option(help="A registered version: a name with an alias or a number.")
     ] = "models:/dsd-backbone@champion",
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is all interfaces.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 5000,
+    refresh: Annotated[
+        float, typer.Option(min=1, help="Seconds between looks at the registry: a new champion is served from then on.")
+    ] = 30,
 ) -> None:
     """Serve the champion over HTTP: images and texts in, scores and optional heat maps out.
 
-    Requests have the format of MLflow's own server. Their limits are set by `serving` in params.yaml.
+    If the alias moves to another version (`dsd promote`, `dsd watch`, `dsd rollback`), that one is opened and takes
+    over without a lost request; if it does not open, the old one stays. Requests have the format of MLflow's own
+    server. Their limits are set by `serving` in params.yaml.
 
     \b
     Examples:
@@ -167,7 +194,8 @@ def serve(
     from flows.serving.server import serve as run_server
 
     with TemporaryDirectory() as folder:
-        run_server(Registry().model(model, Path(folder)), host, port)
+        newer = partial(Registry().newer, model, target=Path(folder))
+        run_server(newer, host, port, refresh)
 
 
 @app.command()

@@ -144,6 +144,23 @@ def test_the_better_challenger_is_promoted_with_its_prompts(measured: Params) ->
     assert shown is not None and (shown.verdict, shown.reason) == ("promoted", verdict.reason)
 
 
+def test_the_champion_before_comes_back_with_its_prompts(measured: Params) -> None:
+    registry = Registry()
+    with pytest.raises(DsdError, match="there is no champion; `dsd promote` registers one"):
+        registry.rollback()
+    registry.challenge(measured, registry.register(measured, Path()))
+    with pytest.raises(DsdError, match="version 1 is the first champion: there is none before it"):
+        registry.rollback()
+    measure(200)
+    assert registry.challenge(measured, registry.register(measured, Path())).promoted
+    taken_back, champion = registry.rollback()
+    assert (taken_back.number, champion.number) == (2, 1)
+    assert aliases() == aliases(PROMPTS) == {CHAMPION: 1}
+    newest = registry.versions()[0]
+    assert (newest.verdict, newest.reason) == ("rolled back", "version 1 is the champion again")
+    assert CliRunner().invoke(app, ["rollback"]).output.startswith("dsd: dsd-backbone version 1 is the first champion")
+
+
 def test_a_prompt_that_was_trained_again_is_promoted_with_its_own_measurement(measured: Params) -> None:
     registry = Registry()
     registry.register(measured, Path())
@@ -326,6 +343,7 @@ def test_match_takes_a_registered_prompt(measured: Params) -> None:
     Registry().register(measured, Path())
     Image.new("RGB", (32, 32)).save("image.png")
     arguments = ["match", "image.png", "--text", "a red circle", "--prompt", f"models:/{PROMPTS}@{CHALLENGER}"]
+    arguments += ["--checkpoint", "models/embedded"]
     run = CliRunner().invoke(app, arguments)
     digest = Registry().versions()[0].digest  # read, and refused: it belongs to none of these
     assert run.exit_code == 1 and f"belongs to backbone the backbone it belongs to, not to {digest}" in str(

@@ -19,7 +19,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from queue import Queue
 from socket import create_connection, socket
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import mlflow
@@ -37,13 +37,14 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from dsd.config import Params, load
-from dsd.errors import CheckpointError, DataError, ParamsError, RequestError
+from dsd.errors import CheckpointError, DataError, DsdError, ParamsError, RequestError
 from dsd.matcher import Matcher
 from dsd.models.prompts import PROMPT, AttentionPrompt
 from flows import tracking
 from flows.cli import app
 from flows.registry.registry import BACKBONE, CHAMPION, FILES, Registry
 from flows.serving import Service, server
+from flows.serving.current import Current
 from flows.serving.schema import ValueCount, parse_json
 from flows.serving.server import application, serve
 from flows.serving.service import Refused, save
@@ -113,7 +114,7 @@ def matcher(registered: Path) -> Matcher:
 @pytest.fixture(scope="module")
 def web(service: Service) -> Iterator[TestClient]:
     """`dsd serve`, without a socket."""
-    with TestClient(application(service), raise_server_exceptions=False) as client:
+    with TestClient(application(Current(service)), raise_server_exceptions=False) as client:
         yield client
 
 
@@ -320,7 +321,7 @@ def listening(service: Service) -> Iterator[int]:
     """`dsd serve` in a thread, on a free port."""
     with socket() as heard:
         heard.bind(("127.0.0.1", 0))
-        running = server.http_server(service, "127.0.0.1", 0)
+        running = server.http_server(Current(service), "127.0.0.1", 0)
         thread = Thread(target=running.run, kwargs={"sockets": [heard]}, daemon=True)
         thread.start()
         while not running.started:
@@ -435,7 +436,7 @@ def test_the_bytes_of_all_bodies_are_bounded(service: Service, monkeypatch: pyte
 
 def test_operators_see_requests_and_no_content(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "dsd.requests")
-    with TestClient(application(service), raise_server_exceptions=False) as web:
+    with TestClient(application(Current(service)), raise_server_exceptions=False) as web:
         assert web.post("/invocations", json={"inputs": [row()]}).status_code == 200
         assert web.post("/invocations", json={"inputs": []}).status_code == 400
         assert (web.get("/healthz").status_code, web.get("/readyz").status_code) == (200, 200)
@@ -454,8 +455,49 @@ def test_operators_see_requests_and_no_content(service: Service, caplog: pytest.
 def test_a_model_that_ended_is_not_ready(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = Thread(target=lambda: None)
     monkeypatch.setattr(service.rounds, "_running", [ended])
-    with TestClient(application(service)) as web:
+    with TestClient(application(Current(service))) as web:
         assert (web.get("/healthz").status_code, web.get("/readyz").status_code) == (200, 503)
+
+
+def test_another_version_takes_over_without_a_lost_request(registered: Path, tmp_path: Path) -> None:
+    model = Registry().model(MODEL, tmp_path)
+    current = Current.open(lambda known: ("1", model))
+    old = current.service
+    with TestClient(application(current)) as web, ThreadPoolExecutor(4) as clients:
+        asked = [clients.submit(web.post, "/invocations", json={"inputs": [row()]}) for _ in range(12)]
+        current.refresh(lambda known: None if known == "2" else ("2", model))
+        asked += [clients.submit(web.post, "/invocations", json={"inputs": [row()]}) for _ in range(4)]
+        assert [future.result().status_code for future in asked] == [200] * 16
+        assert 'version="2"' in web.get("/metrics").text
+    assert current.number == "2" and current.service is not old
+    old.rounds.close()
+    for thread in old.rounds._running:
+        thread.join(10)
+    assert not old.rounds.alive
+
+
+def test_a_version_that_does_not_open_changes_nothing(service: Service) -> None:
+    tried = Event()
+
+    def newer(known: str | None) -> tuple[str, Path]:
+        tried.set()
+        raise DataError("its files have changed")
+
+    current = Current(service, "1")
+    stop = current.follow(newer, 0.01)
+    assert tried.wait(10)
+    stop.set()
+    assert (current.number, current.service) == ("1", service)
+
+
+def test_the_registry_names_another_version_once(registered: Path, tmp_path: Path) -> None:
+    found = Registry().newer(MODEL, None, tmp_path)
+    assert found is not None
+    number, folder = found
+    assert (folder / "MLmodel").exists()
+    assert Registry().newer(MODEL, number, tmp_path) is None
+    with pytest.raises(DsdError, match="no such registered version"):
+        Registry().newer("models:/dsd-backbone/99", number, tmp_path)
 
 
 ATTACK = b"{" + b",".join(b'"k%06d":1' % n for n in range(1_000_000)) + b"}"  # 12 MB
@@ -497,7 +539,7 @@ def test_garbage_is_refused_in_one_line(body: bytes, web: TestClient) -> None:
 def test_a_long_request_is_refused_before_it_is_read(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "settings", service.settings.model_copy(update={"max_bytes": 1000}))
     monkeypatch.setattr(server, "parse_json", lambda *_: pytest.fail("was read"))
-    with TestClient(application(service)) as client:
+    with TestClient(application(Current(service))) as client:
         for content in (b"x" * 1001, iter([b"x" * 600, b"x" * 600])):
             response = client.post("/invocations", content=content)
             assert response.status_code == 413 and "Content Too Large" in response.text
@@ -586,7 +628,7 @@ def test_a_checkpoint_that_has_changed_is_refused(command: str | None, models: P
     config.write_text(config.read_text() + " ")
     with pytest.raises(CheckpointError, match=f"embedded: is not the checkpoint of digest {identity}, but"):
         if command:
-            serve(tmp_path / "model", "127.0.0.1", 1)
+            serve(lambda _: ("1", tmp_path / "model"), "127.0.0.1", 1, 30)
         mlflow.pyfunc.load_model(str(tmp_path / "model"))
 
 

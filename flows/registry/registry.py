@@ -37,6 +37,7 @@ META = "registered_model_meta"  # a file that MLflow adds when it loads a model
 FILES = "dsd.files"  # the tag with the digest of that folder
 CHAMPION, CHALLENGER = "champion", "challenger"
 PROMOTED, KEPT_OUT, NOT_COMPARED = "promoted", "kept out", "not compared"  # the gate's verdicts
+ROLLED_BACK = "rolled back"  # the verdict on a champion that an operator took back
 # Sections left out of the key: those that change no result, and those that `evaluation_key` adds itself.
 EXCLUDED = {
     *("ablations", "backbone", "backbones", "gate", "pretrain", "races"),
@@ -197,6 +198,23 @@ class Registry:
             self._carry_out(challenger, result, verdict.reason, compared=compared, **against)
         return verdict
 
+    def rollback(self) -> tuple[Version, Version]:
+        """Make the champion before this one the champion again, with its prompts; return (taken back, champion).
+
+        Raises:
+            DsdError: there is no champion, or none before it.
+        """
+        with locked():
+            champion = self.alias(CHAMPION)
+            if champion is None:
+                raise DsdError("there is no champion; `dsd promote` registers one")
+            if champion.against is None:
+                raise DsdError(f"{BACKBONE} version {champion.number} is the first champion: there is none before it")
+            before = Version.of(self.client.get_model_version(BACKBONE, str(champion.against)))
+            self._promote(before)
+            self._carry_out(champion, ROLLED_BACK, f"version {before.number} is the champion again")
+        return champion, before
+
     def _carry_out(self, version: Version, verdict: str, reason: str, **more: str) -> None:
         """Apply a verdict: set the tags, the aliases and the description that MLflow's pages show.
 
@@ -252,6 +270,22 @@ class Registry:
             line = f"its files have the digest {current}, not {registered}: they were changed after the registration"
             raise DataError(f"--model {reference}: {line}; register it again")
         return folder
+
+    def newer(self, reference: str, known: str | None, target: Path) -> tuple[str, Path] | None:
+        """Download the model that a reference names now, unless it is version `known`; return its number and folder.
+
+        Raises:
+            DsdError, DataError: see `model`.
+        """
+        try:
+            number = str(self._version(reference).version)
+        except (MlflowException, TypeError):
+            number = None  # `model` says what is wrong
+        if number is not None and number == known:
+            return None
+        folder = target / str(number)
+        folder.mkdir(exist_ok=True)
+        return str(number), self.model(reference, folder)
 
     def _version(self, reference: str) -> ModelVersion:
         name, _, alias = reference.removeprefix("models:/").partition("@")

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from flows.serving.service import Service
+    from flows.serving.current import Current
 
 log = logging.getLogger("dsd.requests")
 PATH = "/invocations"
@@ -21,9 +21,9 @@ SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
 class Monitor:
-    """The metrics of a service; an ASGI layer around the application counts and times its requests."""
+    """The metrics of what is served; an ASGI layer around the application counts and times its requests."""
 
-    def __init__(self, service: Service, app: ASGIApp) -> None:
+    def __init__(self, current: Current, app: ASGIApp) -> None:
         self._app, self._registry = app, CollectorRegistry()
         own: dict[str, Any] = {"registry": self._registry}
         self._requests = Counter(
@@ -34,12 +34,18 @@ class Monitor:
         )
         self._open = Gauge("dsd_requests_open", "Requests that are received or answered now.", **own)
         waiting = Gauge("dsd_rows_waiting", "Images with their texts that wait for a round.", **own)
-        waiting.set_function(service.rounds.waiting.qsize)
-        fill = Histogram("dsd_round_fill", "Rows of a round as a share of a full batch.", buckets=SHARES, **own)
-        service.rounds.filled = fill.observe
-        model = Info("dsd_model", "The model that answers.", **own)
-        settings = service.settings
-        model.info({"digest": str(settings.backbone.digest), "method": settings.method.scorer})
+        waiting.set_function(lambda: current.service.rounds.waiting.qsize())
+        self._fill = Histogram("dsd_round_fill", "Rows of a round as a share of a full batch.", buckets=SHARES, **own)
+        self._model = Info("dsd_model", "The model that answers.", **own)
+        current.changed = self._changed
+        self._changed(current)
+
+    def _changed(self, current: Current) -> None:
+        """Describe the version that answers from now on."""
+        current.service.rounds.filled = self._fill.observe
+        settings = current.service.settings
+        described = {"digest": str(settings.backbone.digest), "method": settings.method.scorer}
+        self._model.info({"version": current.number, **described})
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -13,10 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from logging import StreamHandler
-from pathlib import Path
 from typing import Any
 
-import mlflow
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -27,9 +25,10 @@ from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dsd.errors import BusyError, DsdError
+from flows.serving.current import Current, Newer
 from flows.serving.monitoring import PATH, Monitor, log
 from flows.serving.schema import Answer, ValueCount, parse_json
-from flows.serving.service import FAILED, Service
+from flows.serving.service import FAILED
 
 HEAD_SECONDS = 10.0  # for the head of a request, after the connection or after the last answer
 IDLE_SECONDS = 5  # without a byte, after the last answer
@@ -58,10 +57,11 @@ class Bound:
 class Requests:
     """The requests that are being received, parsed and answered."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._bytes = Bound(BODIES * service.settings.max_bytes)
-        self._work = Bound(service.settings.max_waiting)
+    def __init__(self, current: Current) -> None:
+        """The bounds on all requests together stay those of the first version."""
+        self._current, settings = current, current.service.settings
+        self._bytes = Bound(BODIES * settings.max_bytes)
+        self._work = Bound(settings.max_waiting)
         self._parser = ThreadPoolExecutor(1, "parser")  # a decoded image takes many times the size of its file
 
     async def answer(self, request: Request) -> list[Answer]:
@@ -72,26 +72,25 @@ class Requests:
             BusyError: too much is being received or computed, or it was not answered in time.
             DsdError: the first invalid row and its error, in one line.
         """
-        seconds = self._service.settings.wait_seconds
         with ExitStack() as received:
             body = await self._receive(request, received)
+            service = self._current.service
+            seconds = service.settings.wait_seconds
             with self._work.take():
                 answers: list[Future[Answer]] = []
                 try:
                     async with asyncio.timeout(seconds):
                         loop = asyncio.get_running_loop()
-                        answers = await loop.run_in_executor(
-                            self._parser, lambda: self._service.submit(parse_json(body))
-                        )
+                        answers = await loop.run_in_executor(self._parser, lambda: service.submit(parse_json(body)))
                         received.close()
                         return list(await asyncio.gather(*map(asyncio.wrap_future, answers)))
                 except TimeoutError:
-                    raise self._service.cancel(answers) from None
+                    raise service.cancel(answers) from None
 
     async def _receive(self, request: Request, received: ExitStack) -> bytearray:
         """The body of a request, whose bytes count until `received` is closed."""
-        seconds, body = self._service.settings.wait_seconds, bytearray()
-        values = ValueCount(self._service.settings)
+        settings, body = self._current.service.settings, bytearray()
+        seconds, values = settings.wait_seconds, ValueCount(settings)
         try:
             async with asyncio.timeout(seconds):
                 async for chunk in request.stream():
@@ -103,9 +102,9 @@ class Requests:
         return body
 
 
-def application(service: Service) -> ASGIApp:
+def application(current: Current) -> ASGIApp:
     """POST /invocations and GET /ping, as MLflow's server has them; /healthz, /readyz and /metrics for operators."""
-    requests = Requests(service)
+    requests = Requests(current)
 
     async def invocations(request: Request) -> Response:
         return JSONResponse({"predictions": await requests.answer(request)})
@@ -114,7 +113,8 @@ def application(service: Service) -> ASGIApp:
         return Response("\n")
 
     async def ready(_: Request) -> Response:
-        return Response("ready\n") if service.rounds.alive else Response("a thread of the model has ended\n", 503)
+        alive = current.service.rounds.alive
+        return Response("ready\n") if alive else Response("a thread of the model has ended\n", 503)
 
     async def metrics(_: Request) -> Response:
         return Response(monitor.text(), media_type="text/plain; version=0.0.4")
@@ -141,9 +141,9 @@ def application(service: Service) -> ASGIApp:
     app = Starlette(
         routes=routes,
         exception_handlers={**handlers, Exception: error_as(500, FAILED)},
-        max_body_size=service.settings.max_bytes,
+        max_body_size=current.service.settings.max_bytes,
     )
-    monitor = Monitor(service, app)
+    monitor = Monitor(current, app)
     return monitor
 
 
@@ -177,11 +177,11 @@ class Connection(H11Protocol):
             self.transport.close()
 
 
-def http_server(service: Service, host: str, port: int) -> Server:
+def http_server(current: Current, host: str, port: int) -> Server:
     """The server of `dsd serve`, not yet running."""
     return Server(
         Config(
-            application(service),
+            application(current),
             host=host,
             port=port,
             http=Connection,
@@ -194,14 +194,17 @@ def http_server(service: Service, host: str, port: int) -> Server:
     )
 
 
-def serve(model: Path, host: str, port: int) -> None:
-    """Serve the model of a registered version, a folder, until the process is stopped.
+def serve(newer: Newer, host: str, port: int, refresh: float) -> None:
+    """Serve a registered version until the process is stopped; every `refresh` seconds, look whether it is another.
 
     Raises:
+        DsdError: there is no such version.
         CheckpointError: its checkpoint is missing or has changed.
     """
     log.setLevel("INFO")
     log.addHandler(StreamHandler(sys.stdout))  # its lines are JSON, without a prefix
-    service = mlflow.pyfunc.load_model(str(model)).unwrap_python_model()
+    current = Current.open(newer)
+    stop = current.follow(newer, refresh)
     with suppress(KeyboardInterrupt):
-        http_server(service, host, port).run()
+        http_server(current, host, port).run()
+    stop.set()

@@ -69,7 +69,7 @@ class Rounds:
 
         if matcher.backbone.device.type == "cpu":
             keep_memory()
-        self.matcher, self.waiting = matcher, SimpleQueue[Job]()
+        self.matcher, self.waiting = matcher, SimpleQueue[Job | None]()
         self.filled: Callable[[float], object] = lambda share: None  # told the fill of each round, 1 is a full batch
         self._threads = cores(matcher.backbone.device)
         self._running = [Thread(target=self._run, name="round", daemon=True) for _ in range(self._threads)]
@@ -81,19 +81,28 @@ class Rounds:
         """Whether every thread is there to answer."""
         return all(thread.is_alive() for thread in self._running)
 
+    def close(self) -> None:
+        """End the threads after the jobs that wait."""
+        for _ in self._running:
+            self.waiting.put(None)
+
     def _run(self) -> None:
         import torch
 
         if self._threads > 1:
             torch.set_num_threads(1)
-        while True:
-            jobs = [self.waiting.get()]
+        while (first := self.waiting.get()) is not None:
+            jobs = [first]
             share = self.waiting.qsize() // self._threads  # leave jobs to threads that are idle
             while len(jobs) <= share and sum(self.matcher.rows(1, len(job.texts)) for job in jobs) < self.matcher.full:
                 try:
-                    jobs.append(self.waiting.get_nowait())
+                    job = self.waiting.get_nowait()
                 except Empty:
                     break
+                if job is None:
+                    self.waiting.put(None)
+                    break
+                jobs.append(job)
             self.filled(sum(self.matcher.rows(1, len(job.texts)) for job in jobs) / self.matcher.full)
             self._answer([job for job in jobs if job.answer.set_running_or_notify_cancel()])
 
