@@ -29,14 +29,14 @@ from dsd.experiments.study_results import write_studies
 from dsd.matcher import Heatmap
 from dsd.metrics import SLOTS, rank
 from dsd.report import build
-from dsd.report.comparisons import Comparison, compare
-from dsd.report.figures import smooth
-from dsd.report.findings import images, reasons, unbeaten
-from dsd.report.gallery import choose, decimals, noisy_example
-from dsd.report.heatmaps import HeatMaps, overlay
+
+from dsd.report.charts import smooth
+
+from dsd.report.examples import choose, decimals, noisy_example
+from dsd.report.heatmaps import HeatMaps, coloured
 from dsd.report.inputs import Claim, DatasetResults, read_datasets
 from dsd.report.papers import second_paper
-from dsd.report.races import accuracy_plots, front
+from dsd.report.races import charts, front
 from dsd.report.studies import sections
 from dsd.report.tables import duration, names, points
 from dsd.scenes.world import COLOURS, SHAPES

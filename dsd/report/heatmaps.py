@@ -65,11 +65,18 @@ class HeatMaps:
         )
 
 
-def overlay(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> Image.Image:
-    """A heat map [R, R] in 0…1 over its image [R, R, 3]: high attention is bright, low attention dim and grey."""
-    colour = image.astype(np.float32)
-    grey = colour.mean(-1, keepdims=True) * 0.35 + 18
-    lit = heat[..., None].clip(0, 1)
-    glow = np.array([255, 214, 92], np.float32)
-    warm = colour + 0.28 * lit**2 * (glow - colour)
-    return Image.fromarray((grey + lit * (warm - grey)).clip(0, 255).astype(np.uint8))
+# Anchors of the colour map cividis, from low to high: the same lightness for every kind of colour vision.
+CIVIDIS = ("#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838")
+LEVELS = 32  # colours of a map: few make a small file
+
+
+def coloured(map_RR: NDArray[np.float32]) -> Image.Image:
+    """A heat map [R, R] in 0…1 as an image in the colours of `CIVIDIS`, at most 32 pixels a side."""
+    anchors = np.array([[int(colour[n : n + 2], 16) for n in (1, 3, 5)] for colour in CIVIDIS])
+    places = np.linspace(0, len(CIVIDIS) - 1, LEVELS)
+    palette = np.stack([np.interp(places, np.arange(len(CIVIDIS)), anchors[:, n]) for n in range(3)], -1)
+    side = min(32, len(map_RR))
+    small = Image.fromarray(map_RR.astype(np.float32)).resize((side, side), Image.Resampling.BOX)
+    image = Image.fromarray((np.array(small).clip(0, 1) * (LEVELS - 1)).round().astype(np.uint8), "L")
+    image.putpalette(palette.round().astype(np.uint8).tobytes())
+    return image

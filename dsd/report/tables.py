@@ -20,7 +20,7 @@ REFERENCE = "reference"  # instead of the difference of a row from itself
 class Cell:
     text: str
     interval: str = ""  # in small type after the text
-    mark: str = ""  # CSS class: "best" or a verdict
+    mark: str = ""  # CSS class: "best", or "higher", "lower" or "no" of a verdict
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,16 @@ class Table:
     caption: str
     head: list[str]
     rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Column:
+    """The headline metric of one dataset for every method; `chance` is that of random scores."""
+
+    dataset: str
+    metric: str
+    chance: float
+    values: dict[str, Interval]
 
 
 def names(items: Sequence[str]) -> str:
@@ -93,40 +103,6 @@ def best_of(values: Sequence[Interval]) -> float:
     return max((v.value for v in values), default=0.0)
 
 
-def results(dataset: DatasetResults) -> Table:
-    """Methods × metrics with intervals, the best of each column marked; below them the blind baseline and chance."""
-    best = {metric: best_of([row[metric] for row in dataset.results.values()]) for metric in dataset.metrics}
-    rows = [
-        Row(method, [percent_cell(v, mark="best" if v.value == best[metric] else "") for metric, v in row.items()])
-        for method, row in dataset.results.items()
-    ]
-    rows.append(
-        Row(
-            "blind" if dataset.blind.reason is None else "blind, at chance",
-            [percent_cell(dataset.blind.metrics.get(metric)) for metric in dataset.metrics],
-            "chance",
-        )
-    )
-    rows.append(Row("chance", [Cell(f"{percent(dataset.chance[metric])} %") for metric in dataset.metrics], "chance"))
-    trained = f"method\nfew-shot: {count(dataset.counts['train'])} examples" if dataset.curves else "method"
-    head = [trained, *(f"{metric}\nn = {count(v.n)}" for metric, v in next(iter(dataset.results.values())).items())]
-    return Table(f"{dataset.name}: accuracy", head, rows)
-
-
-def images(datasets: Sequence[DatasetResults]) -> Table:
-    """Each method minus the blind baseline, on the headline metric of each dataset and the forced one, if any."""
-    columns = [(d, metric) for d in datasets for metric in d.leading]
-    methods = dict.fromkeys(method for d in datasets for method in d.methods)
-
-    def cell(dataset: DatasetResults, metric: str, method: str) -> Cell:
-        difference = dataset.blind.differences.get(method, {}).get(metric)
-        return Cell(NONE) if difference is None else points_cell(difference.value, difference.low, difference.high)
-
-    rows = [Row(method, [cell(d, metric, method) for d, metric in columns]) for method in methods]
-    head = ["method − blind\npercentage points", *(f"{d.name}\n{metric}" for d, metric in columns)]
-    return Table("What the image contributes", head, rows)
-
-
 def calibrated(datasets: Sequence[DatasetResults]) -> Table | None:
     """Each method with prior-calibrated scores minus itself; None if no dataset has calibrated scores."""
     columns = [(d, metric) for d in datasets if d.blind.calibrated for metric in d.leading]
@@ -148,9 +124,6 @@ def calibrated(datasets: Sequence[DatasetResults]) -> Table | None:
 
 
 POINTS = "a − b\npercentage points"
-VERDICT_MARKS = {"holds": "higher", "contradicted": "lower", "not shown": "no"}
-
-
 def replicates(counts: Mapping[str, int]) -> str:
     """How many few-shot samples and noise sets a row of claims.json or comparisons.json is the mean of: "3 × 2"."""
     samples, noise_sets, measured = (counts[key] for key in ("samples", "noise_sets", "replicates"))
@@ -158,55 +131,9 @@ def replicates(counts: Mapping[str, int]) -> str:
     return grid if measured == samples * noise_sets else f"{measured} of {grid}"
 
 
-def at_paper(number: str, paper: ClaimsAtPaper) -> Cell:
-    """The verdict on a claim at the paper's number of few-shot examples, with the difference that binds."""
-    claim = next((one.judgement for one in paper.claims if one.number == number), None)
-    if claim is None:
-        return Cell(NONE)
-    difference = f"{points(claim.effect)} {bounds(claim.low, claim.high)}, p {p_value(claim.p)}"
-    return Cell(claim.verdict, difference, VERDICT_MARKS[claim.verdict])
-
-
 def shots(paper: ClaimsAtPaper) -> str:
     """Such as "270 examples"."""
     return f"{names([count(number) for number in dict.fromkeys(paper.few_shot.values())])} examples"
-
-
-def claims(judged: Sequence[Claim], scope: str, papers: Sequence[ClaimsAtPaper]) -> Table:
-    """The verdict on each claim of the papers, and the comparison that binds; beside it that of `papers`.
-
-    scope: what the verdicts are about, such as "on drawn scenes, with this model".
-    """
-    rows = [
-        Row(
-            number,
-            [
-                Cell(claim.claim),
-                Cell(claim.verdict, mark=VERDICT_MARKS[claim.verdict]),
-                *(at_paper(number, paper) for paper in papers),
-                Cell(compared(comparisons[claim.binding])),
-                points_cell(claim.effect, claim.low, claim.high),
-                Cell(points(claim.least)),
-                Cell(p_value(claim.p)),
-                Cell(count(len(comparisons))),
-                Cell(replicates(vars(claim))),
-            ],
-        )
-        for number, claim, comparisons in judged
-    ]
-    head = [
-        "claim",
-        "",
-        f"verdict {scope}",
-        *(f"at the paper's\n{shots(paper)}" for paper in papers),
-        "binding comparison",
-        POINTS,
-        "must\nexceed",
-        "p\ncorrected",
-        "comparisons",
-        "few-shot samples\n× noise sets",
-    ]
-    return Table("Claims", head, rows)
 
 
 def compared(row: Mapping[str, Any]) -> str:
