@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import altair as alt
@@ -22,10 +23,21 @@ from dsd.report.inputs import DatasetResults
 from dsd.report.tables import Column, names, percent
 from dsd.statistics import Interval
 
-# The palette of Okabe and Ito (2008), safe for colour-blind readers, for a light and a dark page: each is darkened or
-# lightened to a contrast of 3 : 1; its black, the ink of the page, is replaced by a grey.
-LIGHT = ("#3d94cc", "#0068a8", "#a87400", "#6d6d6d", "#c95400", "#b25f91", "#007a5a", "#857b00")
-DARK = ("#8fcff5", "#3f97dd", "#f0ac1c", "#a8a8a8", "#f07d33", "#dd97c0", "#20b98f", "#e8dc52")
+# The hues of Okabe and Ito (2008), with a grey for their black. Lightness is spread so that any two colours differ under
+# protanopia, deuteranopia and tritanopia too, each with a contrast of 3 : 1; tests/test_report.py measures both.
+LIGHT = ("#3a8ccc", "#102a6e", "#a97d30", "#7c7c7c", "#cf5200", "#9b3d8f", "#006b4f", "#5a3d00")
+DARK = ("#8fcff5", "#3f7fe0", "#f5b83d", "#a8a8a8", "#f0713a", "#e29bd8", "#12a37a", "#f2ee9a")
+THEME = {  # CSS variable → its colour on a light and on a dark page
+    "paper": ("#fcfcfa", "#131519"),
+    "card": ("#ffffff", "#1b1e24"),
+    "tint": ("#f0f0ec", "#262a31"),
+    "ink": ("#1b1e24", "#e8e9eb"),
+    "muted": ("#585e69", "#a9afb9"),
+    "line": ("#dddcd6", "#353a43"),
+    "grey": ("#7d838d", "#858c97"),
+    "accent": ("#0a58a6", "#83bbf7"),
+    **{f"m{number}": pair for number, pair in enumerate(zip(LIGHT, DARK, strict=True))},
+}
 SHAPES = ("circle", "diamond", "square", "triangle-up", "triangle-down", "cross", "triangle-left", "triangle-right")
 SYMBOLS = ("●", "◆", "■", "▲", "▼", "✚", "◀", "▶")  # the shapes as characters
 INK, MUTED, LINE = "var(--ink)", "var(--muted)", "var(--line)"
@@ -76,6 +88,24 @@ def draw(chart: Any, caption: str, alt_text: str, **data: Rows) -> Chart:
     return Chart(caption, alt_text, Markup(head + rest), Markup(text))
 
 
+@cache
+def library() -> Markup:
+    """Vega, Vega-Lite and vega-embed as one JavaScript module, from vl-convert; nothing is fetched."""
+    module: str = vl_convert.javascript_bundle("export default vegaEmbed;")
+    assert "</script" not in module  # it is embedded in a page
+    return Markup(module)
+
+
+def document(chart: Chart) -> str:
+    """The chart as an SVG file of its own, in the colours of a light page on white."""
+    svg = str(chart.svg)
+    for name, (light, _) in THEME.items():
+        svg = svg.replace(f"var(--{name})", light)
+    head, rest = svg.split(">", 1)
+    head = head.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" font-family="{FONT}"', 1)
+    return f'{head}><rect width="100%" height="100%" fill="#fff"/>{rest}\n'
+
+
 def rounded(value: float) -> float:
     """A share in percent, to a hundredth."""
     return round(100 * value, 2)
@@ -86,7 +116,9 @@ def _row(value: Interval, **fields: Any) -> dict[str, Any]:
     return {**fields, **span, "n": value.n}
 
 
-def _by(field: str, domain: Iterable[str], numbers: Iterable[int], grey: bool = False, legend: Any = None) -> dict[str, Any]:
+def _by(
+    field: str, domain: Iterable[str], numbers: Iterable[int], grey: bool = False, legend: Any = None
+) -> dict[str, Any]:
     """Colour and shape of a field: of methods, or in grey of anything else."""
     domain, places = list(domain), list(numbers)
     colours = [GREYS[n % 2] if grey else f"var(--m{n % 8})" for n in places]
@@ -112,8 +144,10 @@ TOOLTIP_NUMBERS = [
 def _bars(looks: dict[str, Any], y: Any, x: Any, tooltip: Sequence[Any], **encodings: Any) -> list[Any]:
     """Horizontal intervals, and their values as symbols."""
     tips = [*tooltip, *TOOLTIP_NUMBERS]
-    rule = alt.Chart().mark_rule(strokeWidth=2.5).encode(
-        y=y, x=x, x2="high:Q", color=looks["color"], tooltip=tips, **encodings
+    rule = (
+        alt.Chart()
+        .mark_rule(strokeWidth=2.5)
+        .encode(y=y, x=x, x2="high:Q", color=looks["color"], tooltip=tips, **encodings)
     )
     point = alt.Chart().mark_point().encode(y=y, x=alt.X("value:Q"), tooltip=tips, **looks, **encodings)
     return [rule, point]
@@ -173,9 +207,7 @@ def ablations(dataset: DatasetResults, methods: Sequence[str], series: Series) -
         bars = _bars(looks, y, x, ["method:N", "variant:N"], **offset)
         level = _dashed(ONE, x=alt.XDatum(chance))
         step = {"step": 11 * len(methods) + 8, **({"for": "position"} if len(methods) > 1 else {})}
-        panels.append(
-            alt.layer(level, *bars, data=alt.NamedData(key)).properties(width=220, height=step, title=key)
-        )
+        panels.append(alt.layer(level, *bars, data=alt.NamedData(key)).properties(width=220, height=step, title=key))
     chart = alt.vconcat(*panels).resolve_scale(x="shared", color="shared", shape="shared")
     last = dataset.ablations[methods[-1]]
     best = [f"{key} {max(values, key=lambda v: last[key][v][metric].value)}" for key, values in first.items()]
@@ -183,15 +215,15 @@ def ablations(dataset: DatasetResults, methods: Sequence[str], series: Series) -
     return draw(chart, dataset.name, words, **data)
 
 
-def _lines(
-    field: str, looks: dict[str, Any], x: Any, y_title: str, level: Any, height: int = 210
-) -> Any:
+def _lines(field: str, looks: dict[str, Any], x: Any, y_title: str, level: Any, height: int = 210) -> Any:
     """Values with intervals over x, joined by a line; `level`: a layer for chance."""
     y = alt.Y("value:Q", axis=_axis(y_title, tickCount=5), scale=alt.Scale(zero=False))
     tips = [f"{field}:N", alt.Tooltip(x.shorthand), *TOOLTIP_NUMBERS]
     line = alt.Chart().mark_line(strokeWidth=1.6).encode(x=x, y=y, color=looks["color"])
-    rule = alt.Chart().mark_rule(strokeWidth=1.6, opacity=0.6).encode(
-        x=x, y=alt.Y("low:Q"), y2="high:Q", color=looks["color"], tooltip=tips
+    rule = (
+        alt.Chart()
+        .mark_rule(strokeWidth=1.6, opacity=0.6)
+        .encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=looks["color"], tooltip=tips)
     )
     point = alt.Chart().mark_point().encode(x=x, y=y, tooltip=tips, **looks)
     layers = [*([level] if level is not None else []), line, rule, point]
@@ -202,7 +234,11 @@ def sweep(dataset: DatasetResults, lines: Mapping[str, Sequence[tuple[float, Int
     """The headline metric over the number of few-shot examples, one line per method; dashed: chance."""
     rows = [_row(value, method=method, shots=shots) for method, line in lines.items() for shots, value in line]
     ticks = sorted({x for line in lines.values() for x, _ in line})
-    x = alt.X("shots:Q", scale=alt.Scale(type="log", nice=False, padding=12), axis=_axis("few-shot examples", values=ticks, grid=False, format="d"))
+    x = alt.X(
+        "shots:Q",
+        scale=alt.Scale(type="log", nice=False, padding=12),
+        axis=_axis("few-shot examples", values=ticks, grid=False, format="d"),
+    )
     looks = _by("method", lines, [series[method] for method in lines])
     level = _dashed(ONE, y=alt.YDatum(rounded(dataset.chance[dataset.headline])))
     ends = [f"{m} {percent(line[0][1].value)} to {percent(line[-1][1].value)} %" for m, line in lines.items() if line]
@@ -251,11 +287,22 @@ def costs(caption: str, fronts: Sequence[Front], quantity: str, levels: Mapping[
             {"schedule": f.schedule, "evaluations": round(cost, 3), "value": rounded(share)}
             for f in fronts if f.panel == panel for cost, share in f.places
         ]  # fmt: skip
-        tips = ["schedule:N", alt.Tooltip("evaluations:Q", format=".2f"), alt.Tooltip("value:Q", title="%", format=".1f")]
-        x = alt.X("evaluations:Q", scale=alt.Scale(type="log", nice=False, padding=10), axis=_axis("U-Net evaluations per candidate", grid=False, tickCount=6, format="~g"))
+        tips: list[Any] = [
+            "schedule:N",
+            alt.Tooltip("evaluations:Q", format=".2f"),
+            alt.Tooltip("value:Q", title="%", format=".1f"),
+        ]
+        x = alt.X(
+            "evaluations:Q",
+            scale=alt.Scale(type="log", nice=False, padding=10),
+            axis=_axis("U-Net evaluations per candidate", grid=False, tickCount=6, format="~g"),
+        )
         y = alt.Y("value:Q", axis=_axis(f"{quantity}, %", tickCount=5), scale=alt.Scale(zero=False))
         base = alt.Chart().encode(x=x, y=y, tooltip=tips)
-        layers = [base.mark_line(strokeWidth=1.5).encode(color=looks["color"], strokeDash=dash), base.mark_point().encode(**looks)]
+        layers = [
+            base.mark_line(strokeWidth=1.5).encode(color=looks["color"], strokeDash=dash),
+            base.mark_point().encode(**looks),
+        ]
         if level := levels.get(panel):
             band = alt.Chart(ONE).mark_rect(color=INK, opacity=0.08)
             layers = [
@@ -280,12 +327,13 @@ def trend(dataset: str, metric: str, places: Sequence[tuple[str, Interval, bool]
         _row(value, place=number, checkpoint=label, params="current" if current else "other")
         for number, (label, value, current) in enumerate(places)
     ]
-    colour = alt.Color("params:N", legend=None, scale=alt.Scale(domain=["current", "other"], range=[INK, "var(--grey)"]))
+    colour = alt.Color(
+        "params:N", legend=None, scale=alt.Scale(domain=["current", "other"], range=[INK, "var(--grey)"])
+    )
     labels = "[" + ",".join(json.dumps(label) for label, _, _ in places) + "][datum.value]"
-    x = alt.X(
-        "place:Q", scale=alt.Scale(domain=[-0.5, len(places) - 0.5], nice=False),
-        axis=_axis(None, labelExpr=labels, grid=False, values=[round(v) for v in np.linspace(0, len(places) - 1, min(len(places), 4))]),
-    )  # fmt: skip
+    ticks = [round(place) for place in np.linspace(0, len(places) - 1, min(len(places), 4))]
+    scale = alt.Scale(domain=[-0.5, len(places) - 0.5], nice=False)
+    x = alt.X("place:Q", scale=scale, axis=_axis(None, labelExpr=labels, grid=False, values=ticks))
     tips = ["checkpoint:N", *TOOLTIP_NUMBERS]
     y = alt.Y("value:Q", axis=_axis(f"{metric}, %", tickCount=5), scale=alt.Scale(zero=False))
     rule = alt.Chart().mark_rule(strokeWidth=2).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=colour, tooltip=tips)
@@ -293,7 +341,11 @@ def trend(dataset: str, metric: str, places: Sequence[tuple[str, Interval, bool]
     if champion is not None:
         height = rounded(places[champion][1].value)
         star = alt.Chart(ONE).mark_text(text="★", fontSize=20, color="var(--accent)", dy=1)
-        layers = [_dashed(ONE, y=alt.YDatum(height)), *layers, star.encode(x=alt.XDatum(champion), y=alt.YDatum(height))]
+        layers = [
+            _dashed(ONE, y=alt.YDatum(height)),
+            *layers,
+            star.encode(x=alt.XDatum(champion), y=alt.YDatum(height)),
+        ]
     chart = alt.layer(*layers, data=alt.NamedData("rows")).properties(width=PANEL, height=200)
     first, last = places[0][1].value, places[-1][1].value
     ends = f"from {percent(first)} % to {percent(last)} % over {len(places)} checkpoints"
@@ -314,7 +366,9 @@ def training(dataset: DatasetResults, method: str, series: Series) -> Chart:
     panels, data, thin = [], {}, max(1, len(curve["step"]) // 100)  # about a hundred points of a curve are drawn
     for name, scale in (("loss", 1), ("accuracy", 100)):
         values = smooth(scale * np.array(curve[name]), window)[::thin]
-        data[name] = [{"step": step, "value": round(v, 4)} for step, v in zip(curve["step"][::thin], values, strict=True)]
+        data[name] = [
+            {"step": step, "value": round(v, 4)} for step, v in zip(curve["step"][::thin], values, strict=True)
+        ]
         x = alt.X("step:Q", axis=_axis("step" if name == "accuracy" else None, grid=False, tickCount=5))
         y = alt.Y("value:Q", axis=_axis("loss" if scale == 1 else "accuracy, %", tickCount=4))
         line = alt.Chart(alt.NamedData(name)).mark_line(color=colour, strokeWidth=1.8)

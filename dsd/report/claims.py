@@ -17,7 +17,7 @@ OURS = "this project"  # source of the other claims
 
 @dataclass(frozen=True)
 class Card:
-    """A claim. verdict: with its scope. facts: p and what it is of. reason: related results if the claim does not hold."""
+    """A claim. facts: p, and what the verdict rests on. reason: related results if the claim does not hold."""
 
     number: str
     source: str
@@ -93,9 +93,9 @@ def reason(
     dataset = next(d for d in datasets if d.name == row["dataset"])
     key = CLAIM_KEYS.get(number)
     if key is not None and tested in dataset.ablations:
-        values = {text: result[dataset.headline] for text, result in dataset.ablations[tested][key].items()}
-        best = max(values, key=lambda text: values[text].value)
-        return f"The best variant by {key} there is {value_text(f'“{best}”', values[best])}."
+        variants = {text: result[dataset.headline] for text, result in dataset.ablations[tested][key].items()}
+        best = max(variants, key=lambda text: variants[text].value)
+        return f"The best variant by {key} there is {value_text(f'“{best}”', variants[best])}."
     methods = [m for m in (tested, *denoisers) if m in dataset.results]
     values = [value_text(m, dataset.results[m][dataset.headline]) for m in methods]
     return f"On {dataset.name} ({dataset.headline}): {names(values)}."

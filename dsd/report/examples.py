@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor, log10
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 LISTED = 13  # candidates that a card lists; of more, the right ones and those that a method names
 IMAGE_SIDE, MAP_SIDE = 224, 32  # maximum, in pixels; the page enlarges maps
 # Tokens without a map: what a text is about is in the others.
-FUNCTION_WORDS = frozenset("a an the of is are there that it to in on what which how many photo than ? . ,".split())
+FUNCTION_WORDS = re.compile(r"an?|the|of|is|are|there|that|it|to|in|on|what|which|how|many|photo|picture|than|\W+")
 
 
 @dataclass(frozen=True)
@@ -167,14 +168,20 @@ def card(dataset: DatasetResults, n: int, method: str, images: ImageTable, heat:
         correct = max(example.answer, key=lambda place: scores_IT[place], default=top)
         named.setdefault(top, []).append(name)
         digits = decimals([float(score) for score in scores_IT.ravel()])
-        texts = [f"{scores_IT[place]:.{digits}f}" for place in (top, correct)]
-        answers.append(Answer(name, rank == 1, _label(example, top), *texts, rank))
-    listed = places if len(places) <= LISTED else [place for place in places if place in example.answer or place in named]
+        own, its = (f"{scores_IT[place]:.{digits}f}" for place in (top, correct))
+        answers.append(Answer(name, rank == 1, _label(example, top), own, its, rank))
+    listed = (
+        places if len(places) <= LISTED else [place for place in places if place in example.answer or place in named]
+    )
     candidates = [Candidate(_label(example, p), p in example.answer, named.get(p, [])) for p in listed]
     pictures = [images[image] for image in example.images]
     uris = [uri(picture, IMAGE_SIDE) for picture in pictures]
     shown = [
-        (uris[i], f"image {i + 1}" if len(uris) > 1 else "image", len(uris) > 1 and any(i == p[0] for p in example.answer))
+        (
+            uris[i],
+            f"image {i + 1}" if len(uris) > 1 else "image",
+            len(uris) > 1 and any(i == p[0] for p in example.answer),
+        )
         for i in range(len(uris))
     ]
     maps = []
@@ -209,5 +216,5 @@ def noisy_example(dataset: DatasetResults, prepared: Path, heat: HeatMaps) -> No
 def word_maps(heatmap: Heatmap) -> list[WordMap]:
     """The maps of the content words; of all words if there are no others."""
     pairs = list(zip(heatmap.words, heatmap.maps, strict=True))
-    content = [(word, map_RR) for word, map_RR in pairs if word not in FUNCTION_WORDS]
+    content = [(word, map_RR) for word, map_RR in pairs if not FUNCTION_WORDS.fullmatch(word)]
     return [WordMap(word, uri(coloured(map_RR), MAP_SIDE)) for word, map_RR in content or pairs]

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from dsd.report.charts import DARK, LIGHT, Chart
+from dsd.report.charts import THEME, Chart
 from dsd.report.heatmaps import CIVIDIS
 from dsd.report.tables import Table
 from dsd.store import write_atomic
@@ -34,6 +34,6 @@ def render(template: str, target: Path, **values: Any) -> Path:
         lstrip_blocks=True,
     )
     # Macros see no variables of the page.
-    environment.globals.update(palette=list(zip(LIGHT, DARK, strict=True)), colours=CIVIDIS)
+    environment.globals.update(theme=THEME, colours=CIVIDIS)
     write_atomic(target, environment.get_template(template).render(values).encode())
     return target

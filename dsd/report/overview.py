@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from dsd.config import FusionMethod, MethodParams, Params
+from dsd.config import ContrastiveMethod, FusionMethod, MethodParams, Params
 from dsd.evaluation.claims import TASKS
 from dsd.report.inputs import DatasetResults
 from dsd.report.matrix import Differences, Gap, gap, leaders, verdict_on
@@ -64,10 +64,10 @@ def describe(method: MethodParams) -> str:
             None: "CLIP: similarity of image and text embeddings, no training",
             "projections": "CLIP, its last linear layers tuned on the few-shot examples",
             "context": "CLIP, context vectors learned on the few-shot examples (CoCoOp)",
-        }[None if method.zero_shot else method.tuned]
+        }[None if method.zero_shot else cast(ContrastiveMethod, method).tuned]
     return {
         ("cross-attention", True): "attention between words and image regions, no training",
-        ("cross-attention", False): "the same attention, with a prompt learned on the few-shot examples",
+        ("cross-attention", False): "the same, with a prompt for the attention learned on the few-shot examples",
         ("denoising", True): "Diffusion Classifier: how well the text helps to remove noise from the image",
         ("released", True): "the rule of the published code of DSD, which differs from its paper",
     }.get((method.scorer, method.zero_shot), f"{method.scorer}, {'no training' if method.zero_shot else 'few-shot'}")
@@ -111,7 +111,9 @@ class Sides:
 def sides(params: Params, zero_shot: bool = False) -> Sides:
     """The two sides, of all methods or of those that learn nothing."""
     rows = {name: row for name, row in params.methods.items() if row.zero_shot or not zero_shot}
-    return Sides([n for n, row in rows.items() if not row.contrastive], [n for n, row in rows.items() if row.contrastive])
+    return Sides(
+        [n for n, row in rows.items() if not row.contrastive], [n for n, row in rows.items() if row.contrastive]
+    )
 
 
 def tile(dataset: DatasetResults, both: Sides, differences: Differences) -> Tile:

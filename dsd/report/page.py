@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import vl_convert
-
 from dsd.config import FusionMethod, Params
 from dsd.experiments.scaling import read_scaling
 from dsd.progress import progress
@@ -87,9 +85,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         race_charts=races.charts(replays),
         growth=races.growth(read_scaling(data / "races").get("rows", [])),
         second_paper=list(papers.second_paper(replays, datasets, clips.get("none"))),
-        noisy=[
-            examples.noisy_example(d, data / "prepare" / d.name, heat) for d in papers.classified(replays, tested)
-        ],
+        noisy=[examples.noisy_example(d, data / "prepare" / d.name, heat) for d in papers.classified(replays, tested)],
         studies=list(studies.sections(params, stored["studies"], datasets, series)),
         ablations=_ablations(datasets, series),
         training=[charts.training(d, name, series) for d in datasets for name in d.curves],
@@ -108,7 +104,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         datasets=tables.datasets(datasets),
         settings=tables.settings(params),
         downloads=downloads(params, datasets, models, gaps, stored),
-        vega=vl_convert.javascript_bundle("export default vegaEmbed;"),
+        vega=charts.library(),
     )
 
 

@@ -124,6 +124,8 @@ def calibrated(datasets: Sequence[DatasetResults]) -> Table | None:
 
 
 POINTS = "a − b\npercentage points"
+
+
 def replicates(counts: Mapping[str, int]) -> str:
     """How many few-shot samples and noise sets a row of claims.json or comparisons.json is the mean of: "3 × 2"."""
     samples, noise_sets, measured = (counts[key] for key in ("samples", "noise_sets", "replicates"))
