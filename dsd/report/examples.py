@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from math import floor, log10
 from pathlib import Path
 from random import Random
@@ -70,7 +71,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Card:
-    """One example. text: shared by all candidates, if one is. images: (uri, label, correct) of each."""
+    """One example. text: what all candidates share, if anything. images: (uri, label, correct) of each."""
 
     id: str
     dataset: str
@@ -143,7 +144,7 @@ def first_card(datasets: Sequence[DatasetResults], method: str, data: Path) -> t
             shown = card(dataset, 0, method, images, None)
             scores_T = dataset.scores[method][0][0]
             wrong = [t for t in range(len(example.texts)) if (0, t) not in example.answer]
-            text = example.texts[max(wrong, key=lambda t: scores_T[t])]
+            text = _label(example, (0, max(wrong, key=lambda t: scores_T[t])))
             named = [answer.method for answer in shown.answers if answer.named == text]
             return shown, Candidate(text, False, named)
     return None
@@ -168,7 +169,7 @@ def card(dataset: DatasetResults, n: int, method: str, images: ImageTable, heat:
         correct = max(example.answer, key=lambda place: scores_IT[place], default=top)
         named.setdefault(top, []).append(name)
         digits = decimals([float(score) for score in scores_IT.ravel()])
-        own, its = (f"{scores_IT[place]:.{digits}f}" for place in (top, correct))
+        own, its = (f"{scores_IT[place]:.{digits}f}".replace("-", "−") for place in (top, correct))
         answers.append(Answer(name, rank == 1, _label(example, top), own, its, rank))
     listed = (
         places if len(places) <= LISTED else [place for place in places if place in example.answer or place in named]
@@ -190,15 +191,22 @@ def card(dataset: DatasetResults, n: int, method: str, images: ImageTable, heat:
         for i, t in sorted({*example.answer, own}) if len(uris) == 1 else places:
             words = word_maps(heat(dataset.name, pictures[i], example.texts[t]))
             maps.append(Mapped(_label(example, (i, t)), uris[i], words))
-    shared = example.texts[0] if len(example.texts) == 1 else None
+    shared = example.texts[0] if len(example.texts) == 1 else f"{start} …" if (start := _start(example)) else None
     return Card(example.id, dataset.name, example.category, shared, shown, candidates, len(places), answers, maps)
 
 
 def _label(example: MatchingExample, place: tuple[int, int]) -> str:
     image, text = f"image {place[0] + 1}", example.texts[place[1]]
     if len(example.images) == 1:
-        return text
+        return text.removeprefix(_start(example)).strip() or text
     return image if len(example.texts) == 1 else f"{image}: {text}"
+
+
+def _start(example: MatchingExample) -> str:
+    """The words that all texts of an image begin with, such as a question: "" for fewer than two."""
+    columns = zip(*(text.split() for text in example.texts), strict=False)
+    words = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+    return " ".join(words) if len(words) > 1 and len(example.images) == 1 and len(example.texts) > 1 else ""
 
 
 def noisy_example(dataset: DatasetResults, prepared: Path, heat: HeatMaps) -> NoisyExample:
