@@ -169,8 +169,8 @@ def card(dataset: DatasetResults, n: int, method: str, images: ImageTable, heat:
         correct = max(example.answer, key=lambda place: scores_IT[place], default=top)
         named.setdefault(top, []).append(name)
         digits = decimals([float(score) for score in scores_IT.ravel()])
-        own, its = (f"{scores_IT[place]:.{digits}f}".replace("-", "−") for place in (top, correct))
-        answers.append(Answer(name, rank == 1, _label(example, top), own, its, rank))
+        score, correct_score = (f"{scores_IT[place]:.{digits}f}".replace("-", "−") for place in (top, correct))
+        answers.append(Answer(name, rank == 1, _label(example, top), score, correct_score, rank))
     listed = (
         places if len(places) <= LISTED else [place for place in places if place in example.answer or place in named]
     )
