@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from markupsafe import Markup
 from PIL import Image
 
 from dsd.config import Params, StagedSchedule, StudyParams, load
@@ -34,7 +35,7 @@ from dsd.experiments.study_results import write_studies
 from dsd.matcher import Heatmap
 from dsd.metrics import SLOTS, rank
 from dsd.report import build
-from dsd.report.charts import DARK, LIGHT, THEME, smooth
+from dsd.report.charts import DARK, LIGHT, THEME, Chart, smooth
 from dsd.report.claims import cards, tally
 from dsd.report.examples import card, choose, decimals, first_card, noisy_example
 from dsd.report.heatmaps import CIVIDIS, HeatMaps, coloured
@@ -341,6 +342,16 @@ class Parsed(HTMLParser):
 read = cache(Parsed)  # of a page
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts without an image: most of a build's time."""
+
+    def draw(chart: object, caption: str, alt_text: str, **data: object) -> Chart:
+        return Chart(caption, alt_text, Markup("<svg></svg>"), Markup("{}"))
+
+    monkeypatch.setattr("dsd.report.charts.draw", draw)
+
+
 def test_the_page_is_one_well_formed_file(page: str) -> None:
     parsed = read(page)
     ids = [value for _, name, value in parsed.attributes if name == "id"]
@@ -357,7 +368,7 @@ def test_the_page_is_one_well_formed_file(page: str) -> None:
     assert images == texts > 0
 
 
-def test_a_page_where_every_method_has_a_schedule(params: Params, tmp_path: Path) -> None:
+def test_a_page_where_every_method_has_a_schedule(params: Params, tmp_path: Path, undrawn: None) -> None:
     """As with thousands of candidates shortlisted by a CLIP: there is no evidence for ablations."""
     listed = StagedSchedule(kind="staged", shortlist=None, to_keep=(1,), n_samples=(4,), budget=None)
     methods = {name: params.methods[name] for name in ("dsd-zero-shot", "dsd", "denoising", "clip-zero-shot")}
@@ -374,7 +385,7 @@ def test_a_page_where_every_method_has_a_schedule(params: Params, tmp_path: Path
     assert 'data-method="dsd"' in text and "Figure 5:" not in text
 
 
-def test_a_page_without_trained_methods(params: Params, tmp_path: Path) -> None:
+def test_a_page_without_trained_methods(params: Params, tmp_path: Path, undrawn: None) -> None:
     """Few-shot prompting is not mentioned; the first diffusion method is the one under test."""
     kept = {name: params.methods[name] for name in ("clip-zero-shot", "denoising")}
     ablations_ = params.ablations.model_copy(update={"methods": ()})
@@ -760,7 +771,7 @@ def test_images_can_be_decoded(page: str) -> None:
         Image.open(io.BytesIO(image)).load()
 
 
-def test_methods_and_timings_are_optional(params: Params, own_data: Path) -> None:
+def test_methods_and_timings_are_optional(params: Params, own_data: Path, undrawn: None) -> None:
     path = own_data / "evaluate" / "metrics.json"
     metrics = json.loads(path.read_text())
     write(path, {name: {"denoising": rows["denoising"]} for name, rows in metrics.items()})
