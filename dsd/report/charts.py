@@ -25,7 +25,7 @@ from dsd.statistics import Interval
 
 # The hues of Okabe and Ito (2008), with a grey for their black. Lightness is spread so that any two differ under
 # protanopia, deuteranopia and tritanopia too, each with a contrast of 3 : 1: tests/test_report.py measures both.
-LIGHT = ("#3a8ccc", "#102a6e", "#a97d30", "#7c7c7c", "#cf5200", "#9b3d8f", "#006b4f", "#5a3d00")
+LIGHT = ("#3a8ccc", "#102a6e", "#a98040", "#7c7c7c", "#c24600", "#9b3d8f", "#006b4f", "#5a3d00")
 DARK = ("#8fcff5", "#3f7fe0", "#f5b83d", "#a8a8a8", "#f0713a", "#e29bd8", "#12a37a", "#f2ee9a")
 THEME = {  # CSS variable → its colour on a light and on a dark page
     "paper": ("#fcfcfa", "#131519"),

@@ -180,6 +180,7 @@ def against_clip(datasets: Sequence[DatasetResults], both: Sides, differences: D
     words = {"higher": "beats CLIP on", "lower": "is behind it on", "no difference shown": "is not shown to differ on"}
     if not verdicts["higher"]:
         words["lower"] = "is behind CLIP on"
-    texts = [f"{text} {verdicts[word]} of {len(gaps)} datasets" for word, text in words.items() if verdicts[word]]
+    texts = [f"{text} {verdicts[word]}" for word, text in words.items() if verdicts[word]]
+    texts[0] += f" of {len(gaps)} datasets"
     low, high = min(g.value for g in gaps), max(g.value for g in gaps)
     return f"{names(texts)} ({points(low)} to {points(high)} points)"
