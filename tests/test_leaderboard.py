@@ -52,7 +52,8 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tables: dict[str, list[list[str]]] = {}
-        self.external = re.findall(r'(?:src|href)="(?!#|data:)([^"]*)"', text)
+        shown = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+        self.external = re.findall(r'(?:src|href)="(?!#|data:)([^"]*)"', shown)
         self._caption, self._open = "", ""
         self.feed(text)
 

@@ -66,7 +66,7 @@ def test_the_readme_shows_the_metrics_in_git(shipped: tuple[list[Column], Params
 
 
 def test_the_figure_shows_the_metrics_in_git(shipped: tuple[list[Column], Params]) -> None:
-    """Equal to the byte with the pinned Matplotlib; `make readme` writes it."""
+    """Equal to the byte with the pinned vl-convert; `make readme` writes it."""
     cols, params = shipped
     assert (ROOT / FIGURE).read_text() == figure(cols, params.methods)
     assert (ROOT / FIGURE).stat().st_size < 100_000

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import altair as alt
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from markupsafe import Markup
 from PIL import Image
 
 from dsd.config import Params, StagedSchedule, StudyParams, load
 from dsd.data.examples import MatchingExample, read_examples, write_examples
-from dsd.data.images import overlay
+from dsd.data.image_table import ImageTable
 from dsd.datasets.scenes_vqa import COUNTS
 from dsd.errors import DataError
 from dsd.evaluation import ablations, blind, claims
@@ -30,21 +35,21 @@ from dsd.experiments.study_results import write_studies
 from dsd.matcher import Heatmap
 from dsd.metrics import SLOTS, rank
 from dsd.report import build
-from dsd.report.comparisons import Comparison, compare
-from dsd.report.figures import smooth
-from dsd.report.findings import images, reasons, unbeaten
-from dsd.report.gallery import choose, decimals, noisy_example
-from dsd.report.heatmaps import HeatMaps
-from dsd.report.inputs import Claim, DatasetResults, read_datasets
+from dsd.report.charts import DARK, LIGHT, THEME, Chart, smooth
+from dsd.report.claims import cards, tally
+from dsd.report.examples import card, choose, decimals, first_card, noisy_example
+from dsd.report.heatmaps import CIVIDIS, HeatMaps, coloured
+from dsd.report.inputs import Claim, DatasetResults, read_claims, read_datasets
+from dsd.report.matrix import differences, leaders, verdict_on
+from dsd.report.overview import lines, main_method, sides, tile, verdict
 from dsd.report.papers import second_paper
-from dsd.report.races import accuracy_plots, front
+from dsd.report.races import charts, front
 from dsd.report.studies import sections
 from dsd.report.tables import duration, names, points
 from dsd.scenes.world import COLOURS, SHAPES
 from dsd.schedules.replay import compare_settings
 from dsd.scorers.evidence import INDEX, RACES, write_index
-from dsd.statistics import Difference, Resampling
-from tests.browser import page_of
+from dsd.statistics import Difference, Resampling, paired_difference
 from tests.raced import few, synthetic_races
 
 ROOT = Path(__file__).parent.parent
@@ -325,6 +330,8 @@ class Parsed(HTMLParser):
             self.tables[self._caption] = [[" ".join(cell.split()) for cell in row] for row in self._rows]
 
     def handle_data(self, data: str) -> None:
+        if "script" in self._open:
+            return
         self.text += data
         if "caption" in self._open:
             self._caption += data
@@ -332,22 +339,36 @@ class Parsed(HTMLParser):
             self._rows[-1][-1] += data
 
 
+read = cache(Parsed)  # of a page
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts without an image: most of a build's time."""
+
+    def draw(chart: object, caption: str, alt_text: str, **data: object) -> Chart:
+        return Chart(caption, alt_text, Markup("<svg></svg>"), Markup("{}"))
+
+    monkeypatch.setattr("dsd.report.charts.draw", draw)
+
+
 def test_the_page_is_one_well_formed_file(page: str) -> None:
-    parsed = Parsed(page)
+    parsed = read(page)
     ids = [value for _, name, value in parsed.attributes if name == "id"]
     assert len(ids) == len(set(ids)) > 0
     for tag, name, value in parsed.attributes:
         if name in ("src", "href", "xlink:href", "srcset"):
-            assert value.startswith("data:image/") if tag == "img" else value.removeprefix("#") in ids
+            assert value.startswith("data:image/") if tag == "img" else value[1:] in ids or value.startswith("data:")
         assert not name.startswith("on")
-    assert {"script", "link", "iframe", "object"}.isdisjoint(tag for tag, _, _ in parsed.attributes)
-    assert all(target.removeprefix("#") in ids for target in re.findall(r"url\(([^)]*)\)", page))
-    assert "http" not in page and "@import" not in page and "<script" not in page
+    assert {"link", "iframe", "object"}.isdisjoint(tag for tag, _, _ in parsed.attributes)
+    shown = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert all(target.removeprefix("#") in ids for target in re.findall(r"url\(([^)]*)\)", shown))
+    assert len(page.encode()) < 5e6
     images, texts = (sum(n == name for t, n, v in parsed.attributes if t == "img" and v) for name in ("src", "alt"))
     assert images == texts > 0
 
 
-def test_a_page_where_every_method_has_a_schedule(params: Params, tmp_path: Path) -> None:
+def test_a_page_where_every_method_has_a_schedule(params: Params, tmp_path: Path, undrawn: None) -> None:
     """As with thousands of candidates shortlisted by a CLIP: there is no evidence for ablations."""
     listed = StagedSchedule(kind="staged", shortlist=None, to_keep=(1,), n_samples=(4,), budget=None)
     methods = {name: params.methods[name] for name in ("dsd-zero-shot", "dsd", "denoising", "clip-zero-shot")}
@@ -361,31 +382,45 @@ def test_a_page_where_every_method_has_a_schedule(params: Params, tmp_path: Path
     bare = params.model_copy(update={**update, "schedules": {"listed": listed}})
     write_results(bare, tmp_path)
     text = build(bare, tmp_path, tmp_path / "report", FakeHeatMaps()).read_text(encoding="utf-8")
-    assert "dsd − dsd-zero-shot" in text and "Figure 5:" not in text
+    assert 'data-method="dsd"' in text and "Figure 5:" not in text
 
 
-def test_a_page_without_trained_methods(params: Params, tmp_path: Path) -> None:
+def test_a_page_without_trained_methods(params: Params, tmp_path: Path, undrawn: None) -> None:
     """Few-shot prompting is not mentioned; the first diffusion method is the one under test."""
     kept = {name: params.methods[name] for name in ("clip-zero-shot", "denoising")}
     ablations_ = params.ablations.model_copy(update={"methods": ()})
     bare = params.model_copy(update={"methods": kept, "training": {}, "studies": {}, "ablations": ablations_})
     write_results(bare, tmp_path)
     text = build(bare, tmp_path, tmp_path / "report", FakeHeatMaps()).read_text(encoding="utf-8")
-    assert "Answers of denoising on test examples" in text and "denoising − clip-zero-shot" in text
-    for absent in ("few-shot prompting (", "with the attention prompt", "trained methods ()", "None →", "Figure 5:"):
+    text = read(text).text
+    assert "the wrong answers of denoising" in text and "Heat maps of denoising" in text
+    for absent in ("with the attention prompt", "trained methods ()", "None", "Figure 5:"):
         assert absent not in text
     assert json.loads((tmp_path / "evaluate" / "claims.json").read_text()) == {}
 
 
-def test_every_metric_is_in_the_tables(page: str, params: Params, data: Path) -> None:
-    tables = Parsed(page).tables
+def matrix_of(page: str, name: str) -> tuple[list[str], dict[str, list[str]]]:
+    """The heads of a matrix and its cells by method."""
+    tables = read(page).tables
+    head, *rows = next(rows for caption, rows in tables.items() if caption.startswith(f"{name}: accuracy in %"))
+    methods = [*SKILL, "blind", "chance"]
+    assert len(rows) == len(methods)
+    return head[1:], {method: row[1:] for method, row in zip(methods, rows, strict=True) if method in row[0]}
+
+
+def span(v: dict[str, float]) -> str:
+    return f"{100 * v['value']:.1f}[{100 * v['low']:.1f}, {100 * v['high']:.1f}]"
+
+
+def test_every_metric_is_in_the_matrices_and_equal_averages_once(page: str, data: Path) -> None:
     for dataset, methods in json.loads((data / "evaluate" / "metrics.json").read_text()).items():
-        head, *rows = tables[f"{dataset}: accuracy"]
+        heads, cells = matrix_of(page, dataset)
+        shown = [metric for metric in methods["dsd"] if metric != "micro"]
+        labels = ["macro (= micro)" if metric == "macro" else metric for metric in shown]
+        assert [head.partition(",")[0].removeprefix(dataset) for head in heads] == labels
         for method, metrics in methods.items():
-            row = next(row for row in rows if row[0] == method)
-            for column, (metric, v) in enumerate(metrics.items(), start=1):
-                assert head[column] == f"{metric}n = {v['n']}"
-                assert row[column] == f"{100 * v['value']:.1f} % [{100 * v['low']:.1f}, {100 * v['high']:.1f}]"
+            for head, cell, metric in zip(heads, cells[method], shown, strict=True):
+                assert cell.startswith(span(metrics[metric])) and head.endswith(f"n = {metrics[metric]['n']}")
 
 
 def test_chance_follows_the_number_of_candidates(params: Params, data: Path) -> None:
@@ -396,35 +431,44 @@ def test_chance_follows_the_number_of_candidates(params: Params, data: Path) -> 
     assert chance["scenes-vqa"] == pytest.approx(dict.fromkeys(("binary", "other", "all"), 1 / 13) | forced)
 
 
-def test_the_blind_baseline_is_a_row_of_the_results(page: str, data: Path) -> None:
-    tables = Parsed(page).tables
+def test_the_blind_baseline_is_a_row_of_the_matrices(page: str, data: Path) -> None:
     for name, row in json.loads((data / "evaluate" / "blind.json").read_text()).items():
-        head, *rows = tables[f"{name}: accuracy"]
-        blind_row, chance = rows[-2:]
-        assert chance[0] == "chance" and blind_row[0] == ("blind, at chance" if name == "scenes-com" else "blind")
-        for column, (metric, v) in enumerate(row["metrics"].items(), start=1):
-            assert head[column] == f"{metric}n = {v['n']}"
-            assert blind_row[column] == f"{100 * v['value']:.1f} % [{100 * v['low']:.1f}, {100 * v['high']:.1f}]"
-    assert "scenes-com: the blind baseline is at chance, since all candidates of an example have the same text" in page
+        _, cells = matrix_of(page, name)
+        assert cells["blind"] == [span(v) for metric, v in row["metrics"].items() if metric != "micro"]
+    reason = "It is at chance on scenes-com, since all candidates of an example have the same text"
+    assert reason in read(page).text
 
 
-def test_the_report_leads_with_what_the_image_contributes(page: str, params: Params, data: Path) -> None:
-    first = re.search(r'<p class="lead">(.*?)</p>', page)
-    assert first is not None and first[1].startswith("Compared with the texts alone, the image contributes ")
-    cards = images(read_datasets(params, data, {}))
-    assert [(card.dataset, card.metric) for card in cards] == [
-        ("scenes-com", "macro"),
-        ("scenes-ref", "top1"),
-        ("scenes-vqa", "all"),
-        ("scenes-vqa", "forced all"),
+def test_the_first_screen_has_the_verdict_and_a_tile_per_dataset(page: str, params: Params, data: Path) -> None:
+    datasets = read_datasets(params, data, {})
+    gaps = differences(datasets, resampling(params))
+    sentence = verdict(datasets, params, gaps, "drawn scenes")
+    assert sentence in read(page).text and sentence.startswith(f"On drawn scenes, {main_method(datasets, gaps)} is ")
+    both = sides(params)
+    assert both.clips == ["clip-zero-shot", "clip-finetune"] and "dsd-plus" in both.diffusion
+    pairs = [both.over_clip(d, gaps) for d in datasets]
+    higher = sum(pair is not None and pair[2].low > 0 for pair in pairs)
+    assert f"the best diffusion method beats the best CLIP on {higher} of 3 datasets" in sentence
+    for dataset, pair in zip(datasets, pairs, strict=True):
+        shown = tile(dataset, both, gaps)
+        assert shown.best == leaders(dataset, gaps) and pair is not None and shown.clip == pair[1]
+        assert shown.over_clip.text == points(pair[2].value)
+        assert pair[:2] == (dataset.best(both.diffusion), dataset.best(both.clips))
+        assert f"{shown.dataset} {shown.task}" in " ".join(read(page).text.split())
+    assert [metric for d in datasets for metric, _, _ in tile(d, both, gaps).image] == [
+        "macro",
+        "top1",
+        "all",
+        "forced all",
     ]
-    assert [row[0] for row in Parsed(page).tables["Prior-calibrated scores"][1:]] == ["dsd"]
-    head, *rows = Parsed(page).tables["What the image contributes"]
-    for column, card in enumerate(cards, start=1):
-        assert f"{card.change} points {card.interval} on {card.dataset} ({card.metric}, {card.method})" in first[1]
-        row = next(row for row in rows if row[0] == card.method)
-        assert head[column] == f"{card.dataset}{card.metric}" and row[column] == f"{card.change} {card.interval}"
-        assert float(card.after) - float(card.before) == pytest.approx(float(card.change.replace("−", "-")), abs=0.11)
+    assert [row[0] for row in read(page).tables["Prior-calibrated scores"][1:]] == ["dsd"]
+
+
+def test_every_method_has_a_line_and_a_term(page: str, params: Params) -> None:
+    parsed = read(page)
+    targets = {value for tag, name, value in parsed.attributes if (tag, name) == ("a", "href")}
+    for number, line in enumerate(lines(params, list(SKILL)), start=1):
+        assert f"#method-{number}" in targets and f"{line.name} {line.text}" in " ".join(parsed.text.split())
 
 
 def test_chance_of_two_by_two_examples() -> None:
@@ -437,7 +481,7 @@ def test_chance_of_two_by_two_examples() -> None:
 
 def test_external_texts_are_escaped(page: str) -> None:
     assert "&lt;script&gt;alert(" in page
-    assert "<script" not in page
+    assert "<script>alert(" not in page and r"\u003cscript>alert(" not in page.partition("vega")[0]
 
 
 def test_the_same_input_gives_the_same_bytes(page: str, params: Params, data: Path) -> None:
@@ -454,84 +498,69 @@ def test_the_same_input_gives_the_same_bytes(page: str, params: Params, data: Pa
     ],
 )
 def test_verdicts_follow_the_interval(low: float, high: float, verdict: str) -> None:
-    assert Comparison("d", "m", Difference((low + high) / 2, low, high, 0.5, 10), False).verdict == verdict
+    assert verdict_on(Difference((low + high) / 2, low, high, 0.5, 10)) == verdict
 
 
 def resampling(params: Params) -> Resampling:
     return Resampling(**params.evaluate.model_dump(), seed=params.seed)
 
 
-def test_comparisons_are_paired(page: str, params: Params, data: Path) -> None:
+def test_differences_are_paired_and_of_both_orders(page: str, params: Params, data: Path) -> None:
     dataset = read_datasets(params, data, {})[0]
-    rows_of = compare(dataset, "dsd", "dsd-zero-shot", dataset.metrics, resampling(params))
-    by_metric = {c.metric: c for c in rows_of}
-    rows = [row for row in Parsed(page).tables["dsd − dsd-zero-shot"] if row[0] == dataset.name]
-    assert [row[1] for row in rows] == list(dataset.metrics) == list(by_metric)
-    for _, metric, difference, verdict, _, _, overlap in rows:
-        c = by_metric[metric]
-        own, other = (dataset.results[method][metric] for method in ("dsd", "dsd-zero-shot"))
-        assert c.difference.value == pytest.approx(own.value - other.value)
-        assert difference == f"{points(c.difference.value)} [{points(c.difference.low)}, {points(c.difference.high)}]"
-        assert verdict == c.verdict
-        assert overlap == ("disjoint" if own.low > other.high or other.low > own.high else "overlap")
+    rows = differences([dataset], resampling(params))[dataset.name]
+    for metric in dataset.metrics:
+        d, reverse = rows["dsd-zero-shot"]["dsd"][metric], rows["dsd"]["dsd-zero-shot"][metric]
+        own, other = (dataset.results[method][metric].value for method in ("dsd", "dsd-zero-shot"))
+        assert d.value == pytest.approx(own - other) and reverse == Difference(-d.value, -d.high, -d.low, d.p, d.n)
+        hits, groups = dataset.hits["dsd"][metric]
+        clusters = [example.cluster for example in dataset.examples]
+        against = dataset.hits["dsd-zero-shot"][metric][0]
+        again = paired_difference(hits, against, clusters, groups, **resampling(params))
+        assert vars(d) == pytest.approx(vars(again))
+    _, cells = matrix_of(page, dataset.name)
+    d = rows["clip-zero-shot"]["dsd"]["macro"]
+    assert cells["dsd"][-1].endswith(f"{points(d.value)} [{points(d.low)}, {points(d.high)}]")
+    assert cells["clip-zero-shot"][-1].endswith("reference")
+    stored = json.loads(re.findall(r'<script type="application/json" id="gaps">(.*?)</script>', page)[0])
+    d = rows["denoising"]["dsd"]["macro"]
+    assert stored[dataset.name]["denoising"]["dsd"][-1]["text"] == points(d.value)
 
 
-def test_methods_that_fusion_does_not_outperform_are_listed_with_its_parts(params: Params, data: Path) -> None:
-    (dataset,) = (d for d in read_datasets(params, data, {}) if d.name == "scenes-ref")
-    rows = {
-        other: compare(dataset, "dsd-plus", other, [dataset.headline], resampling(params))
-        for other in dataset.methods
-        if other != "dsd-plus"
-    }
-    behind = [other for other, (row,) in rows.items() if row.verdict != "higher"]
-    parts = ("denoising", "prompted-attention")
-    (sentence,) = unbeaten("dsd-plus", parts, rows, [dataset])
-    assert behind and sentence.startswith(f"dsd-plus is not shown to outperform {names(behind)} on scenes-ref (top1); ")
-    alone = dataset.ablations["dsd-plus"]["parts"]["denoising"]["top1"]
-    assert f"its parts reach denoising {100 * alone.value:.1f} % [" in sentence
-    ahead = {other: row for other, row in rows.items() if other not in behind}
-    assert unbeaten("dsd-plus", parts, ahead, [dataset]) == []
-
-
-def test_claims_and_their_comparisons(page: str, data: Path) -> None:
-    claims, rows = (json.loads((data / "evaluate" / f"{name}.json").read_text()) for name in ("claims", "comparisons"))
-    paper, paper_rows = claims.pop("paper")["10 examples"], rows.pop("paper")["10 examples"]
-    assert list(claims) == [str(number) for number in range(1, 11)] and list(paper["claims"]) == ["1", "4", "10"]
-    tables = Parsed(page).tables
-    head, *rows_ = tables["Claims"]
-    assert head[2:4] == ["verdict on drawn scenes, with this model", "at the paper's10 examples"]
-    for row in rows_:
-        fewer = paper["claims"].get(row[0])
-        assert row[3] == "–" if fewer is None else row[3].startswith(f"{fewer['verdict']} {points(fewer['effect'])} [")
-    assert {row[-1] for row in rows_} == {"1 × 1"}
-    numbers = [row[0] for row in tables["Comparisons behind the claims"]]
+def test_claims_are_cards_with_their_comparisons(page: str, params: Params, data: Path) -> None:
+    stored, rows = (json.loads((data / "evaluate" / f"{name}.json").read_text()) for name in ("claims", "comparisons"))
+    paper, paper_rows = stored.pop("paper")["10 examples"], rows.pop("paper")["10 examples"]
+    assert list(stored) == [str(number) for number in range(1, 11)] and list(paper["claims"]) == ["1", "4", "10"]
+    judged, at_paper = read_claims(data)
+    scope = "on drawn scenes, with this model"
+    shown = list(cards(judged, scope, at_paper, read_datasets(params, data, {}), "dsd", ["denoising"]))
+    text = " ".join(read(page).text.split())
+    for one in shown:
+        claim, bound = stored[one.number], rows[one.number][stored[one.number]["binding"]]
+        assert (one.claim, one.verdict, one.effect) == (claim["claim"], claim["verdict"], points(bound["value"]))
+        assert one.binding.startswith(f"{bound['dataset']}, {bound['metric']}: ") and one.n == str(bound["n"])
+        title = f"Claim {one.number} · first paper {one.claim[:1].upper()}{one.claim[1:]}"
+        assert f"{title} {one.symbol} {one.verdict} {scope}" in text
+        assert any("10 examples" in fact for fact in one.facts) == (one.number in paper["claims"])
+        assert "1 × 1 few-shot samples × noise sets" in one.facts
+    assert f"Of 10 claims, {tally(shown)}." in text
+    numbers = [row[0] for row in read(page).tables["Comparisons behind the claims"]]
     assert numbers.count("4, 10 examples") == len(paper_rows["4"]) > 0
-    rows_ = [[*row[:3], *row[4:]] for row in rows_]
-    assert [(row[0], row[1], row[2]) for row in rows_] == [(n, c["claim"], c["verdict"]) for n, c in claims.items()]
     assert len(numbers) == 1 + sum(map(len, [*rows.values(), *paper_rows.values()]))
-    for row, (number, claim) in zip(rows_, claims.items(), strict=True):
-        bound = rows[number][claim["binding"]]
-        assert bound["value"] == claim["effect"] and row[3].startswith(f"{bound['dataset']}, {bound['metric']}: ")
-        assert row[4].startswith(points(bound["value"])) and row[5] == points(bound["least"])
 
 
-def test_a_claim_that_fails_names_the_comparison_that_binds_with_its_margin_apart(params: Params, data: Path) -> None:
+def test_a_claim_names_the_comparison_that_binds_with_its_margin_apart(params: Params, data: Path) -> None:
     """The second comparison has the smallest difference and exceeds its margin; the first does not."""
-    sides = {"dataset": "scenes-ref", "metric": "top1", "a": "denoising, x", "b": "denoising, y", "p": 0.4}
-    rows = [{**sides, "value": -0.05, "least": -0.04}, {**sides, "value": -0.06, "least": -0.42}]
+    sides_ = {"dataset": "scenes-ref", "metric": "top1", "a": "denoising, x", "b": "denoising, y", "p": 0.4, "n": 24}
+    rows = [{**sides_, "value": -0.05, "least": -0.04}, {**sides_, "value": -0.06, "least": -0.42}]
     judgement = claims.Judgement("kept", 0, -0.05, -0.1, 0.0, -0.04, 0.8, "not shown", 1, 1, 1)
     datasets = read_datasets(params, data, {})
-    scope = "on drawn scenes, with this model"
-    [sentence] = reasons([Claim("11", judgement, rows)], datasets, "dsd", ["denoising"], scope)
-    start = (
-        "Claim 11 (not shown on drawn scenes, with this model) fails at scenes-ref, top1: "
-        "denoising, x vs. denoising, y (−5.0 points, must exceed −4.0)"
-    )
-    assert sentence.startswith(start)
+    [one] = cards([Claim("11", judgement, rows)], "here", [], datasets, "dsd", ["denoising"])
+    assert (one.binding, one.effect, one.must) == ("scenes-ref, top1: denoising, x vs. denoising, y", "−5.0", "−4.0")
+    assert one.reason.startswith("On scenes-ref (top1): dsd ") and one.source == "second paper"
 
 
 def test_races(page: str, data: Path, params: Params) -> None:
-    parsed, results = Parsed(page), json.loads((data / "races" / "scenes-vqa.json").read_text())["denoising"]
+    parsed, results = read(page), json.loads((data / "races" / "scenes-vqa.json").read_text())["denoising"]
     rows = {row[0]: row[1:] for row in parsed.tables["scenes-vqa: denoising"][1:]}
     assert list(rows) == [name for name in results["chosen"] if ", within " not in name]
     assert rows["exhaustive, all draws"][1:3] == ["reference", "reference"]  # not a difference of 0.0 from itself
@@ -550,15 +579,15 @@ def test_races(page: str, data: Path, params: Params) -> None:
     assert grown["40"][0].startswith(f"{8 * rows_[1]['share']['value']:.2f} [")
     assert grown["40"][3].startswith(f"{100 * rows_[3]['disagreement']['value']:.1f} %")
     figures = [v for _, name, v in parsed.attributes if name == "aria-label" and "evaluations per candidate" in v]
-    assert [figure.split(" over ")[0].split(": ")[-1] for figure in figures] == [
-        "accuracy",
-        "accuracy",
+    assert [figure.split(" over evaluations")[0].split(": ")[-1] for figure in figures] == [
         "disagreement with all draws",
+        "accuracy",
+        "accuracy",
     ]
 
 
 def test_schedules_are_compared_at_equal_disagreement(page: str, data: Path) -> None:
-    parsed, results = Parsed(page), json.loads((data / "races" / "scenes-vqa.json").read_text())["denoising"]
+    parsed, results = read(page), json.loads((data / "races" / "scenes-vqa.json").read_text())["denoising"]
     rows = {row[0]: row[1:] for row in parsed.tables["scenes-vqa: denoising, at equal disagreement"][1:]}
     labels = ("exhaustive", "staged", "hierarchical", "racing", "racing, clip-zero-shot first")
     assert list(rows) == [f"{label}, within {rate} %" for rate in (2, 20) for label in labels]
@@ -574,7 +603,7 @@ def test_schedules_are_compared_at_equal_disagreement(page: str, data: Path) -> 
 
 def test_readings_of_algorithm_1_are_drawn_apart(data: Path) -> None:
     results = json.loads((data / "races" / "scenes-vqa.json").read_text())["denoising"]
-    _, figure_4 = accuracy_plots("scenes-vqa", "denoising", results)
+    _, _, figure_4 = charts({"scenes-vqa": {"denoising": results}})
     assert figure_4.svg.count("from clean, text") == figure_4.svg.count("from clean, listing") > 0
 
 
@@ -583,8 +612,10 @@ def test_the_first_example_is_shown_at_increasing_noise(params: Params, data: Pa
     shown = noisy_example(dataset, data / "prepare" / "scenes-vqa", FakeHeatMaps())
     example = dataset.examples[0]
     assert shown.text == example.texts[example.answer[0][1]]
-    assert [(level, len(words)) for level, _, words in shown.levels] == [
-        (n, len(shown.text.split())) for n in (0.2, 0.8)
+    answer = shown.text.split()[-1]  # the words before it are function words
+    assert [(level, [word.word for word in words]) for level, _, words in shown.levels] == [
+        (0.2, [answer]),
+        (0.8, [answer]),
     ]
 
 
@@ -615,7 +646,7 @@ def test_the_second_papers_tables_have_its_numbers_and_ours(params: Params, data
 
 
 def test_studies(page: str, data: Path) -> None:
-    parsed = Parsed(page)
+    parsed = read(page)
     metrics = json.loads((data / "evaluate" / "metrics.json").read_text())
     head, *rows = parsed.tables["search: validation split"]
     assert head[2] == "scenes-commacro, n = 36" and [row[0] for row in rows] == ["one (other params)", "two"]
@@ -653,7 +684,7 @@ def test_a_variant_that_a_method_does_not_depend_on_has_no_row(params: Params, d
 
 
 def test_published_numbers_are_labelled(page: str, data: Path) -> None:
-    tables = Parsed(page).tables
+    tables = read(page).tables
     metrics = json.loads((data / "evaluate" / "metrics.json").read_text())
     head, *rows = tables["Table 1 of the first paper"]
     places = [f"{m}ComVG / scenes-com" for m in ("subject", "object", "predicate", "average")]
@@ -667,21 +698,64 @@ def test_published_numbers_are_labelled(page: str, data: Path) -> None:
         "18.03",
         "20.43",
     ]
-    drawn = [v for _, name, v in Parsed(page).attributes if name == "aria-label" and v.startswith("Figure")]
+    drawn = [v for _, name, v in read(page).attributes if name == "aria-label" and v.startswith("Figure")]
     assert [text.split(":")[0] for text in drawn] == [f"Figure {n} of the paper, from our data" for n in (3, 4, 5, 6)]
 
 
-def test_gallery_is_sampled_by_the_seed(params: Params, data: Path) -> None:
+def test_examples_are_sampled_by_the_seed_in_every_category(params: Params, data: Path) -> None:
     dataset = read_datasets(params, data, {})[0]
-    right, wrong = choose(dataset, "dsd-zero-shot", 4, seed=0)
-    assert (right, wrong) == choose(dataset, "dsd-zero-shot", 4, seed=0) != choose(dataset, "dsd-zero-shot", 4, seed=1)
-    assert len(right) == len(wrong) == 4
-    assert {int(r) for r in dataset.ranks["dsd-zero-shot"][right]} == {1}
-    assert 1 not in dataset.ranks["dsd-zero-shot"][wrong]
+    chosen = choose(dataset, "dsd-zero-shot", 6, seed=0)
+    assert chosen == choose(dataset, "dsd-zero-shot", 6, seed=0) != choose(dataset, "dsd-zero-shot", 6, seed=1)
+    groups = [(dataset.examples[n].category, bool(dataset.ranks["dsd-zero-shot"][n] == 1)) for n in chosen]
+    assert {group: groups.count(group) for group in groups} == {
+        (slot, right): 2 for slot in SLOTS for right in (True, False)
+    }
+
+
+def test_an_example_has_every_methods_answer_and_the_maps_of_content_words(params: Params, data: Path) -> None:
+    (dataset,) = (d for d in read_datasets(params, data, {}) if d.name == "scenes-vqa")
+    n = int(np.flatnonzero(dataset.ranks["dsd"] != 1)[0])
+    images = ImageTable(data / "prepare" / dataset.name / "images.parquet")
+    shown, example = card(dataset, n, "dsd", images, FakeHeatMaps()), dataset.examples[n]
+    assert [answer.method for answer in shown.answers] == list(SKILL) and shown.total == len(example.texts)
+    for answer in shown.answers:
+        assert answer.right == (answer.rank == 1) == example.texts[example.answer[0][1]].endswith(f"? {answer.named}")
+        assert answer.rank == dataset.ranks[answer.method][n]
+        assert answer.method in next(c.methods for c in shown.candidates if c.label == answer.named)
+    assert shown.right == [answer.method for answer in shown.answers if answer.right]
+    assert len(shown.maps) == 2  # the right text, and the one that the method names
+    words = [word.word for word in shown.maps[0].words]
+    assert words == [shown.maps[0].label] and {"what", "is", "it", "?"}.isdisjoint(words)
+
+
+def test_the_first_screens_example_is_the_first_with_several_texts(params: Params, data: Path) -> None:
+    datasets = read_datasets(params, data, {})
+    first = first_card(datasets, "dsd", data)
+    assert first is not None and first[0].id == datasets[1].examples[0].id and not first[1].correct
+    scores = datasets[1].scores["dsd"][0][0].copy()
+    scores[datasets[1].examples[0].answer[0][1]] = -np.inf
+    assert first[1].label == datasets[1].examples[0].texts[int(scores.argmax())]
+    assert first_card(datasets[:1], "dsd", data) is None
+
+
+def test_downloads_have_every_number(page: str, params: Params, data: Path) -> None:
+    links = re.findall(r'href="data:[a-z/]+;base64,([^"]*)" download="([^"]*)"', page)
+    files = {name: base64.b64decode(content).decode() for content, name in links}
+    stored = ("claims", "comparisons", "ablations", "studies")
+    assert list(files) == ["results.csv", "differences.csv", *(f"{name}.json" for name in stored), "params.json"]
+    metrics = json.loads((data / "evaluate" / "metrics.json").read_text())
+    rows = list(csv.DictReader(io.StringIO(files["results.csv"])))
+    assert len(rows) == sum(len(by_metric) for methods in metrics.values() for by_metric in methods.values())
+    for row in rows:
+        v = metrics[row["dataset"]][row["method"]][row["metric"]]
+        assert float(row["value"]) == pytest.approx(v["value"], rel=1e-5) and int(row["n"]) == v["n"]
+    assert {row["backbone"] for row in rows} == {"embedded", "embedded-clip"}
+    assert json.loads(files["claims.json"]) == json.loads((data / "evaluate" / "claims.json").read_text())
+    assert json.loads(files["params.json"])["seed"] == params.seed
 
 
 def test_counts_and_times(page: str) -> None:
-    tables, text = Parsed(page).tables, Parsed(page).text
+    tables, text = read(page).tables, read(page).text
     assert tables["Data loss"][1] == ["scenes-com", "48", "1", "2", "0", "7", "3", "0", "0", "0"]
     assert [row[-1] for row in tables["Data loss"][1:]] == ["1" if name == "scenes-ref" else "0" for name in NAMES]
     assert "scenes-ref: scenes-ref/7 (two texts are one to embedded-clip)" in " ".join(text.split())
@@ -691,19 +765,19 @@ def test_counts_and_times(page: str) -> None:
 
 
 def test_images_can_be_decoded(page: str) -> None:
-    images = [base64.b64decode(data) for data in re.findall(r"data:image/jpeg;base64,([^\"]*)", page)]
+    images = [base64.b64decode(data) for data in re.findall(r"data:image/[a-z]+;base64,([^\"]*)", page)]
     assert images
     for image in images[:5]:
         Image.open(io.BytesIO(image)).load()
 
 
-def test_methods_and_timings_are_optional(params: Params, own_data: Path) -> None:
+def test_methods_and_timings_are_optional(params: Params, own_data: Path, undrawn: None) -> None:
     path = own_data / "evaluate" / "metrics.json"
     metrics = json.loads(path.read_text())
     write(path, {name: {"denoising": rows["denoising"]} for name, rows in metrics.items()})
     for timing in (own_data / "timings").iterdir():
         timing.unlink()
-    text = Parsed(build(params, own_data, own_data / "report", FakeHeatMaps()).read_text()).text
+    text = read(build(params, own_data, own_data / "report", FakeHeatMaps()).read_text()).text
     assert "No stage has recorded its time" in text and "dsd was not evaluated" in text and "not recorded" in text
 
 
@@ -767,15 +841,6 @@ def test_heat_maps_are_those_of_the_trained_prompt(models: Path, tmp_path: Path)
     assert not np.allclose(trained_.maps, fresh.maps)
 
 
-@pytest.mark.browser
-@pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_window(page: str, tmp_path: Path, width: int) -> None:
-    script = "<script>document.title = [innerWidth, document.documentElement.scrollWidth].join()</script>"
-    (tmp_path / "page.html").write_text(page.replace("</body>", f"{script}</body>"), encoding="utf-8")
-    built = page_of((tmp_path / "page.html").as_uri(), tmp_path / "browser", f"window-size={width},900")
-    assert re.findall(r"<title>(.*?)</title>", built)[0] == f"{width},{width}"
-
-
 @pytest.mark.parametrize(
     ("scores", "digits"), [([0.17, 0.19], 3), ([0.1717, 0.1709], 5), ([12.0, 3.0], 1), ([0.5, 0.5], 4)]
 )
@@ -788,11 +853,27 @@ def test_smoothing_keeps_a_constant_and_averages_neighbours() -> None:
     assert smooth([0.0, 3.0, 6.0], 3) == pytest.approx([1.5, 3.0, 4.5])
 
 
-def test_an_overlay_is_bright_where_the_map_is() -> None:
-    heat = np.zeros((8, 8), np.float32)
-    heat[:, 4:] = 1
-    lit = np.array(overlay(np.full((8, 8, 3), 180, np.uint8), heat)).astype(int)
-    assert lit[:, 4:].min() > lit[:, :4].max()
+def test_a_heat_map_is_coloured_by_cividis() -> None:
+    heat = np.zeros((64, 64), np.float32)
+    heat[:, 32:] = 1
+    image = coloured(heat)
+    shown = np.array(image.convert("RGB"))
+    assert image.size == (32, 32) and image.mode == "P"
+    ends = [tuple(int(colour[n : n + 2], 16) for n in (1, 3, 5)) for colour in (CIVIDIS[0], CIVIDIS[-1])]
+    assert [tuple(shown[0, 0]), tuple(shown[0, -1])] == ends
+
+
+def test_charts_are_valid_vega_lite_in_the_colours_of_their_methods(page: str) -> None:
+    specs = [
+        json.loads(text)
+        for text in re.findall(r'<div class="plot">.*?<script type="application/json">(.*?)</script>', page)
+    ]
+    assert len(specs) > 10
+    for spec in specs:
+        alt.Chart.from_dict(spec)
+    scale = specs[0]["spec"]["layer"][1]["encoding"]["color"]["scale"]
+    assert scale["domain"] == list(SKILL) and scale["range"] == [f"var(--m{n})" for n in range(len(SKILL))]
+    assert THEME["m1"] == (LIGHT[1], DARK[1]) and len({*LIGHT, *DARK}) == 16
 
 
 @pytest.mark.parametrize(
@@ -811,4 +892,158 @@ def test_points(difference: float, text: str) -> None:
 def test_a_schedule_without_runs_is_not_plotted(schedule: str, data: Path) -> None:
     results = json.loads((data / "races" / "scenes-vqa.json").read_text())["denoising"]
     results["runs"] = [run for run in results["runs"] if run["schedule"] != schedule]
-    assert len(accuracy_plots("scenes-vqa", "denoising", results)) == (1 if schedule == "hierarchical" else 2)
+    assert len(charts({"scenes-vqa": {"denoising": results}})) == (2 if schedule == "hierarchical" else 3)
+
+
+def linear(colour: str) -> np.ndarray:
+    """The linear RGB of a hexadecimal colour."""
+    rgb = np.array([int(colour[n : n + 2], 16) for n in (1, 3, 5)]) / 255
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast of two colours, WCAG 2.2."""
+    dark, light = sorted(float(linear(colour) @ (0.2126, 0.7152, 0.0722)) for colour in (one, other))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIELAB of linear RGB."""
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    scaled = xyz @ rgb.clip(0, 1) / (0.9505, 1, 1.089)
+    f = np.where(scaled > 0.008856, np.cbrt(scaled), 7.787 * scaled + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+VISION = {  # Machado, Oliveira and Fernandes 2009, severity 1.0, on linear RGB
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+@pytest.mark.parametrize("palette", [LIGHT, DARK])
+@pytest.mark.parametrize("vision", VISION)
+def test_colours_of_methods_differ_for_colour_blind_readers(palette: tuple[str, ...], vision: str) -> None:
+    seen = [lab(np.array(VISION[vision]) @ linear(colour)) for colour in palette]
+    assert min(np.linalg.norm(a - b) for n, a in enumerate(seen) for b in seen[:n]) > 10
+
+
+def test_colours_contrast_with_the_page() -> None:
+    for theme in (0, 1):
+        for ground in ("paper", "card", "tint"):
+            behind = THEME[ground][theme]
+            assert min(contrast(THEME[name][theme], behind) for name in ("ink", "muted", "accent")) >= 4.5
+            assert min(contrast(THEME[f"m{n}"][theme], behind) for n in range(8)) >= 3
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium here")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+# The lowest contrast of visible text with what is behind it: the nearest ancestor with an opaque background.
+CONTRAST = """() => {
+  const context = Object.assign(document.createElement("canvas"), {width: 1, height: 1}).getContext("2d");
+  const rgb = (colour) => {
+    context.clearRect(0, 0, 1, 1); context.fillStyle = colour; context.fillRect(0, 0, 1, 1);
+    return [...context.getImageData(0, 0, 1, 1).data];
+  };
+  const light = (c) => c.slice(0, 3).map((v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, n) => sum + v * [0.2126, 0.7152, 0.0722][n], 0);
+  const ground = (e) => {
+    for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor); if (c[3] === 255) return c; }
+    return rgb("white");
+  };
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), low = [];
+  while (texts.nextNode()) {
+    const e = texts.currentNode.parentElement, style = getComputedStyle(e);
+    if (!texts.currentNode.data.trim() || e.closest("script, .mark") || !e.checkVisibility()) continue;
+    const colour = e.closest("svg") ? style.fill : style.color;
+    const [a, b] = [light(rgb(colour)), light(ground(e))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) low.push([texts.currentNode.data.trim(), ratio]);
+  }
+  return low;
+}"""
+WIDER = "() => document.documentElement.scrollWidth - innerWidth"
+OPEN_ALL = "() => document.querySelectorAll('details').forEach((part) => (part.open = true))"
+BROKEN = """() => [...document.querySelectorAll("main *")].filter((e) => e.checkVisibility() && !e.closest("svg")
+  && e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.outerHTML.slice(0, 120))"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scripts", [True, False])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_every_width_and_its_texts_have_contrast(
+    page: str, data: Path, browser: Any, scripts: bool, scheme: str
+) -> None:
+    tab = browser.new_page(color_scheme=scheme)
+    errors: list[str] = []
+    tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    text = page if scripts else re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    (data / "report" / "shown.html").write_text(text)
+    tab.goto((data / "report" / "shown.html").as_uri())
+    tab.evaluate(OPEN_ALL)
+    for width in (390, 768, 1280, 3840):
+        tab.set_viewport_size({"width": width, "height": 900})
+        assert tab.evaluate(WIDER) == 0 and tab.evaluate(BROKEN) == [], width
+        assert tab.locator(".chart svg:visible").count() > 5 and tab.locator("tbody tr:visible").count() > 20
+    assert tab.evaluate(CONTRAST) == [] and errors == []
+    assert tab.locator(".scripted:visible").count() == (0 if not scripts else tab.locator(".scripted").count())
+    tab.close()
+
+
+@pytest.mark.browser
+def test_filters_sorting_references_theme_and_charts_work(page: str, data: Path, browser: Any) -> None:
+    tab = browser.new_page(color_scheme="light", viewport={"width": 1280, "height": 800})
+    errors: list[str] = []
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.goto((data / "report" / "index.html").as_uri())
+    shown = tab.locator(".examples > li:visible")
+    total = tab.locator(".examples > li").count()
+    assert {shown.nth(n).get_attribute("data-dataset") for n in range(shown.count())} == {"scenes-com"}
+    tab.select_option("[name=dataset]", "")
+    assert shown.count() == total
+    tab.select_option("[name=method]", "clip-zero-shot")
+    counts = {}
+    for outcome in ("right", "wrong"):
+        tab.select_option("[name=outcome]", outcome)
+        counts[outcome] = shown.count()
+        named = [shown.nth(n).get_attribute("data-right").split() for n in range(shown.count())]
+        assert all(("clip-zero-shot" in methods) == (outcome == "right") for methods in named)
+    assert sum(counts.values()) == total and min(counts.values()) > 0
+    tab.select_option("[name=dataset]", "scenes-vqa")
+    tab.select_option("[name=category]", "binary")
+    assert f"{shown.count()} of {total}" in tab.locator("#shown").inner_text()
+
+    box = tab.locator(".matrix").first
+    column = box.locator("thead button").nth(2)
+    column.click()
+    values = [float(text) for text in box.locator("tbody td:nth-child(3) span:first-child").all_inner_texts()]
+    assert values == sorted(values, reverse=True) and box.locator("[aria-sort=descending]").count() == 1
+    box.locator("select.reference").select_option("denoising")
+    row = box.locator("tr[data-method=denoising]")
+    assert set(row.locator(".gap").all_inner_texts()) == {"reference"}
+    stored = json.loads(re.findall(r'id="gaps">(.*?)</script>', page)[0])["all"]["denoising"]["dsd"][0]
+    assert stored["text"] in box.locator("tr[data-method=dsd] .gap").first.inner_text()
+    box.locator("tr[data-method=dsd] th button").click()
+    assert set(box.locator("tr[data-method=dsd] .gap").all_inner_texts()) == {"reference"}
+
+    before = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    tab.click("#theme")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    chart = tab.locator(".chart:visible").first
+    label = chart.locator("svg").get_attribute("aria-label")
+    chart.hover()
+    tab.wait_for_selector(".chart[data-live=yes]", timeout=60_000)
+    assert chart.locator("svg").get_attribute("aria-label") == label and errors == []
+    tab.close()

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from dsd.config import Params
@@ -61,3 +63,20 @@ class HeatMaps:
             batch_size=self._params.runtime.batch_size,
             seed=self._params.seed,
         )
+
+
+# Anchors of the colour map cividis, from low to high: the same lightness for every kind of colour vision.
+CIVIDIS = ("#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838")
+LEVELS = 32  # colours of a map: few make a small file
+
+
+def coloured(map_RR: NDArray[np.float32]) -> Image.Image:
+    """A heat map [R, R] in 0…1 as an image in the colours of `CIVIDIS`, at most 32 pixels a side."""
+    anchors = np.array([[int(colour[n : n + 2], 16) for n in (1, 3, 5)] for colour in CIVIDIS])
+    places = np.linspace(0, len(CIVIDIS) - 1, LEVELS)
+    palette = np.stack([np.interp(places, np.arange(len(CIVIDIS)), anchors[:, n]) for n in range(3)], -1)
+    side = min(32, len(map_RR))
+    small = Image.fromarray(map_RR.astype(np.float32)).resize((side, side), Image.Resampling.BOX)
+    image = Image.fromarray((np.array(small).clip(0, 1) * (LEVELS - 1)).round().astype(np.uint8), "L")
+    image.putpalette(palette.round().astype(np.uint8).tobytes())
+    return image

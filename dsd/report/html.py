@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from dsd.report.figures import Plot
+from dsd.report.charts import THEME, Chart
+from dsd.report.heatmaps import CIVIDIS
 from dsd.report.tables import Table
 from dsd.store import write_atomic
 
@@ -18,7 +20,8 @@ class Section:
     title: str
     note: str
     table: Table
-    plots: list[Plot]
+    charts: list[Chart]
+    methods: Sequence[str] = ()
 
 
 def render(template: str, target: Path, **values: Any) -> Path:
@@ -30,5 +33,7 @@ def render(template: str, target: Path, **values: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # Macros see no variables of the page.
+    environment.globals.update(theme=THEME, colours=CIVIDIS)
     write_atomic(target, environment.get_template(template).render(values).encode())
     return target

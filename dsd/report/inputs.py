@@ -76,6 +76,10 @@ class DatasetResults:
     def metrics(self) -> list[str]:
         return list(next(iter(self.results.values())))
 
+    def best(self, methods: Iterable[str], metric: str | None = None) -> str:
+        """The method with the highest value of a metric, the headline metric by default; the first of equal ones."""
+        return max(methods, key=lambda method: self.results[method][metric or self.headline].value)
+
     @property
     def headline(self) -> str:
         return benchmark(self.kind).headline

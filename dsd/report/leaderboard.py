@@ -10,7 +10,7 @@ from statistics import mean
 
 from scipy.stats import norm
 
-from dsd.report.figures import Plot, trend
+from dsd.report.charts import Chart, library, trend
 from dsd.report.html import render
 from dsd.report.tables import (
     NONE,
@@ -130,6 +130,7 @@ def write(board: Board, target: Path) -> Path:
         compared=comparisons(board),
         failed=failures(board) if board.failures else None,
         trends=trends(board),
+        vega=library(),
     )
 
 
@@ -204,13 +205,13 @@ def failures(board: Board) -> Table:
     return Table("Failed checkpoints", ["checkpoint", "attempts", "state", "last attempt", "reason"], rows)
 
 
-def trends(board: Board) -> list[Plot]:
+def trends(board: Board) -> list[Chart]:
     """The metric of each dataset over all checkpoints, by version."""
-    plots = []
+    charts = []
     for name, metric in board.metrics.items():
         entries = sorted((entry for entry in board.entries if name in entry.scores), key=lambda e: e.number)
         if entries:
-            places = [(f"{e.name[:12]}\n{e.when:%d %b}", e.scores[name], e.now) for e in entries]
+            places = [(f"{e.name[:12]}, {e.when:%d %b}", e.scores[name], e.now) for e in entries]
             champion = next((place for place, entry in enumerate(entries) if entry.champion), None)
-            plots.append(trend(name, metric, places, champion))
-    return plots
+            charts.append(trend(name, metric, places, champion))
+    return charts

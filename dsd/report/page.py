@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from dsd.config import FusionMethod, Params
 from dsd.experiments.scaling import read_scaling
 from dsd.progress import progress
-from dsd.report import comparisons, figures, findings, inputs, papers, races, studies, tables
-from dsd.report.gallery import MAPPED, gallery, noisy_example
+from dsd.report import charts, claims, examples, inputs, overview, papers, races, studies, tables
+from dsd.report.downloads import downloads
 from dsd.report.heatmaps import HeatMaps
 from dsd.report.html import render
 from dsd.report.inputs import DatasetResults
+from dsd.report.matrix import Matrix, differences, matrix, metrics_shown
 from dsd.statistics import Resampling
-
-Values = dict[str, Any]  # variables of the template
 
 
 def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = None) -> Path:
@@ -32,57 +33,68 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
     timings = inputs.read_timings(data)
     datasets = inputs.read_datasets(params, data, timings)
     heat = heatmaps or HeatMaps(params, data / "train")
-    method, before = params.under_test, params.twin
-    evaluate = params.evaluate
+    method, evaluate = params.under_test, params.evaluate
     resampling = Resampling(resamples=evaluate.resamples, confidence=evaluate.confidence, seed=params.seed)
-    fusions = {name: cast(FusionMethod, row).parts for name, row in params.methods.items() if row.scorer == "fusion"}
-    denoisers = [name for name, row in params.methods.items() if row.scorer == "denoising"]
-    untrained = [name for name, row in params.methods.items() if not row.contrastive and row.zero_shot]
-    clips = {row.tuned: name for name, row in reversed(params.contrastive.items())}
-    (claims, at_paper), replays = inputs.read_claims(data), inputs.read_races(params.races.datasets, data)
-    stored_studies = inputs.read_json(data / "evaluate" / "studies.json", "evaluate")
+    (judged, at_paper), replays = inputs.read_claims(data), inputs.read_races(params.races.datasets, data)
+    stored = {
+        name: inputs.read_json(data / "evaluate" / f"{name}.json", "evaluate")
+        for name in ("claims", "comparisons", "ablations", "studies")
+    }
     drawn = all(row.generated for row in params.datasets.values())
-    scope = f"on {'drawn scenes' if drawn else tables.names(list(params.datasets))}, with this model"
-    tested = [d for d in datasets if method in d.results]
+    place = "drawn scenes" if drawn else tables.names(list(params.datasets))
     series = {name: number for number, name in enumerate(params.methods)}
-    contributions = findings.images(datasets)
-    evaluated = {name for dataset in datasets for name in dataset.methods}
+    models, tested = overview.models_of(params), [d for d in datasets if method in d.results]
+    gaps = differences(datasets, resampling)
+    best, sides = overview.main_method(datasets, gaps), overview.sides(params)
+    denoisers = [name for name, row in params.methods.items() if row.scorer == "denoising"]
+    clips = {row.tuned: name for name, row in reversed(params.contrastive.items())}
+    cards = list(claims.cards(judged, f"on {place}, with this model", at_paper, datasets, method, denoisers))
+    columns = [overview.column(d) for d in datasets]
+    matrices = _matrices(datasets, models, clips.get("none"), gaps)
+    caption = "Accuracy on the test examples; dashed: chance"
     return render(
         "report.html.j2",
         target / "index.html",
         params=params,
         method=method,
-        twin=before,
         trained=params.trained,
-        facts=_facts(params, heat.digest, timings),
+        drawn=drawn,
+        place=place,
         confidence=f"{100 * evaluate.confidence:g} %",
-        **_comparisons(datasets, method, before, fusions, untrained, resampling),
-        image_lead=findings.image_lead(contributions),
-        contributions=contributions,
-        results=[tables.results(d) for d in datasets],
-        images=tables.images(datasets),
+        facts=_facts(params, heat.digest, timings),
+        verdict=overview.verdict(datasets, params, gaps, place),
+        tiles=[overview.tile(d, sides, gaps) for d in datasets],
+        lines=overview.lines(params, list(dict.fromkeys(m for d in datasets for m in d.methods))),
+        look={name: (charts.SYMBOLS[n % 8], n % 8) for name, n in series.items()},
+        wide=charts.accuracy(columns, series, min(4, len(columns)), caption),
+        narrow=charts.accuracy(columns, series, min(2, len(columns)), caption),
+        best=best,
+        first=examples.first_card(datasets, best, data),
+        matrices=matrices,
+        gaps=json.dumps({m.name: m.gaps for m in matrices}, default=asdict, ensure_ascii=False),
         calibrated=tables.calibrated(datasets),
-        blind_reasons=findings.blind_reasons(datasets),
-        legend=[(name, figures.SYMBOLS[n % 8], n % 8) for name, n in series.items() if name in evaluated],
-        claims=[tables.claims(claims, scope, at_paper), tables.claim_comparisons(claims, at_paper)] if claims else [],
-        reasons=findings.reasons(claims, datasets, method, denoisers, scope),
+        blind_reasons=[f"{d.name}, since {d.blind.reason}" for d in datasets if d.blind.reason],
+        claims=cards,
+        tally=claims.tally(cards),
+        comparisons=tables.claim_comparisons(judged, at_paper),
         first_paper=list(
             papers.first_paper((clips.get("projections"), clips.get("context"), params.prompted), datasets)
         ),
         first_paper_figures=papers.first_paper_figures(params.prompted, datasets),
-        figures=_figures(datasets, method, before, series),
-        subsets=params.ablations.subsets,
-        fusion=params.fusion,
         races=list(races.sections(replays)),
+        race_charts=races.charts(replays),
         growth=races.growth(read_scaling(data / "races").get("rows", [])),
         second_paper=list(papers.second_paper(replays, datasets, clips.get("none"))),
-        noisy=[noisy_example(d, data / "prepare" / d.name, heat) for d in papers.classified(replays, tested)],
-        studies=list(studies.sections(params, stored_studies, datasets, series)),
-        galleries=[
-            gallery(d, method, params.report.gallery, params.seed, data / "prepare" / d.name, heat)
-            for d in progress(tested, desc="gallery")
+        noisy=[examples.noisy_example(d, data / "prepare" / d.name, heat) for d in papers.classified(replays, tested)],
+        studies=list(studies.sections(params, stored["studies"], datasets, series)),
+        ablations=_ablations(datasets, series),
+        training=[charts.training(d, name, series) for d in datasets for name in d.curves],
+        examples=[
+            card
+            for d in progress(tested, desc="examples")
+            for card in examples.cards(d, method, params.report.gallery, params.seed, data / "prepare" / d.name, heat)
         ],
-        mapped=MAPPED,
+        parts=tables.names([p for row in params.methods.values() if isinstance(row, FusionMethod) for p in row.parts]),
         losses=tables.losses(datasets),
         indistinct=[(d.name, id, reason) for d in datasets for id, reason in d.indistinct.items()],
         quarantine=[(d.name, row["name"], row["reason"]) for d in datasets for row in d.quarantine],
@@ -91,7 +103,24 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         methods=tables.methods(params.methods),
         datasets=tables.datasets(datasets),
         settings=tables.settings(params),
+        downloads=downloads(params, datasets, models, gaps, stored),
+        vega=charts.library(),
     )
+
+
+def _matrices(
+    datasets: Sequence[DatasetResults], models: Mapping[str, str], clip: str | None, gaps: Any
+) -> list[Matrix]:
+    """The headline metrics of all datasets, then all metrics of each; differences are first from the zero-shot CLIP."""
+    leading = [(d, metric) for d in datasets for metric in d.leading]
+    every = [("all", "Headline metrics", leading)]
+    every += [(d.name, d.name, [(d, metric) for metric in metrics_shown(d)]) for d in datasets]
+
+    def reference(of: Sequence[tuple[DatasetResults, str]]) -> str:
+        shown = [method for method in models if any(method in d.results for d, _ in of)]
+        return clip if clip in shown else shown[0]
+
+    return [matrix(name, caption, cols, models, reference(cols), gaps) for name, caption, cols in every]
 
 
 def _facts(params: Params, digest: str, timings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -107,62 +136,21 @@ def _facts(params: Params, digest: str, timings: Mapping[str, Mapping[str, Any]]
         ("noise levels", ", ".join(map(str, params.noise.levels))),
         ("draws per level", ", ".join(f"{name} {params.noise_of(name).draws_per_level}" for name in params.datasets)),
         ("λ of eq. 3", f"{params.evidence.scale:g}"),
+        ("seed", str(params.seed)),
         ("finished", tables.utc(finished) or tables.UNKNOWN),
         ("device", "; ".join(devices) or tables.UNKNOWN),
     ]
 
 
-def _comparisons(
-    datasets: Sequence[DatasetResults],
-    method: str,
-    before: str | None,
-    fusions: Mapping[str, Sequence[str]],
-    untrained: Sequence[str],
-    resampling: Resampling,
-) -> Values:
-    """The findings at the top of the page and the paired comparisons that they are based on."""
-    sides = {name: comparisons.compare_all(name, before, datasets, resampling) for name in (method, *fusions)}
-    # Each fusion is compared with the tested method once, as fusion minus method.
-    sides[method] = {other: rows for other, rows in sides[method].items() if other not in fusions}
-    pairs = {(name, other): rows for name, side in sides.items() for other, rows in side.items()}
-    tallies = {pair: findings.tally(*pair, rows) for pair, rows in pairs.items()}
-    prompting = sides[method].get(before or "", [])
-    unbeaten = [s for name, parts in fusions.items() for s in findings.unbeaten(name, parts, sides[name], datasets)]
-    answers = {
-        "Is zero-shot accuracy above chance?": findings.above_chance(untrained, datasets),
-        "Does few-shot prompting help?": [tally for pair, tally in tallies.items() if pair == (method, before)],
-        "How do the methods compare?": [tally for pair, tally in tallies.items() if pair != (method, before)],
-        "Which methods does fusion not outperform?": unbeaten,
-    }
-    return {
-        "lead": findings.lead(datasets, prompting, before, method, resampling),
-        "headlines": findings.headlines(datasets, prompting, before, method) if before else [],
-        "answers": [(question, sentences) for question, sentences in answers.items() if sentences],
-        "comparisons": [
-            (comparisons.table(*pair, rows), tallies[pair], pair == (method, before)) for pair, rows in pairs.items()
-        ],
-        "tests": sum(map(len, pairs.values())),
-        "parts": tables.names([part for parts in fusions.values() for part in parts]),
-    }
-
-
-def _figures(
-    datasets: Sequence[DatasetResults], method: str, before: str | None, series: figures.Series
-) -> dict[str, list[figures.Plot]]:
-    pairs = [d for d in datasets if d.candidates.max() == 2 and {method, before} <= set(d.results)]
+def _ablations(datasets: Sequence[DatasetResults], series: charts.Series) -> list[charts.Chart]:
+    """A chart per dataset and group of methods with the same keys."""
     same_keys: dict[tuple[str, ...], dict[str, None]] = {}  # ablated methods by their keys
     for dataset in datasets:
         for name, by_key in dataset.ablations.items():
             same_keys.setdefault(tuple(by_key), {})[name] = None
-    return {
-        "accuracy": [figures.accuracy(d, series) for d in datasets],
-        "ablations": [
-            figures.ablations(d, list(methods), series)
-            for methods in same_keys.values()
-            for d in datasets
-            if d.ablations
-        ],
-        "margins": [figures.margins(d, [m for m in d.methods if m in (before, method)], series) for d in pairs],
-        "ranks": [figures.ranks(d, series) for d in datasets if d.candidates.max() > 2 and not d.two_by_two],
-        "training": [figures.training(d, name, series) for d in datasets for name in d.curves],
-    }
+    return [
+        charts.ablations(dataset, shown, series)
+        for methods in same_keys.values()
+        for dataset in datasets
+        if (shown := [method for method in methods if method in dataset.ablations])
+    ]

@@ -2,7 +2,7 @@
 
 He et al. 2023, “Discriminative Diffusion Models as Few-shot Vision and Language Learners”, Tables 1 and 2, Figures 3
 to 6. He et al., “Accelerating Diffusion Models for Discriminative Vision and Language Learners”, Tables 1 and 2; its
-Figure 4 is among the plots of `dsd.report.races`.
+Figure 4 is among the charts of `dsd.report.races`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any
 
 from dsd.evaluation.claims import TASKS
-from dsd.report.figures import Plot, paper_figure
+from dsd.report.charts import Chart, paper_figure
 from dsd.report.inputs import DatasetResults
 from dsd.report.tables import NONE, Cell, Row, Table, percent_cell
 from dsd.schedules.exhaustive import ALL_DRAWS
@@ -65,7 +65,7 @@ def first_paper(ours: Sequence[str | None], datasets: Sequence[DatasetResults]) 
             yield Table(f"{name} of the first paper", ["method", "numbers", *heads], rows)
 
 
-def first_paper_figures(method: str | None, datasets: Sequence[DatasetResults]) -> list[Plot]:
+def first_paper_figures(method: str | None, datasets: Sequence[DatasetResults]) -> list[Chart]:
     """Figures 3 to 6: layers, heads, pooling and noise of the few-shot method, on the datasets of Table 1."""
     tasks = (_of_task(datasets, task) for task in LAYOUT["Table 1"])
     drawn = [d for d in tasks if d is not None and method in d.ablations]

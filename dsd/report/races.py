@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dsd.report.figures import Plot, costs, slug
+from dsd.report.charts import Chart, Front, costs
 from dsd.report.html import Section
 from dsd.report.tables import NONE, REFERENCE, Cell, Row, Table, bounds, count, percent, percent_cell, points_cell
 from dsd.schedules.exhaustive import ALL_DRAWS
@@ -18,6 +18,7 @@ from dsd.schedules.replay import CHOSEN_ON, LEARNED_FROM, MEASURED_ON, label_of,
 from dsd.statistics import Interval
 
 Results = Mapping[str, Any]  # of a method on a dataset, see dsd.schedules.replay.compare_settings
+Races = Mapping[str, Mapping[str, Results]]  # by dataset and method
 HEAD = [
     "schedule",
     "accuracy",
@@ -31,17 +32,18 @@ HEAD = [
 ]
 
 
-def sections(races: Mapping[str, Mapping[str, Results]]) -> Iterator[Section]:
+def sections(races: Races) -> Iterator[Section]:
     """Two sections per dataset and method: named settings, and all schedules at equal disagreement."""
-    for dataset, by_method in races.items():
-        for method, results in by_method.items():
-            title = f"{dataset}: {method}"
-            matched = [matched_name(label, rate) for rate in results["within"] for label in by_label(results)]
-            named = [name for name in results["chosen"] if name not in matched]
-            yield Section(title, note(results), table(title, named, results), accuracy_plots(dataset, method, results))
-            equal = f"{title}, at equal disagreement"
-            plots = disagreement_plots(dataset, method, results)
-            yield Section(equal, matched_note(results), table(equal, matched, results), plots)
+    for title, results in _panels(races):
+        matched = [matched_name(label, rate) for rate in results["within"] for label in by_label(results)]
+        named = [name for name in results["chosen"] if name not in matched]
+        yield Section(title, note(results), table(title, named, results), [])
+        equal = f"{title}, at equal disagreement"
+        yield Section(equal, matched_note(results), table(equal, matched, results), [])
+
+
+def _panels(races: Races) -> list[tuple[str, Results]]:
+    return [(f"{dataset}: {method}", row) for dataset, rows in races.items() for method, row in rows.items()]
 
 
 def note(results: Results) -> str:
@@ -138,26 +140,32 @@ def growth(rows: Sequence[Results]) -> Table | None:
     return Table("Racing by number of candidates, on synthetic evidence", ["candidates", *head], lines)
 
 
-def accuracy_plots(dataset: str, method: str, results: Results) -> list[Plot]:
-    """Accuracy over cost of each schedule and, as in Figure 4 of the second paper, of each direction and reading."""
-    exhaustive, name = Interval(**results["chosen"][ALL_DRAWS]["accuracy"]), slug(f"{dataset}-{method}")
+def charts(races: Races) -> list[Chart]:
+    """Disagreement with all draws over cost; accuracy over cost of each schedule; and, as in Figure 4 of the second
+    paper, accuracy over cost of each direction and reading of the hierarchical one."""
+    panels = _panels(races)
+    if not panels:
+        return []
+    labelled = {title: by_label(results) for title, results in panels}
+    sides = {title: _by_side(results) for title, results in panels}
+    levels = {title: Interval(**results["chosen"][ALL_DRAWS]["accuracy"]) for title, results in panels}
+    found = [
+        costs("Error over cost", _fronts(labelled, "disagreement"), "disagreement with all draws", {}),
+        costs("Accuracy over cost", _fronts(labelled, "accuracy"), "accuracy", levels),
+    ]
+    if any(any(some.values()) for some in sides.values()):
+        figure_4 = "Hierarchical by direction and reading (Figure 4 of the second paper)"
+        found.append(costs(figure_4, _fronts(sides, "accuracy"), "accuracy", levels))
+    return found
+
+
+def _by_side(results: Results) -> dict[str, list[Results]]:
+    """The runs of the hierarchical schedule by direction and reading."""
     sides: dict[str, list[Results]] = {f"from {side}, {r}": [] for r in READINGS for side in DIRECTIONS}
     for run in results["runs"]:
         if run["schedule"] == "hierarchical":
             sides[f"from {run['setting']['direction']}, {run['setting']['reading']}"].append(run)
-    figure_4 = f"{dataset}: hierarchical by direction and reading (Figure 4 of the second paper)"
-    plots = [
-        costs(f"costs-{name}", f"{dataset}: {method}", _fronts(by_label(results), "accuracy"), "accuracy", exhaustive)
-    ]
-    if any(sides.values()):
-        plots.append(costs(f"directions-{name}", figure_4, _fronts(sides, "accuracy"), "accuracy", exhaustive))
-    return plots
-
-
-def disagreement_plots(dataset: str, method: str, results: Results) -> list[Plot]:
-    """Disagreement with all draws over cost of each schedule."""
-    name, fronts = slug(f"{dataset}-{method}"), _fronts(by_label(results), "disagreement")
-    return [costs(f"disagreement-{name}", f"{dataset}: {method}", fronts, "disagreement with all draws", None)]
+    return sides
 
 
 def by_label(results: Results) -> dict[str, list[Results]]:
@@ -168,8 +176,10 @@ def by_label(results: Results) -> dict[str, list[Results]]:
     return runs
 
 
-def _fronts(runs: Mapping[str, Sequence[Results]], key: str) -> dict[str, list[tuple[float, float]]]:
-    return {label: front(some, key) for label, some in runs.items() if some}
+def _fronts(panels: Mapping[str, Mapping[str, Sequence[Results]]], key: str) -> list[Front]:
+    return [
+        Front(panel, label, front(some, key)) for panel, runs in panels.items() for label, some in runs.items() if some
+    ]
 
 
 def front(runs: Iterable[Results], key: str) -> list[tuple[float, float]]:

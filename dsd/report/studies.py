@@ -9,7 +9,7 @@ from typing import Any
 
 from dsd.config import Params, StudyParams
 from dsd.experiments.variants import FEW_SHOT, REPLICATED
-from dsd.report.figures import Plot, Series, sweep
+from dsd.report.charts import Chart, Series, sweep
 from dsd.report.html import Section
 from dsd.report.inputs import DatasetResults
 from dsd.report.tables import NONE, REFERENCE, Cell, Row, Table, interval, p_value, percent, points
@@ -29,7 +29,7 @@ def sections(
         if studies.get(name)
     ]
     for study in stored:
-        yield Section(study.name, study.note(), study.table(), study.plots(stored, series))
+        yield Section(study.name, study.note(), study.table(), study.charts(stored, series), study.row.methods)
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,11 @@ class _Study:
     def varies_shots(self) -> bool:
         return bool(self.baseline) and all(set(change) == {FEW_SHOT} for change in self.row.variants.values())
 
-    def plots(self, studies: Sequence[_Study], series: Series) -> list[Plot]:
+    def charts(self, studies: Sequence[_Study], series: Series) -> list[Chart]:
         """The curve over few-shot examples on each dataset, with the results of all studies that vary their number."""
         if not self.varies_shots or len(self.row.variants) == 1:
             return []
-        plots = []
+        charts = []
         for dataset in self.datasets:
             lines = {}
             for method in self.row.methods:
@@ -154,5 +154,5 @@ class _Study:
                 if own := self.value(BASELINE, dataset, method):
                     places.append((dataset.counts["train"], own))
                 lines[method] = sorted(places, key=lambda place: place[0])
-            plots.append(sweep(dataset, self.name, lines, series))
-        return plots
+            charts.append(sweep(dataset, lines, series))
+        return charts

@@ -8,9 +8,8 @@ from typing import Any
 
 from dsd.config import MethodParams, Params
 from dsd.datasets import benchmark
-from dsd.evaluation.blind import Blind
 from dsd.report.inputs import Claim, ClaimsAtPaper, DatasetResults
-from dsd.statistics import Difference, Interval
+from dsd.statistics import Interval
 
 NONE = "–"
 UNKNOWN = "not recorded"
@@ -21,7 +20,7 @@ REFERENCE = "reference"  # instead of the difference of a row from itself
 class Cell:
     text: str
     interval: str = ""  # in small type after the text
-    mark: str = ""  # CSS class: "best" or a verdict
+    mark: str = ""  # CSS class: "best", or "higher", "lower" or "no" of a verdict
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,16 @@ class Table:
     caption: str
     head: list[str]
     rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Column:
+    """The headline metric of one dataset for every method; `chance` is that of random scores."""
+
+    dataset: str
+    metric: str
+    chance: float
+    values: dict[str, Interval]
 
 
 def names(items: Sequence[str]) -> str:
@@ -94,60 +103,27 @@ def best_of(values: Sequence[Interval]) -> float:
     return max((v.value for v in values), default=0.0)
 
 
-def results(dataset: DatasetResults) -> Table:
-    """Methods × metrics with intervals, the best of each column marked; below them the blind baseline and chance."""
-    best = {metric: best_of([row[metric] for row in dataset.results.values()]) for metric in dataset.metrics}
-    rows = [
-        Row(method, [percent_cell(v, mark="best" if v.value == best[metric] else "") for metric, v in row.items()])
-        for method, row in dataset.results.items()
-    ]
-    rows.append(
-        Row(
-            "blind" if dataset.blind.reason is None else "blind, at chance",
-            [percent_cell(dataset.blind.metrics.get(metric)) for metric in dataset.metrics],
-            "chance",
-        )
-    )
-    rows.append(Row("chance", [Cell(f"{percent(dataset.chance[metric])} %") for metric in dataset.metrics], "chance"))
-    trained = f"method\nfew-shot: {count(dataset.counts['train'])} examples" if dataset.curves else "method"
-    head = [trained, *(f"{metric}\nn = {count(v.n)}" for metric, v in next(iter(dataset.results.values())).items())]
-    return Table(f"{dataset.name}: accuracy", head, rows)
-
-
-Gains = Mapping[str, Mapping[str, Difference]]  # method → metric → difference
-
-
-def gains(
-    caption: str, head: str, columns: Sequence[tuple[DatasetResults, str]], of: Callable[[Blind], Gains]
-) -> Table:
-    """Differences of each method by dataset and metric, the `columns`."""
-    methods = dict.fromkeys(method for dataset, _ in columns for method in of(dataset.blind))
-
-    def cell(dataset: DatasetResults, metric: str, method: str) -> Cell:
-        difference = of(dataset.blind).get(method, {}).get(metric)
-        return Cell(NONE) if difference is None else points_cell(difference.value, difference.low, difference.high)
-
-    rows = [Row(method, [cell(dataset, metric, method) for dataset, metric in columns]) for method in methods]
-    heads = [f"{dataset.name}\n{metric}" for dataset, metric in columns]
-    return Table(caption, [f"{head}\npercentage points", *heads], rows)
-
-
-def images(datasets: Sequence[DatasetResults]) -> Table:
-    """Each method minus the blind baseline, on the headline metric of each dataset and the forced one, if any."""
-    columns = [(d, metric) for d in datasets for metric in d.leading]
-    return gains("What the image contributes", "method − blind", columns, lambda blind: blind.differences)
-
-
 def calibrated(datasets: Sequence[DatasetResults]) -> Table | None:
     """Each method with prior-calibrated scores minus itself; None if no dataset has calibrated scores."""
     columns = [(d, metric) for d in datasets if d.blind.calibrated for metric in d.leading]
-    if not columns:
-        return None
-    return gains("Prior-calibrated scores", "calibrated − plain", columns, lambda blind: blind.calibrated)
+    methods = dict.fromkeys(method for d, _ in columns for method in d.blind.calibrated)
+    rows = [
+        Row(
+            method,
+            [
+                points_cell(v.value, v.low, v.high)
+                if (v := d.blind.calibrated.get(method, {}).get(metric))
+                else Cell(NONE)
+                for d, metric in columns
+            ],
+        )
+        for method in methods
+    ]
+    head = ["calibrated − plain\npercentage points", *(f"{d.name}\n{metric}" for d, metric in columns)]
+    return Table("Prior-calibrated scores", head, rows) if rows else None
 
 
 POINTS = "a − b\npercentage points"
-VERDICT_MARKS = {"holds": "higher", "contradicted": "lower", "not shown": "no"}
 
 
 def replicates(counts: Mapping[str, int]) -> str:
@@ -157,55 +133,9 @@ def replicates(counts: Mapping[str, int]) -> str:
     return grid if measured == samples * noise_sets else f"{measured} of {grid}"
 
 
-def at_paper(number: str, paper: ClaimsAtPaper) -> Cell:
-    """The verdict on a claim at the paper's number of few-shot examples, with the difference that binds."""
-    claim = next((one.judgement for one in paper.claims if one.number == number), None)
-    if claim is None:
-        return Cell(NONE)
-    difference = f"{points(claim.effect)} {bounds(claim.low, claim.high)}, p {p_value(claim.p)}"
-    return Cell(claim.verdict, difference, VERDICT_MARKS[claim.verdict])
-
-
 def shots(paper: ClaimsAtPaper) -> str:
     """Such as "270 examples"."""
     return f"{names([count(number) for number in dict.fromkeys(paper.few_shot.values())])} examples"
-
-
-def claims(judged: Sequence[Claim], scope: str, papers: Sequence[ClaimsAtPaper]) -> Table:
-    """The verdict on each claim of the papers, and the comparison that binds; beside it that of `papers`.
-
-    scope: what the verdicts are about, such as "on drawn scenes, with this model".
-    """
-    rows = [
-        Row(
-            number,
-            [
-                Cell(claim.claim),
-                Cell(claim.verdict, mark=VERDICT_MARKS[claim.verdict]),
-                *(at_paper(number, paper) for paper in papers),
-                Cell(compared(comparisons[claim.binding])),
-                points_cell(claim.effect, claim.low, claim.high),
-                Cell(points(claim.least)),
-                Cell(p_value(claim.p)),
-                Cell(count(len(comparisons))),
-                Cell(replicates(vars(claim))),
-            ],
-        )
-        for number, claim, comparisons in judged
-    ]
-    head = [
-        "claim",
-        "",
-        f"verdict {scope}",
-        *(f"at the paper's\n{shots(paper)}" for paper in papers),
-        "binding comparison",
-        POINTS,
-        "must\nexceed",
-        "p\ncorrected",
-        "comparisons",
-        "few-shot samples\n× noise sets",
-    ]
-    return Table("Claims", head, rows)
 
 
 def compared(row: Mapping[str, Any]) -> str:

@@ -48,7 +48,7 @@ def subflow(name: str, work: Work) -> None:
 @flow(name="promote", persist_result=False)
 def promote() -> State:
     """Run `dsd promote` as the last step of a pipeline; the state has the verdict and the reason."""
-    from flows.registry.promote import register_and_judge  # it imports matplotlib, which few ticks need
+    from flows.registry.promote import register_and_judge  # it imports altair, which few ticks need
 
     version, verdict = register_and_judge(load())
     word = "promoted" if verdict.promoted else "not promoted"

@@ -187,7 +187,7 @@ class _Tick:
         return changed
 
     def _write_page(self) -> None:
-        from dsd.report.leaderboard import write  # it imports matplotlib
+        from dsd.report.leaderboard import write  # it imports altair
         from flows.registry.leaderboard import PAGE, board
 
         write(board(self._params, self._registry), PAGE)
