@@ -250,6 +250,29 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 32}, "encoder_hid_dim_type 'image_proj': must be"),
         ({"time_cond_proj_dim": 8}, "time_cond_proj_dim 8: must be None"),
+        ({"only_cross_attention": True}, "only_cross_attention True: must be false"),
+        ({"only_cross_attention": [False, True]}, "only_cross_attention [False, True]: must be false"),
+        ({"dual_cross_attention": True}, "dual_cross_attention True: must be false"),
+        (
+            {"down_block_types": ["CrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"]},
+            "down_block_types has 'SimpleCrossAttnDownBlock2D': must be of CrossAttnDownBlock2D, DownBlock2D",
+        ),
+        (
+            {"up_block_types": ["KCrossAttnUpBlock2D", "CrossAttnUpBlock2D"]},
+            "up_block_types has 'KCrossAttnUpBlock2D': must be of",
+        ),
+        (
+            {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
+            "mid_block_type has 'UNetMidBlock2DSimpleCrossAttn': must be of",
+        ),
+        (
+            {
+                "down_block_types": ["DownBlock2D"] * 2,
+                "mid_block_type": "UNetMidBlock2D",
+                "up_block_types": ["UpBlock2D"] * 2,
+            },
+            "no block has cross-attention, so the text would not matter",
+        ),
         ({"sample_size": None}, "sample_size None: must be n or [n, n]"),
         ({"sample_size": [8, 16]}, "sample_size [8, 16]: must be n or [n, n]"),
     ],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from dsd.config.base import PROMPTS, Levels, ParamsModel, Poolings, Positive, Prompt, is_unset
+from dsd.config.base import PROMPTS, Levels, ParamsModel, Poolings, Positive, Prompt, Seed, is_unset
 from dsd.errors import DsdError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class NoiseParams(ParamsModel):
 
     levels: Levels
     draws_per_level: Positive
-    sample: Annotated[int, Field(ge=0)]
+    sample: Seed  # larger ones overflow the seeds of draws
 
 
 def _of_both(value: Any) -> Any:
