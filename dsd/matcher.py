@@ -31,6 +31,7 @@ from dsd.config import (
     NoiseParams,
     ScheduledMethod,
 )
+from dsd.config.base import LONGEST_SIDE
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import Pair
 from dsd.data.images import MAX_PIXELS, ImageSource, image_id, load_image, resize, to_array
@@ -140,7 +141,7 @@ class Matcher:
             family: detected from the files by default.
             prediction, attention: as in params.yaml.
             levels: noise levels in (0, 1).
-            scale: λ of eq. 3.
+            scale: λ of eq. 3, from 1 to 60.
             parity: resize images to this side in pixels first, as in a comparison with CLIP.
 
         Raises:
@@ -156,6 +157,8 @@ class Matcher:
         for name, number in {"parity": parity, "batch_size": batch_size}.items():
             if (type(number) is not int or number < 1) and (number is not None or name == "batch_size"):
                 raise ParamsError(f"{name}: must be a whole number above 0, found {number!r}")
+        if parity is not None and parity > LONGEST_SIDE:
+            raise ParamsError(f"parity: must be at most {LONGEST_SIDE} pixels, found {parity}")
         if type(seed) is not int or not 0 <= seed < 2**32:
             raise ParamsError(f"seed: must be a whole number from 0 to {2**32 - 1}, found {seed!r}")
         if not isinstance(device, str | torch.device):
@@ -224,7 +227,7 @@ class Matcher:
             raise ParamsError("scores: must be those of `score`, a finite tensor [I, T]")
         side = self._resolution // self.backbone.scale
         values = self.backbone.latent_channels * side**2 if self.method == "denoising" else self._evidence.scale
-        return (scores_IT * values).softmax(-1)
+        return (scores_IT * float(values)).softmax(-1)
 
     def unknown_words(self, texts: Iterable[str]) -> list[str]:
         """Return the words of several letters that the tokenizer splits into letters: it has not learned them."""

@@ -130,6 +130,8 @@ def staged(**changed: object) -> Settings:
             lambda s: s["evaluate"].update(resamples=39),
             "evaluate.resamples: must be at least 40 for a confidence of 0.9",
         ),
+        (lambda s: s["evidence"].update(scale=0.01), "evidence.scale: Input should be greater than or equal to 1"),
+        (lambda s: s["images"].update(parity=10**6), "images.parity: Input should be less than or equal to 4096"),
         (lambda s: s["noise"].update(sample=2**32), "noise.sample: Input should be less than 4294967296"),
         (
             lambda s: s["datasets"]["scenes-vqa"].update(binary=1.0),
