@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
+from io import IOBase
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def image_list(images: Sequence[ImageSource] | ImageSource | Tensor) -> list[Ima
         return [images]
     if isinstance(images, np.ndarray | Tensor):
         return [_array(image) for image in (images if images.ndim == 4 else [images])]
-    if not isinstance(images, Iterable) or isinstance(images, AbstractSet | Mapping):
+    if not isinstance(images, Iterable) or isinstance(images, AbstractSet | Mapping | IOBase | bytearray | memoryview):
         raise ImageError(f"images: must be images or a list of images, found {type(images).__name__}")
     several = list(images)
     for number, image in enumerate(several):

@@ -31,6 +31,7 @@ from dsd.config import (
     NoiseParams,
     ScheduledMethod,
 )
+from dsd.config.base import LONGEST_SIDE
 from dsd.data.draws import Draw, draws
 from dsd.data.examples import Pair
 from dsd.data.images import MAX_PIXELS, ImageSource, image_id, load_image, resize, to_array
@@ -141,7 +142,7 @@ class Matcher:
             family: detected from the files by default.
             prediction, attention: as in params.yaml.
             levels: noise levels in (0, 1).
-            scale: λ of eq. 3.
+            scale: λ of eq. 3, from 1 to 60.
             parity: resize images to this side in pixels first, as in a comparison with CLIP.
 
         Raises:
@@ -159,6 +160,8 @@ class Matcher:
             check_path("config", config)
         if parity is not None:
             check_count("parity", parity)
+            if parity > LONGEST_SIDE:
+                raise ParamsError(f"parity: must be at most {LONGEST_SIDE} pixels, found {parity}")
         if type(seed) is not int or not 0 <= seed < 2**32:
             raise ParamsError(f"seed: must be a whole number from 0 to {2**32 - 1}, found {seed!r}")
         if not isinstance(device, str | torch.device):
@@ -227,7 +230,7 @@ class Matcher:
             raise ParamsError("scores: must be those of `score`, a finite tensor [I, T]")
         side = self._resolution // self.backbone.scale
         values = self.backbone.latent_channels * side**2 if self.method == "denoising" else self._evidence.scale
-        return (scores_IT * values).softmax(-1)
+        return (scores_IT * float(values)).softmax(-1)
 
     def unknown_words(self, texts: Iterable[str]) -> list[str]:
         """Return the words of several letters that the tokenizer splits into letters: it has not learned them."""

@@ -38,7 +38,7 @@ def applied(preset: Path, *, commits: Commits | None = None) -> tuple[dict[Path,
     """
     settings, round_trip = _read(preset), _round_trip()
     read()  # checks that each section is in its file
-    contents = {file: round_trip.load(file.read_text()) for file in files()}
+    contents = {file: round_trip.load(file.read_text(encoding="utf-8")) for file in files()}
     holder = {section: content for content in contents.values() for section in content}
     for key, value in settings.items():
         *parents, last = str(key).split(".")

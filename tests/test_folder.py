@@ -138,6 +138,23 @@ def test_what_is_no_image_is_named_with_its_line(content: bytes, reason: str, mi
     assert mistake(row(mine, SEVERAL_TEXTS), tmp_path / "d") == f"datasets.d.missing: {line}"
 
 
+def test_no_test_example_is_left(mine: Path, tmp_path: Path) -> None:
+    for file in mine.glob("dogs/*"):
+        file.unlink()
+    line = mistake(row(mine, SEVERAL_TEXTS, missing=2), tmp_path / "d")
+    assert line.startswith("datasets.d: every test example lacks an image; 2 of 2 images are missing")
+
+
+def test_few_shot_examples_that_all_share_an_image_with_the_test(mine: Path, tmp_path: Path) -> None:
+    sides = [f"{split},dogs/1.png,{text}" for split in ("train", "test") for text in ("a,1", "b,0")]
+    rows = "\n".join(["id,split,image,text,label", *(f"{side[:2]},{side}" for side in sides)])
+    downloaded(row(mine, rows), tmp_path / "d")
+    params = load(ROOT / "params.yaml").model_copy(update={"datasets": {"d": row(mine, rows)}})
+    expected = "no example is left for train, 0 files quarantined, 1 examples with an image of a later split"
+    with pytest.raises(DataError, match=expected):
+        prepare("d", params, tmp_path / "d", tmp_path / "prepared")
+
+
 def test_several_right_texts(mine: Path, tmp_path: Path) -> None:
     table = HEAD + "dogs/1.png,a dog,1\ndogs/1.png,an animal,1\ndogs/1.png,a cat,0\n"
     [example] = downloaded(row(mine, table), tmp_path / "d")
@@ -153,6 +170,7 @@ def test_the_estimate_knows_the_shapes_and_splits(images: Path) -> None:
     assert expected(row(images, SEVERAL_IMAGES, test=1)) == Expected(1, 1, 2, 1)
     given = expected(row(images, many(30, "train validation test")))
     assert given == Expected(20, 10, 2, 1, train=10) and given.few_shot(0) == 10
+    assert expected(row(images, many(30, "train validation test"), test=4)).test == 4
 
 
 def test_too_few_rows_name_the_shared_images(mine: Path, tmp_path: Path) -> None:
@@ -215,6 +233,10 @@ HEAD = "image,text,label\n"
         (
             "image,text,label,split\ndogs/1.png,a,1,test\ndogs/1.png,b,0,train\n",
             ":3: another split than in line 2, of the same example",
+        ),
+        (
+            "image,text,label,split\ndogs/1.png,a,1,train\ndogs/1.png,b,0,train\n",
+            ": no row has split test; every method is measured on those",
         ),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from dsd import Matcher
+from dsd.arguments import image_list
 from dsd.config import DrawnDataset, load
 from dsd.datasets.scenes_ref import compose
 from dsd.datasets.synthetic import _items
@@ -150,6 +151,14 @@ def test_shares_are_a_softmax_over_texts(models: Path, images: list[Image.Image]
         shares = matcher.shares(scores)
         assert torch.allclose(shares.sum(1), torch.ones(2)) and torch.equal(shares.argmax(1), scores.argmax(1))
         assert torch.allclose(shares, (scores * values).softmax(-1))
+        assert matcher.shares(torch.tensor([[1, 1]])).tolist() == [[0.5, 0.5]]  # whole numbers are scores too
+
+
+def test_an_open_file_or_its_mutable_bytes_are_no_images() -> None:
+    with (ROOT / "docs/scene.png").open("rb") as file:
+        for images in (file, bytearray(file.read())):
+            with pytest.raises(ImageError, match=f"^images: must be .* found {type(images).__name__}$"):
+                image_list(images)
 
 
 def test_words_that_the_tokenizer_has_not_learned_are_named(

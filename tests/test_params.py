@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -119,6 +121,21 @@ def staged(**changed: object) -> Settings:
         (
             lambda s: s["ablations"].update(heads=[0]),
             "ablations.heads.0: must be weighted, mean or a number above 0, found",
+        ),
+        (
+            lambda s: s["gate"].update(method="clip-prompt"),
+            "gate.method: clip-prompt uses embedded-clip whatever the ch",
+        ),
+        (
+            lambda s: s["evaluate"].update(resamples=39),
+            "evaluate.resamples: must be at least 40 for a confidence of 0.9",
+        ),
+        (lambda s: s["evidence"].update(scale=0.01), "evidence.scale: Input should be greater than or equal to 1"),
+        (lambda s: s["images"].update(parity=10**6), "images.parity: Input should be less than or equal to 4096"),
+        (lambda s: s["noise"].update(sample=2**32), "noise.sample: Input should be less than 4294967296"),
+        (
+            lambda s: s["datasets"]["scenes-vqa"].update(binary=1.0),
+            "datasets.scenes-vqa.binary: Input should be less th",
         ),
         (lambda s: s["gate"].update(method="dsdd"), "gate.method: unknown method 'dsdd': did you mean 'dsd'?"),
         (
@@ -354,6 +371,14 @@ def no_new_kinds() -> Iterator[None]:
     yield
     for base, kinds in before.items():
         base.kinds = kinds
+
+
+def test_params_are_utf8_whatever_the_locale() -> None:
+    """An environment such as LC_ALL=de_DE.ISO-8859-1, where Python reads text as Latin-1."""
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    script = "from dsd.config import load; from flows.presets import applied; from pathlib import Path; load();"
+    script += "applied(Path('presets/own-folder.yaml'))"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ascii_only, check=True)
 
 
 @pytest.mark.usefixtures("no_new_kinds")

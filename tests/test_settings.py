@@ -86,6 +86,7 @@ def test_what_is_no_settings(content: bytes | None, line: str, tmp_path: Path) -
         (AutoencoderKL, {"use_quant_conv": 0}, "use_quant_conv 0: must be true or false"),
         (CLIPTextModel, {"model_type": "t5"}, "model_type 't5': only clip_text_model is supported"),
         (CLIPModel, {"model_type": "siglip"}, "model_type 'siglip': only clip is supported"),
+        (CLIPTextModel, {"use_attention_mask": True}, "use_attention_mask: must be false"),
     ],
 )
 def test_settings_of_another_class_or_type(kind: Any, settings: dict[str, Any], line: str) -> None:
@@ -160,6 +161,41 @@ def test_texts_start_in_the_first_position_whatever_the_tokenizer_states(side: s
 def test_a_tokenizer_leaves_room_for_a_token(length: object, folder: Path) -> None:
     edit(folder / "tokenizer/tokenizer_config.json", model_max_length=length)
     assert f"model_max_length {length!r}: must be a whole" in refused(lambda: tokenizer(folder, "tokenizer"))
+
+
+@pytest.mark.parametrize("kind", ["T5Tokenizer", "BertTokenizer", "PreTrainedTokenizerFast", 1])
+def test_a_tokenizer_of_another_class(kind: object, folder: Path) -> None:
+    edit(folder / "tokenizer/tokenizer_config.json", tokenizer_class=kind)
+    line = f"{folder}/tokenizer/tokenizer_config.json: tokenizer_class {kind!r}: only CLIPTokenizer is supported"
+    assert refused(lambda: tokenizer(folder, "tokenizer")) == line
+
+
+def test_a_tokenizer_of_another_kind_that_does_not_name_its_class(folder: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordPiece
+
+    words = WordPiece({"[UNK]": 0, "red": 1, "circle": 2}, unk_token="[UNK]")
+    Tokenizer(words).save(str(folder / "tokenizer/tokenizer.json"))
+    edit(folder / "tokenizer/tokenizer_config.json", tokenizer_class=None)
+    line = f"{folder}/tokenizer/tokenizer.json: model.type 'WordPiece': that of a CLIP is BPE"
+    assert refused(lambda: tokenizer(folder, "tokenizer")) == line
+
+
+def test_the_noise_is_also_that_of_the_list_of_components(folder: Path) -> None:
+    edit(folder / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    noise_schedule(folder)  # one noise process, whatever the sampler
+    edit(folder / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    message = refused(lambda: noise_schedule(folder))
+    assert (
+        "scheduler 'FlowMatchEulerDiscreteScheduler', but scheduler/scheduler_config.json has 'DDPMScheduler'"
+        in message
+    )
+
+
+def test_links_without_an_end_are_no_weights(folder: Path) -> None:
+    (folder / "unet/other.safetensors").symlink_to("other.safetensors")
+    (folder / "unet/another.safetensors").symlink_to("nowhere")
+    load(row(folder), CPU)
 
 
 def test_a_tokenizer_can_pad(folder: Path) -> None:

@@ -30,6 +30,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Margin = Annotated[float, Field(ge=0, lt=1)]  # of a difference between two shares
 Positive = Annotated[int, Field(gt=0)]
+LONGEST_SIDE = 4096  # an image of this side takes 50 MB
+Side = Annotated[int, Field(gt=0, le=LONGEST_SIDE)]  # of a resized image, in pixels
 LEVEL_NUMBERS = 1_000_000  # different noise levels
 Level = Fraction  # of the noise schedule: 0 is the image, 1 is noise
 Direction = Literal["clean", "noisy", "middle"]  # in which a hierarchical schedule orders the noise levels

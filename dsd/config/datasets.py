@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from dsd.config.base import Kind, ParamsModel, Positive, Share, Template
+from dsd.config.base import Fraction, Kind, ParamsModel, Positive, Share, Template
 
 if TYPE_CHECKING:
     from dsd.config.load import Params
@@ -58,7 +58,7 @@ class DrawnDataset(DatasetParams):
     size: Positive
     test: Positive
     candidates: Annotated[int, Field(ge=2, le=64)] | None = Field(default=None)
-    binary: Share | None = Field(default=None)
+    binary: Fraction | None = Field(default=None)  # both kinds of questions have a metric
     template: Template | None = Field(default=None)
 
     def check(self, name: str, params: Params) -> None:

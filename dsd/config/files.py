@@ -70,7 +70,7 @@ def parsed(file: Path) -> Any:
         ParamsError: it cannot be read, is not YAML, or has a key twice; one line.
     """
     try:
-        return yaml.load(file.read_text(), _Loader)
+        return yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         raise ParamsError(f"{file}: not valid YAML: {brief(error, None)}") from None
     except UnicodeDecodeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from itertools import product
+from math import ceil
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Union, cast, get_args, get_origin
@@ -192,8 +193,20 @@ class Params(ParamsModel):
         return self
 
     @model_validator(mode="after")
+    def _limits_have_resamples(self) -> Params:
+        """Below one resample beyond each limit, an interval is the range of the resamples, whatever its confidence."""
+        resamples, confidence = self.evaluate.resamples, self.evaluate.confidence
+        if resamples < (least := ceil(round(2 / (1 - confidence), 6))):
+            problem = f"must be at least {least} for a confidence of {confidence}, found {resamples}"
+            raise ValueError(f"evaluate.resamples: {problem}")
+        return self
+
+    @model_validator(mode="after")
     def _gate_has_rows(self) -> Params:
         check_known("gate.method", "method", self.gate.method, self.methods)
+        if (own := self.methods[self.gate.method].own_backbone) is not None:
+            problem = f"{self.gate.method} uses {own} whatever the checkpoint, so every comparison would be a tie"
+            raise ValueError(f"gate.method: {problem}")
         for name in self.gate.datasets:
             check_known(f"gate.datasets.{name}", "dataset", name, self.datasets)
         return self

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from dsd.config.base import PROMPTS, Levels, ParamsModel, Poolings, Positive, Prompt, is_unset
+from dsd.config.base import PROMPTS, Levels, ParamsModel, Poolings, Positive, Prompt, Seed, Side, is_unset
 from dsd.errors import DsdError
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ class BackboneParams(ParamsModel):
 
 
 class ImageParams(ParamsModel):
-    resolution: Positive
-    parity: Positive | None
+    resolution: Side
+    parity: Side | None
     max_pixels: Positive
 
 
@@ -85,7 +85,7 @@ class NoiseParams(ParamsModel):
 
     levels: Levels
     draws_per_level: Positive
-    sample: Annotated[int, Field(ge=0)]
+    sample: Seed  # larger ones overflow the seeds of draws
 
 
 def _of_both(value: Any) -> Any:
@@ -101,12 +101,12 @@ def _both(value: dict[str, str]) -> dict[str, str]:
 class EvidenceParams(ParamsModel):
     """What one forward pass stores for each layer and head.
 
-    scale: λ of eq. 3.
+    scale: λ of eq. 3. Below 1 the rounding of float32 exceeds the differences between texts.
     tokens: the tokens whose attention is pooled, under each prompt; one value is for both.
     """
 
     poolings: Poolings
-    scale: Annotated[float, Field(gt=0, le=60)]
+    scale: Annotated[float, Field(ge=1, le=60)]
     normalise: bool
     tokens: Annotated[dict[Prompt, Literal["content", "all"]], BeforeValidator(_of_both), AfterValidator(_both)]
     shard: Positive

@@ -99,6 +99,8 @@ def read_table(row: FolderDataset, key: str) -> tuple[Path, Path, list[Line], li
     for line in lines:
         by_id.setdefault(line.id, []).append(line)
     examples = [_example(table, row, of_example) for of_example in by_id.values()]
+    if lines[0].split and all(line.split != "test" for line in lines):
+        raise DataError(f"{table}: no row has split test; every method is measured on those")
     if len(categories := {example.category for example in examples}) > MOST_CATEGORIES:
         raise DataError(
             f"{table}: column 'category' has {len(categories)} values, at most {MOST_CATEGORIES} are reported"
@@ -244,7 +246,7 @@ def _expected(row: FolderDataset) -> Expected:
     splits = Counter({line.id: line.split for line in lines}.values())
     if given := {split: count for split, count in splits.items() if split}:
         learning = given.get("train", 0) + given.get("validation", 0)
-        return Expected(learning, given.get("test", 0), images, texts, train=given.get("train", 0))
+        return Expected(learning, row.test or given["test"], images, texts, train=given.get("train", 0))
     test = row.test or len(examples)
     return Expected(max(0, len(examples) - test), test, images, texts)
 

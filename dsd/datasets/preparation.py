@@ -81,7 +81,9 @@ def prepare(
     counts = Counter(split for split, _ in disjoint)
     for split in SPLITS:
         if not counts[split] and any(example.split == split for example in raw):
-            raise DataError(f"{source}: no example is left for {split}, {len(quarantine)} files quarantined")
+            shared = sum(name == split for name, _ in readable)
+            more = f", {shared} examples with an image of a later split" if shared else ""
+            raise DataError(f"{source}: no example is left for {split}, {len(quarantine)} files quarantined{more}")
     _check_categories(name, kind.metrics, [example for split, example in disjoint if split == "test"])
     write_examples(target / "examples.parquet", disjoint)
     summary: dict[str, int] = {

@@ -106,7 +106,7 @@ def store_images(
         allowed: maximum number of missing images.
 
     Raises:
-        DataError: more images are missing.
+        DataError: more images are missing, or one of every test example.
     """
     (folder / ANNOTATIONS).unlink(missing_ok=True)
     files: dict[str, str] = {}
@@ -156,6 +156,8 @@ def _annotate(
     if missing:
         lost = len(examples) - len(complete)
         log.warning("%s: %s; %d of %d examples left out", folder.name, problem, lost, len(examples))
+    if not any(example.split == "test" for example in complete) and any(e.split == "test" for e in examples):
+        raise DataError(f"datasets.{folder.name}: every test example lacks an image; {problem}")
     write_annotations(folder, complete)
 
 

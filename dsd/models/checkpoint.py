@@ -264,6 +264,7 @@ def tokenizer(folder: Path, name: str) -> CLIPTokenizer:
     # Without a file, transformers makes a tokenizer of three tokens.
     if not any((place / file).is_file() for file in ("tokenizer.json", "vocab.json")):
         raise CheckpointError(f"{place}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    _check_tokenizer(place)
     from transformers import CLIPTokenizer  # takes seconds
 
     try:
@@ -278,6 +279,19 @@ def tokenizer(folder: Path, name: str) -> CLIPTokenizer:
         problem = f"model_max_length {tokens.model_max_length!r}: must be a whole number from {SHORTEST}"
         raise CheckpointError(f"{place}: {problem}, for a token between begin and end")
     return tokens
+
+
+def _check_tokenizer(place: Path) -> None:
+    """Check that the files in `place` are of a CLIP's tokenizer, as which transformers reads any vocabulary."""
+    file = place / "tokenizer_config.json"
+    kind = read_settings(file).get("tokenizer_class") if file.is_file() else None
+    if kind not in (None, "CLIPTokenizer", "CLIPTokenizerFast"):
+        raise CheckpointError(f"{file}: tokenizer_class {kind!r}: only CLIPTokenizer is supported")
+    file = place / "tokenizer.json"
+    model = read_settings(file).get("model") if file.is_file() else {}
+    kind = model.get("type", "BPE") if isinstance(model, dict) else model  # the oldest files do not name it
+    if kind != "BPE":
+        raise CheckpointError(f"{file}: model.type {kind!r}: that of a CLIP is BPE")
 
 
 def check_vocabulary(tokens: CLIPTokenizer, size: int, place: Path, encoder: str) -> None:
@@ -330,7 +344,7 @@ def component(folder: Path, kind: Any, name: str, dtype: torch.dtype) -> Any:
 
         disable_progress_bar()  # a bar for each component would hide those of the stages
         options |= {"dtype": dtype, "ignore_mismatched_sizes": True}  # they are refused below
-    files = [file.name for file in place.glob("*.safetensors*")]
+    files = [file.name for file in place.glob("*.safetensors*") if file.is_file()]  # no link without an end
     if variant := variant_of(files):
         log.warning("%s: reads the variant %s, the only weights", place, variant)
         options |= {"variant": variant}

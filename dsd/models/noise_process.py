@@ -37,12 +37,16 @@ def declared(folder: Path) -> dict[str, Any]:
     """Read the scheduler's config, and check that it declares a discrete variance-preserving process.
 
     Raises:
-        CheckpointError: it does not load, or it declares another process, or none.
+        CheckpointError: it does not load, it declares another process, or none, or model_index.json, by which diffusers
+            chooses the class, has another one.
     """
-    file = folder / FILE
+    file, index = folder / FILE, folder / "model_index.json"
     config = read_settings(file)
     if problem := _problem(config):
         raise CheckpointError(f"{file}: {problem}")
+    listed = read_settings(index).get("scheduler") if index.exists() else None  # library and class
+    if isinstance(listed, list) and len(listed) == 2 and (name := listed[1]) is not None and str(name) not in DISCRETE:
+        raise CheckpointError(f"{index}: scheduler {name!r}, but {FILE} has {config['_class_name']!r}; correct one")
     return config
 
 

@@ -56,6 +56,8 @@ def check_settings(settings: Mapping[str, Any], kind: Any, file: Path | str) -> 
         own = kind.config_class.model_type  # a text encoder may have the settings of the whole CLIP
         if (name := settings.get("model_type", own)) not in (own, "clip"):
             raise CheckpointError(f"{file}: model_type {name!r}: only {own} is supported")
+        if settings.get("use_attention_mask"):  # of diffusers' pipelines, which then hide padding from the encoder
+            raise CheckpointError(f"{file}: use_attention_mask: must be false; texts are encoded with their padding")
         return
     if (name := settings.get("_class_name", kind.__name__)) != kind.__name__:
         raise CheckpointError(f"{file}: _class_name {name!r}: only {kind.__name__} is supported")

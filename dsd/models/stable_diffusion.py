@@ -44,6 +44,12 @@ INPUTS = {
     **dict.fromkeys(("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")),
     "attention_type": "default",
 }
+# Blocks in which the text is taken by `cross_attention_layers` alone, as the processor that `install` sets computes it.
+BLOCKS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
 AT_ONCE = 2**21  # pixels per batch of the VAE: 512 images of 64², 8 of 512²
 
 
@@ -184,6 +190,7 @@ class StableDiffusion:
             if (value := getattr(unet, key)) != plain:
                 problem = f"{key} {value!r}: must be {plain!r} for family {self.family}"
                 raise CheckpointError(f"{folder}/unet/config.json: {problem}; no other input can be given")
+        check_attention(unet, f"{folder}/unet/config.json")
 
     @property
     def tokenizer(self) -> CLIPTokenizer:
@@ -352,6 +359,23 @@ class StableDiffusion:
 
     def _output(self, noised: Tensor, timesteps: Tensor, hidden: Tensor, text_index: Tensor | None) -> Tensor:
         return cast(Tensor, self.unet(noised, timesteps, hidden).sample)
+
+
+def check_attention(unet: Any, file: str) -> None:
+    """Check that every layer of this configuration of a U-Net that takes the text is one that is captured."""
+    for key in ("only_cross_attention", "dual_cross_attention"):
+        value = getattr(unet, key)
+        if any(value) if isinstance(value, list | tuple) else value:
+            raise CheckpointError(f"{file}: {key} {value!r}: must be false; other cross-attention is not supported")
+    for key, supported in BLOCKS.items():
+        value = getattr(unet, key)
+        for block in value if isinstance(value, list | tuple) else [value]:
+            if block not in supported:
+                names = ", ".join(map(str, supported))
+                raise CheckpointError(f"{file}: {key} has {block!r}: must be of {names}; others are not supported")
+    blocks = (*unet.down_block_types, unet.mid_block_type, *unet.up_block_types)
+    if not any("CrossAttn" in str(block) for block in blocks):
+        raise CheckpointError(f"{file}: no block has cross-attention, so the text would not matter")
 
 
 def unet_skeleton(config: Mapping[str, Any], source: str) -> UNet2DConditionModel:
