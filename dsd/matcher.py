@@ -139,7 +139,8 @@ class Matcher:
             method: "cross-attention" (DSD) or "denoising" (Diffusion Classifier); by default cross-attention with a
                 prompt, which is trained for it, else denoising, the best without training.
             family: detected from the files by default.
-            prediction, attention: as in params.yaml.
+            prediction: as in params.yaml.
+            attention: as in params.yaml.
             levels: noise levels in (0, 1).
             scale: λ of eq. 3.
             parity: resize images to this side in pixels first, as in a comparison with CLIP.
