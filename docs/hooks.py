@@ -68,7 +68,7 @@ def claims(results: Mapping[str, Mapping[str, Any]]) -> str:
         effect = claim.get("effect")
         shown = [NONE, NONE] if effect is None else [_effect(claim), p_value(claim["p"])]
         lines.append([number, claim["claim"], claim["verdict"], *shown])
-    return rows(["", "claim", "verdict", "effect, points", "p"], lines)
+    return rows(["no.", "claim", "verdict", "effect, points", "p"], lines)
 
 
 def _effect(claim: Mapping[str, Any]) -> str:

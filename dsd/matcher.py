@@ -83,8 +83,9 @@ def on_own_device(function: Callable[P, Result]) -> Callable[P, Result]:
 class Matcher:
     """Scores images against texts with a frozen text-to-image diffusion model; higher is better.
 
-    >>> matcher = Matcher.from_pretrained()  # the embedded checkpoint
-    >>> matcher.score(["photo.png"], ["a red circle", "a blue square"])  # Tensor [1, 2]
+    Examples:
+        >>> matcher = Matcher.from_pretrained()  # the embedded checkpoint
+        >>> matcher.score(["photo.png"], ["a red circle", "a blue square"])  # Tensor [1, 2]
     """
 
     def __init__(
