@@ -12,7 +12,7 @@ GPU_RESULTS := benchmarks/gpu/results
 GPU_BUNDLE := .gpu
 GPU_PYTHON := 3.12
 
-.PHONY: help reproduce studies races test nightly wheel chaos bench gpu gpu-bundle performance readme clean
+.PHONY: help reproduce studies races test nightly wheel docs chaos bench gpu gpu-bundle performance readme clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ wheel: $(READY) ## Build dist/, the same bytes at every build of a commit, and c
 	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/uv build -q --out-dir dist .
 	@$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
 
+docs: $(READY) ## Build the site of the docs in site/, with every link checked
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+
 chaos: $(READY) ## Kills, full disks and damaged files in mid-run; results must stay equal; half an hour
 	$(BIN)/pytest -v -m chaos
 
@@ -62,7 +65,7 @@ readme: $(READY) ## Write the table and the figure of results in README.md
 	@$(BIN)/python -m dsd.report.readme
 
 clean: ## Remove what tools leave behind; the environment and the data stay
-	@rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build site *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The marker is written last: an environment that has it is complete.

@@ -84,8 +84,9 @@ def on_own_device(function: Callable[P, Result]) -> Callable[P, Result]:
 class Matcher:
     """Scores images against texts with a frozen text-to-image diffusion model; higher is better.
 
-    >>> matcher = Matcher.from_pretrained()  # the embedded checkpoint
-    >>> matcher.score(["photo.png"], ["a red circle", "a blue square"])  # Tensor [1, 2]
+    Examples:
+        >>> matcher = Matcher.from_pretrained()  # the embedded checkpoint
+        >>> matcher.score(["photo.png"], ["a red circle", "a blue square"])  # Tensor [1, 2]
     """
 
     def __init__(
@@ -140,7 +141,8 @@ class Matcher:
             method: "cross-attention" (DSD) or "denoising" (Diffusion Classifier); by default cross-attention with a
                 prompt, which is trained for it, else denoising, the best without training.
             family: detected from the files by default.
-            prediction, attention: as in params.yaml.
+            prediction: as in params.yaml.
+            attention: as in params.yaml.
             levels: noise levels in (0, 1).
             scale: λ of eq. 3, from 1 to 60.
             parity: resize images to this side in pixels first, as in a comparison with CLIP.
