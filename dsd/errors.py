@@ -16,7 +16,7 @@ NO_SPACE = re.compile("no space left on device|disk is full|quota exceeded", re.
 # Packages of the extras, by what is imported.
 EXTRAS = {
     "dvc": "pipeline", "mlflow": "pipeline", "prefect": "pipeline", "datasets": "pipeline", "accelerate": "pipeline",
-    "gradio": "demo", "starlette": "serve", "uvicorn": "serve", "ray": "ray", "xformers": "gpu",
+    "cronsim": "pipeline", "altair": "pipeline", "gradio": "demo", "starlette": "serve", "uvicorn": "serve", "ray": "ray", "xformers": "gpu",
 }  # fmt: skip
 
 
