@@ -15,8 +15,9 @@ FULL = 2**20  # bytes: with less free space the disk counts as full
 NO_SPACE = re.compile("no space left on device|disk is full|quota exceeded", re.IGNORECASE)  # of libraries too
 # Packages of the extras, by what is imported.
 EXTRAS = {
-    "dvc": "pipeline", "mlflow": "pipeline", "prefect": "pipeline", "datasets": "pipeline", "accelerate": "pipeline",
-    "cronsim": "pipeline", "altair": "pipeline", "gradio": "demo", "starlette": "serve", "uvicorn": "serve", "ray": "ray", "xformers": "gpu",
+    "accelerate": "pipeline", "altair": "pipeline", "cronsim": "pipeline", "datasets": "pipeline", "dvc": "pipeline",
+    "mlflow": "pipeline", "prefect": "pipeline", "gradio": "demo", "starlette": "serve", "uvicorn": "serve", "ray": "ray",
+    "xformers": "gpu",
 }  # fmt: skip
 
 
