@@ -135,7 +135,7 @@ def staged(**changed: object) -> Settings:
         (lambda s: s["noise"].update(sample=2**32), "noise.sample: Input should be less than 4294967296"),
         (
             lambda s: s["datasets"]["scenes-vqa"].update(binary=1.0),
-            "datasets.scenes-vqa.binary: Input should be less th",
+            "datasets.scenes-vqa.binary: 1 leaves one kind of questions without",
         ),
         (lambda s: s["gate"].update(method="dsdd"), "gate.method: unknown method 'dsdd': did you mean 'dsd'?"),
         (

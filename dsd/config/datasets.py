@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from dsd.config.base import Fraction, Kind, ParamsModel, Positive, Share, Template
+from dsd.config.base import Kind, ParamsModel, Positive, Share, Template
 
 if TYPE_CHECKING:
     from dsd.config.load import Params
@@ -58,7 +58,7 @@ class DrawnDataset(DatasetParams):
     size: Positive
     test: Positive
     candidates: Annotated[int, Field(ge=2, le=64)] | None = Field(default=None)
-    binary: Fraction | None = Field(default=None)  # both kinds of questions have a metric
+    binary: Share | None = Field(default=None)
     template: Template | None = Field(default=None)
 
     def check(self, name: str, params: Params) -> None:
@@ -66,6 +66,8 @@ class DrawnDataset(DatasetParams):
             given, needed = getattr(self, key) is not None, OWN_KEYS.get(self.kind) == key
             if given != needed:
                 raise ValueError(f"datasets.{name}.{key}: {self.kind} {'needs it' if needed else 'takes none'}")
+        if self.binary in (0, 1):
+            raise ValueError(f"datasets.{name}.binary: {self.binary:g} leaves one kind of questions without an example")
         taken = round(self.few_shot * self.size) + round(self.validation * self.size) + self.test
         if taken > self.size:
             raise ValueError(f"datasets.{name}.size: {self.size}, but its three splits have {taken} examples")
