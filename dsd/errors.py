@@ -16,8 +16,8 @@ NO_SPACE = re.compile("no space left on device|disk is full|quota exceeded", re.
 # Packages of the extras, by what is imported.
 EXTRAS = {
     "accelerate": "pipeline", "altair": "pipeline", "cronsim": "pipeline", "datasets": "pipeline", "dvc": "pipeline",
-    "mlflow": "pipeline", "prefect": "pipeline", "gradio": "demo", "starlette": "serve", "uvicorn": "serve", "ray": "ray",
-    "xformers": "gpu",
+    "mlflow": "pipeline", "prefect": "pipeline", "gradio": "demo", "starlette": "serve", "uvicorn": "serve",
+    "ray": "ray", "xformers": "gpu",
 }  # fmt: skip
 
 
