@@ -401,7 +401,9 @@ def binary_questions(count: int = 1200) -> tuple[tuple[str, str, Scene], ...]:
     """(question, answer, scene) of yes-or-no questions only."""
     found = []
     for index in range(count):
-        made = scenes_vqa.compose(f"binary/{index}", index, "test", row("scenes-vqa", binary=1.0))
+        made = scenes_vqa.compose(
+            f"binary/{index}", index, "test", row("scenes-vqa").model_copy(update={"binary": 1.0})
+        )
         ((example,), (scene,)) = made.examples, made.scenes.values()
         asks, answers = question(example)
         found.append((asks, answers[example.answer[0][1]], scene))
@@ -469,7 +471,9 @@ def test_vqa_categories_and_places() -> None:
 @pytest.mark.parametrize("binary", [0.0, 1.0])
 def test_vqa_share_of_binary_questions(binary: float) -> None:
     for index in range(10):
-        made = scenes_vqa.compose(f"share/{index}", index, "train", row("scenes-vqa", binary=binary))
+        made = scenes_vqa.compose(
+            f"share/{index}", index, "train", row("scenes-vqa").model_copy(update={"binary": binary})
+        )
         assert (made.examples[0].category == "binary") == bool(binary)
 
 

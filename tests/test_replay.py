@@ -181,21 +181,21 @@ def test_claims_of_the_second_paper_rest_on_the_published_setting(
     whole = hits[f"denoising, {ALL_DRAWS}"]["top1"][0]
     for found, side in zip(kept, (text, clean), strict=False):
         assert found.difference.value == pytest.approx(side["top1"][0].mean() - whole.mean())
-        assert found.comparison.least == -0.04
-    assert spared.difference.value == pytest.approx(clean[SPARED][0].mean()) and spared.comparison.least == 0.42
+        assert found.condition.least == -0.04
+    assert spared.difference.value == pytest.approx(clean[SPARED][0].mean()) and spared.condition.least == 0.42
     assert text[SPARED][0].mean() < clean[SPARED][0].mean()
     for found in measured[13]:  # a direction is compared in its own reading
-        a, b = (str(side).split(", from ") for side in (found.comparison.a, found.comparison.b))
+        a, b = (str(side).split(", from ") for side in (found.condition.a, found.condition.b))
         assert a[0] == b[0] and a[1] == "clean" != b[1]
 
     names = [racing_name(0.1, p, budget) for p in (None, "clip-zero-shot") for budget in (None, 5.0)]
-    assert [found.comparison.a for found in measured[14]] == [f"denoising, {name}" for name in names]
+    assert [found.condition.a for found in measured[14]] == [f"denoising, {name}" for name in names]
     for found, name in zip(measured[14], names, strict=True):
         missed = results["chosen"][name]["disagreement"]["value"]
-        assert found.difference.value == pytest.approx(-missed) and found.comparison.least == -0.1
+        assert found.difference.value == pytest.approx(-missed) and found.condition.least == -0.1
         assert found.difference.p == pytest.approx(binomtest(round(100 * missed), 100, 0.1).pvalue)
     # Racing against the schedules that disagree as often; staged never disagrees in at most 2 % of races.
-    compared_ = [(found.comparison.a, found.comparison.b, found.comparison.least) for found in measured[15]]
+    compared_ = [(found.condition.a, found.condition.b, found.condition.least) for found in measured[15]]
     assert compared_ == [
         ("denoising, racing, within 2 %", f"denoising, {ALL_DRAWS}", -0.04),
         ("denoising, racing, within 2 %", "denoising, hierarchical, within 2 %", 0.0),
@@ -222,7 +222,7 @@ def test_the_promised_rates_are_tested_for_every_raced_method(
 
     def tested(hits: Any) -> list[str]:
         _, measured = judge(params, {"scenes-cls": DatasetHits("scenes-cls", examples, hits, {})})
-        return [str(found.comparison.a) for found in measured.get(14, ())]
+        return [str(found.condition.a) for found in measured.get(14, ())]
 
     hits = read_hits(file, current, "top1", examples)
     assert len(tested(hits)) == 4 + 3 and "dsd, racing, δ = 0.1, budget 5" not in tested(hits)
