@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -239,6 +240,13 @@ def reads() -> Reads:
 def test_params_are_those_that_the_stage_reads(stage: str) -> None:
     read = reads().of(stage) - {"runtime"}
     assert sorted(listed(stage)) == sorted((str(config.file_of(section)), section) for section in read)
+
+
+def test_templates_read_no_params_that_the_stage_is_not_seen_to_read() -> None:
+    read = {
+        name for file in (ROOT / "dsd/report").glob("*.j2") for name in re.findall(r"params\.(\w+)", file.read_text())
+    }
+    assert read - {"yaml"} <= {section for _, section in listed("report")}
 
 
 def test_the_shipped_params_load() -> None:

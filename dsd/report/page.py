@@ -88,6 +88,8 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         noisy=[examples.noisy_example(d, data / "prepare" / d.name, heat) for d in papers.classified(replays, tested)],
         studies=list(studies.sections(params, stored["studies"], datasets, series)),
         ablations=_ablations(datasets, series),
+        ablated=params.ablations,
+        fusion=params.fusion,
         training=[charts.training(d, name, series) for d in datasets for name in d.curves],
         examples=[
             card
