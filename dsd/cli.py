@@ -69,8 +69,6 @@ Checkpoint = Annotated[
 MethodName = Annotated[
     str | None, typer.Option(help="denoising, the default, or cross-attention, the default with a prompt.")
 ]
-
-
 Prompt = Annotated[
     str | None,
     typer.Option(help="A trained prompt: prompt.safetensors of data/train, or models:/dsd-prompt-scenes-com@champion."),
@@ -92,9 +90,7 @@ Version = Annotated[
 
 # \b keeps the line breaks of the paragraph that follows it.
 @app.callback()
-def dsd(
-    version: Version = False,
-) -> None:
+def dsd(version: Version = False) -> None:
     """Text-to-image diffusion models as image-text matchers.
 
     \b
@@ -190,6 +186,7 @@ def evaluate(
         terminal.check_output("--scores", scores)
     from dsd import own
 
+    own.check_table(table)
     found = own.evaluate(_matcher(checkpoint, prompt, method), table)
     if scores is not None:
         write_atomic(scores, _csv(found).encode())
@@ -202,7 +199,9 @@ def evaluate(
          f"{100 * found.chance[name]:.1f} %", f"{i.n:,}")
         for name, i in found.accuracy.items()
     )  # fmt: skip
-    terminal.print_table(("metric", "accuracy", "95 % interval", "chance", "n"), rows, number="n")
+    terminal.print_table(
+        ("metric", "accuracy", f"{100 * own.BOOTSTRAP.confidence:g} % interval", "chance", "n"), rows, number="n"
+    )
     for example, reason in found.left_out.items():
         print(f"left out: {example}: {reason}")
 

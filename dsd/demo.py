@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import lru_cache, partial
 from html import escape
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 LEVELS = (0.2, 0.4, 0.6, 0.8)
 # Bounds on what a visitor can ask for, as those of the server in params.yaml.
 MAX_IMAGES, MAX_TEXTS, MAX_PIXELS, MAX_BYTES, MAX_WAITING = 8, 64, 16_000_000, "16mb", 16
+MAX_PER_LEVEL = 8  # draws
 EXAMPLE_SIDE = 256  # of a drawn example
 NO_PROMPT, METHOD = "none", "denoising"  # what is chosen at first
 STEPS, GUIDANCE, MAX_SEED = 30, 4.0, 2**31 - 1  # of "draw it"
@@ -78,7 +79,7 @@ class Models(NamedTuple):
         )
 
     def matcher(self, checkpoint: str, method: str, prompt: str, per_level: int) -> Matcher:
-        """Open what a visitor chose, once.
+        """Open what a visitor chose, unless it is open.
 
         Raises:
             ParamsError: it is not among the choices.
@@ -88,7 +89,7 @@ class Models(NamedTuple):
         return _open(self.checkpoints[checkpoint], method, self.prompts.get(prompt), int(per_level))
 
 
-@cache
+@lru_cache(maxsize=1)  # a checkpoint can take gigabytes: the last choice stays in memory
 def _open(checkpoint: str, method: str, prompt: str | None, per_level: int) -> Matcher:
     return Matcher.from_pretrained(checkpoint, prompt=prompt, method=method, levels=LEVELS, draws_per_level=per_level)
 
@@ -98,8 +99,7 @@ def example(seed: int) -> tuple[Image.Image, list[str]]:
     rng = Random(f"demo/{seed}")
     triplet = random_triplet(rng)
     scene = sample_scene(rng, f"demo/{seed}", triplet, distractors=rng.randrange(2))
-    slots = SLOTS
-    false = [mutate(triplet, slot, nouns=hard_noun, predicates=list(PREDICATES), rng=rng) for slot in slots]
+    false = [mutate(triplet, slot, nouns=hard_noun, predicates=list(PREDICATES), rng=rng) for slot in SLOTS]
     return render(scene, EXAMPLE_SIDE), [sentence(Triplet(*values), TEMPLATES[0]) for values in (triplet, *false)]
 
 
@@ -110,8 +110,9 @@ def table(texts: Sequence[str], names: Sequence[str], standing: Standing, shares
     lines = range(len(names)) if by_image else range(1)
     for n in lines:
         cells = [(n, t) for t in range(len(texts))] if by_image else [(i, 0) for i in range(len(names))]
-        top = max(standing.scores_IT[cell] for cell in cells if standing.kept_IT[cell])
-        alone = sum(standing.scores_IT[cell] == top for cell in cells) == 1
+        kept_scores = [standing.scores_IT[cell] for cell in cells if standing.kept_IT[cell]]
+        top = max(kept_scores)
+        alone = kept_scores.count(top) == 1
         rows = []
         for cell in cells:
             kept = bool(standing.kept_IT[cell])
@@ -131,12 +132,12 @@ def table(texts: Sequence[str], names: Sequence[str], standing: Standing, shares
 
 
 def match(
-    models: Models, files: list[Any] | None, texts: str, checkpoint: str, method: str, prompt: str, schedule: str,
-    per_level: int,
+    models: Models, files: list[Any] | None, texts: str | None, checkpoint: str, method: str, prompt: str,
+    schedule: str, per_level: int | None,
 ) -> Iterator[tuple[str, list[tuple[Image.Image, str]], str]]:  # fmt: skip
     """Yield (table, heat maps with their words, remarks) as the scores grow; the heat maps come last."""
     paths = [file if isinstance(file, str) else file[0] for file in files or []]
-    wanted = [line.strip() for line in texts.splitlines() if line.strip()]
+    wanted = [line.strip() for line in (texts or "").splitlines() if line.strip()]
     try:
         if not paths or not wanted:
             raise ParamsError(f"{'an image' if not paths else 'a text'} is missing")
@@ -144,7 +145,7 @@ def match(
             raise ParamsError(
                 f"at most {MAX_IMAGES} images and {MAX_TEXTS} texts, found {len(paths)} and {len(wanted)}"
             )
-        if schedule not in SCHEDULES or not 1 <= per_level <= MAX_PER_LEVEL:
+        if schedule not in SCHEDULES or not (per_level and 1 <= per_level <= MAX_PER_LEVEL):
             raise ParamsError("the schedule or the number of draws is not among the choices")
         wanted = text_list(wanted)
         matcher = models.matcher(checkpoint, method, prompt, per_level)
@@ -176,7 +177,7 @@ def shares(matcher: Matcher, standing: Standing) -> np.ndarray:
     return shares if scores.shape[1] > 1 else shares.T
 
 
-@cache
+@lru_cache(maxsize=1)
 def _pipeline(checkpoint: str) -> StableDiffusionPipeline:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -186,12 +187,12 @@ def _pipeline(checkpoint: str) -> StableDiffusionPipeline:
     return pipeline
 
 
-def draw(models: Models, checkpoint: str, texts: str, seed: int) -> Image.Image:
+def draw(models: Models, checkpoint: str, texts: str | None, seed: int | None) -> Image.Image:
     """An image of the first text, sampled from the checkpoint."""
-    first = next((line.strip() for line in texts.splitlines() if line.strip()), None)
+    first = next((line.strip() for line in (texts or "").splitlines() if line.strip()), None)
     try:
-        if first is None:
-            raise ParamsError("a text is missing")
+        if first is None or seed is None:
+            raise ParamsError(f"a {'text' if first is None else 'seed'} is missing")
         [first] = text_list([first])
         if checkpoint not in models.checkpoints:
             raise ParamsError("the checkpoint is not among the choices")
@@ -209,9 +210,6 @@ def draw(models: Models, checkpoint: str, texts: str, seed: int) -> Image.Image:
         first, height=side, width=side, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generator
     )
     return drawn.images[0].resize((EXAMPLE_SIDE, EXAMPLE_SIDE))
-
-
-MAX_PER_LEVEL = 8
 
 
 def build(checkpoints: Sequence[str] = (), prompts: Sequence[str] = ()) -> gr.Blocks:

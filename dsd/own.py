@@ -49,15 +49,13 @@ def evaluate(matcher: Matcher, table: Path, *, seed: int = 0) -> Evaluation:
     """Score every example of a table `image,text,label` and return accuracy with intervals.
 
     The format of the table is that of datasets of kind `folder` (see `dsd.datasets.folder`); image paths are relative
-    to its folder. Intervals are percentile bootstraps over clusters: examples that share an image.
+    to its folder. Intervals are percentile bootstraps over clusters: the examples of one image or, where candidates are
+    images, of one text.
 
     Raises:
-        DataError: the table is wrong, an image cannot be read, or no example is left.
+        DataError: the table is wrong, a file is missing or not an image, or no example is left.
     """
-    row = FolderDataset(
-        kind="folder", source=str(table.parent), table=table.name, few_shot=0, sample=0, validation=0, test=None,
-        missing=0,
-    )  # fmt: skip
+    row = _row(table)
     kind = benchmark(row.kind)
     with TemporaryDirectory(prefix="dsd-own-") as folder:
         raw, ready = Path(folder) / "raw" / NAME, Path(folder) / "ready"
@@ -83,6 +81,19 @@ def evaluate(matcher: Matcher, table: Path, *, seed: int = 0) -> Evaluation:
     )
     chances = {metric: interval.value for metric, interval in chance.items()}
     return Evaluation(accuracy, chances, left_out, examples, scores, [files[example.id] for example in examples])
+
+
+def check_table(table: Path) -> None:
+    """Raise DataError if a line of the table is wrong; done before a checkpoint is opened."""
+    read_table(_row(table), "")
+
+
+def _row(table: Path) -> FolderDataset:
+    """The table as a dataset whose examples are all test examples."""
+    return FolderDataset(
+        kind="folder", source=str(table.parent), table=table.name, few_shot=0, sample=0, validation=0, test=None,
+        missing=0,
+    )  # fmt: skip
 
 
 def _scores(matcher: Matcher, examples: Sequence[MatchingExample], images: ImageTable) -> Iterator[np.ndarray]:

@@ -89,7 +89,7 @@ def draw(chart: Any, caption: str, alt_text: str, **data: Rows) -> Chart:
 
 
 @cache
-def library() -> Markup:
+def vega_bundle() -> Markup:
     """Vega, Vega-Lite and vega-embed as one JavaScript module, from vl-convert; nothing is fetched."""
     module: str = vl_convert.javascript_bundle("export default vegaEmbed;")
     assert "</script" not in module  # it is embedded in a page

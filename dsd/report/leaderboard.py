@@ -10,7 +10,7 @@ from statistics import mean
 
 from scipy.stats import norm
 
-from dsd.report.charts import Chart, library, trend
+from dsd.report.charts import Chart, trend, vega_bundle
 from dsd.report.html import render
 from dsd.report.tables import (
     NONE,
@@ -130,7 +130,7 @@ def write(board: Board, target: Path) -> Path:
         compared=comparisons(board),
         failed=failures(board) if board.failures else None,
         trends=trends(board),
-        vega=library(),
+        vega=vega_bundle(),
     )
 
 

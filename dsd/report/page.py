@@ -106,7 +106,7 @@ def build(params: Params, data: Path, target: Path, heatmaps: HeatMaps | None = 
         datasets=tables.datasets(datasets),
         settings=tables.settings(params),
         downloads=downloads(params, datasets, models, gaps, stored),
-        vega=charts.library(),
+        vega=charts.vega_bundle(),
     )
 
 

@@ -258,11 +258,7 @@ class Registry:
             DsdError: there is no such version.
             DataError: its files, whose code runs when it is loaded, are not those that were registered.
         """
-        try:
-            version = self._version(reference)
-        except (MlflowException, TypeError):
-            line = "no such registered version; `dsd promote` registers versions"
-            raise DsdError(f"--model {reference}: {line}") from None
+        version = self._named(reference)
         folder = self._download(version.run_id, str(target))
         if (registered := version.tags.get(FILES)) is None:
             raise DataError(f"--model {reference}: registered without a digest of its files; run `dsd promote` again")
@@ -277,15 +273,20 @@ class Registry:
         Raises:
             DsdError, DataError: see `model`.
         """
-        try:
-            number = str(self._version(reference).version)
-        except (MlflowException, TypeError):
-            number = None  # `model` says what is wrong
-        if number is not None and number == known:
+        number = str(self._named(reference).version)
+        if number == known:
             return None
-        folder = target / str(number)
+        folder = target / number
         folder.mkdir(exist_ok=True)
-        return str(number), self.model(reference, folder)
+        return number, self.model(reference, folder)
+
+    def _named(self, reference: str) -> ModelVersion:
+        """The version that a reference names; raise DsdError if there is none."""
+        try:
+            return self._version(reference)
+        except (MlflowException, TypeError):
+            line = "no such registered version; `dsd promote` registers versions"
+            raise DsdError(f"--model {reference}: {line}") from None
 
     def _version(self, reference: str) -> ModelVersion:
         name, _, alias = reference.removeprefix("models:/").partition("@")

@@ -40,7 +40,9 @@ class Current:
         self.changed(self)
         log.warning("version %s takes over", number)
         # A request that has just been read may still be handed to the old one.
-        Timer(old.settings.wait_seconds, old.rounds.close).start()
+        end = Timer(old.settings.wait_seconds, old.rounds.close)
+        end.daemon = True  # it keeps no stopped server alive
+        end.start()
 
     def follow(self, newer: Newer, seconds: float) -> Event:
         """Look for another version every so many seconds, until the returned event is set."""
